@@ -1,0 +1,29 @@
+# Everything is set up by the target that needs it: Python >= 3.11, git and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow figures lint clean
+demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
+	$(BIN)/dask nlsq demo
+
+test: .venv/ready          ## all tests
+	$(BIN)/python -m pytest
+
+test-slow: .venv/ready     ## only the long ones
+	$(BIN)/python -m pytest -m slow
+
+figures: .venv/ready       ## print every accuracy figure that the README quotes
+	$(BIN)/python -m tests.accuracy
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv

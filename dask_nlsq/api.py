@@ -1,0 +1,343 @@
+"""curve_fit: check, bring the data where they are swept, solve, return."""
+
+import logging
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+from distributed import Client, default_client
+from scipy.optimize import OptimizeWarning
+
+from .arguments import check_choices, finite_policy, jacobian, limit, model_first, parameters, positive, scale, tolerance
+from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened
+from .kernels import check_model, check_pointwise
+from .memory import available_memory
+from .model import Model, function_name, intern
+from .progress import Observers
+from .reduction import Evaluation, Sweep, map_chunks, open_sweep
+from .result import FitResult, covariance
+from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
+
+logger = logging.getLogger("dask_nlsq")
+
+MEMORY_FRACTION = 0.75  # of what is available that data may take
+WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
+
+
+def curve_fit(
+    f: Callable,
+    xdata: Any,
+    ydata: Any,
+    p0=None,
+    sigma=None,
+    absolute_sigma: bool = False,
+    check_finite: bool | None = None,
+    bounds=(-np.inf, np.inf),
+    method: Literal["trf", "lm", "dogbox"] | None = None,
+    jac: Callable | str | None = None,
+    *,
+    full_output: bool = False,
+    nan_policy: Literal["raise", "omit"] | None = None,
+    loss: str = "linear",
+    f_scale: float = 1.0,
+    x_scale="jac",
+    ftol: float | None = 1e-8,
+    xtol: float | None = 1e-8,
+    gtol: float | None = 1e-8,
+    max_nfev: int | None = None,
+    maxfev: int | None = None,
+    mask=None,
+    param_names=None,
+    strategy: Literal["auto", "standard", "chunked"] = "auto",
+    reduction: Literal["auto", "gram", "qr"] = "auto",
+    tr_solver: Literal["exact", "cg"] | None = None,
+    memory_limit_gb: float | None = None,
+    callback: Callable[[Record], None] | None = None,
+    progress: bool | None = None,
+    verbose: Literal[0, 1, 2] = 0,
+) -> FitResult | tuple:
+    """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
+
+    The arguments mean what they mean in `scipy.optimize.curve_fit`; the answer is the optimum and covariance of one fit
+    of all data, however they are chunked. Data first works too: ``curve_fit(xdata, ydata, f)``.
+
+    Parameters
+    ----------
+    f : callable
+        Model ``f(x, *params) -> y`` written with `jax.numpy`, one value per point. It must be pointwise: a value
+        depends on its own x only. It may close over arrays.
+    xdata : array_like, tuple or None
+        An array of y's shape (or one that broadcasts against y), or of shape ``(k, *ydata.shape)``; the model gets flat
+        pieces of it, shape (n,) or (k, n), in float64. Or a tuple of k arrays that broadcast against y (axis vectors
+        stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
+        Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``.
+    ydata : array_like
+        Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
+    p0 : array_like, shape (p,), optional
+        Start. None: ones, or the middle of the bounds, for as many parameters as ``f`` has.
+    sigma : scalar, array_like or (M, M) array, optional
+        Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
+        y (strategy "standard" only).
+    absolute_sigma : bool
+        False: ``sigma`` is relative, and pcov is scaled so that the reduced chi-square is 1.
+    check_finite, nan_policy : bool, {None, "raise", "omit"}
+        By default, and with "raise", values of x, y or sigma that are not finite raise ValueError. "omit" leaves their
+        points out and counts them. ``check_finite=False`` alone skips the check.
+    bounds : 2-tuple of array_like, or `scipy.optimize.Bounds`
+        Lower and upper bounds; scalars for all parameters.
+    method : {None, "trf", "lm", "dogbox"}
+        For SciPy's sake: all are solved by the one trust-region reflective method of `dask_nlsq.trust_region`. "lm" with
+        bounds is an error, as in SciPy.
+    jac : callable, optional
+        ``jac(x, *params) -> (n, p)``, in jax.numpy. None and SciPy's "2-point", "3-point", "cs": exact derivatives by
+        forward-mode differentiation.
+    full_output : bool
+        Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
+    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
+        rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier.
+    x_scale : "jac", scalar or array_like, shape (p,)
+        Characteristic scale of each parameter; "jac" takes it from the columns of the Jacobian.
+    ftol, xtol, gtol : float or None
+        Termination: relative reduction of the cost, relative step, scaled gradient. None: that test is off.
+    max_nfev, maxfev : int, optional
+        Most evaluations of the cost, one sweep over the data each; 100 p by default.
+    mask : array_like, optional
+        Broadcasts against y; where it is true (not zero) a point is left out. A masked array as ydata works as well.
+    param_names : sequence of str, optional
+        Names for messages and tables; from the signature of ``f`` by default.
+    strategy : {"auto", "standard", "chunked"}
+        "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
+        in this process where there is none. "auto": "chunked" for Dask and on-disk data with a Client.
+    reduction : {"auto", "gram", "qr"}
+        How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
+    tr_solver : {None, "exact", "cg"}
+        Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
+    memory_limit_gb : float, optional
+        Memory that data may take in this process; by default 75 % of what is available.
+    callback : callable, optional
+        Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
+    progress : bool, optional
+        Progress bar; None: in a terminal or notebook, for fits that take longer than two seconds.
+    verbose : {0, 1, 2}
+        1 prints a summary, 2 a line per sweep.
+
+    Returns
+    -------
+    FitResult
+        ``popt, pcov = result`` works. With ``full_output`` SciPy's 5-tuple.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Input that cannot be fitted; the message says which, and what to do.
+    MemoryError
+        Data that do not fit where they are to be held.
+    RuntimeError
+        No convergence within ``max_nfev``.
+
+    Warns
+    -----
+    scipy.optimize.OptimizeWarning
+        Where the data do not determine the covariance; pcov is inf then.
+
+    Notes
+    -----
+    Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
+    `dask_nlsq.trust_region` and `dask_nlsq.kernels` for the methods and their sources.
+    """
+    f, xdata, ydata = model_first(f, xdata, ydata)
+    names, lower, upper, start = parameters(f, p0, bounds, param_names)
+    check_choices(method, loss, strategy, reduction, tr_solver, verbose)
+    if method == "lm" and np.any(np.isfinite([lower, upper])):
+        raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
+    model = intern(f, jacobian(jac))
+    options = Options(
+        lower=lower,
+        upper=upper,
+        x_scale=scale(x_scale, len(start)),
+        ftol=tolerance("ftol", ftol),
+        xtol=tolerance("xtol", xtol),
+        gtol=tolerance("gtol", gtol),
+        max_nfev=limit(max_nfev if max_nfev is not None else maxfev),
+        reduction=reduction,
+        tr_solver=tr_solver,
+    )
+    check, omit = finite_policy(check_finite, nan_policy)
+    problem = _problem(model, len(start), xdata, ydata, sigma, mask, check, omit)
+    if problem.n_points < len(start):
+        raise TypeError(_too_few(len(start), problem.n_points))
+    strategy, client = _choose(problem, strategy, memory_limit_gb)
+    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
+
+    started = time.perf_counter()
+    with open_sweep(problem, evaluation, client) as sweep:
+        n_points, n_masked, n_omitted = _admit(sweep.census(), problem, nan_policy, len(start))
+        if not problem.rules.whole:
+            check_pointwise(model, problem.rules.layouts, sweep.sample(), start)
+        loaded = time.perf_counter()
+        try:
+            with Observers(callback, progress, verbose) as observers:
+                solution = solve(sweep, start, replace(options, callback=observers))
+        except NotFiniteAtStart as err:
+            raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
+        sweeps = sweep.count
+    if solution.status == 0:
+        raise RuntimeError(f"Optimal parameters not found: {solution.message}")
+    result = FitResult(
+        popt=solution.params,
+        pcov=_scaled_covariance(solution, n_points, absolute_sigma),
+        param_names=names,
+        cost=solution.equations.cost,
+        n_points=n_points,
+        n_masked=n_masked,
+        n_omitted=n_omitted,
+        nfev=solution.nfev,
+        sweeps=sweeps,
+        status=solution.status,
+        message=solution.message,
+        optimality=solution.optimality,
+        strategy=strategy,
+        reduction=solution.equations.reduction,
+        history=solution.history,
+        seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
+        factor=solution.factor,
+        _values=lambda what, params: map_chunks(problem, evaluation, params, what),
+        _predict=lambda x, params: _predict(evaluation, x, params),
+    )
+    logger.info("%s", result.summary())
+    if verbose:
+        print(result.summary())
+    return result.scipy_output() if full_output else result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit) -> Problem:
+    y_size = ydata.size if hasattr(ydata, "size") else np.size(ydata)
+    if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
+        covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
+        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=check, omit=omit)
+        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        return problem
+    arguments = dict(sigma=sigma, mask=mask, check=check, omit=omit)
+    problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
+    if problem.rules.whole:
+        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        return problem
+    n = SAMPLE_POINTS if problem.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
+    try:
+        check_model(model, problem.rules.layouts, n, n_params)
+    except (TypeError, ValueError) as err:
+        if problem.lazy or problem.n_points > WHOLE_LIMIT:
+            err.add_note(f"raised when the model was called with {n} of the points, to see whether it is pointwise")
+            raise
+        # a model that closes over an array as long as the data works on all points only
+        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        return build_problem(xdata, ydata, **arguments, whole=True)
+    return problem
+
+
+def _choose(problem: Problem, strategy, memory_limit_gb) -> tuple[str, Client | None]:
+    """Where the data are held: in this process, or by the workers of the active Client."""
+    try:
+        client = default_client()
+    except ValueError:
+        client = None
+    if problem.rules.whole:
+        if strategy == "chunked":
+            reason = "a covariance matrix as sigma" if problem.factor is not None else "this model (it is not pointwise)"
+            raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
+        strategy = "standard"
+    if strategy == "auto":
+        strategy = "chunked" if problem.lazy and client is not None else "standard"
+    if strategy == "chunked" and client is not None:
+        return strategy, client
+    limit = available_memory() * MEMORY_FRACTION if memory_limit_gb is None else memory_limit_gb * 2**30
+    needed = problem.nbytes if problem.lazy else 0
+    if needed > limit:
+        raise MemoryError(
+            f"the data take {needed / 2**30:.2f} GiB and this process may hold {limit / 2**30:.2f} GiB "
+            f"({MEMORY_FRACTION:.0%} of what is available, or memory_limit_gb): create a distributed.Client whose workers "
+            'have more memory and use strategy="chunked", or fit a part of the data'
+        )
+    return strategy, None
+
+
+def _admit(censuses: list[Census], problem: Problem, nan_policy, n_params) -> tuple[int, int, int]:
+    """Points used, masked and omitted; an error where values are not as they must be."""
+    if nan_policy != "omit":
+        for name in ("ydata", "xdata", "sigma"):
+            bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
+            if bad:
+                total = sum(count for _, count in bad)
+                where = f", first in block {bad[0][0]} of {len(censuses)}" if len(censuses) > 1 else ""
+                raise ValueError(
+                    f"The input contains nan or infinity: {total} of the values of `{name}`{where}. "
+                    'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
+                )
+    for census in censuses:
+        if census.n_sigma_not_positive:
+            where = f" (first in block {census.index})" if len(censuses) > 1 else ""
+            raise ValueError(
+                f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
+                "leave points out"
+            )
+    n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
+    n_points = problem.n_points - n_masked - n_omitted
+    if n_points == 0:
+        raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
+    if n_points < n_params:
+        raise TypeError(_too_few(n_params, n_points))
+    return n_points, n_masked, n_omitted
+
+
+def _too_few(n_params, n_points):
+    return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}"
+
+
+def _not_finite_at_start(sweep: Sweep, model: Model, start, names):
+    bad = [(index, count) for index, count in sweep.not_finite(start) if count]
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, start, strict=True))
+    if not bad:
+        return (
+            f"the derivatives of {function_name(model.f)} are not finite in the initial point p0: {at}. Start from other "
+            "values, or write the model so that it is differentiable there (jnp.where around both value and argument)"
+        )
+    total = sum(count for _, count in bad)
+    return (
+        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity for {total} points "
+        f"(first in block {bad[0][0]}) at p0: {at}. Start from other values, or set bounds that keep the model finite"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# after the fit
+
+
+def _scaled_covariance(solution: Solution, n_points: int, absolute_sigma: bool):
+    p = len(solution.params)
+    pcov = covariance(solution.factor)
+    if pcov is not None and absolute_sigma:
+        return pcov
+    if pcov is not None and n_points > p:
+        return pcov * (2 * solution.equations.cost / (n_points - p))
+    warnings.warn("Covariance of the parameters could not be estimated", OptimizeWarning, stacklevel=3)
+    return np.full((p, p), np.inf)
+
+
+def _predict(evaluation: Evaluation, x, params):
+    layouts = evaluation.rules.layouts
+    match layouts.x_kind:
+        case "tuple":
+            shape = np.broadcast_shapes(*(np.shape(c) for c in x))
+        case "stacked":
+            shape = np.shape(x)[len(layouts.x_lead) :]
+        case _:
+            shape = np.shape(x)
+    problem = build_problem(x, np.broadcast_to(0.0, shape), check=False, omit=False, whole=evaluation.rules.whole)
+    return map_chunks(problem, evaluation._replace(rules=problem.rules), params, "model")

@@ -1,0 +1,156 @@
+"""The arguments that are not data: checked once, with errors that say what to change."""
+
+import inspect
+
+import numpy as np
+from scipy.optimize import Bounds
+
+from .model import function_name, parameter_names
+from .trf_jit import LOSSES
+
+
+def model_first(f, xdata, ydata):
+    if callable(f):
+        return f, xdata, ydata
+    if callable(ydata):
+        return ydata, f, xdata
+    raise TypeError(
+        f"curve_fit needs a model: pass curve_fit(f, xdata, ydata) or curve_fit(xdata, ydata, f), got "
+        f"{type(f).__name__}, {type(xdata).__name__}, {type(ydata).__name__}"
+    )
+
+
+def parameters(f, p0, bounds, param_names):
+    """Names, bounds and start of the parameters."""
+    signature = parameter_names(f)
+    if p0 is None:
+        if not signature:
+            raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
+        n = len(signature)
+    else:
+        p0 = np.atleast_1d(np.asarray(p0, dtype=np.float64))
+        if p0.ndim != 1 or not len(p0):
+            raise ValueError(f"`p0` must be a vector with one value per parameter, not of shape {p0.shape}")
+        n = len(p0)
+        if signature is not None and len(signature) != n and not _takes(f, n):
+            raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
+    names = tuple(param_names or (signature if signature and len(signature) == n else (f"p{k}" for k in range(n))))
+    if len(names) != n or len(set(names)) != n:
+        raise ValueError(f"`param_names` must be {n} different names, got {len(names)}: {names}")
+
+    lower, upper = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
+    lower, upper = (_per_parameter(f"bounds[{k}]", b, n).copy() for k, b in enumerate((lower, upper)))
+    if np.isnan(lower).any() or np.isnan(upper).any():
+        raise ValueError("`bounds` must not contain nan: use -inf and inf where there is none")
+    if np.any(lower >= upper):
+        k = int(np.argmax(lower >= upper))
+        raise ValueError(
+            "Each lower bound must be strictly less than each upper bound: "
+            f"{names[k]} has [{lower[k]}, {upper[k]}]; to hold a parameter, leave it out of the model"
+        )
+    if p0 is None:
+        return names, lower, upper, _feasible(lower, upper)
+    if not np.isfinite(p0).all():
+        k = int(np.argmin(np.isfinite(p0)))
+        raise ValueError(f"`p0` must be finite: {names[k]} is {p0[k]}")
+    if np.any((p0 < lower) | (p0 > upper)):
+        k = int(np.argmax((p0 < lower) | (p0 > upper)))
+        raise ValueError(
+            f"Initial guess is outside of provided bounds: {names[k]} = {p0[k]} is not in [{lower[k]}, {upper[k]}]"
+        )
+    return names, lower, upper, p0
+
+
+def _takes(f, n):
+    """Whether f has defaults that let it be called with n parameters, as SciPy allows."""
+    try:
+        inspect.signature(f).bind(None, *range(n))
+    except TypeError:
+        return False
+    return True
+
+
+def _pair(bounds):
+    try:
+        lower, upper = bounds
+    except (TypeError, ValueError) as err:
+        raise ValueError("`bounds` must be a pair (lower, upper) of scalars or vectors, or scipy.optimize.Bounds") from err
+    return lower, upper
+
+
+def _per_parameter(name, value, n):
+    value = np.asarray(value, dtype=np.float64)
+    if value.shape not in ((), (1,), (n,)):
+        raise ValueError(f"`{name}` has shape {value.shape}: give a scalar or one value for each of the {n} parameters")
+    return np.broadcast_to(value, (n,))
+
+
+def _feasible(lower, upper):
+    """SciPy's start within the bounds: 1, the middle, or 1 away from the only bound."""
+    with np.errstate(invalid="ignore"):
+        middle = lower + 0.5 * (upper - lower)
+    inside = np.where(np.isfinite(lower), lower + 1, np.where(np.isfinite(upper), upper - 1, 1.0))
+    return np.where(np.isfinite(lower) & np.isfinite(upper), middle, inside)
+
+
+def check_choices(method, loss, strategy, reduction, tr_solver, verbose):
+    for name, value, allowed in [
+        ("method", method, (None, "trf", "lm", "dogbox")),
+        ("loss", loss, tuple(LOSSES)),
+        ("strategy", strategy, ("auto", "standard", "chunked")),
+        ("reduction", reduction, ("auto", "gram", "qr")),
+        ("tr_solver", tr_solver, (None, "exact", "cg")),
+        ("verbose", verbose, (0, 1, 2)),
+    ]:
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def jacobian(jac):
+    if callable(jac):
+        return jac
+    if jac not in (None, "2-point", "3-point", "cs"):
+        raise ValueError(f"`jac` must be a callable, None, '2-point', '3-point' or 'cs', not {jac!r}")
+    return None
+
+
+def scale(x_scale, n):
+    if isinstance(x_scale, str):
+        if x_scale != "jac":
+            raise ValueError(f"`x_scale` must be 'jac' or positive numbers, not {x_scale!r}")
+        return "jac"
+    scale = _per_parameter("x_scale", x_scale, n)
+    if not np.all(np.isfinite(scale) & (scale > 0)):
+        raise ValueError(f"`x_scale` must be 'jac' or positive numbers, got {scale}")
+    return scale
+
+
+def tolerance(name, value):
+    value = 0.0 if value is None else value
+    if not value >= 0:
+        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value}")
+    return float(value)
+
+
+def limit(max_nfev):
+    if max_nfev is None or max_nfev == 0:  # 0 is the default of SciPy's maxfev
+        return None
+    if max_nfev < 0:
+        raise ValueError(f"`max_nfev` must be None or a positive integer, not {max_nfev}")
+    return int(max_nfev)
+
+
+def positive(name, value):
+    if not (np.isscalar(value) and np.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be a positive number, not {value}")
+    return float(value)
+
+
+def finite_policy(check_finite, nan_policy):
+    """(count values that are not finite, leave their points out)."""
+    if nan_policy == "propagate":
+        raise ValueError("`nan_policy='propagate'` is not supported by this function.")
+    if nan_policy not in (None, "raise", "omit"):
+        raise ValueError("nan_policy must be one of {None, 'raise', 'omit'}")
+    check = nan_policy is not None or check_finite is None or check_finite
+    return check, nan_policy == "omit" and not check_finite

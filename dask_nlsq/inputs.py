@@ -1,0 +1,405 @@
+"""User arrays of any kind become a `Problem` of aligned chunks, and a chunk becomes blocks for the kernels.
+
+Everything about shapes, dtypes and chunks is checked here, from metadata alone. y's chunks rule: dense operands (x,
+sigma, mask of y's shape) are rechunked to them; operands that only broadcast against y (an axis vector, one mask for
+all frames, a scalar) stay small and are cut along the axes that they have. What is wrong with *values* (NaN, infinity,
+sigma <= 0) can only be seen when a chunk has been read: `prepare_chunk` counts it in a `Census`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+
+from .kernels import Block, Layout, Layouts
+
+BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.03 ms to start one
+ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
+SAMPLE_POINTS = 8  # points on which a model is checked
+
+
+class Census(NamedTuple):
+    """What one chunk holds; counts are of points that the mask does not leave out."""
+
+    index: tuple[int, ...]
+    n_points: int
+    n_masked: int
+    not_finite: dict[str, int]  # per argument: "xdata", "ydata", "sigma"
+    n_omitted: int
+    n_sigma_not_positive: int
+
+
+class Chunk(NamedTuple):
+    """One chunk of y with all that belongs to it, ready for the kernels."""
+
+    blocks: tuple[Block, ...]
+    census: Census
+    sample: tuple[np.ndarray, ...]  # the coordinates at a few points
+
+
+class Rules(NamedTuple):
+    """How `prepare_chunk` is to treat every chunk of a problem."""
+
+    layouts: Layouts
+    capacities: tuple[int, ...]  # per operand: elements of the largest buffer
+    check: bool  # count values that are not finite
+    omit: bool  # leave points out where a value is not finite
+    whole: bool  # one block of exactly the chunk's length
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Aligned operands of a fit. ``operands`` are NumPy or Dask arrays in the order of `Layouts`, ndim as y's."""
+
+    operands: tuple[Any, ...]
+    chunks: tuple[tuple[int, ...], ...]
+    rules: Rules
+    factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(sum(sizes) for sizes in self.chunks)
+
+    @property
+    def n_points(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(operand.nbytes for operand in self.operands)
+
+    @property
+    def lazy(self) -> bool:
+        return any(isinstance(operand, da.Array) for operand in self.operands)
+
+    def indices(self) -> list[tuple[int, ...]]:
+        """Indices of the chunks that hold points, in C order."""
+        every = product(*(range(len(sizes)) for sizes in self.chunks))
+        return [index for index in every if prod(self.chunk_shape(index))]
+
+    def chunk_shape(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
+
+    def pieces(self) -> dict[tuple[int, ...], list]:
+        """Per chunk, its piece of each operand: NumPy arrays, or Delayed ones where the operand is a Dask array."""
+        delayed = [operand.to_delayed() if isinstance(operand, da.Array) else None for operand in self.operands]
+        bounds = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.chunks]
+
+        def piece(operand, blocks, index):
+            along = [0 if size == 1 else i for size, i in zip(operand.shape, index, strict=True)]
+            if blocks is not None:
+                return blocks[tuple(along)]
+            place = zip(operand.shape, bounds, index, strict=True)
+            return operand[tuple(slice(None) if size == 1 else slice(b[i], b[i + 1]) for size, b, i in place)]
+
+        return {
+            index: [piece(operand, blocks, index) for operand, blocks in zip(self.operands, delayed, strict=True)]
+            for index in self.indices()
+        }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# at the door
+
+
+def as_array(name: str, data) -> np.ndarray | da.Array:
+    """NumPy for what is in memory, Dask for what is not; real numbers only."""
+    if hasattr(data, "dims") and hasattr(data, "data"):  # xarray
+        data = data.data
+    if isinstance(data, da.Array):
+        array = data
+        if any(np.isnan(size) for sizes in array.chunks for size in sizes):
+            raise ValueError(f"`{name}` is a Dask array of unknown chunk sizes: call {name}.compute_chunk_sizes() first")
+    elif _on_disk(data):
+        # one shard, or one chunk, is the smallest piece that a store can read by itself
+        stored = getattr(data, "shards", None) or getattr(data, "chunks", None) or "auto"
+        array = da.from_array(data, chunks=stored, name=False, lock=not hasattr(data, "store"))
+    else:
+        array = np.asarray(data)
+    if array.dtype.kind not in "buif":
+        raise TypeError(
+            f"`{name}` has dtype {array.dtype}: real numbers are needed (fit real and imaginary parts or amplitude and "
+            "phase of complex data separately, convert text and dates to numbers)"
+        )
+    return array
+
+
+def _on_disk(data):
+    array_like = all(hasattr(data, attribute) for attribute in ("shape", "dtype", "__getitem__"))
+    return (
+        array_like
+        and not isinstance(data, (np.ndarray, np.generic))
+        and not hasattr(data, "__array_priority__")
+        and (
+            not hasattr(data, "to_numpy")  # pandas
+        )
+    )
+
+
+def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: bool, whole: bool = False) -> Problem:
+    """Check shapes and dtypes and align the operands; reads no data.
+
+    Parameters
+    ----------
+    xdata, ydata, sigma, mask : array_like or None
+        As in `dask_nlsq.curve_fit`, without a covariance matrix as ``sigma``.
+    check, omit : bool
+        Whether values that are not finite are counted, and whether their points are left out.
+    whole : bool
+        Whether the model must be given all points in one call.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit together, empty data, unknown chunk sizes.
+    TypeError
+        Data that are not real numbers.
+    """
+    if isinstance(ydata, np.ma.MaskedArray):
+        hidden = np.ma.getmaskarray(ydata)
+        mask = hidden if mask is None else hidden | (np.asarray(mask) != 0)
+        ydata = ydata.data
+    y = as_array("ydata", ydata)
+    x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
+    if y.size == 1 and coordinates and x_kind != "tuple":  # SciPy broadcasts a single y
+        y = np.broadcast_to(np.asarray(y), coordinates[0].shape)
+    if y.size == 0:
+        raise ValueError("`ydata` must not be empty!")
+    if y.ndim == 0:
+        y = y.reshape(1)
+    sigma = np.ones(1) if sigma is None else as_array("sigma", sigma)
+    operands = [y, _broadcastable("sigma", sigma, y.shape)]
+    if mask is not None:
+        operands.append(_broadcastable("mask", as_array("mask", mask), y.shape))
+    elif omit:
+        operands.append(np.zeros((1,) * y.ndim, bool))
+    operands += [_broadcastable("xdata", c, y.shape) for c in coordinates]
+    chunks = next((a.chunks for a in operands if isinstance(a, da.Array) and a.shape == y.shape), None)
+    if chunks is None or whole:
+        chunks = tuple((size,) for size in y.shape)
+    operands = tuple(_aligned(operand, chunks) for operand in operands)
+
+    def layout(operand, coordinate=False):
+        return Layout(operand.shape == y.shape, coordinate and x_kind == "tuple" and operand.dtype.kind in "iu")
+
+    masked = mask is not None or omit
+    layouts = Layouts(
+        y=Layout(True),
+        sigma=layout(operands[1]),
+        # points that are left out for their values need a mask of their own
+        mask=(Layout(True) if omit else layout(operands[2])) if masked else None,
+        x=tuple(layout(operand, coordinate=True) for operand in operands[2 + masked :]),
+        x_kind=x_kind,
+        x_lead=x_lead,
+        ndim=y.ndim,
+    )
+    largest = [max(sizes) for sizes in chunks]
+    capacities = tuple(
+        prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
+        for each, operand in zip(layouts.operands, operands, strict=True)
+    )
+    return Problem(operands, chunks, Rules(layouts, capacities, check, omit, whole))
+
+
+def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
+    """How the model takes x, the leading axes of a stacked x, and x as a list of arrays that broadcast against y."""
+    if xdata is None:
+        return "none", (), []
+    if isinstance(xdata, tuple) and not all(np.isscalar(c) for c in xdata):
+        return "tuple", (), [as_array(f"xdata[{k}]", c) for k, c in enumerate(xdata)]
+    x = as_array("xdata", xdata)
+    lead = x.shape[: x.ndim - len(shape)]
+    if lead and shape and x.shape[len(lead) :] == shape:
+        return "stacked", lead, [x[index] for index in np.ndindex(lead)]
+    if x.size == 0 and prod(shape):
+        raise ValueError("`xdata` must not be empty!")
+    return "single", (), [x]
+
+
+def _broadcastable(name, array, shape):
+    """``array`` with as many axes as y, each of y's size or 1."""
+    fits = array.ndim <= len(shape) and all(a in (1, s) for a, s in zip(array.shape[::-1], shape[::-1], strict=False))
+    if array.size == 1:
+        return array.reshape((1,) * len(shape))
+    if not fits:
+        way_out = {
+            "sigma": f"a scalar, an array that broadcasts against ydata, or a covariance matrix {(prod(shape),) * 2}",
+            "mask": "an array that broadcasts against ydata",
+            "xdata": f"an array of shape {shape} or {('k', *shape)}, or a tuple of arrays that broadcast against ydata",
+        }[name]
+        extra = "; `sigma` has incorrect shape." if name == "sigma" else ""
+        raise ValueError(f"`{name}` of shape {array.shape} does not fit `ydata` of shape {shape}: give {way_out}{extra}")
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def _aligned(operand, chunks):
+    if isinstance(operand, da.Array):
+        return operand.rechunk(tuple((1,) if size == 1 else c for size, c in zip(operand.shape, chunks, strict=True)))
+    dense = operand.size > 1 and operand.shape == tuple(sum(sizes) for sizes in chunks)
+    if dense and any(len(sizes) > 1 for sizes in chunks):
+        return da.from_array(operand, chunks=chunks, name=False)
+    return operand
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a chunk that has been read
+
+
+def prepare_chunk(rules: Rules, index: tuple[int, ...], pieces: Sequence[np.ndarray]) -> Chunk:
+    """Count what is wrong with the values of a chunk and cut it into blocks. ``pieces`` are in the order of `Layouts`."""
+    pieces = [_native(np.asarray(piece)) for piece in pieces]
+    shape = pieces[0].shape
+    masked = rules.layouts.mask is not None
+    first_x = 2 + masked
+    names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - first_x)]
+    hidden = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
+    not_finite = {}
+    spoiled = np.zeros((1,) * len(shape), bool)
+    for name, piece in zip(names, pieces, strict=True):
+        if rules.check and name != "mask" and _may_spoil(piece):
+            bad = ~np.isfinite(piece)
+            count = int(np.count_nonzero(np.broadcast_to(bad & ~hidden, shape)))
+            not_finite[name] = not_finite.get(name, 0) + count
+            spoiled = spoiled | bad
+    n_masked = int(np.count_nonzero(np.broadcast_to(hidden, shape)))
+    n_omitted = int(np.count_nonzero(np.broadcast_to(spoiled & ~hidden, shape))) if rules.omit else 0
+    if masked:
+        pieces[2] = np.ascontiguousarray(np.broadcast_to(hidden | spoiled, shape)) if rules.omit else hidden
+    not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
+    census = Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive)
+    return Chunk(_cut(rules, shape, pieces), census, _sample(rules, shape, pieces[first_x:]))
+
+
+def _native(piece):
+    """In this machine's byte order, as XLA needs it (FITS and many detectors store the other one)."""
+    return piece if piece.dtype.isnative else piece.astype(piece.dtype.newbyteorder("="))
+
+
+def _may_spoil(piece):
+    if piece.dtype.kind != "f":
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return not np.isfinite(np.sum(piece))  # one pass and no temporary, right but for an overflow of the sum
+
+
+def _sample(rules, shape, coordinates):
+    n = prod(shape)
+    places = np.unravel_index(np.unique(np.linspace(0, n - 1, SAMPLE_POINTS).astype(np.int64)), shape)
+    sample = []
+    for layout, piece in zip(rules.layouts.x, coordinates, strict=True):
+        at = tuple(np.where(size == 1, 0, place) for size, place in zip(piece.shape, places, strict=True))
+        sample.append(piece[at].astype(np.int64 if layout.integer else np.float64))
+    return tuple(sample)
+
+
+def _cut(rules, shape, pieces) -> tuple[Block, ...]:
+    """Blocks of at most `BLOCK_POINTS` consecutive points; their number depends on the shape of the chunk alone."""
+    n = prod(shape)
+    longest = rules.capacities[0]
+    flat = [np.ravel(piece) for piece in pieces]
+    layouts = rules.layouts.operands
+    if rules.whole:
+        cuts, capacity = [(0, n)], n
+    elif longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
+        cuts = [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)]
+        capacity = BLOCK_POINTS + ALIGNMENT
+    else:
+        cuts, capacity = [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
+    fixed = {
+        k: _aligned_copy(flat[k], 0, len(flat[k]), max(rules.capacities[k], 1))
+        for k, layout in enumerate(layouts)
+        if not layout.dense
+    }
+    strides = [_strides(piece.shape) for piece in pieces]
+    blocks = []
+    for lo, hi in cuts:
+        views = [fixed[k] if k in fixed else _view(flat[k], lo, hi, capacity) for k in range(len(layouts))]
+        geometry = [hi - lo, lo]
+        for (_, offset), stride in zip(views, strides, strict=True):
+            geometry += [offset, *stride]
+        buffers = tuple(buffer for buffer, _ in views)
+        blocks.append(Block(np.array(geometry, np.int64), np.array(shape, np.float64), buffers))
+    return tuple(blocks)
+
+
+def _size_class(n, longest):
+    """Capacity for ``n`` points: few different ones, so that few kernels are compiled, at most half of it empty."""
+    capacity = 2 ** (longest - 1).bit_length() if longest <= 4096 else -(-longest // 4096) * 4096
+    while n <= capacity // 2:
+        capacity //= 2
+    return max(capacity, 1)
+
+
+def _view(flat, lo, hi, capacity):
+    """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them."""
+    per_line = ALIGNMENT // flat.itemsize
+    misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
+    start = min(lo, len(flat) - capacity)
+    start -= (start + misfit) % per_line
+    if start < 0 or start + capacity < hi or flat.ctypes.data % flat.itemsize:
+        return _aligned_copy(flat, lo, hi, capacity)
+    return flat[start : start + capacity], lo - start
+
+
+def _aligned_copy(flat, lo, hi, capacity):
+    """A copy of [lo, hi) that starts on a cache line, continued with its last value."""
+    raw = np.empty(capacity * flat.itemsize + ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % ALIGNMENT
+    buffer = raw[begin : begin + capacity * flat.itemsize].view(flat.dtype)
+    buffer[: hi - lo] = flat[lo:hi]
+    buffer[hi - lo :] = flat[hi - 1]
+    return buffer, 0
+
+
+def _strides(shape):
+    """Elements between neighbours along each axis of a C-ordered array, 0 along axes of size 1."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step if size > 1 else 0)
+        step *= size
+    return strides[::-1]
+
+
+def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool) -> Problem:
+    """A problem with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
+
+    Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
+    does, so that the model sees those only that count.
+
+    Raises
+    ------
+    ValueError
+        Where the covariance matrix is not finite, symmetric and positive definite.
+    """
+    problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True)
+    (pieces,) = problem.pieces().values()
+    pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
+    layouts = problem.rules.layouts
+    if layouts.mask is not None:
+        hidden = np.broadcast_to(pieces[2] != 0, problem.shape)
+        coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[3:]]
+        if omit:
+            hidden = hidden | ~np.isfinite(pieces[0])
+            for coordinate in coordinates:
+                hidden = hidden | ~np.isfinite(coordinate)
+        keep = ~hidden.ravel()
+        x = [coordinate.ravel()[keep] for coordinate in coordinates]
+        x = {
+            "none": lambda: None,
+            "single": lambda: x[0],
+            "stacked": lambda: np.stack(x).reshape(*layouts.x_lead, -1),
+            "tuple": lambda: tuple(x),
+        }[layouts.x_kind]()
+        covariance = covariance[np.ix_(keep, keep)]
+        problem = build_problem(x, pieces[0].ravel()[keep], check=check, omit=False, whole=True)
+    if not np.isfinite(covariance).all() or not np.allclose(covariance, covariance.T):
+        raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")
+    try:
+        factor = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError as err:
+        raise ValueError("`sigma` must be positive definite.") from err
+    return replace(problem, factor=factor)

@@ -1,0 +1,329 @@
+"""From a block of data to one small matrix: residual, loss, Jacobian and their reduction, a tile at a time.
+
+A block holds ``n`` points as flat arrays. The kernel walks over it in tiles small enough that the rows ``[J r]`` of a
+tile never leave the cache, and condenses each to ``[J r]^T [J r]`` ("gram") or updates the triangular factor of all
+rows so far ("qr", TSQR [1]_), so J of the whole block never exists. For a robust loss the rows are rescaled first, so
+that ``J^T J`` is the Gauss-Newton matrix and ``J^T r`` the gradient of the robust cost [2]_.
+
+Arrays come as they are stored. Geometry (length, offsets, strides) is data, not code: blocks of different length,
+alignment or shape share one compilation as long as their buffers have the same capacity.
+
+References
+----------
+.. [1] J. Demmel et al., "Communication-optimal Parallel and Sequential QR and LU Factorizations", SIAM J. Sci. Comput.
+       34 (2012) A206-A239.
+.. [2] B. Triggs et al., "Bundle Adjustment - A Modern Synthesis", 1999, section 4.3.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .model import Model, check_shape, evaluate, evaluate_jac, function_name
+from .trf_jit import EPS, LOSSES, float64, masked_cost
+
+Reduction = Literal["gram", "qr"]
+TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
+MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
+MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
+COLUMNS_UP_TO = 8  # parameters: below, pushing all unit vectors through one linearisation beats a jvp per argument
+
+
+class Layout(NamedTuple):
+    """How an operand lies in memory: the part of the kernel that is code.
+
+    ``dense`` operands have one element per point; others ("un-broadcast": an axis vector, a detector mask for all
+    frames, a scalar) are looked up by the point's place along the axes of the chunk.
+    """
+
+    dense: bool
+    integer: bool = False  # keep integers (as int64), so that the model can index a table
+
+
+class Layouts(NamedTuple):
+    """Operands of a block, in this order: y, sigma, mask or None, then the coordinates."""
+
+    y: Layout
+    sigma: Layout
+    mask: Layout | None
+    x: tuple[Layout, ...]
+    x_kind: Literal["single", "stacked", "tuple", "none"]
+    x_lead: tuple[int, ...]  # leading axes of a stacked x: (k,) for SciPy's (k, M)
+    ndim: int  # axes of the chunk
+
+    @property
+    def operands(self):
+        return (self.y, self.sigma, *([self.mask] if self.mask else []), *self.x)
+
+
+class Block(NamedTuple):
+    """``n`` consecutive points (C order) of one chunk.
+
+    Each buffer is flat; point q of the block is element ``offset + q`` of a dense one. For an un-broadcast operand the
+    flat index of the point within the chunk, ``base + q``, is split into places along the axes of the chunk and joined
+    with the operand's own strides (0 along axes that it does not have).
+    """
+
+    geometry: np.ndarray  # int64: n, base, then per operand: offset, stride along each axis of the chunk
+    shape: np.ndarray  # float64 (ndim,): shape of the chunk
+    buffers: tuple[np.ndarray, ...]
+
+
+class KernelSpec(NamedTuple):
+    """Everything that needs a compilation of its own; ``tile`` None means that the whole block is one tile."""
+
+    layouts: Layouts
+    reduction: Reduction
+    loss: str
+    tile: int | None
+    whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
+
+
+def tile_size(n_params: int, capacity: int) -> int:
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block."""
+    fitting = TILE_BYTES // (8 * (n_params + 1))
+    return min(max(MIN_TILE, min(MAX_TILE, 2 ** int(np.log2(fitting)))), capacity)
+
+
+def sweep_kernel(model: Model, spec: KernelSpec):
+    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost`` of one block.
+
+    ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor. To be called
+    inside ``float64()``.
+    """
+    return model.get(("sweep", spec), lambda: jax.jit(_build_sweep(model, spec)))
+
+
+def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
+    """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful."""
+    return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
+
+
+def _build_sweep(model, spec):
+    def sweep(params, f_scale, block):
+        p = len(params)
+        capacity = block.buffers[0].shape[0]
+        tile = spec.tile or capacity
+        n = block.geometry[0]
+        accumulate = {"gram": _add_gram, "qr": _update_factor}[spec.reduction]
+
+        def add_tile(i, state):
+            matrix, cost = state
+            begin = i * tile
+            # the last tile of a ragged block starts early and leaves out what the one before has counted
+            first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
+            point = first + jnp.arange(tile)
+            fresh = (point >= begin) & (point < n)
+            rows, tile_cost = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
+            return accumulate(matrix, rows), cost + tile_cost
+
+        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()))
+        if spec.tile is None:
+            return add_tile(0, start)
+        return lax.fori_loop(0, (n + tile - 1) // tile, add_tile, start)
+
+    return sweep
+
+
+def _add_gram(gram, rows):
+    return gram + rows @ rows.T
+
+
+def _update_factor(factor, rows):
+    return jnp.linalg.qr(jnp.concatenate([factor, rows.T]), mode="r")
+
+
+def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and its cost."""
+
+    def residual(params):
+        return _residual(model, spec, params, block, first, fresh)
+
+    r, J = _with_jacobian(model, spec, residual, params, block, first, fresh)
+    cost = masked_cost(r, None, f_scale, loss=spec.loss)
+    if spec.loss != "linear":
+        _, rho1, rho2 = LOSSES[spec.loss]((r / f_scale) ** 2)
+        rescale = jnp.sqrt(jnp.maximum(rho1 + 2 * rho2 * (r / f_scale) ** 2, EPS))
+        J, r = J * rescale, r * rho1 / rescale
+    return jnp.concatenate([J, r[None]]), cost
+
+
+def _with_jacobian(model, spec, residual, params, block, first, fresh):
+    """r (tile,) and J^T (p, tile); columns by the user's jac, by one linearisation, or by one jvp per argument."""
+    p = len(params)
+    if model.jac is not None:
+        tile = _Tile(spec.layouts, block, first, len(fresh))
+        J = evaluate_jac(model, tile.x(), tuple(params)).T
+        return residual(params), _weighted(spec, J, tile, fresh, block)
+    if p <= COLUMNS_UP_TO:
+        r, pushforward = jax.linearize(residual, params)
+        return r, jax.vmap(pushforward)(jnp.eye(p))
+
+    def along(k):  # all other arguments are constants, so that what does not depend on this one vanishes
+        return jax.jvp(lambda q: residual([*params[:k], q, *params[k + 1 :]]), (params[k],), (jnp.ones(()),))[1]
+
+    params = list(params)
+    return residual(params), jnp.stack([along(k) for k in range(p)])
+
+
+def _residual(model, spec, params, block, first, fresh):
+    """(f(x, *params) - y) / sigma, zero for points that do not count; shape (tile,)."""
+    tile = _Tile(spec.layouts, block, first, len(fresh))
+    value = jnp.broadcast_to(evaluate(model, tile.x(), tuple(params)), fresh.shape)
+    return _weighted(spec, value - tile.y(), tile, fresh, block)
+
+
+def _weighted(spec, rows, tile, fresh, block):
+    """Rows (..., tile) divided by sigma or by the factor of the covariance, zero where masked."""
+    if spec.whitened:
+        return jax.scipy.linalg.solve_triangular(block.buffers[-1], rows.T, lower=True).T
+    if spec.layouts.mask is None:
+        return rows * (fresh / tile.sigma())
+    return jnp.where(fresh & ~tile.mask(), rows / tile.sigma(), 0.0)
+
+
+def assemble_x(layouts: Layouts, coordinates):
+    """What the model gets as x, of a list of (n,) arrays: (n,), (*lead, n), a tuple of (n,) arrays, or None."""
+    match layouts.x_kind:
+        case "none":
+            return None
+        case "single":
+            return coordinates[0]
+        case "stacked":
+            return jnp.stack(coordinates).reshape(*layouts.x_lead, -1)
+        case "tuple":
+            return tuple(coordinates)
+
+
+class _Tile:
+    """Operands of ``length`` consecutive points from ``first`` on."""
+
+    def __init__(self, layouts: Layouts, block: Block, first, length: int):
+        self.layouts, self.block, self.first, self.length = layouts, block, first, length
+
+    def y(self):
+        return self._read(0, self.layouts.y)
+
+    def sigma(self):
+        return self._read(1, self.layouts.sigma)
+
+    def mask(self):
+        return self._read(2, self.layouts.mask)
+
+    def x(self):
+        begin = 2 + (self.layouts.mask is not None)
+        return assemble_x(self.layouts, [self._read(begin + k, layout) for k, layout in enumerate(self.layouts.x)])
+
+    def _read(self, k, layout):
+        buffer, ndim = self.block.buffers[k], self.layouts.ndim
+        offset = self.block.geometry[2 + k * (1 + ndim)]
+        if layout.dense:
+            values = lax.dynamic_slice(buffer, (offset + self.first,), (self.length,))
+        elif buffer.shape == (1,):
+            values = jnp.broadcast_to(buffer[0], (self.length,))
+        else:
+            strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
+            index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
+            values = buffer.at[index].get(mode="clip")
+        if values.dtype == bool:
+            return values
+        return values.astype(jnp.int64 if layout.integer else jnp.float64)
+
+    def _places(self):
+        """Place of each point along each axis of the chunk.
+
+        Quotients are taken in float64: (q + 1/2) / size is at least 1/(2 size) away from an integer, so that the
+        floor is exact up to q = 2^51, and unlike integer division it uses the vector units.
+        """
+        q = (self.block.geometry[1] + self.first + jnp.arange(self.length)).astype(jnp.float64)
+        places = []
+        for axis in reversed(range(1, self.layouts.ndim)):
+            size = self.block.shape[axis]
+            quotient = jnp.floor((q + 0.5) * (1.0 / size))
+            places.append((q - quotient * size).astype(jnp.int64))
+            q = quotient
+        return [q.astype(jnp.int64), *reversed(places)]
+
+
+def _build_values(model, spec, what):
+    def values(params, f_scale, block):
+        capacity = block.buffers[0].shape[0]
+        tile = spec.tile or capacity
+        n = block.geometry[0]
+
+        def one_tile(i, out):
+            first = jnp.maximum(jnp.minimum(i * tile, n - tile), 0)
+            operands = _Tile(spec.layouts, block, first, tile)
+            if what == "model":
+                piece = jnp.broadcast_to(evaluate(model, operands.x(), tuple(params)), (tile,))
+            else:
+                piece = _residual(model, spec, params, block, first, jnp.ones(tile, bool))
+                if spec.layouts.mask is not None:
+                    piece = jnp.where(operands.mask(), jnp.nan, piece)
+            return lax.dynamic_update_slice(out, piece, (first,))
+
+        return lax.fori_loop(0, (n + tile - 1) // tile, one_tile, jnp.zeros(capacity))
+
+    return values
+
+
+def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
+    """Trace the model on ``n`` points, without data, so that it fails before anything is read.
+
+    Raises
+    ------
+    ModelShapeError
+        Where it does not return one value per point, or jac one row per point.
+    TypeError
+        Where it uses NumPy functions or branches on a value.
+    """
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
+    with float64():
+        value = jax.eval_shape(lambda x, params: evaluate(model, assemble_x(layouts, x), params), x, params)
+        check_shape(model.f, value.shape, [(n,), ()], n)
+        if model.jac is not None:
+            columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
+            check_shape(model.jac, columns.shape, [(n, n_params)], n)
+
+
+def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], params: np.ndarray) -> None:
+    """Compare the model's values at a few points with those at some of the points in another order.
+
+    Parameters
+    ----------
+    sample : tuple of (n,) arrays
+        Coordinates of the points.
+
+    Raises
+    ------
+    ValueError
+        Where a value depends on other points than its own.
+    """
+
+    if not sample or len(sample[0]) < 2:
+        return
+    n = len(sample[0])
+    parts = [np.arange(n), np.arange(0, n, 2), np.arange(n - 1, 0, -2)]
+
+    def evaluate_parts(sample, params):
+        def at(places):
+            x = assemble_x(layouts, [c[places] for c in sample])
+            return jnp.broadcast_to(evaluate(model, x, tuple(params)), places.shape)
+
+        return [at(places) for places in parts]
+
+    run = model.get(("pointwise", layouts, n), lambda: jax.jit(evaluate_parts))
+    with float64():
+        everything, *values = map(np.asarray, run(sample, params))
+    for places, part in zip(parts[1:], values, strict=True):
+        if not np.allclose(part, everything[places], rtol=1e-6, atol=0, equal_nan=True):
+            raise ValueError(
+                f"the model {function_name(model.f)} is not pointwise: its value at a point changes when it is called "
+                "with other points beside it (by a cumulative sum, a mean, a sort, an index into x). The data are "
+                "evaluated piece by piece, so each value must depend on its own x only; what needs the whole axis can "
+                "be computed from an axis that the model closes over"
+            )

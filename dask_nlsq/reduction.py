@@ -1,0 +1,340 @@
+"""Normal equations of all data: per block, merged in a fixed order, by local threads or by the workers of a cluster.
+
+The order of the merge is a binary tree over the blocks of a chunk and then over the chunks in C order, and nothing
+else enters it. A partition (the chunks that one task takes) is an aligned run of ``2^s`` chunks, that is a subtree, so
+the sum has the same bits for any number of threads, workers and partitions.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from os import sched_getaffinity
+from typing import Literal, NamedTuple
+from uuid import uuid4
+
+import dask
+import dask.array as da
+import numpy as np
+from distributed import Client, wait
+
+from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
+from .kernels import Block, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
+from .model import Model
+from .trf_jit import EPS, float64, gradient
+
+GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
+PARTITIONS_PER_THREAD = 2  # of a cluster
+
+
+class NormalEquations(NamedTuple):
+    """One sweep's result: ``matrix`` (p+1, p+1) is the gram matrix of [J r] or its triangular factor."""
+
+    matrix: np.ndarray
+    cost: float
+    reduction: Reduction
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.cost) and np.isfinite(self.matrix).all())
+
+
+class Factor(NamedTuple):
+    """``R`` (p, p) upper triangular with R^T R = J^T J, ``projected`` = Q^T r, gradient J^T r, both (p,)."""
+
+    R: np.ndarray
+    projected: np.ndarray
+    gradient: np.ndarray
+    condition: float  # of R with columns of norm 1; inf where the rank is deficient
+
+
+def rank_tolerance(equations: NormalEquations) -> float:
+    """Relative size below which a singular value of J is rounding: p eps, or its root, as the gram matrix holds squares.
+
+    The number of rows does not enter: what is decomposed has p of them, however many points there are.
+    """
+    relative = (len(equations.matrix) - 1) * EPS
+    return relative if equations.reduction == "qr" else relative**0.5
+
+
+def factor(equations: NormalEquations) -> Factor:
+    """What the trust-region method works on.
+
+    The gram matrix is brought to unit diagonal and diagonalised, ``D^-1 G D^-1 = V w V^T``, so ``sqrt(w) V^T D`` is a
+    square root of it; a QR decomposition makes that triangular. Eigenvalues below the rounding of the largest are zero.
+    """
+    p = len(equations.matrix) - 1
+    R = equations.matrix[:p, :p]
+    last = equations.matrix[:p, p]
+    if equations.reduction == "qr":
+        with float64():
+            g = np.asarray(gradient(R, last))
+        norms = np.linalg.norm(R, axis=0)
+        s = np.linalg.svd(R / np.where(norms > 0, norms, 1.0), compute_uv=False)
+        condition = s[0] / s[-1] if s[-1] > rank_tolerance(equations) * s[0] else np.inf
+        return Factor(R, last, g, float(condition))
+    D = np.sqrt(np.diag(R))
+    D = np.where(D > 0, D, 1.0)
+    w, V = np.linalg.eigh(R / np.outer(D, D))
+    kept = w > rank_tolerance(equations) ** 2 * w[-1]
+    root = np.sqrt(np.where(kept, w, 0.0))
+    Q, triangular = np.linalg.qr(root[:, None] * V.T * D)
+    projected = Q.T @ (np.where(kept, V.T @ (last / D), 0.0) / np.where(kept, root, 1.0))
+    return Factor(triangular, projected, last, float(root[-1] / root[0]) if root[0] > 0 else np.inf)
+
+
+def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tuple[np.ndarray, float]:
+    """Merge (b, p+1, p+1) matrices and (b,) costs of neighbours, pair by pair, until one is left."""
+    while len(matrices) > 1:
+        even = len(matrices) // 2 * 2
+        left, right = matrices[0:even:2], matrices[1:even:2]
+        pairs = left + right if reduction == "gram" else np.linalg.qr(np.concatenate([left, right], axis=1), mode="r")
+        matrices = np.concatenate([pairs, matrices[even:]])
+        costs = np.concatenate([costs[0:even:2] + costs[1:even:2], costs[even:]])
+    return matrices[0], costs[0]
+
+
+class Evaluation(NamedTuple):
+    """What a sweep computes, besides at which parameters."""
+
+    model: Model
+    rules: Rules
+    loss: str
+    f_scale: float
+
+    def spec(self, block: Block, n_params: int, reduction: Reduction) -> KernelSpec:
+        layouts = self.rules.layouts
+        tile = None if self.rules.whole else tile_size(n_params, len(block.buffers[0]))
+        return KernelSpec(layouts, reduction, self.loss, tile, len(block.buffers) > len(layouts.operands))
+
+    def reduce_blocks(self, blocks: Iterable[Block], params: np.ndarray, reduction: Reduction):
+        """[(matrix, cost)] of each block."""
+        results = []
+        with float64():
+            for block in blocks:
+                kernel = sweep_kernel(self.model, self.spec(block, len(params), reduction))
+                matrix, cost = kernel(params, self.f_scale, block)
+                results.append((np.asarray(matrix), float(cost)))
+        return results
+
+    def values(self, chunk: Chunk, params: np.ndarray, what: str) -> np.ndarray:
+        """Residuals or model values of a chunk, in its shape; residuals are NaN where the mask is true."""
+        flat = []
+        with float64():
+            for block in chunk.blocks:
+                kernel = value_kernel(self.model, self.spec(block, len(params), "gram"), what)
+                flat.append(np.asarray(kernel(params, self.f_scale, block))[: block.geometry[0]])
+        return np.concatenate(flat).reshape(chunk.blocks[0].shape.astype(int))
+
+
+def _merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
+    """Merge the results of consecutive blocks, first within each chunk."""
+    merged, begin = [], 0
+    for chunk in chunks:
+        end = begin + len(chunk.blocks)
+        matrices, costs = zip(*results[begin:end], strict=True)
+        merged.append((matrices[0], costs[0]) if end == begin + 1 else merge(np.stack(matrices), np.array(costs), reduction))
+        begin = end
+    matrices, costs = zip(*merged, strict=True)
+    return merge(np.stack(matrices), np.array(costs), reduction)
+
+
+class Sweep:
+    """All data of a fit, held; ``sweep(params, reduction)`` reads them once and returns `NormalEquations`.
+
+    A context manager: leaving it gives back what it holds. `open_sweep` makes the right one.
+    """
+
+    count = 0  # sweeps so far
+
+    def __init__(self, evaluation: Evaluation):
+        self.evaluation = evaluation
+
+    def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
+        self.count += 1
+        matrix, cost = self._reduce(np.asarray(params, dtype=np.float64), reduction)
+        return NormalEquations(np.asarray(matrix), float(cost), reduction)
+
+    def __enter__(self):
+        return self
+
+
+class LocalSweep(Sweep):
+    """Data in this process, blocks shared out to threads; a single block is done in place."""
+
+    def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
+        super().__init__(evaluation)
+        rules = evaluation.rules
+        if problem.lazy:
+            tasks = [dask.delayed(prepare_chunk)(rules, index, pieces) for index, pieces in problem.pieces().items()]
+            with NamedBlock(problem):
+                self.chunks = list(dask.compute(*tasks, optimize_graph=True))
+        else:
+            self.chunks = [prepare_chunk(rules, index, pieces) for index, pieces in problem.pieces().items()]
+        if problem.factor is not None:
+            self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
+        self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
+        threads = min(n_threads, len(self.blocks))
+        self.pool = ThreadPoolExecutor(threads, "nlsq-sweep") if threads > 1 else None
+        size = -(-len(self.blocks) // (threads * GROUPS_PER_THREAD))
+        self.groups = [self.blocks[k : k + size] for k in range(0, len(self.blocks), size)]
+
+    def __exit__(self, *exc):
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def _reduce(self, params, reduction):
+        share = self.pool.map if self.pool is not None else map
+        runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, reduction), self.groups)
+        return _merge_chunks(self.chunks, [result for run in runs for result in run], reduction)
+
+    def census(self) -> list[Census]:
+        return [chunk.census for chunk in self.chunks]
+
+    def sample(self) -> tuple[np.ndarray, ...]:
+        return self.chunks[0].sample
+
+    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+        """Per chunk: how many residuals are not finite."""
+        return [(chunk.census.index, _count_not_finite(self.evaluation, chunk, params)) for chunk in self.chunks]
+
+
+def _count_not_finite(evaluation, chunk, params):
+    residual = evaluation.values(chunk, params, "residual")
+    return int(np.count_nonzero(~np.isfinite(residual))) - chunk.census.n_masked - chunk.census.n_omitted
+
+
+class Partition(NamedTuple):
+    """Chunks on a worker, with what is needed to evaluate them, so that a sweep's task carries the parameters only."""
+
+    evaluation: Evaluation
+    chunks: list[Chunk]
+
+
+def load_partition(evaluation: Evaluation, indices: list, pieces: list) -> Partition:
+    """The task that puts a partition on a worker."""
+    return Partition(evaluation, [prepare_chunk(evaluation.rules, i, p) for i, p in zip(indices, pieces, strict=True)])
+
+
+def sweep_partition(partition: Partition, params: np.ndarray, reduction: Reduction):
+    """The task of a sweep: merged matrix and cost of one partition."""
+    blocks = [block for chunk in partition.chunks for block in chunk.blocks]
+    return _merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, reduction), reduction)
+
+
+def describe_partition(partition: Partition):
+    return [chunk.census for chunk in partition.chunks], partition.chunks[0].sample
+
+
+def count_partition(partition: Partition, params: np.ndarray):
+    return [(c.census.index, _count_not_finite(partition.evaluation, c, params)) for c in partition.chunks]
+
+
+class ClusterSweep(Sweep):
+    """Data on the workers of ``client``: one future per partition, one task per partition and sweep."""
+
+    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client):
+        super().__init__(evaluation)
+        self.client = client
+        chunks = list(problem.pieces().items())
+        size = partition_size(len(chunks), sum(client.nthreads().values()))
+        tasks = [
+            dask.delayed(load_partition)(
+                evaluation,
+                [index for index, _ in chunks[k : k + size]],
+                [pieces for _, pieces in chunks[k : k + size]],
+                dask_key_name=f"nlsq-load-{uuid4().hex}",
+            )
+            for k in range(0, len(chunks), size)
+        ]
+        self.partitions = client.compute(tasks)
+        with NamedBlock(problem, self):
+            wait(self.partitions)
+            self.described = client.gather(self._map(describe_partition, "nlsq-census"))
+
+    def __exit__(self, *exc):
+        self.client.cancel(self.partitions)
+        self.partitions = []
+
+    def _map(self, function, name, *args):
+        repeated = ([arg] * len(self.partitions) for arg in args)
+        return self.client.map(function, self.partitions, *repeated, key=name, pure=False)
+
+    def _reduce(self, params, reduction):
+        parts = self.client.gather(self._map(sweep_partition, "nlsq-sweep", params, reduction))
+        matrices, costs = zip(*parts, strict=True)
+        return merge(np.stack(matrices), np.array(costs), reduction)
+
+    def census(self) -> list[Census]:
+        return [census for part, _ in self.described for census in part]
+
+    def sample(self) -> tuple[np.ndarray, ...]:
+        return self.described[0][1]
+
+    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+        """Per chunk: how many residuals are not finite."""
+        return [each for part in self.client.gather(self._map(count_partition, "nlsq-count", params)) for each in part]
+
+
+def partition_size(n_chunks: int, n_threads: int) -> int:
+    """Chunks per partition: a power of two, so that partitions are subtrees of the merge."""
+    size = 1
+    while -(-n_chunks // (2 * size)) >= PARTITIONS_PER_THREAD * n_threads:
+        size *= 2
+    return size
+
+
+def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None) -> Sweep:
+    """Bring the data where they will be swept: to the workers of ``client``, or into this process."""
+    if client is not None:
+        return ClusterSweep(problem, evaluation, client)
+    return LocalSweep(problem, evaluation, dask.config.get("nlsq.threads") or len(sched_getaffinity(0)))
+
+
+class NamedBlock:
+    """Adds the index of the failing chunk to an error that the user's own graph raises while it is read.
+
+    Dask does not say which chunk failed, so they are read again one by one, up to the first that fails the same way.
+    """
+
+    def __init__(self, problem: Problem, holder: ClusterSweep | None = None):
+        self.problem, self.holder = problem, holder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if self.holder is not None and error is not None:
+            self.holder.__exit__()
+        if error is None or not isinstance(error, Exception):
+            return
+        for index, pieces in self.problem.pieces().items():
+            try:
+                dask.compute(*pieces)
+            except kind:
+                error.add_note(f"raised while reading block {index} of the data, whose chunks are {self.problem.chunks}")
+                return
+
+
+def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
+    """The chunk with the Cholesky factor of the covariance of y as its last buffer."""
+    return chunk._replace(blocks=tuple(b._replace(buffers=(*b.buffers, factor)) for b in chunk.blocks))
+
+
+def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model"]):
+    """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
+
+    def function(index, pieces):
+        chunk = prepare_chunk(evaluation.rules, index, pieces)
+        if problem.factor is not None:
+            chunk = with_factor(chunk, problem.factor)
+        return evaluation.values(chunk, params, what)
+
+    if not problem.lazy:
+        ((index, pieces),) = problem.pieces().items()
+        return function(index, pieces)
+    grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
+    for index in np.ndindex(grid.shape):  # chunks of size zero have no pieces
+        grid[index] = da.zeros(problem.chunk_shape(index))
+    for index, pieces in problem.pieces().items():
+        values = dask.delayed(function)(index, pieces)
+        grid[index] = da.from_delayed(values, problem.chunk_shape(index), dtype=np.float64)
+    return da.block(grid.tolist())

@@ -1,0 +1,226 @@
+"""Jitted pieces of the trust-region reflective method, on p x p matrices.
+
+The loop in `trust_region` follows Branch, Coleman and Li [1]_ in the form that SciPy gave it. Around the current
+``params`` the cost is modelled, in "hat" variables ``step = d * step_h``, by
+
+    m(step_h) = g_h^T step_h + 1/2 step_h^T (J_h^T J_h + C) step_h,     J_h = J diag(d),  g_h = d * J^T r,
+
+where ``d = sqrt(v) * scale`` joins the scaling of the parameters with the distance ``v`` to the bounds that the
+gradient pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. Only
+``R`` with ``R^T R = J^T J`` and ``projected = Q^T r`` are needed, never J: the least-squares problem
+
+    min || [R diag(d); sqrt(C)] step_h + [projected; 0] ||     subject to ||step_h|| <= radius
+
+has the same solution. Two ways to solve it stand side by side in `SUBPROBLEM_SOLVERS`: "exact" by the SVD and Moré's
+iteration on the Levenberg-Marquardt parameter [2]_, and "cg" by conjugate gradients that stop at the boundary [3]_.
+
+All functions are module-level singletons, so each is compiled once per number of parameters and process. Call them
+inside ``float64()``.
+
+References
+----------
+.. [1] M. A. Branch, T. F. Coleman, Y. Li, "A Subspace, Interior, and Conjugate Gradient Method for Large-Scale
+       Bound-Constrained Minimization Problems", SIAM J. Sci. Comput. 21 (1999) 1-23.
+.. [2] J. J. Moré, "The Levenberg-Marquardt Algorithm: Implementation and Theory", LNM 630 (1977) 105-116.
+.. [3] T. Steihaug, "The Conjugate Gradient Method and Trust Regions in Large Scale Optimization", SIAM J. Numer.
+       Anal. 20 (1983) 626-637.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EPS = 2.0**-52  # spacing of float64 at 1
+MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
+MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
+
+CG_RTOL = 1e-10  # ||residual|| / ||g_h||: a p x p product is nothing beside the sweep that a poor step would cost
+
+
+def float64():
+    """Context in which JAX computes in float64; JAX keeps this per thread, so every task enters it."""
+    return jax.enable_x64(True)
+
+
+class HatSpace(NamedTuple):
+    """The scaled variables at one point; all of shape (p,)."""
+
+    v: jax.Array  # Coleman-Li distance to the bound that the gradient pushes against, 1 where there is none
+    d: jax.Array  # step = d * step_h
+    diagonal: jax.Array  # C
+    gradient: jax.Array  # g_h = d * g
+
+
+class Spectrum(NamedTuple):
+    """SVD of the augmented matrix ``[R diag(d); sqrt(C)]`` = U diag(s) V^T."""
+
+    s: jax.Array  # (p,) descending
+    V: jax.Array  # (p, p)
+    uf: jax.Array  # (p,) U^T [projected; 0]
+
+
+def _rho_linear(z):
+    return z, jnp.ones_like(z), jnp.zeros_like(z)
+
+
+def _rho_soft_l1(z):
+    t = 1 + z
+    return 2 * (t**0.5 - 1), t**-0.5, -0.5 * t**-1.5
+
+
+def _rho_huber(z):
+    outlier = z > 1
+    root = jnp.sqrt(jnp.where(outlier, z, 1.0))
+    return (
+        jnp.where(outlier, 2 * root - 1, z),
+        jnp.where(outlier, 1 / root, 1.0),
+        jnp.where(outlier, -0.5 / root**3, 0.0),
+    )
+
+
+def _rho_cauchy(z):
+    t = 1 + z
+    return jnp.log1p(z), 1 / t, -1 / t**2
+
+
+def _rho_arctan(z):
+    t = 1 + z**2
+    return jnp.arctan(z), 1 / t, -2 * z / t**2
+
+
+# rho(z), rho'(z), rho''(z) of z = (residual / f_scale)^2, as in scipy.optimize.least_squares. A new loss goes here.
+LOSSES = {
+    "linear": _rho_linear,
+    "soft_l1": _rho_soft_l1,
+    "huber": _rho_huber,
+    "cauchy": _rho_cauchy,
+    "arctan": _rho_arctan,
+}
+
+
+@partial(jax.jit, static_argnames="loss")
+def masked_cost(residual, valid, f_scale, loss="linear"):
+    """``0.5 * f_scale^2 * sum rho((residual / f_scale)^2)`` over the valid points; residual (n,), valid (n,) or None."""
+    rho = LOSSES[loss]((residual / f_scale) ** 2)[0] * f_scale**2
+    return 0.5 * jnp.sum(rho if valid is None else jnp.where(valid, rho, 0.0))
+
+
+@jax.jit
+def gradient(R, projected):
+    """Gradient of the cost, ``J^T r = R^T Q^T r``, shape (p,)."""
+    return R.T @ projected
+
+
+@jax.jit
+def hat_space(params, g, lower, upper, scale):
+    """Variables in which the bounds are far and the parameters alike ([1]_, eq. 2.2); arguments and fields (p,)."""
+    to_upper = (g < 0) & jnp.isfinite(upper)
+    to_lower = (g > 0) & jnp.isfinite(lower)
+    v = jnp.where(to_upper, upper - params, jnp.where(to_lower, params - lower, 1.0))
+    dv = jnp.where(to_upper, -1.0, jnp.where(to_lower, 1.0, 0.0))
+    d = jnp.sqrt(jnp.where(dv != 0, v / scale, 1.0)) * scale
+    return HatSpace(v, d, g * dv * scale, d * g)
+
+
+@jax.jit
+def spectrum(R, projected, d, diagonal):
+    """SVD that every radius at this point shares; R (p, p), the rest (p,)."""
+    augmented = jnp.concatenate([R * d, jnp.diag(jnp.sqrt(diagonal))])
+    U, s, Vt = jnp.linalg.svd(augmented, full_matrices=False)
+    return Spectrum(s, Vt.T, U[: len(d)].T @ projected)
+
+
+@jax.jit
+def solve_svd(spectral, radius, alpha, rank_tolerance):
+    """Exact minimiser in the ball, and the Levenberg-Marquardt parameter that belongs to it.
+
+    Parameters
+    ----------
+    spectral : Spectrum
+    radius, alpha : float
+        Trust-region radius and a first guess of the parameter (0: none).
+    rank_tolerance : float
+        Singular values below ``rank_tolerance * s[0]`` count as zero.
+
+    Returns
+    -------
+    step_h : (p,)
+    alpha : float
+        ``(J_h^T J_h + C + alpha I) step_h = -g_h``.
+    """
+    s, V, uf = spectral
+    kept = s > rank_tolerance * s[0]
+    uf = jnp.where(kept, uf, 0.0)  # the data say nothing about the other directions: no step along them
+    s = jnp.where(kept, s, 1.0)
+    suf = s * uf
+    newton = -V @ (uf / s)
+    inside = jnp.linalg.norm(newton) <= radius
+
+    def phi_and_slope(alpha):
+        denominator = s**2 + alpha
+        norm = jnp.linalg.norm(suf / denominator)
+        return norm - radius, -jnp.sum(suf**2 / denominator**3) / norm
+
+    upper = jnp.linalg.norm(suf) / radius
+    phi0, slope0 = phi_and_slope(0.0)
+    lower = -phi0 / slope0
+
+    def inner_guess(lower, upper):
+        return jnp.maximum(0.001 * upper, jnp.sqrt(lower * upper))
+
+    def unfinished(state):
+        iteration, _, _, _, phi = state
+        return (iteration < MORE_ITERATIONS) & (jnp.abs(phi) >= MORE_RTOL * radius)
+
+    def refine(state):
+        iteration, alpha, lower, upper, _ = state
+        alpha = jnp.where((alpha < lower) | (alpha > upper), inner_guess(lower, upper), alpha)
+        phi, slope = phi_and_slope(alpha)
+        upper = jnp.where(phi < 0, alpha, upper)
+        lower = jnp.maximum(lower, alpha - phi / slope)
+        return iteration + 1, alpha - (phi + radius) / radius * phi / slope, lower, upper, phi
+
+    # not a number where the Newton step lies inside: the iteration is skipped then
+    start = jnp.where(alpha > 0, alpha, inner_guess(lower, upper))
+    first_phi = jnp.where(inside, 0.0, jnp.inf)
+    _, alpha, _, _, _ = lax.while_loop(unfinished, refine, (0, start, lower, upper, first_phi))
+    bounded = -V @ (suf / (s**2 + alpha))
+    bounded = bounded * (radius / jnp.linalg.norm(bounded))  # on the sphere exactly, so that it never leaves it
+    return jnp.where(inside, newton, bounded), jnp.where(inside, 0.0, alpha)
+
+
+@jax.jit
+def solve_cg(R, projected, d, diagonal, radius):
+    """Conjugate gradients on the normal equations in the ball, for many parameters; returns step_h (p,) ([3]_)."""
+    R_h = R * d
+    g_h = R_h.T @ projected
+    tolerance = CG_RTOL * jnp.linalg.norm(g_h)
+
+    def hessian(step):
+        return R_h.T @ (R_h @ step) + diagonal * step
+
+    def to_sphere(step, direction):
+        a, b, c = direction @ direction, step @ direction, step @ step - radius**2
+        return step + (-b + jnp.sqrt(b * b - a * c)) / a * direction
+
+    def unfinished(state):
+        iteration, _, rest, _, done = state
+        return (iteration < 2 * len(d)) & ~done & (jnp.linalg.norm(rest) > tolerance)
+
+    def advance(state):
+        iteration, step, rest, direction, _ = state
+        curved = hessian(direction)
+        curvature = direction @ curved
+        flat = curvature <= EPS * (direction @ direction)
+        length = (rest @ rest) / jnp.where(flat, 1.0, curvature)
+        trial = step + length * direction
+        leaves = flat | (jnp.linalg.norm(trial) >= radius)
+        rest_new = rest - length * curved
+        turned = rest_new + (rest_new @ rest_new) / (rest @ rest) * direction
+        return iteration + 1, jnp.where(leaves, to_sphere(step, direction), trial), rest_new, turned, leaves
+
+    start = (0, jnp.zeros_like(g_h), -g_h, -g_h, False)
+    return lax.while_loop(unfinished, advance, start)[1]
