@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from .kernels import Block, Layout, Layouts
+from .kernels import MAX_TILE, Block, Layout, Layouts
 
 BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.03 ms to start one
 ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
@@ -335,12 +335,17 @@ def _size_class(n, longest):
 
 
 def _view(flat, lo, hi, capacity):
-    """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them."""
+    """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
+
+    A view of ``flat`` where it has as many elements around [lo, hi). A run shorter than a tile is copied, since a tile
+    is read from its beginning.
+    """
     per_line = ALIGNMENT // flat.itemsize
     misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
     start = min(lo, len(flat) - capacity)
     start -= (start + misfit) % per_line
-    if start < 0 or start + capacity < hi or flat.ctypes.data % flat.itemsize:
+    fits = start >= 0 and start + capacity >= hi and hi - lo >= MAX_TILE
+    if not fits or flat.ctypes.data % flat.itemsize:
         return _aligned_copy(flat, lo, hi, capacity)
     return flat[start : start + capacity], lo - start
 

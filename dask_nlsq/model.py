@@ -7,6 +7,7 @@ the process before anything is unpickled. Whatever is compiled for the model is 
 
 import hashlib
 import inspect
+import pickle
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -53,7 +54,7 @@ def intern(f: Callable, jac: Callable | None = None) -> Model:
     """
     try:
         payload = cloudpickle.dumps((f, jac))
-    except (TypeError, AttributeError, ValueError) as err:
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as err:
         raise TypeError(
             f"the model {function_name(f)} cannot be pickled ({err}): let it close over arrays and numbers only, "
             "not over open files, locks or clients"

@@ -7,6 +7,7 @@ the sum has the same bits for any number of threads, workers and partitions.
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from os import sched_getaffinity
 from typing import Literal, NamedTuple
 from uuid import uuid4
@@ -245,21 +246,27 @@ class ClusterSweep(Sweep):
             )
             for k in range(0, len(chunks), size)
         ]
-        self.partitions = client.compute(tasks)
-        with NamedBlock(problem, self):
+        self.partitions, self.running = client.compute(tasks), []
+        with ExitStack() as on_error, NamedBlock(problem, client):
+            # futures also live in the traceback of an error, which a notebook keeps: give them up by hand
+            on_error.push(self)
             wait(self.partitions)
-            self.described = client.gather(self._map(describe_partition, "nlsq-census"))
+            self.described = self._gather(describe_partition, "nlsq-census")
+            on_error.pop_all()
 
     def __exit__(self, *exc):
-        self.client.cancel(self.partitions)
-        self.partitions = []
+        self.client.cancel([*self.running, *self.partitions])
+        self.partitions, self.running = [], []
 
-    def _map(self, function, name, *args):
+    def _gather(self, function, name, *args):
         repeated = ([arg] * len(self.partitions) for arg in args)
-        return self.client.map(function, self.partitions, *repeated, key=name, pure=False)
+        self.running = self.client.map(function, self.partitions, *repeated, key=name, pure=False)
+        results = self.client.gather(self.running)
+        self.running = []
+        return results
 
     def _reduce(self, params, reduction):
-        parts = self.client.gather(self._map(sweep_partition, "nlsq-sweep", params, reduction))
+        parts = self._gather(sweep_partition, "nlsq-sweep", params, reduction)
         matrices, costs = zip(*parts, strict=True)
         return merge(np.stack(matrices), np.array(costs), reduction)
 
@@ -271,7 +278,7 @@ class ClusterSweep(Sweep):
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
-        return [each for part in self.client.gather(self._map(count_partition, "nlsq-count", params)) for each in part]
+        return [each for part in self._gather(count_partition, "nlsq-count", params) for each in part]
 
 
 def partition_size(n_chunks: int, n_threads: int) -> int:
@@ -295,23 +302,29 @@ class NamedBlock:
     Dask does not say which chunk failed, so they are read again one by one, up to the first that fails the same way.
     """
 
-    def __init__(self, problem: Problem, holder: ClusterSweep | None = None):
-        self.problem, self.holder = problem, holder
+    def __init__(self, problem: Problem, client: Client | None = None):
+        self.problem, self.client = problem, client
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, traceback):
-        if self.holder is not None and error is not None:
-            self.holder.__exit__()
-        if error is None or not isinstance(error, Exception):
+        if not isinstance(error, Exception):
             return
         for index, pieces in self.problem.pieces().items():
-            try:
-                dask.compute(*pieces)
-            except kind:
+            if type(self._failure(pieces)) is kind:
                 error.add_note(f"raised while reading block {index} of the data, whose chunks are {self.problem.chunks}")
                 return
+
+    def _failure(self, pieces):
+        task = dask.delayed(list)(pieces)
+        if self.client is None:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(task.compute).exception()
+        future = self.client.compute(task)
+        failure = future.exception()
+        future.cancel()
+        return failure
 
 
 def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:

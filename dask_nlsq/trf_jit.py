@@ -67,8 +67,8 @@ def _rho_linear(z):
 
 
 def _rho_soft_l1(z):
-    t = 1 + z
-    return 2 * (t**0.5 - 1), t**-0.5, -0.5 * t**-1.5
+    root = jnp.sqrt(1 + z)
+    return 2 * z / (1 + root), 1 / root, -0.5 / root**3  # the first is 2 (root - 1), without cancellation
 
 
 def _rho_huber(z):

@@ -1,0 +1,215 @@
+"""Bad input gets one clear error, at the door: which argument, which value, which limit, what to do."""
+
+import math
+import time
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from dask_nlsq import curve_fit
+
+X = np.linspace(0, 1, 50)
+Y = 2 * np.exp(-X)
+
+
+def decay(x, a, b):
+    return a * jnp.exp(-b * x)
+
+
+def spoiled(array, value, *places):
+    array = np.array(array, dtype=float)
+    array[list(places)] = value
+    return array
+
+
+SHAPES_AND_TYPES = {
+    "x and y differ in length": (
+        ValueError,
+        r"`xdata` of shape \(49,\) does not fit `ydata` of shape \(50,\)",
+        X[:-1],
+        Y,
+        {},
+    ),
+    "no data": (ValueError, "`ydata` must not be empty", [], [], {}),
+    "no x": (ValueError, "`xdata` must not be empty", [], Y, {}),
+    "fewer points than params": (TypeError, "parameters=2 must not exceed the number of data points=1", X[:1], Y[:1], {}),
+    "fewer points left than params": (TypeError, "data points=1", X, Y, {"mask": np.arange(50) > 0}),
+    "complex": (TypeError, "`ydata` has dtype complex128: real numbers", X, Y + 1j, {}),
+    "objects": (TypeError, "`xdata` has dtype object", np.array([object()] * 50), Y, {}),
+    "text": (TypeError, "`ydata` has dtype <U1", X, np.array(["a"] * 50), {}),
+    "dates": (TypeError, "`xdata` has dtype datetime64", np.array(["2026-01-01"] * 50, "M8[D]"), Y, {}),
+    "unknown chunks": (
+        ValueError,
+        r"call ydata.compute_chunk_sizes\(\)",
+        X,
+        da.from_array(Y, 10)[da.from_array(Y, 10) > 1],
+        {},
+    ),
+    "sigma of the wrong shape": (ValueError, r"`sigma` of shape \(7,\) does not fit", X, Y, {"sigma": np.ones(7)}),
+    "mask of the wrong shape": (ValueError, r"`mask` of shape \(7,\) does not fit", X, Y, {"mask": np.ones(7, bool)}),
+    "all masked": (ValueError, "all 50 points are masked", X, Y, {"mask": True}),
+}
+
+
+@pytest.mark.parametrize("kind, message, x, y, options", SHAPES_AND_TYPES.values(), ids=SHAPES_AND_TYPES)
+def test_data_that_cannot_be_fitted(kind, message, x, y, options):
+    with pytest.raises(kind, match=message):
+        curve_fit(decay, x, y, **options)
+
+
+OPTIONS = {
+    "p0 outside bounds": (r"Initial guess is outside of provided bounds: a = 5.0 is not in \[0.0, 2.0\]",
+                          {"p0": [5, 1], "bounds": (0, 2)}),
+    "p0 of the wrong length": (r"`p0` has 3 values, but decay takes 2 parameters", {"p0": [1, 2, 3]}),
+    "p0 not finite": ("`p0` must be finite: b is nan", {"p0": [1, np.nan]}),
+    "p0 a matrix": ("`p0` must be a vector", {"p0": [[1, 2]]}),
+    "lower = upper": (r"strictly less than each upper bound: b has \[1.0, 1.0\]", {"bounds": ([0, 1], [1, 1])}),
+    "bounds of the wrong length": (r"`bounds\[0\]` has shape \(3,\)", {"bounds": ([0, 1, 2], [1, 2, 3])}),
+    "bounds not a pair": ("must be a pair", {"bounds": 3}),
+    "bounds not a number": ("must not contain nan", {"bounds": (np.nan, 1)}),
+    "sigma zero": ("`sigma` must be positive: 3 values", {"sigma": np.where(np.arange(50) < 3, 0, 1)}),
+    "sigma negative": ("`sigma` must be positive: 50 values", {"sigma": -1}),
+    "covariance in blocks": ('needs all points at once: use strategy="standard"', {"sigma": np.eye(50), "strategy": "chunked"}),
+    "covariance not definite": ("`sigma` must be positive definite", {"sigma": -np.eye(50)}),
+    "covariance not symmetric": ("symmetric", {"sigma": np.tri(50)}),
+    "unknown method": ("`method` must be one of None, 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
+    "unknown loss": ("`loss` must be one of", {"loss": "tukey"}),
+    "unknown strategy": ("`strategy` must be one of", {"strategy": "magic"}),
+    "unknown jac": ("`jac` must be a callable", {"jac": "4-point"}),
+    "lm with bounds": ("only works for unconstrained problems", {"method": "lm", "bounds": (0, 9)}),
+    "f_scale zero": ("`f_scale` must be a positive number", {"loss": "huber", "f_scale": 0}),
+    "x_scale negative": ("`x_scale` must be 'jac' or positive", {"x_scale": [-1, 1]}),
+    "ftol negative": ("`ftol` must be a number >= 0 or None", {"ftol": -1}),
+    "names too few": ("`param_names` must be 2 different names", {"param_names": ["a"]}),
+    "nan_policy": (r"nan_policy must be one of \{None, 'raise', 'omit'\}", {"nan_policy": "drop"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message, options", OPTIONS.values(), ids=OPTIONS)
+def test_options_that_make_no_sense(message, options):
+    with pytest.raises(ValueError, match=message):
+        curve_fit(decay, X, Y, **options)
+
+
+def test_unknown_keyword_is_a_type_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'loess'"):
+        curve_fit(decay, X, Y, loess="linear")
+
+
+def test_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match="needs a model"):
+        curve_fit(X, Y, 3)
+
+
+@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("policy", [None, "raise"])
+def test_values_that_are_not_finite_are_counted_and_placed(name, value, policy):
+    data = {"xdata": X, "ydata": Y, "sigma": np.ones(50)}
+    data[name] = spoiled(data[name], value, 23, 24, 41)
+    blocks = {key: da.from_array(array, 10) for key, array in data.items()}
+    with pytest.raises(ValueError, match=rf"3 of the values of `{name}`, first in block \(2,\) of 5.*omit"):
+        curve_fit(decay, **blocks, nan_policy=policy)
+
+
+@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_omit_gives_the_fit_without_these_points(name, value):
+    rng = np.random.default_rng(0)
+    data = {"xdata": X, "ydata": Y + rng.normal(0, 0.1, 50), "sigma": rng.uniform(1, 2, 50)}
+    reference = curve_fit(decay, **{key: np.delete(array, [3, 30]) for key, array in data.items()})
+    data[name] = spoiled(data[name], value, 3, 30)
+    found = curve_fit(decay, **{key: da.from_array(array, 11) for key, array in data.items()}, nan_policy="omit")
+    assert (found.n_points, found.n_omitted) == (48, 2)
+    np.testing.assert_allclose(found.popt, reference.popt, rtol=1e-9)
+    np.testing.assert_allclose(found.pcov, reference.pcov, rtol=1e-7)
+
+
+def test_unchecked_nan_is_found_at_the_start():
+    with pytest.raises(ValueError, match="nan or infinity for 1 points"):
+        curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=False)
+
+
+def branching(x, a, b):
+    return a * x if a > 0 else b * x
+
+
+MODELS = {
+    "numpy": (TypeError, "jax.numpy", lambda x, a, b: a * np.exp(-b * x)),
+    "math": (TypeError, "jax.numpy", lambda x, a, b: a * math.exp(b) * x),
+    "branch": (TypeError, "jnp.where", branching),
+    "wrong shape": (ValueError, r"returned an array of shape \(3,\).*shape \(50,\), one value per point", lambda x, a, b: jnp.ones(3) * a),
+    "nan at p0": (ValueError, r"nan or infinity for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
+    "derivative at p0": (ValueError, "derivatives of .* are not finite.*a=1, b=1", lambda x, a, b: jnp.sqrt(a - 1) + b * x),
+    "not pointwise": (ValueError, "not pointwise", lambda x, a, b: a * jnp.cumsum(x) + b),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, message, model", MODELS.values(), ids=MODELS)
+def test_models_that_cannot_be_fitted(kind, message, model):
+    with pytest.raises(kind, match=message):
+        curve_fit(model, X, Y)
+
+
+@pytest.mark.parametrize("kind, message, model", MODELS.values(), ids=MODELS)
+def test_models_that_cannot_be_fitted_in_blocks(kind, message, model):
+    with pytest.raises(kind, match=message.replace(r".*shape \(50,\)", "").replace(r"\(3,\), one", r"\(3,\).*one")):
+        curve_fit(model, da.from_array(X, 9), da.from_array(Y, 7), strategy="chunked")
+
+
+def test_jac_of_the_wrong_shape():
+    with pytest.raises(ValueError, match=r"returned an array of shape \(3,\).*shape \(50, 2\)"):
+        curve_fit(decay, X, Y, jac=lambda x, a, b: jnp.ones(3))
+
+
+def test_the_users_own_error_comes_through():
+    def undefined(x, a):
+        return a * missing_name  # noqa: F821
+
+    with pytest.raises(NameError, match="missing_name"):
+        curve_fit(undefined, X, Y)
+
+
+def failing(block, block_info=None):
+    if block_info and block_info[0]["chunk-location"] == (3,):
+        raise OSError("disk gone")
+    return block
+
+
+def test_a_task_that_fails_names_its_block():
+    y = da.from_array(Y, 10).map_blocks(failing, dtype=float)
+    with pytest.raises(OSError, match="disk gone") as caught:
+        curve_fit(decay, X, y)
+    assert "block (3,)" in caught.value.__notes__[0]
+
+
+def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing():
+    y = da.from_array(Y, 10).map_blocks(failing, dtype=float)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        with pytest.raises(OSError, match="disk gone") as caught:
+            curve_fit(decay, X, y)
+        assert any("block (3,)" in note for note in caught.value.__notes__)
+        held = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+        for _ in range(50):  # releasing is asynchronous
+            if not held:
+                break
+            time.sleep(0.1)
+            held = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
+        assert not held
+
+
+def test_no_convergence_says_why():
+    with pytest.raises(RuntimeError, match="Optimal parameters not found: The maximum number of function evaluations"):
+        curve_fit(decay, X, Y + 0.1 * np.sin(9 * X), max_nfev=2)
+
+
+def test_data_larger_than_the_limit_are_refused_before_they_are_read():
+    def read(block):
+        raise AssertionError("was read")
+
+    y = da.zeros(10_000_000, chunks=1_000_000).map_blocks(read, dtype=float, meta=np.zeros(0))
+    with pytest.raises(MemoryError, match="take 0.15 GiB and this process may hold 0.01 GiB"):
+        curve_fit(decay, da.zeros(10_000_000, chunks=1_000_000), y, memory_limit_gb=0.01)

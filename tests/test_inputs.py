@@ -1,0 +1,146 @@
+"""Any kind of array, any chunks: the same problem."""
+
+import dask
+import dask.array as da
+import h5py
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+import zarr
+
+from dask_nlsq import curve_fit
+from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
+
+N = 999
+RNG = np.random.default_rng(7)
+X = np.linspace(0, 5, N)
+Y = 2 * np.exp(-0.7 * X) + 0.3 + RNG.normal(0, 0.05, N)
+TIGHT = {"ftol": 1e-14, "xtol": 1e-14, "gtol": 1e-14}
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return curve_fit(decay, X, Y, **TIGHT)
+
+
+def in_zarr(array, path):
+    stored = zarr.create_array(store=path / "a.zarr", shape=array.shape, dtype=array.dtype, chunks=(100,), shards=(300,))
+    stored[:] = array
+    return stored
+
+
+def in_hdf5(array, path):
+    return h5py.File(path / "a.h5", "w").create_dataset("a", data=array, chunks=(130,))
+
+
+KINDS = {
+    "numpy": lambda a, path: a,
+    "list": lambda a, path: a.tolist(),
+    "jax": lambda a, path: dask.compute(jnp.asarray(a, dtype=jnp.float32))[0],
+    "pandas": lambda a, path: pd.Series(a),
+    "dask": lambda a, path: da.from_array(a, chunks=77),
+    "dask ragged": lambda a, path: da.from_array(a, chunks=((1, 500, 0, 398, 100),)),
+    "zarr": in_zarr,
+    "hdf5": in_hdf5,
+    "xarray": lambda a, path: xr.DataArray(a, dims="t"),
+    "xarray dask": lambda a, path: xr.DataArray(a, dims="t").chunk(t=200),
+    "memory map": lambda a, path: mapped(a, path),
+    "big endian": lambda a, path: a.astype(">f8"),
+}
+
+
+def mapped(array, path):
+    np.save(path / "a.npy", array)
+    return np.load(path / "a.npy", mmap_mode="r")
+
+
+@pytest.mark.parametrize("kind_y", KINDS)
+@pytest.mark.parametrize("kind_x", ["numpy", "dask", "zarr"])
+def test_any_mix_of_kinds_gives_the_same_fit(kind_x, kind_y, reference, tmp_path):
+    (tmp_path / "x").mkdir()
+    found = curve_fit(decay, KINDS[kind_x](X, tmp_path / "x"), KINDS[kind_y](Y, tmp_path), **TIGHT)
+    distance = np.abs(found.popt - reference.popt) / reference.perr
+    assert distance.max() < (1e-5 if kind_y == "jax" else 1e-9)  # float32 there
+    assert found.n_points == N
+
+
+@pytest.mark.parametrize("kind", ["dask", "zarr", "hdf5"])
+def test_sigma_and_mask_of_other_kinds_follow(kind, tmp_path):
+    sigma, mask = RNG.uniform(1, 2, N), RNG.random(N) < 0.1
+    (tmp_path / "m").mkdir()
+    expected = curve_fit(decay, X[~mask], Y[~mask], sigma=sigma[~mask], **TIGHT)
+    found = curve_fit(decay, X, Y, sigma=KINDS[kind](sigma, tmp_path), mask=KINDS[kind](mask, tmp_path / "m"), **TIGHT)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)
+    assert found.n_masked == mask.sum()
+
+
+def test_a_masked_array_is_masked(reference):
+    y = np.ma.array(np.append(Y, 1e6), mask=np.arange(N + 1) == N)
+    found = curve_fit(decay, np.append(X, 5.0), y, **TIGHT)
+    np.testing.assert_allclose(found.popt, reference.popt, rtol=1e-10)
+    assert found.n_masked == 1
+
+
+def test_building_a_problem_reads_nothing():
+    def forbidden(dsk, keys, **kwargs):
+        raise AssertionError("computed")
+
+    y = da.random.random((100, 200), chunks=(7, 50))
+    with dask.config.set(scheduler=forbidden):
+        problem = build_problem((np.arange(100)[:, None], np.arange(200)), y, y + 1, y > 2, check=True, omit=False)
+        problem.pieces()
+    assert problem.shape == (100, 200)
+
+
+def test_chunks_of_y_rule():
+    y = da.zeros((30, 40), chunks=(7, 40))
+    x = da.zeros((30, 40), chunks=(30, 9))
+    problem = build_problem(x, y, check=True, omit=False)
+    assert problem.chunks == y.chunks
+    assert all(operand.chunks == y.chunks for operand in problem.operands if operand.size == y.size)
+
+
+def test_axis_vectors_stay_vectors():
+    y = da.zeros((30, 40), chunks=(7, 11))
+    problem = build_problem((np.arange(30)[:, None], np.arange(40)), y, check=True, omit=False)
+    assert [operand.size for operand in problem.operands] == [1200, 1, 30, 40]
+
+
+def test_stacked_predictors_reach_the_model_as_scipy_passes_them():
+    def plane(x, a, b):
+        assert x.ndim == 2
+        return a * x[0] + b * x[1]
+
+    x = np.stack([X, X**2])
+    found = curve_fit(plane, da.from_array(x, chunks=(1, 100)), da.from_array(3 * X - X**2, chunks=130))
+    np.testing.assert_allclose(found.popt, [3, -1], rtol=1e-9)
+
+
+def test_shards_are_read_whole(tmp_path):
+    problem = build_problem(X, in_zarr(Y, tmp_path), check=True, omit=False)
+    assert problem.chunks == ((300, 300, 300, 99),)
+
+
+def test_a_chunk_becomes_blocks_by_its_length_alone():
+    n = 2 * BLOCK_POINTS + 3
+    problem = build_problem(np.zeros(n), np.zeros(n, np.float32), check=True, omit=False)
+    ((index, pieces),) = problem.pieces().items()
+    chunk = prepare_chunk(problem.rules, index, pieces)
+    assert [int(block.geometry[0]) for block in chunk.blocks] == [BLOCK_POINTS, BLOCK_POINTS, 3]
+
+
+def test_census_counts_by_argument():
+    x, y, sigma = np.arange(10.0), np.arange(10.0), np.ones(10)
+    x[0], y[[1, 2]], sigma[3], y[4] = np.nan, np.inf, np.nan, np.nan
+    mask = np.arange(10) == 4
+    problem = build_problem(x, y, sigma, mask, check=True, omit=True)
+    ((index, pieces),) = problem.pieces().items()
+    census = prepare_chunk(problem.rules, index, pieces).census
+    assert census.not_finite == {"ydata": 2, "sigma": 1, "xdata": 1}
+    assert (census.n_masked, census.n_omitted, census.n_points) == (1, 4, 10)

@@ -1,0 +1,212 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
+from dask_nlsq.kernels import COLUMNS_UP_TO, check_pointwise, sweep_kernel
+from dask_nlsq.model import intern
+from dask_nlsq.reduction import Evaluation, merge
+from dask_nlsq.trf_jit import LOSSES, float64
+
+PARAMS = np.array([2.0, 0.7, 0.3])
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def data(n, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(0, 5, n)
+    return x, 2 * np.exp(-0.5 * x) + rng.normal(0, 0.1, n)
+
+
+def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
+    problem = build_problem(xdata, ydata, sigma, mask, check=True, omit=omit)
+    ((index, pieces),) = problem.pieces().items()
+    return problem.rules, prepare_chunk(problem.rules, index, pieces)
+
+
+def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, **operands):
+    rules, chunk = chunk_of(xdata, ydata, **operands)
+    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(chunk.blocks, params, reduction)
+    matrices, costs = zip(*results, strict=True)
+    return merge(np.stack(matrices), np.array(costs), reduction)
+
+
+def dense_rows(f, x, y, params, sigma=1.0):
+    with float64():
+        J = np.asarray(jax.jacfwd(lambda q: f(x, *q))(jnp.asarray(params)))
+        r = np.asarray(f(x, *params)) - y
+    return np.column_stack([J, r]) / np.reshape(sigma, (-1, 1))
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000, 4096, 4097, BLOCK_POINTS - 1, BLOCK_POINTS + 5, 2 * BLOCK_POINTS + 4099])
+def test_gram_is_that_of_the_dense_rows_for_any_length(n):
+    x, y = data(n)
+    rows = dense_rows(decay, x, y, PARAMS)
+    gram, cost = swept(decay, x, y, PARAMS)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+    assert cost == pytest.approx(0.5 * np.sum(rows[:, -1] ** 2), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1000, BLOCK_POINTS + 5])
+def test_qr_factor_has_the_same_gram_matrix(n):
+    x, y = data(n)
+    rows = dense_rows(decay, x, y, PARAMS)
+    factor, _ = swept(decay, x, y, PARAMS, reduction="qr")
+    np.testing.assert_allclose(factor, np.triu(factor))
+    np.testing.assert_allclose(factor.T @ factor, rows.T @ rows, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("start", range(9))
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint16, np.int8])
+def test_alignment_of_the_users_buffer_does_not_change_a_bit(start, dtype):
+    """Views that start anywhere in a cache line give the bits of a fresh copy."""
+    rng = np.random.default_rng(1)
+    n = 2 * BLOCK_POINTS + 777
+    x, y = np.linspace(0, 5, n + 9), rng.integers(0, 100, n + 9).astype(dtype)
+    viewed = swept(decay, x[start : start + n], y[start : start + n], PARAMS)
+    copied = swept(decay, x[start : start + n].copy(), y[start : start + n].copy(), PARAMS)
+    np.testing.assert_array_equal(viewed[0], copied[0])
+    assert viewed[1] == copied[1]
+
+
+def test_large_arrays_reach_xla_without_a_copy():
+    x, y = data(4 * BLOCK_POINTS)
+    _, chunk = chunk_of(x, y)
+    shared = [np.shares_memory(block.buffers[0], y) for block in chunk.blocks]
+    assert sum(shared) >= len(shared) - 2  # the first may start, the last may end, in the middle of a cache line
+    assert all(buffer.ctypes.data % 64 == 0 for block in chunk.blocks for buffer in block.buffers if len(buffer) > 1)
+
+
+def test_unsigned_integers_are_converted_before_they_are_subtracted():
+    x = np.arange(100.0)
+    y = np.full(100, 3, np.uint16)
+    gram, _ = swept(lambda x, a: a + 0 * x, x, y, np.array([1.0]))
+    assert gram[0, 1] == -200  # sum of 1 - 3, not of 65534
+
+
+@pytest.mark.parametrize("n", [500, BLOCK_POINTS + 100])
+def test_masked_points_do_not_count_whatever_they_hold(n):
+    x, y = data(n)
+    mask = np.random.default_rng(2).random(n) < 0.3
+    spoiled = np.where(mask, np.nan, y)
+    rows = dense_rows(decay, x[~mask], y[~mask], PARAMS)
+    gram, cost = swept(decay, x, spoiled, PARAMS, mask=mask)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-11)
+    assert cost == pytest.approx(0.5 * np.sum(rows[:, -1] ** 2), rel=1e-12)
+
+
+def test_omitted_points_do_not_count():
+    x, y = data(1000)
+    rows = dense_rows(decay, x[10:], y[10:], PARAMS)
+    x[:5], y[5:10] = np.inf, np.nan
+    gram, _ = swept(decay, x, y, PARAMS, omit=True)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-11)
+
+
+@pytest.mark.parametrize("sigma", [0.5, "per point"])
+def test_rows_are_divided_by_sigma(sigma):
+    x, y = data(1000)
+    sigma = np.random.default_rng(3).uniform(0.5, 2, 1000) if sigma == "per point" else sigma
+    rows = dense_rows(decay, x, y, PARAMS, np.broadcast_to(sigma, 1000))
+    gram, _ = swept(decay, x, y, PARAMS, sigma=sigma)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "linear"])
+def test_robust_gradient_is_the_derivative_of_the_cost(loss):
+    x, y = data(2000)
+
+    def cost(params):
+        return swept(decay, x, y, params, loss=loss, f_scale=0.1)[1]
+
+    gram, _ = swept(decay, x, y, PARAMS, loss=loss, f_scale=0.1)
+    for k in range(3):
+        h = 1e-6 * np.eye(3)[k]
+        assert gram[k, 3] == pytest.approx((cost(PARAMS + h) - cost(PARAMS - h)) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [COLUMNS_UP_TO, COLUMNS_UP_TO + 1])
+def test_both_ways_of_forming_columns_agree_with_jacfwd(count):
+    def polynomial(x, *c):
+        return sum(ck * jnp.cos(k * x + 0.1 * ck) for k, ck in enumerate(c))
+
+    x, y = data(3000)
+    params = np.linspace(0.5, 1.5, count)
+    rows = dense_rows(polynomial, x, y, params)
+    gram, _ = swept(polynomial, x, y, params)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-10, atol=1e-9)
+
+
+def test_the_users_jacobian_is_used():
+    x, y = data(1000)
+
+    def twice(x, a, b, c):  # not the derivative, so that it shows
+        return jnp.stack([x, x**2, x**3], axis=1)
+
+    gram, _ = swept(decay, x, y, PARAMS, jac=twice, sigma=2.0)
+    J = np.column_stack([x, x**2, x**3]) / 2
+    np.testing.assert_allclose(gram[:3, :3], J.T @ J, rtol=1e-12)
+
+
+def test_axis_vectors_are_broadcast_inside_the_kernel():
+    """Three axes of odd lengths, more points than a block holds, a mask for two of the axes and sigma for one."""
+    shape = (7, 311, 257)
+    rng = np.random.default_rng(4)
+    y = rng.normal(size=shape)
+    phi, i, j = np.arange(7)[:, None, None], np.arange(311)[:, None], np.linspace(0, 1, 257)
+    mask, sigma = rng.random((311, 257)) < 0.1, rng.uniform(1, 2, (7, 1, 1))
+    table = np.linspace(1, 3, 311)
+
+    def model(coordinates, a, b):
+        phi, i, j = coordinates
+        return a * jnp.asarray(table)[i] * j + b * phi
+
+    params = np.array([0.3, 0.2])
+    gram, cost = swept(model, (phi, i, j), y, params, mask=mask, sigma=sigma)
+    weight = np.where(mask, 0, 1 / np.broadcast_to(sigma, shape))
+    columns = [table[i] * j + 0 * phi, phi + 0 * table[i] * j]
+    r = sum(p * c for p, c in zip(params, columns, strict=True)) - y
+    rows = np.stack([(c * weight).ravel() for c in (*columns, r)], axis=1)
+    np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-11)
+    assert cost == pytest.approx(0.5 * np.sum(rows[:, -1] ** 2), rel=1e-12)
+
+
+def test_blocks_of_other_lengths_and_values_share_a_compilation():
+    model = intern(decay)
+    x, y = data(3 * BLOCK_POINTS + 12345)
+    rules, chunk = chunk_of(x, y)
+    evaluation = Evaluation(model, rules, "linear", 1.0)
+    kernel = sweep_kernel(model, evaluation.spec(chunk.blocks[0], 3, "gram"))
+    evaluation.reduce_blocks(chunk.blocks[:1], PARAMS, "gram")
+    before = kernel._cache_size()
+    evaluation.reduce_blocks(chunk.blocks, 2 * PARAMS, "gram")
+    _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
+    evaluation.reduce_blocks(other.blocks, PARAMS, "gram")
+    assert kernel._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x, a: a * jnp.cumsum(x),
+        lambda x, a: a * (x - jnp.mean(x)),
+        lambda x, a: a * x / jnp.max(x),
+        lambda x, a: a * jnp.sort(x),
+        lambda x, a: a * (x - x[0]),
+        lambda x, a: a * x * x.size,
+    ],
+    ids=["cumsum", "mean", "max", "sort", "first", "size"],
+)
+def test_models_that_are_not_pointwise_are_recognised(f):
+    rules, chunk = chunk_of(*data(100))
+    with pytest.raises(ValueError, match="not pointwise"):
+        check_pointwise(intern(f), rules.layouts, chunk.sample, np.ones(1))
+
+
+def test_a_pointwise_model_with_nan_at_a_point_passes():
+    rules, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
+    check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), rules.layouts, chunk.sample, np.ones(1))

@@ -1,0 +1,87 @@
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import cloudpickle
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dask_nlsq.model import intern, parameter_names
+
+
+def make(scale):
+    def model(x, a):
+        return scale * a * x
+
+    return model
+
+
+def test_same_content_is_the_same_model():
+    assert intern(make(2.0)) is intern(make(2.0))
+
+
+def test_another_closure_is_another_model():
+    assert intern(make(2.0)) is not intern(make(3.0))
+
+
+def test_a_table_changed_in_place_is_another_model():
+    table = np.arange(3.0)
+
+    def model(x, a):
+        return a * jnp.asarray(table)[0] * x
+
+    before = intern(model)
+    table[0] = 5
+    assert intern(model) is not before
+
+
+def test_pickling_gives_back_the_model_of_this_process():
+    model = intern(make(2.0))
+    assert pickle.loads(pickle.dumps(model)) is model
+    assert cloudpickle.loads(cloudpickle.dumps(model)) is model
+
+
+def test_what_cannot_be_pickled_is_a_clear_error():
+    lock = threading.Lock()
+
+    def model(x, a):
+        return a * x + lock.locked()
+
+    with pytest.raises(TypeError, match="cannot be pickled.*close over arrays and numbers"):
+        intern(model)
+
+
+def test_parameter_names_come_from_the_signature():
+    assert parameter_names(lambda x, a, b=2: a) == ["a", "b"]
+    assert parameter_names(lambda x, *params: x) is None
+    assert parameter_names(lambda x: x) is None
+
+
+def test_a_function_from_main_is_compiled_once_per_worker_process():
+    """64 blocks in 16 tasks on two workers: one trace of the sweep kernel in each process."""
+    script = textwrap.dedent("""
+        import dask.array as da, jax, jax.numpy as jnp, numpy as np
+        from distributed import Client, LocalCluster
+        import dask_nlsq
+
+        def decay(x, a, b):
+            return a * jnp.exp(-b * x)
+
+        def count():
+            from dask_nlsq.model import _registry
+            return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
+
+        if __name__ == "__main__":
+            x = np.linspace(0, 1, 64_000)
+            with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+                y = da.from_array(2 * np.exp(-x) + 0.01 * np.sin(99 * x), chunks=1000)
+                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y)
+                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y, p0=[3, 1])
+                print("compiled", *client.run(count).values())
+    """)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert "compiled 1 1" in run.stdout, run.stdout + run.stderr

@@ -1,0 +1,145 @@
+"""The loop with a dense J in place of data."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+
+from dask_nlsq.reduction import NormalEquations
+from dask_nlsq.trf_jit import float64
+from dask_nlsq.trust_region import NotFiniteAtStart, Options, solve
+
+
+class Dense:
+    """A sweep over residuals given as one function of params."""
+
+    def __init__(self, residual):
+        self.residual, self.calls = residual, Counter()
+
+    def __call__(self, params, reduction):
+        self.calls[reduction] += 1
+        with float64():
+            rows = np.column_stack([jax.jacfwd(self.residual)(jnp.asarray(params)), self.residual(jnp.asarray(params))])
+        cost = 0.5 * float(rows[:, -1] @ rows[:, -1])
+        if not np.isfinite(rows).all():
+            return NormalEquations(np.full((len(params) + 1,) * 2, np.nan), cost, reduction)
+        matrix = rows.T @ rows if reduction == "gram" else np.linalg.qr(rows, mode="r")
+        if len(matrix) < len(params) + 1:
+            matrix = np.vstack([matrix, np.zeros((len(params) + 1 - len(matrix), len(params) + 1))])
+        return NormalEquations(matrix, cost, reduction)
+
+
+def rosenbrock(params):
+    return jnp.array([10 * (params[1] - params[0] ** 2), 1 - params[0]])
+
+
+def options(p, lower=-np.inf, upper=np.inf, **rest):
+    return Options(np.full(p, lower, dtype=float), np.full(p, upper, dtype=float), **rest)
+
+
+@pytest.mark.parametrize("reduction", ["gram", "qr", "auto"])
+@pytest.mark.parametrize("tr_solver", ["exact", "cg"])
+def test_rosenbrock(reduction, tr_solver):
+    solution = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2, reduction=reduction, tr_solver=tr_solver))
+    np.testing.assert_allclose(solution.params, [1, 1], rtol=1e-6)
+    assert solution.status > 0
+
+
+@pytest.mark.parametrize("upper", [[0.5, 2.0], [2.0, 0.3], [0.9, 0.7]])
+@pytest.mark.parametrize("tr_solver", ["exact", "cg"])
+def test_active_bounds_give_scipys_optimum(upper, tr_solver):
+    limits = Options(np.array([-2.0, -2.0]), np.array(upper), tr_solver=tr_solver, ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    found = solve(Dense(rosenbrock), np.array([-1.2, 0.2]), limits)
+    with float64():
+        theirs = least_squares(
+            lambda p: np.asarray(rosenbrock(jnp.asarray(p))),
+            [-1.2, 0.2],
+            bounds=([-2, -2], upper),
+            ftol=1e-14,
+            xtol=1e-14,
+            gtol=1e-14,
+        )
+    assert found.equations.cost == pytest.approx(theirs.cost, rel=1e-9)
+    np.testing.assert_allclose(found.params, theirs.x, rtol=1e-6)
+    assert np.all(found.params < upper)
+
+
+def test_one_sweep_per_trial_step():
+    sweep = Dense(rosenbrock)
+    solution = solve(sweep, np.array([-1.2, 1.0]), options(2))
+    assert sweep.calls.total() == solution.nfev == len(solution.history)
+
+
+def test_gradient_finds_the_digits_that_the_cost_cannot_see():
+    """Large residuals: where the cost is flat to rounding, the params still have 1e-8 to go."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(0, 3, 200)
+    y = 5 * np.exp(-1.3 * x) + rng.normal(0, 1, x.size)
+
+    def residual(params):
+        return params[0] * jnp.exp(-params[1] * x) - y
+
+    solution = solve(Dense(residual), np.array([1.0, 1.0]), options(2, ftol=0.0, xtol=0.0, gtol=0.0))
+    with float64():
+        J = np.asarray(jax.jacfwd(residual)(jnp.asarray(solution.params)))
+        r = np.asarray(residual(jnp.asarray(solution.params)))
+    step = np.linalg.lstsq(J, -r)[0]
+    assert solution.status == 5
+    assert np.max(np.abs(step / solution.params)) < 1e-14
+    assert any(0 <= record.predicted < 1e-15 * record.cost for record in solution.history[1:])
+
+
+def test_ill_conditioned_columns_move_the_fit_to_qr():
+    x = np.linspace(0, 1, 50)
+
+    def residual(params):  # columns differ by 1e-6
+        return params[0] * x + params[1] * (x + 1e-6 * x**2) - 2 * x - 1e-6 * x**2
+
+    sweep = Dense(residual)
+    solution = solve(sweep, np.zeros(2), options(2, ftol=1e-15, xtol=1e-15, gtol=1e-15))
+    assert solution.equations.reduction == "qr"
+    assert sweep.calls["qr"] > 0
+    np.testing.assert_allclose(solution.params, [1, 1], rtol=1e-6)
+
+
+def test_a_step_where_the_model_is_not_finite_is_refused():
+    def residual(params):  # not a number beyond 1
+        return jnp.array([jnp.sqrt(1 - params[0]) - 0.1, 0.0])
+
+    solution = solve(Dense(residual), np.array([-3.0]), options(1))
+    assert solution.params[0] == pytest.approx(0.99, abs=1e-6)
+    assert any(not record.accepted for record in solution.history)
+
+
+def test_not_finite_at_the_start_is_an_error():
+    with pytest.raises(NotFiniteAtStart):
+        solve(Dense(lambda params: jnp.log(params)), np.array([-1.0]), options(1))
+
+
+def test_callback_can_stop():
+    seen = []
+
+    def stop_at_third(record):
+        seen.append(record.nfev)
+        if len(seen) == 3:
+            raise StopIteration
+
+    solution = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2, callback=stop_at_third))
+    assert seen == [1, 2, 3]
+    assert solution.status == -2
+
+
+def test_max_nfev_ends_with_status_zero():
+    solution = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2, max_nfev=4))
+    assert (solution.status, solution.nfev) == (0, 4)
+
+
+def test_x_scale_makes_units_irrelevant():
+    """With x_scale="jac" the path is the same in any units of the params."""
+    units = np.array([1e6, 1e-6])
+    plain = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2))
+    scaled = solve(Dense(lambda params: rosenbrock(params / units)), np.array([-1.2, 1.0]) * units, options(2, xtol=0.0))
+    np.testing.assert_allclose(scaled.params / units, plain.params, rtol=1e-6)
