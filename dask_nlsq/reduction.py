@@ -60,7 +60,7 @@ def factor(equations: NormalEquations) -> Factor:
     """What the trust-region method works on.
 
     The gram matrix is brought to unit diagonal and diagonalised, ``D^-1 G D^-1 = V w V^T``, so ``sqrt(w) V^T D`` is a
-    square root of it; a QR decomposition makes that triangular. Eigenvalues below the rounding of the largest are zero.
+    square root of it; a QR decomposition makes that triangular.
     """
     p = len(equations.matrix) - 1
     R = equations.matrix[:p, :p]
@@ -75,11 +75,13 @@ def factor(equations: NormalEquations) -> Factor:
     D = np.sqrt(np.diag(R))
     D = np.where(D > 0, D, 1.0)
     w, V = np.linalg.eigh(R / np.outer(D, D))
-    kept = w > rank_tolerance(equations) ** 2 * w[-1]
-    root = np.sqrt(np.where(kept, w, 0.0))
+    least = rank_tolerance(equations) ** 2 * w[-1]
+    # what lies below is rounding: kept at twice that, so that the gradient stays whole and such a direction is damped
+    root = np.sqrt(np.maximum(w, 2 * least))
     Q, triangular = np.linalg.qr(root[:, None] * V.T * D)
-    projected = Q.T @ (np.where(kept, V.T @ (last / D), 0.0) / np.where(kept, root, 1.0))
-    return Factor(triangular, projected, last, float(root[-1] / root[0]) if root[0] > 0 else np.inf)
+    projected = Q.T @ (V.T @ (last / D) / np.where(root > 0, root, 1.0))
+    condition = root[-1] / root[0] if w[0] > least else np.inf
+    return Factor(triangular, projected, last, float(condition))
 
 
 def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tuple[np.ndarray, float]:

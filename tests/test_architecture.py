@@ -28,7 +28,7 @@ def imports(room: str) -> tuple[set[str], set[str]]:
         if isinstance(node, ast.ImportFrom) and node.level:
             rooms |= {node.module} if node.module else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "dask_nlsq":
-            rooms |= {part for part in node.module.split(".")[1:2]} or {"__init__"}
+            rooms |= set(node.module.split(".")[1:2]) or {"__init__"}
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):

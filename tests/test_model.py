@@ -51,7 +51,7 @@ def test_what_cannot_be_pickled_is_a_clear_error():
     def model(x, a):
         return a * x + lock.locked()
 
-    with pytest.raises(TypeError, match="cannot be pickled.*close over arrays and numbers"):
+    with pytest.raises(TypeError, match=r"cannot be pickled.*close over arrays and numbers"):
         intern(model)
 
 
@@ -77,7 +77,7 @@ def test_a_function_from_main_is_compiled_once_per_worker_process():
 
         if __name__ == "__main__":
             x = np.linspace(0, 1, 64_000)
-            with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+            with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as c, Client(c) as client:
                 y = da.from_array(2 * np.exp(-x) + 0.01 * np.sin(99 * x), chunks=1000)
                 dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y)
                 dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y, p0=[3, 1])
