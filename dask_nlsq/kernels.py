@@ -29,7 +29,7 @@ Reduction = Literal["gram", "qr"]
 TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
 MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
-COLUMNS_UP_TO = 8  # parameters: below, pushing all unit vectors through one linearisation beats a jvp per argument
+COLUMNS_UP_TO = 8  # parameters: below, pushing all unit vectors at once is faster, above, one by one without the zeros
 
 
 class Layout(NamedTuple):
@@ -152,21 +152,23 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
 
 
 def _with_jacobian(model, spec, residual, params, block, first, fresh):
-    """r (tile,) and J^T (p, tile); columns by the user's jac, by one linearisation, or by one jvp per argument."""
+    """r (tile,) and J^T (p, tile); columns by the user's jac, or by one linearisation and a pass for each unit vector."""
     p = len(params)
     if model.jac is not None:
         tile = _Tile(spec.layouts, block, first, len(fresh))
         J = evaluate_jac(model, tile.x(), tuple(params)).T
         return residual(params), _weighted(spec, J, tile, fresh, block)
+    r, pushforward = jax.linearize(lambda *each: residual(each), *params)
     if p <= COLUMNS_UP_TO:
-        r, pushforward = jax.linearize(residual, params)
-        return r, jax.vmap(pushforward)(jnp.eye(p))
+        return r, jax.vmap(pushforward)(*jnp.eye(p))
 
-    def along(k):  # all other arguments are constants, so that what does not depend on this one vanishes
-        return jax.jvp(lambda q: residual([*params[:k], q, *params[k + 1 :]]), (params[k],), (jnp.ones(()),))[1]
+    def along(k):  # the other arguments are constants, so that what does not depend on this one vanishes
+        def one_argument(q):
+            return pushforward(*[q if m == k else jnp.zeros(()) for m in range(p)])
 
-    params = list(params)
-    return residual(params), jnp.stack([along(k) for k in range(p)])
+        return jax.jvp(one_argument, (jnp.zeros(()),), (jnp.ones(()),))[1]
+
+    return r, jnp.stack([along(k) for k in range(p)])
 
 
 def _residual(model, spec, params, block, first, fresh):

@@ -1,0 +1,224 @@
+import json
+import shutil
+import sys
+import tracemalloc
+from collections import namedtuple
+from dataclasses import replace
+from math import factorial
+
+import jax
+import numpy as np
+import pytest
+import zarr
+
+from dask_nlsq import demo
+
+SMALL = dict(frames=40, n_angles=5, seed=0)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small demonstration: its report and the lines that it printed."""
+    lines = []
+    report = demo.run(**SMALL, directory=tmp_path_factory.mktemp("demo"), echo=lines.append)
+    return report, lines
+
+
+@pytest.fixture
+def written(tmp_path):
+    measurement = demo.plan_measurement(**SMALL)
+    return measurement, demo.write_measurement(measurement, tmp_path / "two-time.zarr", {})
+
+
+@pytest.mark.parametrize("frames", [40, 300])
+@pytest.mark.parametrize("params", ["truth", "start"])
+def test_simulation_and_model_agree(frames, params):
+    measurement = demo.plan_measurement(frames, 7, seed=1)
+    params = getattr(measurement, params)
+    i, j = np.arange(frames)[:, None], np.arange(frames)[None, :]
+    model = demo.two_time_model(measurement)
+    for k in range(7):
+        with jax.enable_x64(True):
+            fitted = np.asarray(model((np.full((1, 1), k), i, j), *params))
+        np.testing.assert_allclose(fitted, demo.two_time_plane(measurement, params, k), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, 1e-9, 1e-3, 0.0499, 0.0501, 0.7, -2.5])
+def test_sinc_keeps_the_digits_of_its_derivative(x):
+    expected = sum((-1) ** k * 2 * k * x ** (2 * k - 1) / factorial(2 * k + 1) for k in range(1, 20))
+    with jax.enable_x64(True):
+        derivative = float(jax.grad(demo.sinc)(x))
+    assert derivative == pytest.approx(expected, rel=1e-11, abs=0)
+
+
+def test_noise_is_independent_and_the_diagonal_is_no_data():
+    measurement = demo.plan_measurement(400, 3, seed=0)
+    noise = demo.simulate_plane(measurement, 1) - demo.two_time_plane(measurement, measurement.truth, 1)
+    assert np.isnan(np.diagonal(noise)).all()
+    assert np.isnan(noise).sum() == 400
+    assert np.nanstd(noise) == pytest.approx(demo.NOISE, rel=0.01)
+    upper = np.triu_indices(400, 1)
+    assert abs(np.corrcoef(noise[upper], noise.T[upper])[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_starts_are_10_to_50_percent_off_within_bounds_with_shear_everywhere(seed):
+    measurement = demo.plan_measurement(200, 23, seed)
+    off = np.abs(measurement.start / measurement.truth - 1)
+    assert off.min() >= 0.1 - 1e-12
+    assert off.max() <= 0.5 + 1e-12
+    assert ((measurement.lower < measurement.start) & (measurement.start < measurement.upper)).all()
+    g0, beta, g_offset = measurement.start[-4:-1]
+    assert (g0 * measurement.times**beta + g_offset).min() > 0
+
+
+def test_store_is_compressed_with_checksums_in_chunks_of_one_angle(written):
+    measurement, path = written
+    stored = json.loads((path / "zarr.json").read_text())
+    assert stored["zarr_format"] == 3
+    assert stored["data_type"] == "float32"
+    assert stored["chunk_grid"]["configuration"]["chunk_shape"] == [1, 40, 40]
+    blosc, checksum = stored["codecs"][1:]
+    assert (blosc["name"], checksum["name"]) == ("blosc", "crc32c")
+    assert (blosc["configuration"]["cname"], blosc["configuration"]["shuffle"]) == ("lz4", "bitshuffle")
+    np.testing.assert_array_equal(zarr.open_array(path)[3], demo.simulate_plane(measurement, 3))
+
+
+def test_chunks_have_at_most_500_frames(tmp_path):
+    measurement = demo.plan_measurement(600, 3, seed=0)
+    path = demo.write_measurement(measurement, tmp_path / "two-time.zarr", {})
+    assert zarr.open_array(path).chunks == (1, 500, 500)
+    assert demo.open_measurement(measurement, path, {}).chunks[1] == (500, 100)
+
+
+def test_memory_for_writing_does_not_grow_with_the_number_of_angles(tmp_path):
+    peaks = []
+    for n_angles in (3, 12):
+        measurement = demo.plan_measurement(300, n_angles, seed=0)
+        tracemalloc.start()
+        demo.write_measurement(measurement, tmp_path / f"{n_angles}.zarr", {})
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_flipped_bit_in_the_store_is_noticed(written):
+    measurement, path = written
+    chunk = path / "c" / "2" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        demo.open_measurement(measurement, path, {})
+
+
+def test_lost_chunk_is_noticed(written):
+    measurement, path = written
+    (path / "c" / "2" / "0" / "0").unlink()
+    with pytest.raises(RuntimeError, match="holds 1,760 NaN, not 200"):
+        demo.open_measurement(measurement, path, {})
+
+
+def test_small_demo_finds_the_truth(small):
+    report, _ = small
+    assert report.pulls.shape == (17,)
+    assert np.abs(report.pulls).max() < demo.MAX_PULL
+    assert report.digits >= demo.MIN_DIGITS
+    assert demo.reduced_chi_square(report.result) == pytest.approx(1, abs=0.05)
+    assert report.result.n_points == 5 * 40 * 39
+    assert report.result.n_masked == 5 * 40
+    assert set(report.seconds) == {"simulate", "write", "read", "fit", "Thurber", "picture"}
+
+
+def test_small_demo_says_every_parameter_within_100_columns(small):
+    report, lines = small
+    assert max(len(line) for line in lines if str(report.directory) not in line) <= 100
+    for name in report.result.param_names:
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    assert any(str(report.picture) in line for line in lines)
+    assert any(str(report.directory) in line for line in lines)
+
+
+def test_small_demo_leaves_its_data_and_a_picture(small):
+    report, _ = small
+    assert sorted(path.name for path in report.directory.iterdir()) == ["demo.png", "thurber.zarr", "two-time.zarr"]
+    assert report.picture.read_bytes().startswith(b"\x89PNG")
+    assert zarr.open_group(report.directory / "thurber.zarr")["y"].nchunks == 3
+
+
+def test_other_truth_than_stated_fails(tmp_path, monkeypatch):
+    def spoiled(measurement, k, simulate=demo.simulate_plane):
+        truth = measurement.truth.copy()
+        truth[-7] *= 1.5  # D0
+        return simulate(measurement._replace(truth=truth), k)
+
+    monkeypatch.setattr(demo, "simulate_plane", spoiled)
+    with pytest.raises(RuntimeError, match=r"missed the truth of \d+ parameters \(.*D0"):
+        demo.run(**SMALL, directory=tmp_path, echo=lambda line: None)
+
+
+def test_pull_that_is_nan_fails(small):
+    report, _ = small
+    measurement = demo.plan_measurement(**SMALL)
+    pulls = np.where(np.arange(17) == 2, np.nan, report.pulls)
+    with pytest.raises(RuntimeError, match=r"missed the truth of 1 parameters \(contrast_02\) by"):
+        demo.judge(measurement, report._replace(pulls=pulls))
+
+
+def test_parameter_that_the_data_do_not_determine_fails(small):
+    report, _ = small
+    measurement = demo.plan_measurement(**SMALL)
+    pcov = np.diag(np.where(np.arange(17) == 12, np.inf, 1.0))
+    pulls = demo.compare(measurement, replace(report.result, popt=measurement.truth, pcov=pcov))
+    np.testing.assert_array_equal(pulls, np.where(np.arange(17) == 12, np.inf, 0.0))
+    with pytest.raises(RuntimeError, match=r"missed the truth of 1 parameters \(D_offset\) by"):
+        demo.judge(measurement, report._replace(pulls=pulls))
+
+
+def test_few_certified_digits_fail(small):
+    report, _ = small
+    with pytest.raises(RuntimeError, match=r"Thurber agrees to 7.9 digits"):
+        demo.judge(demo.plan_measurement(**SMALL), report._replace(digits=7.9))
+
+
+def test_certified_digits_count_decimals_of_the_relative_error():
+    digits = demo.certified_digits(np.array([1.001, 2.0, 30.0, -5.0]), np.array([1.0, 2.0, 3.0, 5.0]))
+    np.testing.assert_allclose(digits, [3, 11, 0, 0], atol=1e-10)
+
+
+def test_thurber_comes_with_the_package():
+    problem = demo.read_thurber()
+    assert (problem.x.shape, problem.y.shape, problem.starts.shape) == ((37,), (37,), (2, 7))
+    residual = demo.thurber_model(problem.x, *problem.popt) - problem.y
+    assert residual @ residual == pytest.approx(5.6427082397e3, rel=1e-10)
+    assert (problem.perr[0], problem.starts[1, 6]) == (4.6647963344, 0.05)
+
+
+def test_disk_without_space_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"MB are needed in .* and 0 MB are free"):
+        demo.run(**SMALL, directory=tmp_path / "new", echo=lambda line: None)
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_earlier_demo_is_not_overwritten(tmp_path):
+    (tmp_path / "demo.png").write_text("precious")
+    with pytest.raises(FileExistsError, match="choose another directory"):
+        demo.run(**SMALL, directory=tmp_path, echo=lambda line: None)
+    assert (tmp_path / "demo.png").read_text() == "precious"
+
+
+@pytest.mark.parametrize("wrong", [dict(frames=19), dict(n_angles=2), dict(seed=-1)])
+def test_sizes_that_cannot_work_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"(frames|angles|seed) = "):
+        demo.run(**(SMALL | wrong), directory=tmp_path / "new", echo=lambda line: None)
+    assert not (tmp_path / "new").exists()
+
+
+def test_missing_matplotlib_costs_the_picture_only(small, tmp_path, monkeypatch):
+    report, _ = small
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    measurement = demo.plan_measurement(**SMALL)
+    assert demo.draw(measurement, None, report.result, tmp_path / "demo.png") is None
+    assert 'pip install "dask-nlsq[plot]"' in demo.closing({}, report.result, tmp_path, None)[-1]
