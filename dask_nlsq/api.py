@@ -13,7 +13,7 @@ from scipy.optimize import OptimizeWarning
 
 from .arguments import check_choices, finite_policy, jacobian, limit, model_first, parameters, positive, scale, tolerance
 from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened
-from .kernels import check_model, check_pointwise
+from .kernels import check_model, check_pointwise, choose_jac_mode
 from .memory import available_memory
 from .model import Model, function_name, intern
 from .progress import Observers
@@ -53,6 +53,7 @@ def curve_fit(
     param_names=None,
     strategy: Literal["auto", "standard", "chunked"] = "auto",
     reduction: Literal["auto", "gram", "qr"] = "auto",
+    jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     tr_solver: Literal["exact", "cg"] | None = None,
     memory_limit_gb: float | None = None,
     callback: Callable[[Record], None] | None = None,
@@ -113,6 +114,9 @@ def curve_fit(
         in this process where there is none. "auto": "chunked" for Dask and on-disk data with a Client.
     reduction : {"auto", "gram", "qr"}
         How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
+    jac_mode : {"auto", "columns", "arguments"}
+        How the columns of J are formed: all at once, or argument by argument, which pays where each parameter touches a
+        part of the model only. "auto" times both on a few thousand points where the data are large, once per model.
     tr_solver : {None, "exact", "cg"}
         Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
     memory_limit_gb : float, optional
@@ -150,7 +154,7 @@ def curve_fit(
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
-    check_choices(method, loss, strategy, reduction, tr_solver, verbose)
+    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose)
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(f, jacobian(jac))
@@ -177,6 +181,9 @@ def curve_fit(
         n_points, n_masked, n_omitted = _admit(sweep.census(), problem, nan_policy, len(start))
         if not problem.rules.whole:
             check_pointwise(model, problem.rules.layouts, sweep.sample(), start)
+        if jac_mode == "auto":
+            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, n_points)
+        sweep.jac_mode = jac_mode
         loaded = time.perf_counter()
         try:
             with Observers(callback, progress, verbose) as observers:
@@ -201,6 +208,7 @@ def curve_fit(
         optimality=solution.optimality,
         strategy=strategy,
         reduction=solution.equations.reduction,
+        jac_mode="user" if model.jac is not None else jac_mode,
         history=solution.history,
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
         factor=solution.factor,
@@ -257,9 +265,10 @@ def _choose(problem: Problem, strategy, memory_limit_gb) -> tuple[str, Client | 
         strategy = "chunked" if problem.lazy and client is not None else "standard"
     if strategy == "chunked" and client is not None:
         return strategy, client
+    if not problem.lazy:
+        return strategy, None
     limit = available_memory() * MEMORY_FRACTION if memory_limit_gb is None else memory_limit_gb * 2**30
-    needed = problem.nbytes if problem.lazy else 0
-    if needed > limit:
+    if (needed := problem.nbytes) > limit:
         raise MemoryError(
             f"the data take {needed / 2**30:.2f} GiB and this process may hold {limit / 2**30:.2f} GiB "
             f"({MEMORY_FRACTION:.0%} of what is available, or memory_limit_gb): create a distributed.Client whose workers "

@@ -93,12 +93,13 @@ def _feasible(lower, upper):
     return np.where(np.isfinite(lower) & np.isfinite(upper), middle, inside)
 
 
-def check_choices(method, loss, strategy, reduction, tr_solver, verbose):
+def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose):
     for name, value, allowed in [
         ("method", method, (None, "trf", "lm", "dogbox")),
         ("loss", loss, tuple(LOSSES)),
         ("strategy", strategy, ("auto", "standard", "chunked")),
         ("reduction", reduction, ("auto", "gram", "qr")),
+        ("jac_mode", jac_mode, ("auto", "columns", "arguments")),
         ("tr_solver", tr_solver, (None, "exact", "cg")),
         ("verbose", verbose, (0, 1, 2)),
     ]:

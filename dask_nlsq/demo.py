@@ -503,7 +503,7 @@ def judge(measurement: Measurement, report: Report) -> None:
             f"the fit missed the truth of {len(missed)} parameters ({', '.join(missed[-MANY:])}) by more than {MAX_PULL:g} "
             "standard errors or did not determine them, with a reduced chi-square of "
             f"{reduced_chi_square(report.result):.3f}: where that is much more than 1 the start "
-            "led to a local minimum (3 of 40 starts did), and another seed gives another start"
+            "led to a local minimum (2 of 40 starts did), and another seed gives another start"
         )
     if not report.digits >= MIN_DIGITS:
         raise RuntimeError(f"Thurber agrees to {report.digits:.1f} digits with the certified values, not to {MIN_DIGITS:g}")

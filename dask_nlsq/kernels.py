@@ -15,6 +15,7 @@ References
 .. [2] B. Triggs et al., "Bundle Adjustment - A Modern Synthesis", 1999, section 4.3.
 """
 
+import time
 from typing import Literal, NamedTuple
 
 import jax
@@ -26,10 +27,13 @@ from .model import Model, check_shape, evaluate, evaluate_jac, function_name
 from .trf_jit import EPS, LOSSES, float64, masked_cost
 
 Reduction = Literal["gram", "qr"]
+JacMode = Literal["columns", "arguments"]
 TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
 MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
-COLUMNS_UP_TO = 8  # parameters: below, pushing all unit vectors at once is faster, above, one by one without the zeros
+COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
+TIMING_RUNS = 5
+TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 
 
 class Layout(NamedTuple):
@@ -77,6 +81,7 @@ class KernelSpec(NamedTuple):
 
     layouts: Layouts
     reduction: Reduction
+    jac_mode: JacMode
     loss: str
     tile: int | None
     whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
@@ -86,6 +91,40 @@ def tile_size(n_params: int, capacity: int) -> int:
     """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block."""
     fitting = TILE_BYTES // (8 * (n_params + 1))
     return min(max(MIN_TILE, min(MAX_TILE, 2 ** int(np.log2(fitting)))), capacity)
+
+
+def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], params: np.ndarray, n: int) -> JacMode:
+    """The faster way to form the columns of J for this model: pushed through the linearisation together, or one by one.
+
+    "columns" is one vectorised pass for all parameters, "arguments" one pass for each, without what does not depend on
+    it. Which is faster depends on the model by factors of 2 to 8 either way, so where ``n`` points make it worth two
+    compilations both are timed on one tile, made of the coordinates in ``sample``, and the model remembers the winner.
+    """
+    p = len(params)
+    guess: JacMode = "columns" if p <= COLUMNS_UP_TO else "arguments"
+    if n * p < TIMING_PAYS or not sample or model.jac is not None:
+        return guess
+
+    def measure():
+        tile = tile_size(p, MAX_TILE)
+        dense = layouts._replace(
+            y=Layout(True), sigma=Layout(False), mask=None, x=tuple(each._replace(dense=True) for each in layouts.x), ndim=1
+        )
+        buffers = (np.zeros(tile), np.ones(1), *(np.resize(coordinate, tile) for coordinate in sample))
+        block = Block(np.array([tile, 0, *[0, 1] * len(buffers)]), np.array([float(tile)]), buffers)
+        seconds = {}
+        for mode in ("columns", "arguments"):
+            kernel = jax.jit(_build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
+            times = []
+            for _ in range(1 + TIMING_RUNS):
+                begin = time.perf_counter()
+                jax.block_until_ready(kernel(params, 1.0, block))
+                times.append(time.perf_counter() - begin)
+            seconds[mode] = min(times[1:])  # the first compiles
+        return min(seconds, key=seconds.get)
+
+    with float64():
+        return model.get(("jac_mode", layouts.x, p), measure)
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
@@ -159,7 +198,7 @@ def _with_jacobian(model, spec, residual, params, block, first, fresh):
         J = evaluate_jac(model, tile.x(), tuple(params)).T
         return residual(params), _weighted(spec, J, tile, fresh, block)
     r, pushforward = jax.linearize(lambda *each: residual(each), *params)
-    if p <= COLUMNS_UP_TO:
+    if spec.jac_mode == "columns":
         return r, jax.vmap(pushforward)(*jnp.eye(p))
 
     def along(k):  # the other arguments are constants, so that what does not depend on this one vanishes

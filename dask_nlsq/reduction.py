@@ -18,7 +18,7 @@ import numpy as np
 from distributed import Client, wait
 
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
-from .kernels import Block, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
+from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .model import Model
 from .trf_jit import EPS, float64, gradient
 
@@ -95,6 +95,13 @@ def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tupl
     return matrices[0], costs[0]
 
 
+class How(NamedTuple):
+    """How a sweep forms the rows [J r] and condenses them."""
+
+    reduction: Reduction
+    jac_mode: JacMode
+
+
 class Evaluation(NamedTuple):
     """What a sweep computes, besides at which parameters."""
 
@@ -103,18 +110,20 @@ class Evaluation(NamedTuple):
     loss: str
     f_scale: float
 
-    def spec(self, block: Block, n_params: int, reduction: Reduction) -> KernelSpec:
+    def spec(self, block: Block, n_params: int, how: How) -> KernelSpec:
         layouts = self.rules.layouts
         tile = None if self.rules.whole else tile_size(n_params, len(block.buffers[0]))
-        return KernelSpec(layouts, reduction, self.loss, tile, len(block.buffers) > len(layouts.operands))
+        return KernelSpec(layouts, *how, self.loss, tile, len(block.buffers) > len(layouts.operands))
 
-    def reduce_blocks(self, blocks: Iterable[Block], params: np.ndarray, reduction: Reduction):
+    def reduce_blocks(self, blocks: Iterable[Block], params: np.ndarray, how: How):
         """[(matrix, cost)] of each block."""
-        results = []
+        kernels, results = {}, []
         with float64():
             for block in blocks:
-                kernel = sweep_kernel(self.model, self.spec(block, len(params), reduction))
-                matrix, cost = kernel(params, self.f_scale, block)
+                capacity = len(block.buffers[0])
+                if capacity not in kernels:
+                    kernels[capacity] = sweep_kernel(self.model, self.spec(block, len(params), how))
+                matrix, cost = kernels[capacity](params, self.f_scale, block)
                 results.append((np.asarray(matrix), float(cost)))
         return results
 
@@ -123,7 +132,7 @@ class Evaluation(NamedTuple):
         flat = []
         with float64():
             for block in chunk.blocks:
-                kernel = value_kernel(self.model, self.spec(block, len(params), "gram"), what)
+                kernel = value_kernel(self.model, self.spec(block, len(params), How("gram", "columns")), what)
                 flat.append(np.asarray(kernel(params, self.f_scale, block))[: block.geometry[0]])
         return np.concatenate(flat).reshape(chunk.blocks[0].shape.astype(int))
 
@@ -147,13 +156,14 @@ class Sweep:
     """
 
     count = 0  # sweeps so far
+    jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
     def __init__(self, evaluation: Evaluation):
         self.evaluation = evaluation
 
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         self.count += 1
-        matrix, cost = self._reduce(np.asarray(params, dtype=np.float64), reduction)
+        matrix, cost = self._reduce(np.asarray(params, dtype=np.float64), How(reduction, self.jac_mode))
         return NormalEquations(np.asarray(matrix), float(cost), reduction)
 
     def __enter__(self):
@@ -184,10 +194,10 @@ class LocalSweep(Sweep):
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
 
-    def _reduce(self, params, reduction):
+    def _reduce(self, params, how):
         share = self.pool.map if self.pool is not None else map
-        runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, reduction), self.groups)
-        return _merge_chunks(self.chunks, [result for run in runs for result in run], reduction)
+        runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, how), self.groups)
+        return _merge_chunks(self.chunks, [result for run in runs for result in run], how.reduction)
 
     def census(self) -> list[Census]:
         return [chunk.census for chunk in self.chunks]
@@ -217,10 +227,10 @@ def load_partition(evaluation: Evaluation, indices: list, pieces: list) -> Parti
     return Partition(evaluation, [prepare_chunk(evaluation.rules, i, p) for i, p in zip(indices, pieces, strict=True)])
 
 
-def sweep_partition(partition: Partition, params: np.ndarray, reduction: Reduction):
+def sweep_partition(partition: Partition, params: np.ndarray, how: How):
     """The task of a sweep: merged matrix and cost of one partition."""
     blocks = [block for chunk in partition.chunks for block in chunk.blocks]
-    return _merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, reduction), reduction)
+    return _merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, how), how.reduction)
 
 
 def describe_partition(partition: Partition):
@@ -267,10 +277,10 @@ class ClusterSweep(Sweep):
         self.running = []
         return results
 
-    def _reduce(self, params, reduction):
-        parts = self._gather(sweep_partition, "nlsq-sweep", params, reduction)
+    def _reduce(self, params, how):
+        parts = self._gather(sweep_partition, "nlsq-sweep", params, how)
         matrices, costs = zip(*parts, strict=True)
-        return merge(np.stack(matrices), np.array(costs), reduction)
+        return merge(np.stack(matrices), np.array(costs), how.reduction)
 
     def census(self) -> list[Census]:
         return [census for part, _ in self.described for census in part]

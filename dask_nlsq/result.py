@@ -44,6 +44,8 @@ class FitResult:
         "standard" or "chunked".
     reduction : str
         "gram" or "qr": how the rows of the last sweep were condensed.
+    jac_mode : str
+        "columns" or "arguments": how the columns of the Jacobian were formed; "user" with ``jac``.
     condition : float
         Condition number of the Jacobian with its columns scaled to norm 1.
     history : list of Record
@@ -66,6 +68,7 @@ class FitResult:
     optimality: float
     strategy: str
     reduction: str
+    jac_mode: str
     history: list[Record]
     seconds: dict[str, float]
     factor: Factor = field(repr=False)

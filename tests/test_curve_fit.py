@@ -220,3 +220,17 @@ def test_each_sweep_is_a_few_tasks_per_thread_however_many_chunks(client):
     result = curve_fit(decay, da.from_array(X, 30), da.from_array(Y, 30))
     tasks = client.run_on_scheduler(finished) - before
     assert result.sweeps * 4 <= len(tasks) <= result.sweeps * 8  # 100 chunks, 2 threads
+
+
+def test_jac_mode_is_recorded_and_does_not_move_the_optimum():
+    tight = {"ftol": 0, "xtol": 0, "gtol": 0}
+    columns = curve_fit(decay, X, Y, jac_mode="columns", **tight)
+    arguments = curve_fit(decay, X, Y, jac_mode="arguments", **tight)
+    assert (columns.jac_mode, arguments.jac_mode) == ("columns", "arguments")
+    np.testing.assert_allclose(columns.popt, arguments.popt, rtol=1e-12)
+    e = jnp.exp
+
+    def jac(x, a, b, c):
+        return jnp.stack([e(-b * x), -a * x * e(-b * x), jnp.ones_like(x)], axis=1)
+
+    assert curve_fit(decay, X, Y, jac=jac).jac_mode == "user"

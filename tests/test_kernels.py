@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
-from dask_nlsq.kernels import COLUMNS_UP_TO, check_pointwise, sweep_kernel
+from dask_nlsq.kernels import TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
 from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, merge
+from dask_nlsq.reduction import Evaluation, How, merge
 from dask_nlsq.trf_jit import LOSSES, float64
 
 PARAMS = np.array([2.0, 0.7, 0.3])
+GRAM = How("gram", "columns")
 
 
 def decay(x, a, b, c):
@@ -28,9 +29,9 @@ def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
     return problem.rules, prepare_chunk(problem.rules, index, pieces)
 
 
-def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, **operands):
+def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):
     rules, chunk = chunk_of(xdata, ydata, **operands)
-    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(chunk.blocks, params, reduction)
+    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(chunk.blocks, params, How(reduction, jac_mode))
     matrices, costs = zip(*results, strict=True)
     return merge(np.stack(matrices), np.array(costs), reduction)
 
@@ -129,15 +130,16 @@ def test_robust_gradient_is_the_derivative_of_the_cost(loss):
         assert gram[k, 3] == pytest.approx((cost(PARAMS + h) - cost(PARAMS - h)) / 2e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [COLUMNS_UP_TO, COLUMNS_UP_TO + 1])
-def test_both_ways_of_forming_columns_agree_with_jacfwd(count):
+@pytest.mark.parametrize("jac_mode", ["columns", "arguments"])
+@pytest.mark.parametrize("count", [1, 9])
+def test_both_ways_of_forming_columns_agree_with_jacfwd(count, jac_mode):
     def polynomial(x, *c):
         return sum(ck * jnp.cos(k * x + 0.1 * ck) for k, ck in enumerate(c))
 
     x, y = data(3000)
     params = np.linspace(0.5, 1.5, count)
     rows = dense_rows(polynomial, x, y, params)
-    gram, _ = swept(polynomial, x, y, params)
+    gram, _ = swept(polynomial, x, y, params, jac_mode=jac_mode)
     np.testing.assert_allclose(gram, rows.T @ rows, rtol=1e-10, atol=1e-9)
 
 
@@ -180,12 +182,12 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
     x, y = data(3 * BLOCK_POINTS + 12345)
     rules, chunk = chunk_of(x, y)
     evaluation = Evaluation(model, rules, "linear", 1.0)
-    kernel = sweep_kernel(model, evaluation.spec(chunk.blocks[0], 3, "gram"))
-    evaluation.reduce_blocks(chunk.blocks[:1], PARAMS, "gram")
+    kernel = sweep_kernel(model, evaluation.spec(chunk.blocks[0], 3, GRAM))
+    evaluation.reduce_blocks(chunk.blocks[:1], PARAMS, GRAM)
     before = kernel._cache_size()
-    evaluation.reduce_blocks(chunk.blocks, 2 * PARAMS, "gram")
+    evaluation.reduce_blocks(chunk.blocks, 2 * PARAMS, GRAM)
     _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
-    evaluation.reduce_blocks(other.blocks, PARAMS, "gram")
+    evaluation.reduce_blocks(other.blocks, PARAMS, GRAM)
     assert kernel._cache_size() == before
 
 
@@ -210,3 +212,22 @@ def test_models_that_are_not_pointwise_are_recognised(f):
 def test_a_pointwise_model_with_nan_at_a_point_passes():
     rules, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
     check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), rules.layouts, chunk.sample, np.ones(1))
+
+
+def test_the_faster_way_of_forming_columns_is_found_by_timing():
+    """Forty parameters of which each touches a fortieth of the model: one by one wins by an order of magnitude."""
+
+    def steps(x, *heights):
+        return sum(h * jnp.exp(-((x - k) ** 2)) for k, h in enumerate(heights))
+
+    def dense(x, a, b, c):
+        return a * jnp.exp(-b * x) + c
+
+    rules, chunk = chunk_of(*data(100))
+    few = choose_jac_mode(intern(steps), rules.layouts, chunk.sample, np.ones(40), n=1000)
+    many = choose_jac_mode(intern(steps), rules.layouts, chunk.sample, np.ones(40), n=int(TIMING_PAYS))
+    assert few == many == "arguments"
+    assert choose_jac_mode(intern(dense), rules.layouts, chunk.sample, np.ones(3), n=10) == "columns"
+    timed = intern(steps)
+    assert any(key[0] == "jac_mode" for key in timed.compiled)
+    assert not any(key[0] == "jac_mode" for key in intern(dense).compiled)
