@@ -8,6 +8,7 @@ sigma <= 0) can only be seen when a chunk has been read: `prepare_chunk` counts 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ import numpy as np
 
 from .kernels import MAX_TILE, Block, Layout, Layouts
 
-BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.03 ms to start one
+BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
+JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
 SAMPLE_POINTS = 8  # points on which a model is checked
 
@@ -34,10 +36,10 @@ class Census(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """One chunk of y with all that belongs to it, ready for the kernels."""
+    """One chunk of y, or a run of small ones, with all that belongs to it, ready for the kernels."""
 
     blocks: tuple[Block, ...]
-    census: Census
+    censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
 
 
@@ -84,22 +86,43 @@ class Problem:
     def chunk_shape(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
 
-    def pieces(self) -> dict[tuple[int, ...], list]:
-        """Per chunk, its piece of each operand: NumPy arrays, or Delayed ones where the operand is a Dask array."""
-        delayed = [operand.to_delayed() if isinstance(operand, da.Array) else None for operand in self.operands]
-        bounds = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.chunks]
+    def runs(self) -> list[list[tuple[int, ...]]]:
+        """The chunks, small ones in runs that are joined: a function of the chunks alone."""
+        size = 1
+        if all(layout.dense or operand.size == 1 for layout, operand in zip(self.layouts, self.operands, strict=True)):
+            size = max(1, JOINED_POINTS // self.rules.capacities[0])
+        indices = self.indices()
+        return [indices[k : k + size] for k in range(0, len(indices), size)]
 
-        def piece(operand, blocks, index):
-            along = [0 if size == 1 else i for size, i in zip(operand.shape, index, strict=True)]
-            if blocks is not None:
-                return blocks[tuple(along)]
-            place = zip(operand.shape, bounds, index, strict=True)
-            return operand[tuple(slice(None) if size == 1 else slice(b[i], b[i + 1]) for size, b, i in place)]
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        """Layout of each operand."""
+        return self.rules.layouts.operands
 
-        return {
-            index: [piece(operand, blocks, index) for operand, blocks in zip(self.operands, delayed, strict=True)]
-            for index in self.indices()
-        }
+    def pieces(self, index: tuple[int, ...]) -> list:
+        """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
+        return [cut(index) for cut in self._cuts]
+
+    @cached_property
+    def _cuts(self):
+        starts = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.chunks]
+
+        def cutter(operand):
+            def along(index):
+                return tuple(0 if size == 1 else i for size, i in zip(operand.shape, index, strict=True))
+
+            if isinstance(operand, da.Array):
+                blocks = operand.to_delayed()
+                return lambda index: blocks[along(index)]
+            narrow = [size == 1 for size in operand.shape]
+            return lambda index: operand[
+                tuple(
+                    slice(None) if one else slice(start[i], start[i + 1])
+                    for one, start, i in zip(narrow, starts, index, strict=True)
+                )
+            ]
+
+        return [cutter(operand) for operand in self.operands]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,13 +272,36 @@ def _aligned(operand, chunks):
 # a chunk that has been read
 
 
-def prepare_chunk(rules: Rules, index: tuple[int, ...], pieces: Sequence[np.ndarray]) -> Chunk:
-    """Count what is wrong with the values of a chunk and cut it into blocks. ``pieces`` are in the order of `Layouts`."""
+def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequence[Sequence[np.ndarray]]) -> Chunk:
+    """Count what is wrong with the values of a chunk, or of a run of small ones, and cut it into blocks.
+
+    Parameters
+    ----------
+    indices : sequence of tuple
+        Of the chunks of y.
+    pieces : sequence of sequence of ndarray
+        For each chunk its piece of each operand, in the order of `Layouts`.
+    """
+    censuses, cleaned = zip(*(_inspect(rules, *each) for each in zip(indices, pieces, strict=True)), strict=True)
+    if len(cleaned) == 1:
+        (pieces,) = cleaned
+    else:
+        one_axis = (*(1 for _ in cleaned[0][0].shape[1:]), -1)
+        pieces = [
+            np.concatenate([piece.ravel() for piece in parts]).reshape(one_axis) if layout.dense else parts[0]
+            for layout, parts in zip(rules.layouts.operands, zip(*cleaned, strict=True), strict=True)
+        ]
+    shape = pieces[0].shape
+    first_x = 2 + (rules.layouts.mask is not None)
+    return Chunk(_cut(rules, shape, pieces), censuses, _sample(rules, shape, pieces[first_x:]))
+
+
+def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
+    """Census of one chunk, and its pieces in native byte order with the mask that the kernels use."""
     pieces = [_native(np.asarray(piece)) for piece in pieces]
     shape = pieces[0].shape
     masked = rules.layouts.mask is not None
-    first_x = 2 + masked
-    names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - first_x)]
+    names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
     hidden = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
     not_finite = {}
     spoiled = np.zeros((1,) * len(shape), bool)
@@ -270,8 +316,7 @@ def prepare_chunk(rules: Rules, index: tuple[int, ...], pieces: Sequence[np.ndar
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(hidden | spoiled, shape)) if rules.omit else hidden
     not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
-    census = Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive)
-    return Chunk(_cut(rules, shape, pieces), census, _sample(rules, shape, pieces[first_x:]))
+    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive), pieces
 
 
 def _native(piece):
@@ -299,7 +344,7 @@ def _sample(rules, shape, coordinates):
 def _cut(rules, shape, pieces) -> tuple[Block, ...]:
     """Blocks of at most `BLOCK_POINTS` consecutive points; their number depends on the shape of the chunk alone."""
     n = prod(shape)
-    longest = rules.capacities[0]
+    longest = max(n, rules.capacities[0])  # a run of small chunks is longer than the largest of them
     flat = [np.ravel(piece) for piece in pieces]
     layouts = rules.layouts.operands
     if rules.whole:
@@ -381,7 +426,7 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         Where the covariance matrix is not finite, symmetric and positive definite.
     """
     problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True)
-    (pieces,) = problem.pieces().values()
+    pieces = problem.pieces((0,) * len(problem.shape))
     pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
     layouts = problem.rules.layouts
     if layouts.mask is not None:

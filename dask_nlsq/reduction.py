@@ -175,13 +175,10 @@ class LocalSweep(Sweep):
 
     def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
         super().__init__(evaluation)
-        rules = evaluation.rules
-        if problem.lazy:
-            tasks = [dask.delayed(prepare_chunk)(rules, index, pieces) for index, pieces in problem.pieces().items()]
-            with NamedBlock(problem):
-                self.chunks = list(dask.compute(*tasks, optimize_graph=True))
-        else:
-            self.chunks = [prepare_chunk(rules, index, pieces) for index, pieces in problem.pieces().items()]
+        prepare = dask.delayed(prepare_chunk) if problem.lazy else prepare_chunk
+        chunks = [prepare(evaluation.rules, run, [problem.pieces(index) for index in run]) for run in problem.runs()]
+        with NamedBlock(problem):
+            self.chunks = list(dask.compute(*chunks)) if problem.lazy else chunks
         if problem.factor is not None:
             self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
         self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
@@ -200,19 +197,14 @@ class LocalSweep(Sweep):
         return _merge_chunks(self.chunks, [result for run in runs for result in run], how.reduction)
 
     def census(self) -> list[Census]:
-        return [chunk.census for chunk in self.chunks]
+        return [census for chunk in self.chunks for census in chunk.censuses]
 
     def sample(self) -> tuple[np.ndarray, ...]:
         return self.chunks[0].sample
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
-        return [(chunk.census.index, _count_not_finite(self.evaluation, chunk, params)) for chunk in self.chunks]
-
-
-def _count_not_finite(evaluation, chunk, params):
-    residual = evaluation.values(chunk, params, "residual")
-    return int(np.count_nonzero(~np.isfinite(residual))) - chunk.census.n_masked - chunk.census.n_omitted
+        return count_not_finite(Partition(self.evaluation, self.chunks), params)
 
 
 class Partition(NamedTuple):
@@ -222,9 +214,9 @@ class Partition(NamedTuple):
     chunks: list[Chunk]
 
 
-def load_partition(evaluation: Evaluation, indices: list, pieces: list) -> Partition:
+def load_partition(evaluation: Evaluation, runs: list, pieces: list) -> Partition:
     """The task that puts a partition on a worker."""
-    return Partition(evaluation, [prepare_chunk(evaluation.rules, i, p) for i, p in zip(indices, pieces, strict=True)])
+    return Partition(evaluation, [prepare_chunk(evaluation.rules, *each) for each in zip(runs, pieces, strict=True)])
 
 
 def sweep_partition(partition: Partition, params: np.ndarray, how: How):
@@ -234,11 +226,18 @@ def sweep_partition(partition: Partition, params: np.ndarray, how: How):
 
 
 def describe_partition(partition: Partition):
-    return [chunk.census for chunk in partition.chunks], partition.chunks[0].sample
+    return [census for chunk in partition.chunks for census in chunk.censuses], partition.chunks[0].sample
 
 
-def count_partition(partition: Partition, params: np.ndarray):
-    return [(c.census.index, _count_not_finite(partition.evaluation, c, params)) for c in partition.chunks]
+def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+    """Per chunk of y: its index and how many residuals that count are not finite."""
+    counts = []
+    for chunk in partition.chunks:
+        bad = ~np.isfinite(partition.evaluation.values(chunk, params, "residual").ravel())
+        ends = np.cumsum([census.n_points for census in chunk.censuses])
+        for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
+            counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))
+    return counts
 
 
 class ClusterSweep(Sweep):
@@ -247,16 +246,16 @@ class ClusterSweep(Sweep):
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client):
         super().__init__(evaluation)
         self.client = client
-        chunks = list(problem.pieces().items())
-        size = partition_size(len(chunks), sum(client.nthreads().values()))
+        runs = problem.runs()
+        size = partition_size(len(runs), sum(client.nthreads().values()))
         tasks = [
             dask.delayed(load_partition)(
                 evaluation,
-                [index for index, _ in chunks[k : k + size]],
-                [pieces for _, pieces in chunks[k : k + size]],
+                runs[k : k + size],
+                [[problem.pieces(index) for index in run] for run in runs[k : k + size]],
                 dask_key_name=f"nlsq-load-{uuid4().hex}",
             )
-            for k in range(0, len(chunks), size)
+            for k in range(0, len(runs), size)
         ]
         self.partitions, self.running = client.compute(tasks), []
         with ExitStack() as on_error, NamedBlock(problem, client):
@@ -290,7 +289,7 @@ class ClusterSweep(Sweep):
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
-        return [each for part in self._gather(count_partition, "nlsq-count", params) for each in part]
+        return [each for part in self._gather(count_not_finite, "nlsq-count", params) for each in part]
 
 
 def partition_size(n_chunks: int, n_threads: int) -> int:
@@ -323,8 +322,8 @@ class NamedBlock:
     def __exit__(self, kind, error, traceback):
         if not isinstance(error, Exception):
             return
-        for index, pieces in self.problem.pieces().items():
-            if type(self._failure(pieces)) is kind:
+        for index in self.problem.indices():
+            if type(self._failure(self.problem.pieces(index))) is kind:
                 error.add_note(f"raised while reading block {index} of the data, whose chunks are {self.problem.chunks}")
                 return
 
@@ -348,18 +347,18 @@ def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, wha
     """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
 
     def function(index, pieces):
-        chunk = prepare_chunk(evaluation.rules, index, pieces)
+        chunk = prepare_chunk(evaluation.rules, [index], [pieces])
         if problem.factor is not None:
             chunk = with_factor(chunk, problem.factor)
         return evaluation.values(chunk, params, what)
 
     if not problem.lazy:
-        ((index, pieces),) = problem.pieces().items()
-        return function(index, pieces)
+        (index,) = problem.indices()
+        return function(index, problem.pieces(index))
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
     for index in np.ndindex(grid.shape):  # chunks of size zero have no pieces
         grid[index] = da.zeros(problem.chunk_shape(index))
-    for index, pieces in problem.pieces().items():
-        values = dask.delayed(function)(index, pieces)
+    for index in problem.indices():
+        values = dask.delayed(function)(index, problem.pieces(index))
         grid[index] = da.from_delayed(values, problem.chunk_shape(index), dtype=np.float64)
     return da.block(grid.tolist())

@@ -217,7 +217,8 @@ def test_each_sweep_is_a_few_tasks_per_thread_however_many_chunks(client):
         return {t[0] for t in dask_scheduler.transition_log if str(t[0]).startswith("nlsq-sweep") and t[2] == "memory"}
 
     before = client.run_on_scheduler(finished)
-    result = curve_fit(decay, da.from_array(X, 30), da.from_array(Y, 30))
+    x = da.linspace(0, 5, 4_000_000, chunks=40_000)
+    result = curve_fit(decay, x, 2 * da.exp(-0.7 * x) + 0.01 * da.sin(99 * x))
     tasks = client.run_on_scheduler(finished) - before
     assert result.sweeps * 4 <= len(tasks) <= result.sweeps * 8  # 100 chunks, 2 threads
 

@@ -94,7 +94,7 @@ def test_building_a_problem_reads_nothing():
     y = da.random.random((100, 200), chunks=(7, 50))
     with dask.config.set(scheduler=forbidden):
         problem = build_problem((np.arange(100)[:, None], np.arange(200)), y, y + 1, y > 2, check=True, omit=False)
-        problem.pieces()
+        problem.pieces((14, 3))
     assert problem.shape == (100, 200)
 
 
@@ -130,9 +130,27 @@ def test_shards_are_read_whole(tmp_path):
 def test_a_chunk_becomes_blocks_by_its_length_alone():
     n = 2 * BLOCK_POINTS + 3
     problem = build_problem(np.zeros(n), np.zeros(n, np.float32), check=True, omit=False)
-    ((index, pieces),) = problem.pieces().items()
-    chunk = prepare_chunk(problem.rules, index, pieces)
+    (index,) = problem.indices()
+    chunk = prepare_chunk(problem.rules, [index], [problem.pieces(index)])
     assert [int(block.geometry[0]) for block in chunk.blocks] == [BLOCK_POINTS, BLOCK_POINTS, 3]
+
+
+def test_small_chunks_are_joined_and_each_keeps_its_census():
+    y = da.zeros((40, 90), chunks=(10, 9))
+    problem = build_problem(y + 1, y, check=True, omit=False)
+    ((*run,),) = problem.runs()
+    assert run == problem.indices()
+    chunk = prepare_chunk(
+        problem.rules, run, [[piece.compute() for piece in problem.pieces(index)[:1]] * 2 for index in run]
+    )
+    assert [census.index for census in chunk.censuses] == run
+    assert [int(block.geometry[0]) for block in chunk.blocks] == [3600]
+
+
+def test_chunks_with_axis_vectors_are_not_joined():
+    y = da.zeros((40, 90), chunks=(10, 9))
+    problem = build_problem((np.arange(40)[:, None], np.arange(90)), y, check=True, omit=False)
+    assert len(problem.runs()) == 40
 
 
 def test_census_counts_by_argument():
@@ -140,7 +158,7 @@ def test_census_counts_by_argument():
     x[0], y[[1, 2]], sigma[3], y[4] = np.nan, np.inf, np.nan, np.nan
     mask = np.arange(10) == 4
     problem = build_problem(x, y, sigma, mask, check=True, omit=True)
-    ((index, pieces),) = problem.pieces().items()
-    census = prepare_chunk(problem.rules, index, pieces).census
+    (index,) = problem.indices()
+    census = prepare_chunk(problem.rules, [index], [problem.pieces(index)]).censuses[0]
     assert census.not_finite == {"ydata": 2, "sigma": 1, "xdata": 1}
     assert (census.n_masked, census.n_omitted, census.n_points) == (1, 4, 10)

@@ -25,8 +25,8 @@ def data(n, seed=0):
 
 def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
     problem = build_problem(xdata, ydata, sigma, mask, check=True, omit=omit)
-    ((index, pieces),) = problem.pieces().items()
-    return problem.rules, prepare_chunk(problem.rules, index, pieces)
+    (index,) = problem.indices()
+    return problem.rules, prepare_chunk(problem.rules, [index], [problem.pieces(index)])
 
 
 def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):

@@ -62,7 +62,7 @@ def test_parameter_names_come_from_the_signature():
 
 
 def test_a_function_from_main_is_compiled_once_per_worker_process():
-    """64 blocks in 16 tasks on two workers: one trace of the sweep kernel in each process."""
+    """64 blocks of 3 lengths on two workers: one compilation of the sweep kernel in each process."""
     script = textwrap.dedent("""
         import dask.array as da, jax, jax.numpy as jnp, numpy as np
         from distributed import Client, LocalCluster
@@ -76,11 +76,12 @@ def test_a_function_from_main_is_compiled_once_per_worker_process():
             return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
 
         if __name__ == "__main__":
-            x = np.linspace(0, 1, 64_000)
+            x = np.linspace(0, 1, 64 * 40_000)
             with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as c, Client(c) as client:
-                y = da.from_array(2 * np.exp(-x) + 0.01 * np.sin(99 * x), chunks=1000)
-                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y)
-                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=1000), y, p0=[3, 1])
+                chunks = (*[40_000] * 62, 30_000, 50_000)  # two ragged shapes
+                y = da.from_array(2 * np.exp(-x) + 0.01 * np.sin(99 * x), chunks=chunks)
+                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=chunks), y)
+                dask_nlsq.curve_fit(decay, da.from_array(x, chunks=chunks), y, p0=[3, 1])
                 print("compiled", *client.run(count).values())
     """)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
