@@ -5,6 +5,7 @@ covariances entry by entry, relative to sqrt(C_ii C_jj).
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -265,7 +266,8 @@ def differing_bits(model: Model, reduction: str, blocks: int = 37) -> int:
     x, y = (in_blocks(a, blocks) for a in measured(model, 20 * N_POINTS))  # chunks too large to be joined
     answers = []
     for setting, n in product((threads, processes), (1, 2)):
-        with setting(n):
+        with setting(n), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")
             popt, pcov = chunked_fit(model, x, y, reduction)
         answers.append(popt.tobytes() + pcov.tobytes())
     return sum(answer != answers[0] for answer in answers)

@@ -140,9 +140,7 @@ def test_small_chunks_are_joined_and_each_keeps_its_census():
     problem = build_problem(y + 1, y, check=True, omit=False)
     ((*run,),) = problem.runs()
     assert run == problem.indices()
-    chunk = prepare_chunk(
-        problem.rules, run, [[piece.compute() for piece in problem.pieces(index)[:1]] * 2 for index in run]
-    )
+    chunk = prepare_chunk(problem.rules, run, dask.compute([problem.pieces(index) for index in run])[0])
     assert [census.index for census in chunk.censuses] == run
     assert [int(block.geometry[0]) for block in chunk.blocks] == [3600]
 
