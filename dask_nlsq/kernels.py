@@ -88,7 +88,13 @@ class KernelSpec(NamedTuple):
 
 
 def tile_size(n_params: int, capacity: int) -> int:
-    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block."""
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block.
+
+    On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
+    """
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if device.platform != "cpu":
+        return capacity
     fitting = TILE_BYTES // (8 * (n_params + 1))
     return min(max(MIN_TILE, min(MAX_TILE, 2 ** int(np.log2(fitting)))), capacity)
 

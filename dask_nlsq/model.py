@@ -15,6 +15,9 @@ from collections.abc import Callable, Hashable
 import cloudpickle
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from .config import compilation_cache
 
 REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run hundreds
 _registry: OrderedDict[str, "Model"] = OrderedDict()
@@ -40,6 +43,7 @@ class Model:
         """The compiled function stored under ``key``; ``build()`` makes it at first use."""
         with _lock:
             if key not in self.compiled:
+                _keep_compilations()
                 self.compiled[key] = build()
             return self.compiled[key]
 
@@ -65,6 +69,16 @@ def intern(f: Callable, jac: Callable | None = None) -> Model:
     if known is not None and (known.f is f or _by_value(f)):
         return known
     return _store(Model(f, jac, token, payload))
+
+
+def _keep_compilations():
+    """Turn on JAX's persistent cache where the user asked for it and has not set up JAX's own."""
+    directory = compilation_cache()
+    if directory is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # ours take 0.1 s and more, and add up
+    reset_cache()  # JAX looks at the directory once, at the first compilation of the process
 
 
 def _by_value(f):

@@ -8,7 +8,6 @@ the sum has the same bits for any number of threads, workers and partitions.
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from os import sched_getaffinity
 from typing import Literal, NamedTuple
 from uuid import uuid4
 
@@ -17,10 +16,11 @@ import dask.array as da
 import numpy as np
 from distributed import Client, wait
 
+from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .model import Model
-from .trf_jit import EPS, float64, gradient
+from .trf_jit import EPS, float64, gradient, inherit_device
 
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 PARTITIONS_PER_THREAD = 2  # of a cluster
@@ -182,9 +182,9 @@ class LocalSweep(Sweep):
         if problem.factor is not None:
             self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
         self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
-        threads = min(n_threads, len(self.blocks))
-        self.pool = ThreadPoolExecutor(threads, "nlsq-sweep") if threads > 1 else None
-        size = -(-len(self.blocks) // (threads * GROUPS_PER_THREAD))
+        n_threads = min(n_threads, len(self.blocks))
+        self.pool = ThreadPoolExecutor(n_threads, "nlsq-sweep", inherit_device()) if n_threads > 1 else None
+        size = -(-len(self.blocks) // (n_threads * GROUPS_PER_THREAD))
         self.groups = [self.blocks[k : k + size] for k in range(0, len(self.blocks), size)]
 
     def __exit__(self, *exc):
@@ -304,7 +304,7 @@ def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None) 
     """Bring the data where they will be swept: to the workers of ``client``, or into this process."""
     if client is not None:
         return ClusterSweep(problem, evaluation, client)
-    return LocalSweep(problem, evaluation, dask.config.get("nlsq.threads") or len(sched_getaffinity(0)))
+    return LocalSweep(problem, evaluation, threads())
 
 
 class NamedBlock:

@@ -45,6 +45,12 @@ def float64():
     return jax.enable_x64(True)
 
 
+def inherit_device():
+    """Function for other threads to call, which gives them the caller's ``jax.default_device``."""
+    device = jax.config.jax_default_device
+    return lambda: jax.default_device(device).__enter__()  # for the life of the thread
+
+
 class HatSpace(NamedTuple):
     """The scaled variables at one point; all of shape (p,)."""
 

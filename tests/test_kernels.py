@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,6 +194,28 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
     _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
     evaluation.reduce_blocks(other.blocks, PARAMS, GRAM)
     assert kernel._cache_size() == before
+
+
+def test_threads_compute_on_the_callers_device():
+    script = """
+import threading, jax, jax.numpy as jnp
+from dask_nlsq.trf_jit import inherit_device
+found = []
+def work():
+    found.append(jnp.ones(1).devices())
+for device in jax.devices():
+    with jax.default_device(device):
+        adopt = inherit_device()
+        thread = threading.Thread(target=lambda: (adopt(), work()))
+        thread.start()
+        thread.join()
+        assert found[-1] == {device}, found
+print(len(found))
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
+    assert run.stdout.strip() == "3", run.stderr
 
 
 @pytest.mark.parametrize(

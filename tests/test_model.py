@@ -1,3 +1,4 @@
+import os
 import pickle
 import subprocess
 import sys
@@ -86,3 +87,24 @@ def test_a_function_from_main_is_compiled_once_per_worker_process():
     """)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert "compiled 1 1" in run.stdout, run.stdout + run.stderr
+
+
+FIT = """
+import jax.numpy as jnp, numpy as np, dask_nlsq
+x = np.linspace(0, 1, 100)
+dask_nlsq.curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, 2 * np.exp(-x))
+"""
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disabled, tmp_path):
+    environment = os.environ | {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    if disabled:
+        environment["NLSQ_DISABLE_PERSISTENT_CACHE"] = "1"
+    root = Path(__file__).parent.parent
+    kept = []
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", FIT], check=True, env=environment, cwd=root)
+        kept.append({path for path in tmp_path.rglob("*-cache") if path.is_file()})
+    assert bool(kept[0]) != disabled
+    assert kept[0] == kept[1]  # the second process compiled nothing new
