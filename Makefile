@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow figures lint clean
+.PHONY: demo test test-slow figures bench lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -14,6 +14,10 @@ test-slow: .venv/ready     ## only the long ones
 
 figures: .venv/ready       ## print every accuracy figure that the README quotes
 	$(BIN)/python -m tests.accuracy
+
+bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
+	$(BIN)/python -m pip install --quiet optimistix
+	$(BIN)/python -m benchmarks.run
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,363 @@
+"""How fast the fits are: `python -m benchmarks.run` prints the table and writes benchmarks/results.md.
+
+Ratios compare runs that alternate in one process; times are medians. What is marked "one core" runs in a child process
+that may use one core only. Each row says what it times.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results.md"
+RUNS = 7
+
+
+class Row(NamedTuple):
+    figure: str
+    required: str
+    measured: str
+    how: str
+
+
+def medians(*functions, runs=RUNS):
+    """Median seconds of each function, called in turn after one call that compiles."""
+    for function in functions:
+        function()
+    times = [[] for _ in functions]
+    for _ in range(runs):
+        for function, list_ in zip(functions, times, strict=True):
+            begin = time.perf_counter()
+            function()
+            list_.append(time.perf_counter() - begin)
+    return [float(np.median(each)) for each in times]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models and data
+
+
+def decay(x, a, b, c):
+    import jax.numpy as jnp
+
+    return a * jnp.exp(-b * x) + c
+
+
+def decay_numpy(x, a, b, c):
+    return a * np.exp(-b * x) + c
+
+
+def gaussians(k):
+    """k Gaussians and a line, p = 3 k + 2."""
+    import jax.numpy as jnp
+
+    def model(x, b0, b1, *peaks):
+        y = b0 + b1 * x
+        for height, center, width in zip(peaks[::3], peaks[1::3], peaks[2::3], strict=True):
+            y = y + height * jnp.exp(-(((x - center) / width) ** 2))
+        return y
+
+    return model, np.array([0.1, 0.01] + [v for i in range(k) for v in (1.0, 10 * (i + 0.5) / k, 3.0 / k)])
+
+
+def cosines(p):
+    import jax.numpy as jnp
+
+    def model(x, *c):
+        return sum(a * jnp.cos(0.1 * k * x) for k, a in enumerate(c))
+
+    return model, np.ones(p)
+
+
+def decay_data(n, seed=0):
+    x = np.linspace(0, 10, n)
+    return x, decay_numpy(x, 2.0, 0.5, 0.3) + np.random.default_rng(seed).normal(0, 0.05, n)
+
+
+def swept(f, params, x, y, threads=1, reduction="gram", jac_mode="auto"):
+    """A function that makes one sweep over x and y held in memory."""
+    from dask_nlsq.inputs import build_problem
+    from dask_nlsq.kernels import choose_jac_mode
+    from dask_nlsq.model import intern
+    from dask_nlsq.reduction import Evaluation, LocalSweep
+
+    problem = build_problem(x, y, check=True, omit=False)
+    model = intern(f)
+    sweep = LocalSweep(problem, Evaluation(model, problem.rules, "linear", 1.0), threads)
+    if jac_mode == "auto":
+        jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), params, 10**9)
+    sweep.jac_mode = jac_mode
+    return lambda: sweep(params, reduction)
+
+
+def naive(f, params, x, y):
+    """The same in plain JAX: the full Jacobian of the block, then J^T J and J^T r."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def equations(params, x, y):
+        def residual(params):
+            return f(x, *params) - y
+
+        J, r = jax.jacfwd(residual)(params), residual(params)
+        return J.T @ J, J.T @ r, 0.5 * r @ r
+
+    def run():
+        with jax.enable_x64(True):
+            return jax.block_until_ready(equations(jnp.asarray(params), x, y))
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one core
+
+
+def one_core_kernels():
+    import jax
+    import jax.numpy as jnp
+
+    found = {}
+    n = 2**20
+    x, y = decay_data(n)
+    params = np.array([2.0, 0.5, 0.3])
+    ours, full, qr = medians(
+        swept(decay, params, x, y), naive(decay, params, x, y), swept(decay, params, x, y, reduction="qr")
+    )
+
+    @jax.jit
+    def cost(params, x, y):
+        return 0.5 * jnp.sum((decay(x, *params) - y) ** 2)
+
+    def cost_only():
+        with jax.enable_x64(True):
+            jax.block_until_ready(cost(params, xd, yd))
+
+    with jax.enable_x64(True):
+        xd, yd = jnp.asarray(x), jnp.asarray(y)
+    sweep, cheap = medians(swept(decay, params, x, y), cost_only)
+    found |= {"3 full": full / ours, "3 ns": ours / n * 1e9, "qr": qr / ours, "cost": sweep / cheap}
+    for k, n in ((1, 2**20), (16, 2**18)):
+        model, params = gaussians(k)
+        x, y = decay_data(n)
+        ours, full = medians(swept(model, params, x, y), naive(model, params, x, y), runs=5)
+        found |= {f"{len(params)} full": full / ours, f"{len(params)} ns": ours / n * 1e9}
+    return found
+
+
+def one_core_params():
+    """ns per point of a sweep for p = 2..100, and of the p x p product alone in NumPy."""
+    n = 2**17
+    x, y = decay_data(n)
+    found = {}
+    for p in (2, 5, 10, 20, 30, 50, 75, 100):
+        model, params = cosines(p)
+        A = np.random.default_rng(0).normal(size=(p + 1, 2048))
+        ours, product = medians(swept(model, params, x, y), lambda A=A: A @ A.T, runs=5)
+        found[p] = (ours / n * 1e9, product / 2048 * 1e9)
+    return found
+
+
+def peak_memory():
+    """MB above the data, of a fit of 1e7 points; the peak is reset first, so that making the data does not count."""
+    import dask_nlsq
+
+    def resident(field):
+        status = Path("/proc/self/status").read_text()
+        return float(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+    x, y = decay_data(10**7)
+    dask_nlsq.curve_fit(decay, x[:1000], y[:1000], p0=[1, 1, 0])  # JAX itself
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    dask_nlsq.curve_fit(decay, x, y, p0=[1, 1, 0])
+    return resident("VmHWM") - before
+
+
+def in_child(function, cores=None):
+    """Result of a function of this file in a fresh process that may use ``cores`` cores."""
+    code = f"import json, benchmarks.run as b; print('RESULT', json.dumps(b.{function}()))"
+    if cores is not None:
+        code = f"import os; os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-{cores}:]); " + code
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))[7:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def kernel_rows():
+    found = in_child("one_core_kernels", cores=1)
+    what = "one sweep over 2^20 points (2^18 at 50 params), one core; full: jax.jit of jacfwd, then J.T @ J"
+    yield Row("full-Jacobian JAX / ours, 3 params", "5 (8)", f"{found['3 full']:.1f} ({found['3 ns']:.1f} ns/point)", what)
+    yield Row("full-Jacobian JAX / ours, 5 params", "5 (8)", f"{found['5 full']:.1f} ({found['5 ns']:.1f} ns/point)", what)
+    yield Row(
+        "full-Jacobian JAX / ours, 50 params", "8 (13)", f"{found['50 full']:.1f} ({found['50 ns']:.0f} ns/point)", what
+    )
+    yield Row("sweep / cost-only sweep, 3 params", "4.5 (3.3)", f"{found['cost']:.1f}", "cost: jitted 0.5 sum r^2, aligned")
+    yield Row("qr sweep / gram sweep, 3 params", "2 (1.6)", f"{found['qr']:.2f}", "same sweep, both reductions")
+
+
+def thread_row():
+    x, y = decay_data(2**23)
+    params = np.array([2.0, 0.5, 0.3])
+    one, two = medians(swept(decay, params, x, y, 1), swept(decay, params, x, y, 2))
+    yield Row("two threads against one", "1.6 (1.9)", f"{one / two:.2f}", "one sweep over 2^23 points, 3 params")
+
+
+def fit_rows():
+    import jax.numpy as jnp
+    import optimistix
+    from jax import enable_x64
+    from scipy.optimize import curve_fit as scipy_curve_fit
+
+    import dask_nlsq
+
+    x, y = decay_data(10**7)
+    p0 = [1.0, 1.0, 0.0]
+    begin = time.perf_counter()
+    dask_nlsq.curve_fit(lambda x, a, b, c: decay(x, a, b, c), x, y, p0=p0)
+    cold = time.perf_counter() - begin
+
+    def levenberg_marquardt():
+        with enable_x64(True):
+            xd, yd = jnp.asarray(x), jnp.asarray(y)
+            solver = optimistix.LevenbergMarquardt(rtol=1e-8, atol=1e-8)
+            optimistix.least_squares(lambda q, _: decay(xd, *q) - yd, solver, jnp.array(p0)).value.block_until_ready()
+
+    ours, lm, trf, opt = medians(
+        lambda: dask_nlsq.curve_fit(decay, x, y, p0=p0),
+        lambda: scipy_curve_fit(decay_numpy, x, y, p0=p0),
+        lambda: scipy_curve_fit(decay_numpy, x, y, p0=p0, method="trf"),
+        levenberg_marquardt,
+        runs=3,
+    )
+    what = "whole fit of 1e7 points in memory from p0 = (1, 1, 0), default tolerances"
+    yield Row("SciPy lm / ours, 1e7 points", "5 (15)", f"{lm / ours:.1f} (ours {ours:.2f} s warm, {cold:.2f} s cold)", what)
+    yield Row("SciPy trf / ours", "15 (40)", f"{trf / ours:.1f}", what)
+    yield Row("optimistix LevenbergMarquardt / ours", "5", f"{opt / ours:.1f}", what + ", rtol = atol = 1e-8")
+    yield Row(
+        "peak memory above the data", "300 MB (100)", f"{in_child('peak_memory'):.0f} MB", "fresh process, the same fit"
+    )
+
+
+def small_fit_row():
+    from scipy.optimize import curve_fit as scipy_curve_fit
+
+    import dask_nlsq
+
+    x, y = decay_data(1000)
+    starts = iter(np.linspace(0.9, 1.1, 1000))  # another p0 each time
+    ours, scipy = medians(
+        lambda: dask_nlsq.curve_fit(decay, x, y, p0=[next(starts), 1, 0]),
+        lambda: scipy_curve_fit(decay_numpy, x, y, p0=[next(starts), 1, 0]),
+        runs=41,
+    )
+    yield Row(
+        "warm fit of 1000 points", "20 ms (5)", f"{ours * 1e3:.1f} ms (SciPy {scipy * 1e3:.1f} ms)", "another p0 each time"
+    )
+
+
+def overhead_rows():
+    import dask.array as da
+    from distributed import Client, LocalCluster
+
+    from dask_nlsq.inputs import build_problem
+    from dask_nlsq.model import intern
+    from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep
+
+    x, y = decay_data(512 * 4096)
+    params = np.array([2.0, 0.5, 0.3])
+
+    def problem(chunk):
+        return build_problem(da.from_array(x, chunks=chunk), da.from_array(y, chunks=chunk), check=True, omit=False)
+
+    def local(chunk):
+        aligned = problem(chunk)
+        sweep = LocalSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), 2)
+        return lambda: sweep(params, "gram")
+
+    small, large = medians(local(4096), local(2**18), runs=21)
+    how = "2^21 points in 512 chunks; kernel time: the same points in 8 chunks on 2 threads"
+    yield Row("time per sweep beyond the kernel, threads", "10 ms (2)", f"{(small - large) * 1e3:.1f} ms", how)
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        aligned = problem(4096)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph")
+            sweep = ClusterSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), client)
+        with sweep:
+            (remote,) = medians(lambda: sweep(params, "gram"), runs=21)
+    yield Row("the same, 2-worker LocalCluster", "60 ms (25)", f"{(remote - large) * 1e3:.1f} ms", how)
+
+
+def growth_rows():
+    """Seconds of a fit against points; y is made by Dask as float32, x are two axis vectors."""
+    import dask.array as da
+
+    import dask_nlsq
+
+    def model(axes, a, b, c):
+        row, column = axes
+        return decay(row + column, a, b, c)
+
+    seconds = {}
+    for rows in (1, 10, 100, 1000, 10_000):
+        columns = 100_000
+        row = np.linspace(0, 1, rows)[:, None]
+        column = np.linspace(0, 9, columns)
+        clean = da.from_array(row, chunks=(min(rows, 100), 1)) + da.from_array(column, chunks=columns)
+        noise = da.random.default_rng(0).normal(0, 0.05, clean.shape, chunks=clean.chunks)
+        y = (2 * da.exp(-0.5 * clean) + 0.3 + noise).astype(np.float32)
+        fits = [dask_nlsq.curve_fit(model, (row, column), y, p0=[1, 1, 0]) for _ in range(1 if rows > 1000 else 3)]
+        sweeps = [(fit.history[-1].seconds - fit.history[0].seconds) / (fit.nfev - 1) for fit in fits]
+        seconds[rows * columns] = float(np.median(sweeps))
+    large = np.array([n for n in seconds if n >= 10**6], dtype=float)
+    slope = np.polyfit(np.log(large), np.log([seconds[int(n)] for n in large]), 1)[0]
+    listed = ", ".join(f"{n:.0e}: {s * 1e3:.1f} ms" for n, s in seconds.items())
+    yield Row("exponent of time per sweep against points, above 1e6", "1.00 +- 0.05", f"{slope:.3f}", listed)
+
+
+def params_rows():
+    found = in_child("one_core_params", cores=1)
+    for p, (ours, product) in found.items():
+        yield Row(
+            f"sweep at p = {p}", "no cliff", f"{ours:.1f} ns/point", f"(p+1) x (p+1) product in BLAS: {product:.1f} ns/point"
+        )
+
+
+GROUPS = (kernel_rows, thread_row, fit_rows, small_fit_row, overhead_rows, growth_rows, params_rows)
+
+
+def machine():
+    packages = ", ".join(f"{name} {version(name)}" for name in ("jax", "numpy", "scipy", "dask", "optimistix"))
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}, {packages}"
+
+
+def main():
+    begin = time.perf_counter()
+    rows = []
+    for group in GROUPS:
+        for row in group():
+            print(f"{row.figure:<55}{row.required:<16}{row.measured:<42}{row.how}", flush=True)
+            rows.append(row)
+    header = f"# Benchmarks\n\n`make bench` on {machine()}; {time.perf_counter() - begin:.0f} s.\n\n"
+    table = ["| figure | required (hoped for) | measured | what is timed |", "| --- | --- | --- | --- |"]
+    RESULTS.write_text(header + "\n".join([*table, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
+    print(f"{time.perf_counter() - begin:.0f} s; written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
