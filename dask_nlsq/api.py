@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,12 +13,12 @@ from distributed import Client, default_client
 from scipy.optimize import OptimizeWarning
 
 from .arguments import check_choices, finite_policy, jacobian, limit, model_first, parameters, positive, scale, tolerance
-from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened
+from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
 from .memory import available_memory
 from .model import Model, function_name, intern
 from .progress import Observers
-from .reduction import Evaluation, Sweep, map_chunks, open_sweep
+from .reduction import Evaluation, Sweep, cluster_memory, map_chunks, open_sweep
 from .result import FitResult, covariance
 from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 
@@ -102,7 +103,9 @@ def curve_fit(
     x_scale : "jac", scalar or array_like, shape (p,)
         Characteristic scale of each parameter; "jac" takes it from the columns of the Jacobian.
     ftol, xtol, gtol : float or None
-        Termination: relative reduction of the cost, relative step, scaled gradient. None: that test is off.
+        Termination: relative reduction of the cost, relative step, gradient. None: that test is off. As in SciPy the
+        gradient counts in the units of the data for "trf", "dogbox" and with bounds, and without them otherwise, as the
+        cosine between the residual and the columns of the Jacobian.
     max_nfev, maxfev : int, optional
         Most evaluations of the cost, one sweep over the data each; 100 p by default.
     mask : array_like, optional
@@ -120,7 +123,7 @@ def curve_fit(
     tr_solver : {None, "exact", "cg"}
         Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
     memory_limit_gb : float, optional
-        Memory that data may take in this process; by default 75 % of what is available.
+        Memory that data may take where they are held; by default 75 % of what this process, or the workers together, have.
     callback : callable, optional
         Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
     progress : bool, optional
@@ -155,6 +158,10 @@ def curve_fit(
     f, xdata, ydata = model_first(f, xdata, ydata)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
     check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
+    if method == "lm" and loss != "linear":
+        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(f, jacobian(jac))
@@ -165,7 +172,8 @@ def curve_fit(
         ftol=tolerance("ftol", ftol),
         xtol=tolerance("xtol", xtol),
         gtol=tolerance("gtol", gtol),
-        max_nfev=limit(max_nfev if max_nfev is not None else maxfev),
+        max_nfev=limit(max_nfev, maxfev),
+        gtol_relative=method in (None, "lm") and not np.any(np.isfinite([lower, upper])),
         reduction=reduction,
         tr_solver=tr_solver,
     )
@@ -174,13 +182,16 @@ def curve_fit(
     if problem.n_points < len(start):
         raise TypeError(_too_few(len(start), problem.n_points))
     strategy, client = _choose(problem, strategy, memory_limit_gb)
+    if client is not None:
+        check_sendable(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
     with open_sweep(problem, evaluation, client) as sweep:
-        n_points, n_masked, n_omitted = _admit(sweep.census(), problem, nan_policy, len(start))
+        n_points, n_masked, n_omitted = _admit(sweep.census(), problem, len(start))
         if not problem.rules.whole:
-            check_pointwise(model, problem.rules.layouts, sweep.sample(), start)
+            elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
+            check_pointwise(model, problem.rules.layouts, sweep.sample(), start, elsewhere)
         if jac_mode == "auto":
             jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, n_points)
         sweep.jac_mode = jac_mode
@@ -192,10 +203,10 @@ def curve_fit(
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         sweeps = sweep.count
     if solution.status == 0:
-        raise RuntimeError(f"Optimal parameters not found: {solution.message}")
+        raise RuntimeError(_not_converged(solution, names))
     result = FitResult(
         popt=solution.params,
-        pcov=_scaled_covariance(solution, n_points, absolute_sigma),
+        pcov=_scaled_covariance(solution, n_points, absolute_sigma, names),
         param_names=names,
         cost=solution.equations.cost,
         n_points=n_points,
@@ -212,8 +223,8 @@ def curve_fit(
         history=solution.history,
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
         factor=solution.factor,
-        _values=lambda what, params: map_chunks(problem, evaluation, params, what),
-        _predict=lambda x, params: _predict(evaluation, x, params),
+        _values=partial(map_chunks, problem, evaluation),
+        _predict=partial(_predict, evaluation),
     )
     logger.info("%s", result.summary())
     if verbose:
@@ -258,28 +269,31 @@ def _choose(problem: Problem, strategy, memory_limit_gb) -> tuple[str, Client | 
         client = None
     if problem.rules.whole:
         if strategy == "chunked":
-            reason = "a covariance matrix as sigma" if problem.factor is not None else "this model (it is not pointwise)"
+            reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
             raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
         strategy = "standard"
     if strategy == "auto":
         strategy = "chunked" if problem.lazy and client is not None else "standard"
-    if strategy == "chunked" and client is not None:
-        return strategy, client
-    if not problem.lazy:
+    if strategy == "standard":
+        client = None
+    if client is None and not problem.lazy:
         return strategy, None
-    limit = available_memory() * MEMORY_FRACTION if memory_limit_gb is None else memory_limit_gb * 2**30
+    holder = "this process" if client is None else "the workers together"
+    available = available_memory() if client is None else cluster_memory(client)
+    limit, source = np.inf if available is None else available * MEMORY_FRACTION, f"{MEMORY_FRACTION:.0%} of their memory"
+    if memory_limit_gb is not None:
+        limit, source = positive("memory_limit_gb", memory_limit_gb) * 2**30, "memory_limit_gb"
     if (needed := problem.nbytes) > limit:
         raise MemoryError(
-            f"the data take {needed / 2**30:.2f} GiB and this process may hold {limit / 2**30:.2f} GiB "
-            f"({MEMORY_FRACTION:.0%} of what is available, or memory_limit_gb): create a distributed.Client whose workers "
-            'have more memory and use strategy="chunked", or fit a part of the data'
+            f"the data take {needed / 2**30:.2f} GiB and {holder} may hold {limit / 2**30:.2f} GiB ({source}): use a "
+            "distributed.Client whose workers have more memory, or fit a part of the data"
         )
-    return strategy, None
+    return strategy, client
 
 
-def _admit(censuses: list[Census], problem: Problem, nan_policy, n_params) -> tuple[int, int, int]:
+def _admit(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:
     """Points used, masked and omitted; an error where values are not as they must be."""
-    if nan_policy != "omit":
+    if not problem.rules.omit:
         for name in ("ydata", "xdata", "sigma"):
             bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
             if bad:
@@ -298,15 +312,25 @@ def _admit(censuses: list[Census], problem: Problem, nan_policy, n_params) -> tu
             )
     n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
     n_points = problem.n_points - n_masked - n_omitted
+    n_masked += problem.n_dropped
     if n_points == 0:
         raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
     if n_points < n_params:
-        raise TypeError(_too_few(n_params, n_points))
+        raise TypeError(_too_few(n_params, n_points, n_masked + n_omitted))
     return n_points, n_masked, n_omitted
 
 
-def _too_few(n_params, n_points):
-    return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}"
+def _too_few(n_params, n_points, left_out=0):
+    why = f" ({left_out} more are masked or omitted; a true mask value leaves a point out)" if left_out else ""
+    return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}{why}"
+
+
+def _not_converged(solution: Solution, names):
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
+    return (
+        f"Optimal parameters not found: {solution.message} {solution.nfev} were made; the best so far has cost "
+        f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
+    )
 
 
 def _not_finite_at_start(sweep: Sweep, model: Model, start, names):
@@ -328,14 +352,16 @@ def _not_finite_at_start(sweep: Sweep, model: Model, start, names):
 # after the fit
 
 
-def _scaled_covariance(solution: Solution, n_points: int, absolute_sigma: bool):
+def _scaled_covariance(solution: Solution, n_points: int, absolute_sigma: bool, names):
     p = len(solution.params)
     pcov = covariance(solution.factor)
     if pcov is not None and absolute_sigma:
         return pcov
     if pcov is not None and n_points > p:
         return pcov * (2 * solution.equations.cost / (n_points - p))
-    warnings.warn("Covariance of the parameters could not be estimated", OptimizeWarning, stacklevel=3)
+    idle = [name for name, column in zip(names, solution.factor.R.T, strict=True) if not np.any(column)]
+    why = f": the model does not change with {', '.join(idle)} there" if idle else ""
+    warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
     return np.full((p, p), np.inf)
 
 

@@ -1,6 +1,7 @@
 """The arguments that are not data: checked once, with errors that say what to change."""
 
 import inspect
+from numbers import Integral, Real
 
 import numpy as np
 from scipy.optimize import Bounds
@@ -28,14 +29,18 @@ def parameters(f, p0, bounds, param_names):
             raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
         n = len(signature)
     else:
-        p0 = np.atleast_1d(np.asarray(p0, dtype=np.float64))
+        p0 = np.atleast_1d(_numbers("p0", p0))
         if p0.ndim != 1 or not len(p0):
             raise ValueError(f"`p0` must be a vector with one value per parameter, not of shape {p0.shape}")
         n = len(p0)
         if signature is not None and len(signature) != n and not _takes(f, n):
             raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
-    names = tuple(param_names or (signature if signature and len(signature) == n else (f"p{k}" for k in range(n))))
-    if len(names) != n or len(set(names)) != n:
+    names = tuple(
+        param_names
+        if param_names is not None
+        else (signature if signature and len(signature) == n else (f"p{k}" for k in range(n)))
+    )
+    if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`param_names` must be {n} different names, got {len(names)}: {names}")
 
     lower, upper = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
@@ -61,6 +66,13 @@ def parameters(f, p0, bounds, param_names):
     return names, lower, upper, p0
 
 
+def _numbers(name, value):
+    try:
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"`{name}` must be real numbers, not {value!r}") from None
+
+
 def _takes(f, n):
     """Whether f has defaults that let it be called with n parameters, as SciPy allows."""
     try:
@@ -74,12 +86,15 @@ def _pair(bounds):
     try:
         lower, upper = bounds
     except (TypeError, ValueError) as err:
-        raise ValueError("`bounds` must be a pair (lower, upper) of scalars or vectors, or scipy.optimize.Bounds") from err
+        raise ValueError(
+            "`bounds` must be a pair (lower, upper) of scalars or vectors, or scipy.optimize.Bounds; of pairs make "
+            "zip(*bounds)"
+        ) from err
     return lower, upper
 
 
 def _per_parameter(name, value, n):
-    value = np.asarray(value, dtype=np.float64)
+    value = _numbers(name, value)
     if value.shape not in ((), (1,), (n,)):
         raise ValueError(f"`{name}` has shape {value.shape}: give a scalar or one value for each of the {n} parameters")
     return np.broadcast_to(value, (n,))
@@ -128,22 +143,25 @@ def scale(x_scale, n):
 
 def tolerance(name, value):
     value = 0.0 if value is None else value
-    if not value >= 0:
-        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value}")
+    if not isinstance(value, Real) or not value >= 0:
+        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value!r}")
     return float(value)
 
 
-def limit(max_nfev):
-    if max_nfev is None or max_nfev == 0:  # 0 is the default of SciPy's maxfev
+def limit(max_nfev, maxfev):
+    """Most evaluations, of two names for them; None for the default, which SciPy's maxfev also calls 0."""
+    if max_nfev is None:
+        max_nfev = maxfev or None
+    if max_nfev is None:
         return None
-    if max_nfev < 0:
-        raise ValueError(f"`max_nfev` must be None or a positive integer, not {max_nfev}")
+    if not isinstance(max_nfev, Integral) or max_nfev <= 0:
+        raise ValueError(f"`max_nfev` must be None or a positive integer, not {max_nfev!r}")
     return int(max_nfev)
 
 
 def positive(name, value):
-    if not (np.isscalar(value) and np.isfinite(value) and value > 0):
-        raise ValueError(f"`{name}` must be a positive number, not {value}")
+    if not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive number, not {value!r}")
     return float(value)
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import dask
 import yaml
+from dask.system import CPU_COUNT
 
 dask.config.update_defaults(yaml.safe_load((Path(__file__).parent / "nlsq.yaml").read_text()))
 
 
 def threads() -> int:
     """Threads of a fit in this process."""
-    return dask.config.get("nlsq.threads") or len(os.sched_getaffinity(0))
+    return dask.config.get("nlsq.threads") or CPU_COUNT
 
 
 def compilation_cache() -> str | None:

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from math import prod
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 
-from .kernels import MAX_TILE, Block, Layout, Layouts
+from .kernels import BLOCK_POINTS, Block, Layout, Layouts
 
-BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
 SAMPLE_POINTS = 8  # points on which a model is checked
@@ -47,7 +47,8 @@ class Rules(NamedTuple):
     """How `prepare_chunk` is to treat every chunk of a problem."""
 
     layouts: Layouts
-    capacities: tuple[int, ...]  # per operand: elements of the largest buffer
+    capacities: tuple[int, ...]  # per operand: elements of the largest piece
+    run: int  # chunks that are joined: 1 unless they are small
     check: bool  # count values that are not finite
     omit: bool  # leave points out where a value is not finite
     whole: bool  # one block of exactly the chunk's length
@@ -61,6 +62,7 @@ class Problem:
     chunks: tuple[tuple[int, ...], ...]
     rules: Rules
     factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
+    n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -79,25 +81,16 @@ class Problem:
         return any(isinstance(operand, da.Array) for operand in self.operands)
 
     def indices(self) -> list[tuple[int, ...]]:
-        """Indices of the chunks that hold points, in C order."""
-        every = product(*(range(len(sizes)) for sizes in self.chunks))
-        return [index for index in every if prod(self.chunk_shape(index))]
+        """Indices of the chunks in C order."""
+        return list(product(*(range(len(sizes)) for sizes in self.chunks)))
 
     def chunk_shape(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
 
     def runs(self) -> list[list[tuple[int, ...]]]:
         """The chunks, small ones in runs that are joined: a function of the chunks alone."""
-        size = 1
-        if all(layout.dense or operand.size == 1 for layout, operand in zip(self.layouts, self.operands, strict=True)):
-            size = max(1, JOINED_POINTS // self.rules.capacities[0])
-        indices = self.indices()
+        indices, size = self.indices(), self.rules.run
         return [indices[k : k + size] for k in range(0, len(indices), size)]
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        """Layout of each operand."""
-        return self.rules.layouts.operands
 
     def pieces(self, index: tuple[int, ...]) -> list:
         """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
@@ -131,24 +124,68 @@ class Problem:
 
 def as_array(name: str, data) -> np.ndarray | da.Array:
     """NumPy for what is in memory, Dask for what is not; real numbers only."""
+    if data is None or isinstance(data, (str, bytes, PurePath)) or hasattr(data, "array_keys"):
+        kind = "a group: pass one of its arrays" if hasattr(data, "array_keys") else f"{data!r}: pass an array"
+        raise TypeError(f"`{name}` is {kind}. Open a store first, as with zarr.open_array(path, mode='r')")
     if hasattr(data, "dims") and hasattr(data, "data"):  # xarray
         data = data.data
     if isinstance(data, da.Array):
         array = data
         if any(np.isnan(size) for sizes in array.chunks for size in sizes):
             raise ValueError(f"`{name}` is a Dask array of unknown chunk sizes: call {name}.compute_chunk_sizes() first")
+        if any(0 in sizes for sizes in array.chunks) and array.size:
+            array = array.rechunk(tuple(tuple(size for size in sizes if size) for sizes in array.chunks))
     elif _on_disk(data):
         # one shard, or one chunk, is the smallest piece that a store can read by itself
         stored = getattr(data, "shards", None) or getattr(data, "chunks", None) or "auto"
-        array = da.from_array(data, chunks=stored, name=False, lock=not hasattr(data, "store"))
+        lock = not hasattr(data, "store")
+        array = da.from_array(_Reopened(data) if hasattr(data, "file") else data, chunks=stored, name=False, lock=lock)
     else:
-        array = np.asarray(data)
+        try:
+            array = np.asarray(data)
+        except ValueError as err:  # lists of different lengths
+            raise ValueError(f"`{name}` is not an array: {err}") from None
     if array.dtype.kind not in "buif":
         raise TypeError(
             f"`{name}` has dtype {array.dtype}: real numbers are needed (fit real and imaginary parts or amplitude and "
             "phase of complex data separately, convert text and dates to numbers)"
         )
     return array
+
+
+class _Reopened:
+    """An h5py dataset that a worker opens again by its file and name, since an open one cannot be sent."""
+
+    def __init__(self, dataset):
+        self.dataset, self.shape, self.dtype, self.ndim = dataset, dataset.shape, dataset.dtype, dataset.ndim
+
+    def __getitem__(self, item):
+        return self.dataset[item]
+
+    def __reduce__(self):
+        return _reopen, (type(self.dataset.file), self.dataset.file.filename, self.dataset.name)
+
+
+def check_sendable(**arguments) -> None:
+    """Workers open HDF5 files themselves, which they cannot while someone writes.
+
+    Raises
+    ------
+    TypeError
+        Where a data set is of a file that is open for writing.
+    """
+    for name, argument in arguments.items():
+        for each in argument if isinstance(argument, tuple) else (argument,):
+            mode = getattr(getattr(each, "file", None), "mode", "r")
+            if mode != "r":
+                raise TypeError(
+                    f"`{name}` is in {each.file.filename}, which is open for writing, so that workers cannot read it: open "
+                    "it with mode 'r', or use strategy=\"standard\""
+                )
+
+
+def _reopen(file_type, filename, name):
+    return _Reopened(file_type(filename, "r")[name])
 
 
 def _on_disk(data):
@@ -182,10 +219,10 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
     TypeError
         Data that are not real numbers.
     """
-    if isinstance(ydata, np.ma.MaskedArray):
-        hidden = np.ma.getmaskarray(ydata)
-        mask = hidden if mask is None else hidden | (np.asarray(mask) != 0)
-        ydata = ydata.data
+    if _is_masked(sigma):
+        raise TypeError("`sigma` is a masked array: pass its data, and its mask as mask=")
+    ydata, mask = _unmasked(ydata, mask)
+    xdata = _plain(xdata)
     y = as_array("ydata", ydata)
     x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
     if y.size == 1 and coordinates and x_kind != "tuple":  # SciPy broadcasts a single y
@@ -225,7 +262,29 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
         prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
         for each, operand in zip(layouts.operands, operands, strict=True)
     )
-    return Problem(operands, chunks, Rules(layouts, capacities, check, omit, whole))
+    joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
+    run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
+    return Problem(operands, chunks, Rules(layouts, capacities, run, check, omit, whole))
+
+
+def _is_masked(data):
+    return isinstance(getattr(data, "_meta", data), np.ma.MaskedArray)
+
+
+def _unmasked(ydata, mask):
+    """Data and mask of a masked array, NumPy's or Dask's, joined with ``mask``."""
+    if not _is_masked(ydata):
+        return ydata, mask
+    of = da.ma if isinstance(ydata, da.Array) else np.ma
+    hidden = of.getmaskarray(ydata)
+    return of.getdata(ydata), hidden if mask is None else hidden | (as_array("mask", mask) != 0)
+
+
+def _plain(xdata):
+    """x without masked arrays; what they hide has no place in a model, so they are refused."""
+    if any(_is_masked(each) for each in (xdata if isinstance(xdata, tuple) else (xdata,))):
+        raise TypeError("`xdata` is a masked array: pass its data, and its mask as mask=")
+    return xdata
 
 
 def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
@@ -320,7 +379,9 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
 
 
 def _native(piece):
-    """In this machine's byte order, as XLA needs it (FITS and many detectors store the other one)."""
+    """What XLA can take: this machine's byte order (FITS and many detectors use the other one), at most 64 bits."""
+    if piece.dtype.kind == "f" and piece.itemsize > 8:
+        return piece.astype(np.float64)
     return piece if piece.dtype.isnative else piece.astype(piece.dtype.newbyteorder("="))
 
 
@@ -344,7 +405,7 @@ def _sample(rules, shape, coordinates):
 def _cut(rules, shape, pieces) -> tuple[Block, ...]:
     """Blocks of at most `BLOCK_POINTS` consecutive points; their number depends on the shape of the chunk alone."""
     n = prod(shape)
-    longest = max(n, rules.capacities[0])  # a run of small chunks is longer than the largest of them
+    longest = rules.run * rules.capacities[0]
     flat = [np.ravel(piece) for piece in pieces]
     layouts = rules.layouts.operands
     if rules.whole:
@@ -382,14 +443,14 @@ def _size_class(n, longest):
 def _view(flat, lo, hi, capacity):
     """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
 
-    A view of ``flat`` where it has as many elements around [lo, hi). A run shorter than a tile is copied, since a tile
-    is read from its beginning.
+    A view of ``flat`` for a whole block with enough elements around it. A shorter one is copied: a tile may be longer
+    than it, and is read from its beginning.
     """
     per_line = ALIGNMENT // flat.itemsize
     misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
     start = min(lo, len(flat) - capacity)
     start -= (start + misfit) % per_line
-    fits = start >= 0 and start + capacity >= hi and hi - lo >= MAX_TILE
+    fits = start >= 0 and start + capacity >= hi and hi - lo >= BLOCK_POINTS
     if not fits or flat.ctypes.data % flat.itemsize:
         return _aligned_copy(flat, lo, hi, capacity)
     return flat[start : start + capacity], lo - start
@@ -428,7 +489,7 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
     problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True)
     pieces = problem.pieces((0,) * len(problem.shape))
     pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
-    layouts = problem.rules.layouts
+    layouts, dropped = problem.rules.layouts, 0
     if layouts.mask is not None:
         hidden = np.broadcast_to(pieces[2] != 0, problem.shape)
         coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[3:]]
@@ -444,12 +505,16 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
             "stacked": lambda: np.stack(x).reshape(*layouts.x_lead, -1),
             "tuple": lambda: tuple(x),
         }[layouts.x_kind]()
+        if not keep.any():
+            raise ValueError(f"no data: all {keep.size} points are masked or omitted (mask: true leaves a point out)")
+        dropped = int(keep.size - np.count_nonzero(keep))
         covariance = covariance[np.ix_(keep, keep)]
         problem = build_problem(x, pieces[0].ravel()[keep], check=check, omit=False, whole=True)
-    if not np.isfinite(covariance).all() or not np.allclose(covariance, covariance.T):
+    symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
+    if not np.isfinite(covariance).all() or not symmetric:
         raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")
     try:
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError as err:
         raise ValueError("`sigma` must be positive definite.") from err
-    return replace(problem, factor=factor)
+    return replace(problem, factor=factor, n_dropped=dropped)

@@ -23,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .model import Model, check_shape, evaluate, evaluate_jac, function_name
+from .model import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
 from .trf_jit import EPS, LOSSES, float64, masked_cost
 
 Reduction = Literal["gram", "qr"]
 JacMode = Literal["columns", "arguments"]
+BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
 TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
 MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
@@ -93,8 +94,8 @@ def tile_size(n_params: int, capacity: int) -> int:
     On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
     """
     device = jax.config.jax_default_device or jax.local_devices()[0]
-    if device.platform != "cpu":
-        return capacity
+    if getattr(device, "platform", device) != "cpu":  # the setting may be a device or the name of a platform
+        return min(capacity, BLOCK_POINTS)
     fitting = TILE_BYTES // (8 * (n_params + 1))
     return min(max(MIN_TILE, min(MAX_TILE, 2 ** int(np.log2(fitting)))), capacity)
 
@@ -129,8 +130,11 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
             seconds[mode] = min(times[1:])  # the first compiles
         return min(seconds, key=seconds.get)
 
-    with float64():
-        return model.get(("jac_mode", layouts.x, p), measure)
+    key = ("jac_mode", layouts.x, p)
+    if key not in model.choices:
+        with float64():
+            model.choices[key] = measure()
+    return model.choices[key]
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
@@ -188,7 +192,7 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
         return _residual(model, spec, params, block, first, fresh)
 
     r, J = _with_jacobian(model, spec, residual, params, block, first, fresh)
-    cost = masked_cost(r, None, f_scale, loss=spec.loss)
+    cost = masked_cost(r, fresh, f_scale, loss=spec.loss)
     if spec.loss != "linear":
         _, rho1, rho2 = LOSSES[spec.loss]((r / f_scale) ** 2)
         rescale = jnp.sqrt(jnp.maximum(rho1 + 2 * rho2 * (r / f_scale) ** 2, EPS))
@@ -228,7 +232,7 @@ def _weighted(spec, rows, tile, fresh, block):
     if spec.whitened:
         return jax.scipy.linalg.solve_triangular(block.buffers[-1], rows.T, lower=True).T
     if spec.layouts.mask is None:
-        return rows * (fresh / tile.sigma())
+        return jnp.where(fresh, rows / tile.sigma(), 0.0)
     return jnp.where(fresh & ~tile.mask(), rows / tile.sigma(), 0.0)
 
 
@@ -275,7 +279,7 @@ class _Tile:
             strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
             index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
             values = buffer.at[index].get(mode="clip")
-        if values.dtype == bool:
+        if layout is self.layouts.mask:
             return values
         return values.astype(jnp.int64 if layout.integer else jnp.float64)
 
@@ -285,7 +289,9 @@ class _Tile:
         Quotients are taken in float64: (q + 1/2) / size is at least 1/(2 size) away from an integer, so that the
         floor is exact up to q = 2^51, and unlike integer division it uses the vector units.
         """
-        q = (self.block.geometry[1] + self.first + jnp.arange(self.length)).astype(jnp.float64)
+        n, base = self.block.geometry[0], self.block.geometry[1]
+        point = jnp.minimum(self.first + jnp.arange(self.length), n - 1)  # behind the last point: the last point again
+        q = (base + point).astype(jnp.float64)
         places = []
         for axis in reversed(range(1, self.layouts.ndim)):
             size = self.block.shape[axis]
@@ -324,21 +330,25 @@ def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
     ------
     ModelShapeError
         Where it does not return one value per point, or jac one row per point.
-    TypeError
-        Where it uses NumPy functions or branches on a value.
+    ModelError
+        Where it uses NumPy functions, branches on a value, or returns nothing or complex values.
     """
     x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
     params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
-    with float64():
+    with float64(), advice(model):
         value = jax.eval_shape(lambda x, params: evaluate(model, assemble_x(layouts, x), params), x, params)
-        check_shape(model.f, value.shape, [(n,), ()], n)
-        if model.jac is not None:
-            columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
-            check_shape(model.jac, columns.shape, [(n, n_params)], n)
+    check_shape(model, value.shape, n)
+    if model.jac is None:
+        return
+    with float64(), advice(model, is_jac=True):
+        columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
+    check_jac_shape(columns.shape, n, n_params)
 
 
-def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], params: np.ndarray) -> None:
+def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], *starts: np.ndarray) -> None:
     """Compare the model's values at a few points with those at some of the points in another order.
+
+    At each of the ``starts`` (p,), since a parameter that is 0 can hide a term.
 
     Parameters
     ----------
@@ -365,8 +375,10 @@ def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
 
     run = model.get(("pointwise", layouts, n), lambda: jax.jit(evaluate_parts))
     with float64():
-        everything, *values = map(np.asarray, run(sample, params))
-    for places, part in zip(parts[1:], values, strict=True):
+        found = [list(map(np.asarray, run(sample, params))) for params in starts]
+    for everything, places, part in (
+        (values[0], places, part) for values in found for places, part in zip(parts[1:], values[1:], strict=True)
+    ):
         if not np.allclose(part, everything[places], rtol=1e-6, atol=0, equal_nan=True):
             raise ValueError(
                 f"the model {function_name(model.f)} is not pointwise: its value at a point changes when it is called "

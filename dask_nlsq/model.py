@@ -8,9 +8,14 @@ the process before anything is unpickled. Whatever is compiled for the model is 
 import hashlib
 import inspect
 import pickle
+import sys
+import sysconfig
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import contextmanager
+from pathlib import Path
 
 import cloudpickle
 import jax
@@ -23,7 +28,10 @@ REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run h
 _registry: OrderedDict[str, "Model"] = OrderedDict()
 _lock = threading.Lock()
 
-NUMPY_ADVICE = "write the model with jax.numpy (import jax.numpy as jnp; jnp.exp instead of np.exp)"
+NUMPY_ADVICE = "write it with jax.numpy (import jax.numpy as jnp; jnp.exp instead of np.exp or math.exp)"
+BRANCH_ADVICE = (
+    "use jnp.where, jnp.minimum, jnp.maximum or jax.lax.cond, which work on whole arrays; mask= leaves points out"
+)
 
 
 class Model:
@@ -32,6 +40,7 @@ class Model:
     def __init__(self, f: Callable, jac: Callable | None, token: str, payload: bytes):
         self.f, self.jac, self.token, self.payload = f, jac, token, payload
         self.compiled: dict[Hashable, Callable] = {}
+        self.choices: dict[Hashable, str] = {}  # measured once: the faster of two ways
 
     def __reduce__(self):
         return _from_payload, (self.token, self.payload)
@@ -57,18 +66,39 @@ def intern(f: Callable, jac: Callable | None = None) -> Model:
         Where ``f`` cannot be pickled, which workers and the registry both need.
     """
     try:
-        payload = cloudpickle.dumps((f, jac))
+        with _by_value(f), _by_value(jac):
+            payload = cloudpickle.dumps((f, jac))
     except (pickle.PicklingError, TypeError, AttributeError, ValueError) as err:
         raise TypeError(
             f"the model {function_name(f)} cannot be pickled ({err}): let it close over arrays and numbers only, "
             "not over open files, locks or clients"
         ) from err
     token = hashlib.blake2b(payload, digest_size=16).hexdigest()
-    known = _lookup(token)
-    # an importable function is pickled by its name, so a reloaded module gives the same token and another function
-    if known is not None and (known.f is f or _by_value(f)):
-        return known
-    return _store(Model(f, jac, token, payload))
+    return _lookup(token) or _store(Model(f, jac, token, payload))
+
+
+@contextmanager
+def _by_value(function):
+    """Within, a function of the user's own modules is pickled with its code and globals, so that a change of them shows.
+
+    Installed packages are pickled by name, as everywhere.
+    """
+    module = sys.modules.get(getattr(function, "__module__", None))
+    file = getattr(module, "__file__", None)
+    installed = file is None or any(Path(file).is_relative_to(root) for root in _INSTALLED)
+    if installed or module.__name__ in cloudpickle.list_registry_pickle_by_value():
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
+    str(Path(__file__).parent)
+}
 
 
 def _keep_compilations():
@@ -79,10 +109,6 @@ def _keep_compilations():
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # ours take 0.1 s and more, and add up
     reset_cache()  # JAX looks at the directory once, at the first compilation of the process
-
-
-def _by_value(f):
-    return getattr(f, "__module__", None) == "__main__" or "<locals>" in getattr(f, "__qualname__", "<locals>")
 
 
 def _from_payload(token, payload):
@@ -125,35 +151,80 @@ def parameter_names(f: Callable) -> list[str] | None:
 
 
 def evaluate(model: Model, x, params):
-    """``f(x, *params)`` in float64, errors of tracing translated into advice; call inside ``enable_x64``."""
-    return jnp.asarray(_advised(model.f, x, params), dtype=jnp.float64)
+    """``f(x, *params)`` in float64; call inside ``float64()``."""
+    return _real(model.f(x, *params), _called(model.f))
 
 
 def evaluate_jac(model: Model, x, params):
     """``jac(x, *params)`` in float64, shape as the user returns it."""
-    return jnp.asarray(_advised(model.jac, x, params), dtype=jnp.float64)
+    return _real(model.jac(x, *params), "jac")
 
 
-def _advised(function, x, params):
-    name = function_name(function)
+def _real(value, name):
+    if value is None:
+        raise ModelError(f"{name} returned None: does it lack a return statement?")
+    value = jnp.asarray(value)
+    if jnp.iscomplexobj(value):
+        raise ModelError(f"{name} returned complex values: return real ones, such as jnp.abs or jnp.real of them")
+    return value.astype(jnp.float64)
+
+
+def _called(f):
+    return f"the model {function_name(f)}"
+
+
+class ModelError(TypeError):
+    """A model that cannot be evaluated on arrays, and what to change."""
+
+
+@contextmanager
+def advice(model: Model, is_jac: bool = False):
+    """Turn what JAX raises while it traces the user's function into one error that says what to change and where."""
+    function = model.jac if is_jac else model.f
+    name = "jac" if is_jac else _called(function)
     try:
-        return function(x, *params)
-    except jax.errors.TracerBoolConversionError as err:
-        raise TypeError(
-            f"the model {name} branches in Python on a value (if, while, and, or, min, max): use jnp.where, "
-            "jnp.minimum, jnp.maximum or jax.lax.cond, which work on whole arrays"
-        ) from err
-    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as err:
-        raise TypeError(f"the model {name} needs concrete values, as NumPy functions do: {NUMPY_ADVICE}") from err
+        yield
+    except _BRANCHED as err:
+        if isinstance(err, ValueError) and "truth value" not in str(err):
+            raise
+        reason, change = "branches in Python on a value (if, while, and, or, min, max, a boolean index)", BRANCH_ADVICE
+        place = _place(err, function)
+    except _CONCRETE as err:
+        if not isinstance(err, jax.errors.JAXTypeError) and "scalar arrays" not in str(err):
+            raise
+        reason, change, place = "needs concrete values, as NumPy and math functions do", NUMPY_ADVICE, _place(err, function)
+    else:
+        return
+    raise ModelError(f"{name} {reason}{place}: {change}") from None
+
+
+_BRANCHED = (jax.errors.TracerBoolConversionError, jax.errors.NonConcreteBooleanIndexError, ValueError)
+_CONCRETE = (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, TypeError)
+
+
+def _place(err, function):
+    """The line of the user's file at which an error was raised, as text."""
+    code = getattr(function, "__code__", None)
+    frames = [frame for frame in traceback.extract_tb(err.__traceback__) if code and frame.filename == code.co_filename]
+    return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 class ModelShapeError(ValueError):
     """A model does not return one value per point."""
 
 
-def check_shape(function: Callable, found: tuple[int, ...], allowed: list[tuple[int, ...]], n: int) -> None:
-    if found not in allowed:
+def check_shape(model: Model, found: tuple[int, ...], n: int) -> None:
+    """One value per point; a scalar stands for the same value at all of them."""
+    if found not in ((n,), ()):
         raise ModelShapeError(
-            f"{function_name(function)} returned an array of shape {found} when called with {n} points: it must return "
-            f"shape {allowed[0]}, one value per point"
+            f"{_called(model.f)} returned an array of shape {found} when called with {n} points: it must return shape "
+            f"({n},), one value per point"
+        )
+
+
+def check_jac_shape(found: tuple[int, ...], n: int, n_params: int) -> None:
+    if found != (n, n_params):
+        raise ModelShapeError(
+            f"jac returned an array of shape {found} when called with {n} points: it must return shape ({n}, {n_params}), "
+            "one row per point and one column per parameter"
         )

@@ -14,7 +14,7 @@ from uuid import uuid4
 import dask
 import dask.array as da
 import numpy as np
-from distributed import Client, wait
+from distributed import Client, as_completed
 
 from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
@@ -22,6 +22,7 @@ from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_s
 from .model import Model
 from .trf_jit import EPS, float64, gradient, inherit_device
 
+COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 PARTITIONS_PER_THREAD = 2  # of a cluster
 
@@ -70,7 +71,7 @@ def factor(equations: NormalEquations) -> Factor:
             g = np.asarray(gradient(R, last))
         norms = np.linalg.norm(R, axis=0)
         s = np.linalg.svd(R / np.where(norms > 0, norms, 1.0), compute_uv=False)
-        condition = s[0] / s[-1] if s[-1] > rank_tolerance(equations) * s[0] else np.inf
+        condition = s[0] / s[-1] if s[-1] > max(rank_tolerance(equations), COLUMN_ROUNDING) * s[0] else np.inf
         return Factor(R, last, g, float(condition))
     D = np.sqrt(np.diag(R))
     D = np.where(D > 0, D, 1.0)
@@ -143,7 +144,7 @@ def _merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
     for chunk in chunks:
         end = begin + len(chunk.blocks)
         matrices, costs = zip(*results[begin:end], strict=True)
-        merged.append((matrices[0], costs[0]) if end == begin + 1 else merge(np.stack(matrices), np.array(costs), reduction))
+        merged.append(merge(np.stack(matrices), np.array(costs), reduction))
         begin = end
     matrices, costs = zip(*merged, strict=True)
     return merge(np.stack(matrices), np.array(costs), reduction)
@@ -200,11 +201,16 @@ class LocalSweep(Sweep):
         return [census for chunk in self.chunks for census in chunk.censuses]
 
     def sample(self) -> tuple[np.ndarray, ...]:
-        return self.chunks[0].sample
+        return _longest(chunk.sample for chunk in self.chunks)
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
         return count_not_finite(Partition(self.evaluation, self.chunks), params)
+
+
+def _longest(samples):
+    """The first of the longest: a chunk of one point tells nothing about its neighbours."""
+    return max(samples, key=lambda sample: len(sample[0]) if sample else 0)
 
 
 class Partition(NamedTuple):
@@ -226,7 +232,9 @@ def sweep_partition(partition: Partition, params: np.ndarray, how: How):
 
 
 def describe_partition(partition: Partition):
-    return [census for chunk in partition.chunks for census in chunk.censuses], partition.chunks[0].sample
+    return [census for chunk in partition.chunks for census in chunk.censuses], _longest(
+        chunk.sample for chunk in partition.chunks
+    )
 
 
 def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
@@ -258,10 +266,13 @@ class ClusterSweep(Sweep):
             for k in range(0, len(runs), size)
         ]
         self.partitions, self.running = client.compute(tasks), []
-        with ExitStack() as on_error, NamedBlock(problem, client):
+        by_chunk = [(index, self.partitions[k // size]) for k, run in enumerate(runs) for index in run]
+        with ExitStack() as on_error, NamedBlock(problem, client, by_chunk):
             # futures also live in the traceback of an error, which a notebook keeps: give them up by hand
             on_error.push(self)
-            wait(self.partitions)
+            for future in as_completed(self.partitions):
+                if future.status == "error":
+                    future.result()  # at the first error, not when everything else has been read
             self.described = self._gather(describe_partition, "nlsq-census")
             on_error.pop_all()
 
@@ -285,16 +296,22 @@ class ClusterSweep(Sweep):
         return [census for part, _ in self.described for census in part]
 
     def sample(self) -> tuple[np.ndarray, ...]:
-        return self.described[0][1]
+        return _longest(sample for _, sample in self.described)
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
         return [each for part in self._gather(count_not_finite, "nlsq-count", params) for each in part]
 
 
+def cluster_memory(client: Client) -> float | None:
+    """Bytes that the workers may hold together; None where one has no limit or none is there yet."""
+    limits = [worker["memory_limit"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
+    return float(sum(limits)) if limits and all(limits) else None
+
+
 def partition_size(n_chunks: int, n_threads: int) -> int:
     """Chunks per partition: a power of two, so that partitions are subtrees of the merge."""
-    size = 1
+    size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
     while -(-n_chunks // (2 * size)) >= PARTITIONS_PER_THREAD * n_threads:
         size *= 2
     return size
@@ -313,8 +330,8 @@ class NamedBlock:
     Dask does not say which chunk failed, so they are read again one by one, up to the first that fails the same way.
     """
 
-    def __init__(self, problem: Problem, client: Client | None = None):
-        self.problem, self.client = problem, client
+    def __init__(self, problem: Problem, client: Client | None = None, futures=()):
+        self.problem, self.client, self.futures = problem, client, futures
 
     def __enter__(self):
         return self
@@ -322,10 +339,16 @@ class NamedBlock:
     def __exit__(self, kind, error, traceback):
         if not isinstance(error, Exception):
             return
-        for index in self.problem.indices():
+        for index in self.indices():
             if type(self._failure(self.problem.pieces(index))) is kind:
                 error.add_note(f"raised while reading block {index} of the data, whose chunks are {self.problem.chunks}")
                 return
+
+    def indices(self):
+        """Chunks among which the failing one is: on a cluster, those of the partitions that failed."""
+        if self.client is None:
+            return self.problem.indices()
+        return [index for index, future in self.futures if future.status == "error"]
 
     def _failure(self, pieces):
         task = dask.delayed(list)(pieces)
@@ -343,22 +366,21 @@ def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
     return chunk._replace(blocks=tuple(b._replace(buffers=(*b.buffers, factor)) for b in chunk.blocks))
 
 
+def chunk_values(evaluation: Evaluation, factor, params, what, index, pieces) -> np.ndarray:
+    """Residuals or model values of one chunk that has just been read."""
+    chunk = prepare_chunk(evaluation.rules._replace(run=1), [index], [pieces])
+    return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what)
+
+
 def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model"]):
     """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
 
-    def function(index, pieces):
-        chunk = prepare_chunk(evaluation.rules, [index], [pieces])
-        if problem.factor is not None:
-            chunk = with_factor(chunk, problem.factor)
-        return evaluation.values(chunk, params, what)
-
     if not problem.lazy:
         (index,) = problem.indices()
-        return function(index, problem.pieces(index))
+        return chunk_values(evaluation, problem.factor, params, what, index, problem.pieces(index))
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
-    for index in np.ndindex(grid.shape):  # chunks of size zero have no pieces
-        grid[index] = da.zeros(problem.chunk_shape(index))
+    task = dask.delayed(chunk_values)
     for index in problem.indices():
-        values = dask.delayed(function)(index, problem.pieces(index))
+        values = task(evaluation, problem.factor, params, what, index, problem.pieces(index))
         grid[index] = da.from_delayed(values, problem.chunk_shape(index), dtype=np.float64)
     return da.block(grid.tolist())

@@ -18,7 +18,7 @@ def covariance(factor: Factor) -> np.ndarray | None:
     return (Vt.T / s**2) @ Vt / np.outer(norms, norms)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class FitResult:
     """Result of a fit; ``popt, pcov = result`` works as with SciPy.
 
@@ -72,7 +72,7 @@ class FitResult:
     history: list[Record]
     seconds: dict[str, float]
     factor: Factor = field(repr=False)
-    _values: Any = field(repr=False)  # (what, params) -> array of y's shape
+    _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
     _predict: Any = field(repr=False)  # (x, params) -> array
 
     @property
@@ -111,13 +111,21 @@ class FitResult:
 
         With a covariance matrix as sigma: the whitened residuals of the points used.
         """
-        return self._values("residual", self.popt)
+        return self._at_the_data("residual")
 
     def predict(self, x=None):
         """``f(x, *popt)``; ``x`` as in the fit, None for the x of the fit. A Dask array where x is one."""
         if x is None:
-            return self._values("model", self.popt)
+            return self._at_the_data("model")
         return self._predict(x, self.popt)
+
+    def _at_the_data(self, what):
+        if self._values is None:
+            raise ValueError("a result that was pickled does not hold the data: use predict(x)")
+        return self._values(self.popt, what)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_values": None}  # the data may be larger than any file
 
     def summary(self) -> str:
         """The fit as text: parameters with standard errors, and how the solver got there."""
@@ -127,7 +135,8 @@ class FitResult:
         points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
-            f"{points}; {len(self.popt)} parameters; cost {self.cost:.6g}; reduced chi-square {self.reduced_chi_square:.6g}",
+            f"{points}; {len(self.popt)} parameter{'s' * (len(self.popt) > 1)}; cost {self.cost:.6g}; reduced chi-square"
+            f" {self.reduced_chi_square:.6g}",
             f'{self.sweeps} sweeps in {sum(self.seconds.values()):.2f} s; strategy "{self.strategy}"; reduction '
             f'"{self.reduction}"; condition {self.condition:.1e}',
         ]
@@ -145,7 +154,7 @@ class FitResult:
         ``fjac`` and ``ipvt`` describe R as MINPACK does (R^T, and columns in their order, counted from 1), so that
         ``triu(fjac.T)`` is R; ``qtf`` is Q^T r.
         """
-        fvec = self.residuals().ravel()
+        fvec = np.asarray(self.residuals()).ravel()
         fvec = fvec if self.n_masked + self.n_omitted == 0 else fvec[~np.isnan(fvec)]
         p = len(self.popt)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)

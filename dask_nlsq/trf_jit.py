@@ -109,9 +109,9 @@ LOSSES = {
 
 @partial(jax.jit, static_argnames="loss")
 def masked_cost(residual, valid, f_scale, loss="linear"):
-    """``0.5 * f_scale^2 * sum rho((residual / f_scale)^2)`` over the valid points; residual (n,), valid (n,) or None."""
+    """``0.5 * f_scale^2 * sum rho((residual / f_scale)^2)`` over the valid points; residual and valid (n,)."""
     rho = LOSSES[loss]((residual / f_scale) ** 2)[0] * f_scale**2
-    return 0.5 * jnp.sum(rho if valid is None else jnp.where(valid, rho, 0.0))
+    return 0.5 * jnp.sum(jnp.where(valid, rho, 0.0))
 
 
 @jax.jit
@@ -205,6 +205,8 @@ def solve_cg(R, projected, d, diagonal, radius):
     g_h = R_h.T @ projected
     tolerance = CG_RTOL * jnp.linalg.norm(g_h)
 
+    trace = jnp.sum(R_h**2) + jnp.sum(diagonal)
+
     def hessian(step):
         return R_h.T @ (R_h @ step) + diagonal * step
 
@@ -220,13 +222,14 @@ def solve_cg(R, projected, d, diagonal, radius):
         iteration, step, rest, direction, _ = state
         curved = hessian(direction)
         curvature = direction @ curved
-        flat = curvature <= EPS * (direction @ direction)
+        flat = curvature <= EPS * trace * (direction @ direction)
         length = (rest @ rest) / jnp.where(flat, 1.0, curvature)
         trial = step + length * direction
         leaves = flat | (jnp.linalg.norm(trial) >= radius)
         rest_new = rest - length * curved
         turned = rest_new + (rest_new @ rest_new) / (rest @ rest) * direction
-        return iteration + 1, jnp.where(leaves, to_sphere(step, direction), trial), rest_new, turned, leaves
+        edge = jnp.where(jnp.isfinite(radius), to_sphere(step, direction), step)  # no sphere: no step along a flat one
+        return iteration + 1, jnp.where(leaves, edge, trial), rest_new, turned, leaves
 
     start = (0, jnp.zeros_like(g_h), -g_h, -g_h, False)
     return lax.while_loop(unfinished, advance, start)[1]

@@ -78,6 +78,7 @@ class Options:
     ftol: float = 1e-8
     xtol: float = 1e-8
     gtol: float = 1e-8
+    gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
     max_nfev: int | None = None  # 100 p
     reduction: Literal["gram", "qr", "auto"] = "auto"
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters
@@ -172,12 +173,11 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
             if by_gradient:
                 accepted = there.decrement < here.decrement
                 stalls = 0 if accepted else stalls + 1
-                actual = candidate.predicted
-                ratio = 1.0 if accepted else 0.0
+                ratio, change = (1.0 if accepted else 0.0), candidate.predicted
             else:
                 accepted = actual > 0
-                ratio = _ratio(actual, candidate.predicted)
-            relative = actual / here.equations.cost if here.equations.cost > 0 else 0.0
+                ratio, change = _ratio(actual, candidate.predicted), actual
+            relative = change / here.equations.cost if here.equations.cost > 0 else 0.0
             # a tolerance below rounding asks for what can be had: then only the gradient decides
             measurable = options.ftol > ROUNDING
             ftol = options.ftol if measurable or not by_gradient else 0.0
@@ -220,7 +220,11 @@ def _stand(params, equations, previous_scale, options) -> Point:
             spectral = Spectrum(*map(np.asarray, spectrum(parts.R, parts.projected, hat.d, hat.diagonal)))
             kept = spectral.s > rank_tolerance(equations) * spectral.s[0]
             decrement = 0.5 * float(np.sum(spectral.uf[kept] ** 2))
-    return Point(params, equations, parts, scale, hat, spectral, norm(parts.gradient * hat.v, np.inf), decrement)
+    optimality = norm(parts.gradient * hat.v, np.inf)
+    if options.gtol_relative:
+        lengths = norm(parts.R, axis=0) * np.sqrt(2 * equations.cost)
+        optimality = norm(parts.gradient / np.where(lengths > 0, lengths, 1.0), np.inf)
+    return Point(params, equations, parts, scale, hat, spectral, float(optimality), decrement)
 
 
 def _lossy(point):
@@ -346,6 +350,7 @@ def _terminated(relative, step_norm, params_norm, ratio, ftol, xtol):
 def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepted, started) -> Record:
     seconds = time.perf_counter() - started
     cost, kind = here.equations.cost, here.equations.reduction
+    actual, predicted, step_norm, radius = map(float, (actual, predicted, step_norm, radius))
     return Record(
         iteration,
         nfev,

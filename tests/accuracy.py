@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import dask
 import dask.array as da
@@ -237,6 +238,14 @@ def in_blocks(array: np.ndarray, blocks: int) -> da.Array:
     return da.from_array(array, chunks=-(-array.size // blocks))
 
 
+@contextmanager
+def chunks_apart():
+    """Small chunks are joined by default; here each is to have a matrix of its own."""
+    with mock.patch("dask_nlsq.inputs.JOINED_POINTS", 1):
+        yield
+
+
+@chunks_apart()
 def spread_over_chunks(model: Model, reduction: str) -> float:
     """Largest distance, in standard errors, between fits of the same points in 1, 7 and 1000 blocks, sorted and shuffled."""
     x, y = measured(model, N_POINTS)

@@ -2,11 +2,13 @@
 
 import math
 import time
+from pathlib import Path
 
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zarr
 from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit
@@ -36,7 +38,7 @@ SHAPES_AND_TYPES = {
     "no data": (ValueError, "`ydata` must not be empty", [], [], {}),
     "no x": (ValueError, "`xdata` must not be empty", [], Y, {}),
     "fewer points than params": (TypeError, "parameters=2 must not exceed the number of data points=1", X[:1], Y[:1], {}),
-    "fewer points left than params": (TypeError, "data points=1", X, Y, {"mask": np.arange(50) > 0}),
+    "fewer points left than params": (TypeError, "data points=1 .49 more are masked", X, Y, {"mask": np.arange(50) > 0}),
     "complex": (TypeError, "`ydata` has dtype complex128: real numbers", X, Y + 1j, {}),
     "objects": (TypeError, "`xdata` has dtype object", np.array([object()] * 50), Y, {}),
     "text": (TypeError, "`ydata` has dtype <U1", X, np.array(["a"] * 50), {}),
@@ -74,6 +76,7 @@ OPTIONS = {
     "sigma negative": ("`sigma` must be positive: 50 values", {"sigma": -1}),
     "covariance in blocks": ('all points at once: use strategy="standard"', {"sigma": np.eye(50), "strategy": "chunked"}),
     "covariance not definite": ("`sigma` must be positive definite", {"sigma": -np.eye(50)}),
+    "covariance of small values not symmetric": ("symmetric", {"sigma": 1e-10 * (np.tri(50) + 3 * np.eye(50))}),
     "covariance not symmetric": ("symmetric", {"sigma": np.tri(50)}),
     "unknown method": ("`method` must be one of None, 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
     "unknown loss": ("`loss` must be one of", {"loss": "tukey"}),
@@ -83,6 +86,12 @@ OPTIONS = {
     "f_scale zero": ("`f_scale` must be a positive number", {"loss": "huber", "f_scale": 0}),
     "x_scale negative": ("`x_scale` must be 'jac' or positive", {"x_scale": [-1, 1]}),
     "ftol negative": ("`ftol` must be a number >= 0 or None", {"ftol": -1}),
+    "max_nfev zero": ("`max_nfev` must be None or a positive integer", {"max_nfev": 0}),
+    "max_nfev a fraction": ("`max_nfev` must be None or a positive integer", {"max_nfev": 2.5}),
+    "ftol text": ("`ftol` must be a number", {"ftol": "1e-8"}),
+    "names no text": ("`param_names` must be 2 different names", {"param_names": [1, 2]}),
+    "lm with a loss": ("supports only 'linear' loss", {"method": "lm", "loss": "huber"}),
+    "list of pairs": (r"make zip\(\*bounds\)", {"bounds": [(0, 1), (0, 1), (0, 1)]}),
     "names too few": ("`param_names` must be 2 different names", {"param_names": ["a"]}),
     "nan_policy": (r"nan_policy must be one of \{None, 'raise', 'omit'\}", {"nan_policy": "drop"}),
 }  # fmt: skip
@@ -128,6 +137,11 @@ def test_omit_gives_the_fit_without_these_points(name, value):
     np.testing.assert_allclose(found.pcov, reference.pcov, rtol=1e-7)
 
 
+def test_check_finite_wins_over_omit():
+    with pytest.raises(ValueError, match="1 of the values of `ydata`"):
+        curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=True, nan_policy="omit")
+
+
 def test_unchecked_nan_is_found_at_the_start():
     with pytest.raises(ValueError, match="nan or infinity for 1 points"):
         curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=False)
@@ -140,7 +154,12 @@ def branching(x, a, b):
 MODELS = {
     "numpy": (TypeError, "jax.numpy", lambda x, a, b: a * np.exp(-b * x)),
     "math": (TypeError, "jax.numpy", lambda x, a, b: a * math.exp(b) * x),
-    "branch": (TypeError, "jnp.where", branching),
+    "math function": (TypeError, r"jax.numpy.*np.exp or math.exp", lambda x, a, b: a * math.exp(-b * x)),
+    "branch": (TypeError, r"branches in Python.*line \d+.*jnp.where", branching),
+    "branch on x": (TypeError, r"branches in Python.*jnp.where", lambda x, a, b: a * x if x > 0 else b * x),
+    "boolean index": (TypeError, r"boolean index.*jnp.where.*mask=", lambda x, a, b: a * x[x > 0.1] + b),
+    "no return": (TypeError, "returned None", lambda x, a, b: None),
+    "complex": (TypeError, "returned complex values", lambda x, a, b: a * jnp.exp(1j * b * x)),
     "wrong shape": (ValueError, r"returned an array of shape \(3,\).*shape \(50,\), one value per point",
                     lambda x, a, b: jnp.ones(3) * a),
     "nan at p0": (ValueError, r"nan or infinity for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
@@ -164,6 +183,27 @@ def test_models_that_cannot_be_fitted_in_blocks(kind, message, model):
 def test_jac_of_the_wrong_shape():
     with pytest.raises(ValueError, match=r"returned an array of shape \(3,\).*shape \(50, 2\)"):
         curve_fit(decay, X, Y, jac=lambda x, a, b: jnp.ones(3))
+
+
+def test_numpy_in_jac_is_said_of_jac():
+    with pytest.raises(TypeError, match=r"^jac needs concrete values.*jax\.numpy"):
+        curve_fit(decay, X, Y, jac=lambda x, a, b: np.stack([np.exp(-b * x), x], axis=1))
+
+
+def test_an_error_in_a_model_is_one_error():
+    with pytest.raises(TypeError) as caught:
+        curve_fit(lambda x, a, b: a * np.exp(-b * x), X, Y)
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert not getattr(caught.value, "__notes__", [])
+
+
+@pytest.mark.parametrize(
+    "data", ["y.zarr", None, Path("y.zarr"), zarr.create_group(store={})], ids=["str", "None", "path", "group"]
+)
+def test_what_is_not_an_array_gets_advice(data):
+    with pytest.raises(TypeError, match=r"`ydata` is .*zarr\.open_array"):
+        curve_fit(decay, X, data)
 
 
 def test_the_users_own_error_comes_through():
@@ -202,8 +242,22 @@ def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing():
         assert not held
 
 
-def test_no_convergence_says_why():
-    with pytest.raises(RuntimeError, match="Optimal parameters not found: The maximum number of function evaluations"):
+@pytest.mark.parametrize("limit", ["4GB", -1, np.nan])
+def test_a_memory_limit_is_a_positive_number(limit):
+    with pytest.raises(ValueError, match="`memory_limit_gb` must be a positive number"):
+        curve_fit(decay, X, da.from_array(Y, 10), memory_limit_gb=limit)
+
+
+def test_data_larger_than_all_workers_are_refused():
+    with LocalCluster(n_workers=1, memory_limit="1GB", dashboard_address=":0") as cluster, Client(cluster):
+        x = da.zeros(10**9, chunks=10**8)
+        with pytest.raises(MemoryError, match=r"the data take 14\.90 GiB and the workers together may hold 0\.70 GiB"):
+            curve_fit(decay, x, x)
+
+
+def test_no_convergence_says_why_and_where():
+    message = r"Optimal parameters not found: The maximum number of function evaluations.* 2 were made.* a=.*Raise max_nfev"
+    with pytest.raises(RuntimeError, match=message):
         curve_fit(decay, X, Y + 0.1 * np.sin(9 * X), max_nfev=2)
 
 

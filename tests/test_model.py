@@ -1,3 +1,4 @@
+import importlib
 import os
 import pickle
 import subprocess
@@ -38,6 +39,25 @@ def test_a_table_changed_in_place_is_another_model():
     before = intern(model)
     table[0] = 5
     assert intern(model) is not before
+
+
+def test_a_changed_module_global_is_another_model(tmp_path, monkeypatch):
+    (tmp_path / "users_models.py").write_text("SCALE = 1.0\n\ndef line(x, a):\n    return SCALE * a * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    users_models = importlib.import_module("users_models")
+    before = intern(users_models.line)
+    assert intern(users_models.line) is before
+    users_models.SCALE = 10.0
+    assert intern(users_models.line) is not before
+
+
+def test_a_method_is_the_same_model_each_time():
+    class Scaled:
+        def line(self, x, a):
+            return a * x
+
+    scaled = Scaled()
+    assert intern(scaled.line) is intern(scaled.line)
 
 
 def test_pickling_gives_back_the_model_of_this_process():

@@ -30,12 +30,14 @@ def test_gradient_is_transpose_times_projected():
 def test_masked_cost_counts_valid_points_only():
     residual = np.array([1.0, 2.0, 100.0])
     assert float(masked_cost(residual, np.array([True, True, False]), 1.0)) == 2.5
-    assert float(masked_cost(residual[:2], None, 1.0)) == 2.5
+    assert float(masked_cost(residual[:2], np.array([True, True]), 1.0)) == 2.5
 
 
 def test_huber_cost_by_hand():
     # |r| = 1 is inside f_scale = 2: 1; |r| = 6 outside: z = 9, rho = 2 * 3 - 1 = 5, times f_scale^2 = 20
-    assert float(masked_cost(np.array([1.0, 6.0]), None, 2.0, loss="huber")) == pytest.approx(0.5 * (1 + 20))
+    assert float(masked_cost(np.array([1.0, 6.0]), np.array([True, True]), 2.0, loss="huber")) == pytest.approx(
+        0.5 * (1 + 20)
+    )
 
 
 @pytest.mark.parametrize("loss", LOSSES)
