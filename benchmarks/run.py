@@ -301,6 +301,35 @@ def overhead_rows():
     yield Row("the same, 2-worker LocalCluster", "60 ms (25)", f"{(remote - large) * 1e3:.1f} ms", how)
 
 
+COMPILED = """
+import dask.array as da, jax.numpy as jnp, numpy as np
+from distributed import Client, LocalCluster
+import dask_nlsq
+
+def decay(x, a, b):
+    return a * jnp.exp(-b * x)
+
+def count():
+    from dask_nlsq.model import _registry
+    return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
+
+if __name__ == "__main__":
+    chunks = (*[40_000] * 62, 30_000, 50_000)
+    x = da.linspace(0, 1, sum(chunks), chunks=(chunks,))
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        dask_nlsq.curve_fit(decay, x, 2 * da.exp(-x) + 0.01 * da.sin(99 * x))
+        print("compiled", max(client.run(count).values()))
+"""
+
+
+def compilation_row():
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=root, check=True)
+    found = next(line for line in run.stdout.splitlines() if line.startswith("compiled")).split()[1]
+    how = "sweep kernels compiled in a worker process: function from __main__, 64 chunks of 3 lengths, 2 workers"
+    yield Row("compilations per worker process", "2 (1)", found, how)
+
+
 def growth_rows():
     """Seconds of a fit against points; y is made by Dask as float32, x are two axis vectors."""
     import dask.array as da
@@ -336,7 +365,7 @@ def params_rows():
         )
 
 
-GROUPS = (kernel_rows, thread_row, fit_rows, small_fit_row, overhead_rows, growth_rows, params_rows)
+GROUPS = (kernel_rows, thread_row, fit_rows, small_fit_row, overhead_rows, compilation_row, growth_rows, params_rows)
 
 
 def machine():

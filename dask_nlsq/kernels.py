@@ -32,6 +32,7 @@ BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel
 TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
 MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
+HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
 TIMING_RUNS = 5
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
@@ -178,7 +179,13 @@ def _build_sweep(model, spec):
 
 
 def _add_gram(gram, rows):
-    return gram + rows @ rows.T
+    """Add ``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
+    half = len(rows) // 2
+    if len(rows) < HALVED_FROM:
+        return gram + rows @ rows.T
+    above, below = rows[:half], rows[half:]
+    upper = above @ rows.T
+    return gram + jnp.block([[upper], [upper[:, half:].T, below @ below.T]])
 
 
 def _update_factor(factor, rows):
