@@ -190,14 +190,9 @@ def _reopen(file_type, filename, name):
 
 def _on_disk(data):
     array_like = all(hasattr(data, attribute) for attribute in ("shape", "dtype", "__getitem__"))
-    return (
-        array_like
-        and not isinstance(data, (np.ndarray, np.generic))
-        and not hasattr(data, "__array_priority__")
-        and (
-            not hasattr(data, "to_numpy")  # pandas
-        )
-    )
+    # NumPy and JAX have the second attribute, pandas the third
+    in_memory = isinstance(data, np.generic) or hasattr(data, "__array_priority__") or hasattr(data, "to_numpy")
+    return array_like and not in_memory
 
 
 def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: bool, whole: bool = False) -> Problem:
