@@ -21,6 +21,7 @@ from .kernels import BLOCK_POINTS, Block, Layout, Layouts
 
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
+EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
 
 
@@ -428,10 +429,10 @@ def _cut(rules, shape, pieces) -> tuple[Block, ...]:
 
 
 def _size_class(n, longest):
-    """Capacity for ``n`` points: few different ones, so that few kernels are compiled, at most half of it empty."""
+    """Capacity for ``n`` points: few different ones, so that ragged ends along several axes compile one kernel or two."""
     capacity = 2 ** (longest - 1).bit_length() if longest <= 4096 else -(-longest // 4096) * 4096
-    while n <= capacity // 2:
-        capacity //= 2
+    while n <= capacity // EMPTIEST:
+        capacity //= EMPTIEST
     return max(capacity, 1)
 
 

@@ -340,16 +340,18 @@ def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
     ModelError
         Where it uses NumPy functions, branches on a value, or returns nothing or complex values.
     """
+    if (key := ("checked", layouts, n, n_params)) in model.choices:
+        return
     x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
     params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
     with float64(), advice(model):
         value = jax.eval_shape(lambda x, params: evaluate(model, assemble_x(layouts, x), params), x, params)
     check_shape(model, value.shape, n)
-    if model.jac is None:
-        return
-    with float64(), advice(model, is_jac=True):
-        columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
-    check_jac_shape(columns.shape, n, n_params)
+    if model.jac is not None:
+        with float64(), advice(model, is_jac=True):
+            columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
+        check_jac_shape(columns.shape, n, n_params)
+    model.choices[key] = True  # tracing takes a millisecond, a quarter of a small fit
 
 
 def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], *starts: np.ndarray) -> None:

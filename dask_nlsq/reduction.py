@@ -19,6 +19,7 @@ from distributed import Client, as_completed
 from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
+from .memory import keep_freed_memory
 from .model import Model
 from .trf_jit import EPS, float64, gradient, inherit_device
 
@@ -222,6 +223,7 @@ class Partition(NamedTuple):
 
 def load_partition(evaluation: Evaluation, runs: list, pieces: list) -> Partition:
     """The task that puts a partition on a worker."""
+    keep_freed_memory()
     return Partition(evaluation, [prepare_chunk(evaluation.rules, *each) for each in zip(runs, pieces, strict=True)])
 
 

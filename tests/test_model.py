@@ -1,6 +1,7 @@
 import importlib
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import textwrap
@@ -8,11 +9,20 @@ import threading
 from pathlib import Path
 
 import cloudpickle
+import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
+import dask_nlsq
+from dask_nlsq.inputs import build_problem
 from dask_nlsq.model import intern, parameter_names
+from dask_nlsq.reduction import ClusterSweep, Evaluation
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
 
 
 def make(scale):
@@ -128,3 +138,45 @@ def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disable
         kept.append({path for path in tmp_path.rglob("*-cache") if path.is_file()})
     assert bool(kept[0]) != disabled
     assert kept[0] == kept[1]  # the second process compiled nothing new
+
+
+def test_ragged_ends_along_three_axes_share_two_compilations():
+    """Chunks of 40 x 50 x 60 points with a shorter one at the end of each axis: eight shapes."""
+    chunks = ((40, 40, 17), (50, 50, 13), (60, 60, 7))
+    t, row, column = (np.linspace(0, 1, sum(sizes)) for sizes in chunks)
+    t, row = t[:, None, None], row[:, None]
+
+    def model(axes, a, b, c):
+        t, row, column = axes
+        return a * jnp.exp(-b * t) + c * row * column
+
+    y = 2 * np.exp(-0.7 * t) + 0.3 * row * column
+    dask_nlsq.curve_fit(model, (t, row, column), da.from_array(y, chunks=chunks), p0=[1, 1, 1], reduction="gram")
+    compiled = intern(model).compiled
+    assert 1 <= sum(f._cache_size() for key, f in compiled.items() if key[0] == "sweep") <= 2
+
+
+def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
+    """Under the nanny's MALLOC_TRIM_THRESHOLD_ a kernel would fetch each temporary array anew: hundreds of page faults."""
+
+    def page_faults(dask_worker, params):
+        from dask_nlsq.reduction import How, Partition, sweep_partition
+
+        (partition,) = [value for value in dask_worker.data.values() if isinstance(value, Partition)]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            sweep_partition(partition, params, How("gram", "columns"))
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+
+    x = da.linspace(0, 10, 2**17, chunks=2**17)
+    problem = build_problem(x, 2 * da.exp(-x), check=True, omit=False)
+    evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
+    params = np.array([2.0, 1.1, 0.1])
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+        ClusterSweep(problem, evaluation, client) as sweep,
+    ):
+        sweep(params, "gram")
+        (faults,) = client.run(page_faults, params=params).values()
+    assert faults < 200, faults
