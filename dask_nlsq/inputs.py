@@ -88,27 +88,23 @@ class Problem:
     def chunk_shape(self, index: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
 
-    def runs(self) -> list[list[tuple[int, ...]]]:
-        """The chunks, small ones in runs that are joined: a function of the chunks alone."""
-        indices, size = self.indices(), self.rules.run
-        return [indices[k : k + size] for k in range(0, len(indices), size)]
+    def places(self, index: tuple[int, ...]) -> list:
+        """Where a chunk's piece of each operand is: a NumPy array, or a key where the operand is a Dask array."""
+        return [cut(index) for cut in self._cuts]
 
     def pieces(self, index: tuple[int, ...]) -> list:
         """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
-        return [cut(index) for cut in self._cuts]
+        places = zip(self.places(index), self._delayed, strict=True)
+        return [place if blocks is None else blocks[place[1:]] for place, blocks in places]
 
     @cached_property
     def _cuts(self):
         starts = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.chunks]
 
         def cutter(operand):
-            def along(index):
-                return tuple(0 if size == 1 else i for size, i in zip(operand.shape, index, strict=True))
-
-            if isinstance(operand, da.Array):
-                blocks = operand.to_delayed()
-                return lambda index: blocks[along(index)]
             narrow = [size == 1 for size in operand.shape]
+            if isinstance(operand, da.Array):
+                return lambda index: (operand.name, *(0 if one else i for one, i in zip(narrow, index, strict=True)))
             return lambda index: operand[
                 tuple(
                     slice(None) if one else slice(start[i], start[i + 1])
@@ -117,6 +113,10 @@ class Problem:
             ]
 
         return [cutter(operand) for operand in self.operands]
+
+    @cached_property
+    def _delayed(self):
+        return [operand.to_delayed() if isinstance(operand, da.Array) else None for operand in self.operands]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from uuid import uuid4
 import dask
 import dask.array as da
 import numpy as np
+from dask._task_spec import Task, TaskRef
+from dask.sizeof import sizeof
 from distributed import Client, as_completed
 
 from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
+from .loading import Load, compute_shared, plan_loads
 from .memory import keep_freed_memory
 from .model import Model
 from .trf_jit import EPS, float64, gradient, inherit_device
@@ -177,10 +180,10 @@ class LocalSweep(Sweep):
 
     def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
         super().__init__(evaluation)
-        prepare = dask.delayed(prepare_chunk) if problem.lazy else prepare_chunk
-        chunks = [prepare(evaluation.rules, run, [problem.pieces(index) for index in run]) for run in problem.runs()]
-        with NamedBlock(problem):
-            self.chunks = list(dask.compute(*chunks)) if problem.lazy else chunks
+        runs, common = plan_loads(problem)
+        shared = compute_shared(common)
+        with ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
+            self.chunks = list(pool.map(lambda run: load_chunk(evaluation.rules, run, shared), runs))
         if problem.factor is not None:
             self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
         self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
@@ -221,10 +224,30 @@ class Partition(NamedTuple):
     chunks: list[Chunk]
 
 
-def load_partition(evaluation: Evaluation, runs: list, pieces: list) -> Partition:
-    """The task that puts a partition on a worker."""
+@sizeof.register(Partition)
+def partition_nbytes(partition: Partition) -> int:
+    """What a partition holds, so that Dask knows when a worker is full; blocks that share a buffer count it once."""
+    buffers = (buffer for chunk in partition.chunks for block in chunk.blocks for buffer in block.buffers)
+    return sum({id(owner): owner.nbytes for owner in map(_owner, buffers)}.values())
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """The array whose memory a view looks at."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def load_chunk(rules: Rules, run: list[Load], shared: dict) -> Chunk:
+    """Read the chunks of a run and join them."""
+    return prepare_chunk(rules, [load.index for load in run], [load.pieces(shared) for load in run])
+
+
+def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *values) -> Partition:
+    """The task that puts a partition on a worker; ``values`` are those of the shared tasks ``keys``."""
     keep_freed_memory()
-    return Partition(evaluation, [prepare_chunk(evaluation.rules, *each) for each in zip(runs, pieces, strict=True)])
+    shared = dict(zip(keys, values, strict=True))
+    return Partition(evaluation, [load_chunk(evaluation.rules, run, shared) for run in runs])
 
 
 def sweep_partition(partition: Partition, params: np.ndarray, how: How):
@@ -256,20 +279,16 @@ class ClusterSweep(Sweep):
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client):
         super().__init__(evaluation)
         self.client = client
-        runs = problem.runs()
+        runs, graph = plan_loads(problem)
         size = partition_size(len(runs), sum(client.nthreads().values()))
-        tasks = [
-            dask.delayed(load_partition)(
-                evaluation,
-                runs[k : k + size],
-                [[problem.pieces(index) for index in run] for run in runs[k : k + size]],
-                dask_key_name=f"nlsq-load-{uuid4().hex}",
-            )
-            for k in range(0, len(runs), size)
-        ]
-        self.partitions, self.running = client.compute(tasks), []
-        by_chunk = [(index, self.partitions[k // size]) for k, run in enumerate(runs) for index in run]
-        with ExitStack() as on_error, NamedBlock(problem, client, by_chunk):
+        names = []
+        for k in range(0, len(runs), size):
+            part = runs[k : k + size]
+            keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
+            names.append(f"nlsq-load-{uuid4().hex}")
+            graph[names[-1]] = Task(names[-1], load_partition, evaluation, part, keys, *map(TaskRef, keys))
+        self.partitions, self.running = client.get(graph, names, sync=False), []
+        with ExitStack() as on_error:
             # futures also live in the traceback of an error, which a notebook keeps: give them up by hand
             on_error.push(self)
             for future in as_completed(self.partitions):
@@ -324,43 +343,6 @@ def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None) 
     if client is not None:
         return ClusterSweep(problem, evaluation, client)
     return LocalSweep(problem, evaluation, threads())
-
-
-class NamedBlock:
-    """Adds the index of the failing chunk to an error that the user's own graph raises while it is read.
-
-    Dask does not say which chunk failed, so they are read again one by one, up to the first that fails the same way.
-    """
-
-    def __init__(self, problem: Problem, client: Client | None = None, futures=()):
-        self.problem, self.client, self.futures = problem, client, futures
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if not isinstance(error, Exception):
-            return
-        for index in self.indices():
-            if type(self._failure(self.problem.pieces(index))) is kind:
-                error.add_note(f"raised while reading block {index} of the data, whose chunks are {self.problem.chunks}")
-                return
-
-    def indices(self):
-        """Chunks among which the failing one is: on a cluster, those of the partitions that failed."""
-        if self.client is None:
-            return self.problem.indices()
-        return [index for index, future in self.futures if future.status == "error"]
-
-    def _failure(self, pieces):
-        task = dask.delayed(list)(pieces)
-        if self.client is None:
-            with ThreadPoolExecutor(1) as pool:
-                return pool.submit(task.compute).exception()
-        future = self.client.compute(task)
-        failure = future.exception()
-        future.cancel()
-        return failure
 
 
 def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:

@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "memory", "trf_jit", "model", "kernels", "inputs", "reduction", "trust_region", "progress", "result",
-    "arguments", "api", "__init__", "demo", "cli",
+    "config", "memory", "trf_jit", "model", "kernels", "inputs", "loading", "reduction", "trust_region", "progress",
+    "result", "arguments", "api", "__init__", "demo", "cli",
 ]  # fmt: skip
 KNOWS = {
     "jax": {"trf_jit", "model", "kernels", "demo"},
-    "dask": {"config", "inputs", "reduction", "demo"},
-    "distributed": {"reduction", "api"},
+    "dask": {"config", "inputs", "loading", "reduction", "demo"},
+    "distributed": {"loading", "reduction", "api"},
     "zarr": {"demo"},
     "matplotlib": {"demo"},
     "click": {"cli"},

@@ -12,6 +12,8 @@ import zarr
 
 from dask_nlsq import curve_fit
 from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
+from dask_nlsq.loading import plan_loads
+from dask_nlsq.reduction import load_chunk
 
 N = 999
 RNG = np.random.default_rng(7)
@@ -138,17 +140,16 @@ def test_a_chunk_becomes_blocks_by_its_length_alone():
 def test_small_chunks_are_joined_and_each_keeps_its_census():
     y = da.zeros((40, 90), chunks=(10, 9))
     problem = build_problem(y + 1, y, check=True, omit=False)
-    ((*run,),) = problem.runs()
-    assert run == problem.indices()
-    chunk = prepare_chunk(problem.rules, run, dask.compute([problem.pieces(index) for index in run])[0])
-    assert [census.index for census in chunk.censuses] == run
+    (run,), _ = plan_loads(problem)
+    chunk = load_chunk(problem.rules, run, {})
+    assert [census.index for census in chunk.censuses] == problem.indices()
     assert [int(block.geometry[0]) for block in chunk.blocks] == [3600]
 
 
 def test_chunks_with_axis_vectors_are_not_joined():
     y = da.zeros((40, 90), chunks=(10, 9))
     problem = build_problem((np.arange(40)[:, None], np.arange(90)), y, check=True, omit=False)
-    assert len(problem.runs()) == 40
+    assert len(plan_loads(problem)[0]) == 40
 
 
 def test_census_counts_by_argument():
