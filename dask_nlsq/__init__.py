@@ -5,7 +5,26 @@ from importlib import import_module
 from . import config  # noqa: F401  (defaults of dask.config)
 
 # public name -> room. Rooms are imported when a name is first used: `dask --help` loads this package, but not JAX.
-_ROOMS = {"FitResult": "result", "Record": "trust_region", "curve_fit": "api"}
+_ROOMS = {
+    "FitResult": "result",
+    "MemoryBudget": "budget",
+    "MemoryBudgetSelector": "workflow",
+    "MemoryManager": "memory",
+    "NLSQStrategy": "budget",
+    "OptimizationGoal": "workflow",
+    "Record": "trust_region",
+    "StrategyDecision": "budget",
+    "calculate_adaptive_tolerances": "workflow",
+    "clear_memory_pool": "memory",
+    "create_checkpoint_directory": "workflow",
+    "curve_fit": "api",
+    "detect_total_system_memory": "resources",
+    "estimate_peak_memory_gb": "budget",
+    "get_adaptive_memory_threshold": "budget",
+    "get_memory_manager": "memory",
+    "get_memory_stats": "memory",
+    "select_nlsq_strategy": "budget",
+}
 
 __all__ = [*_ROOMS]
 __version__ = "0.1.0"

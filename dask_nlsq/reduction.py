@@ -22,8 +22,8 @@ from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .loading import Load, compute_shared, plan_loads
-from .memory import keep_freed_memory
 from .model import Model
+from .resources import keep_freed_memory
 from .trf_jit import EPS, float64, gradient, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same

@@ -7,13 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "memory", "trf_jit", "model", "kernels", "inputs", "loading", "reduction", "trust_region", "progress",
-    "result", "arguments", "api", "__init__", "demo", "cli",
+    "config", "resources", "buffers", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "inputs",
+    "loading", "reduction", "trust_region", "progress", "result", "arguments", "api", "__init__", "demo", "cli",
 ]  # fmt: skip
 KNOWS = {
     "jax": {"trf_jit", "model", "kernels", "demo"},
     "dask": {"config", "inputs", "loading", "reduction", "demo"},
-    "distributed": {"loading", "reduction", "api"},
+    "distributed": {"resources", "loading", "reduction", "api"},
     "zarr": {"demo"},
     "matplotlib": {"demo"},
     "click": {"cli"},
