@@ -7,6 +7,7 @@ one view of it that has been registered, and whatever the user derives from that
 
 import weakref
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from operator import index
@@ -80,7 +81,10 @@ class Loan(NamedTuple):
 
 
 class BufferPool:
-    """Buffers that were given back, and loans of those that were not. Its user holds a lock around each call."""
+    """Buffers that were given back, and loans of those that were not.
+
+    Its user holds a lock around each call, and lets the same thread in again: a finalizer may free an array at any time.
+    """
 
     def __init__(self):
         self._free: dict[int, list[np.ndarray]] = {}  # by capacity
@@ -90,17 +94,19 @@ class BufferPool:
 
     @property
     def n_free(self) -> int:
-        return sum(len(buffers) for buffers in self._free.values())
+        return sum(len(buffers) for buffers in list(self._free.values()))
 
     @property
     def free_bytes(self) -> int:
-        return sum(capacity * len(buffers) for capacity, buffers in self._free.items())
+        return sum(capacity * len(buffers) for capacity, buffers in list(self._free.items()))
 
     def take(self, nbytes: int) -> np.ndarray | None:
         """The smallest free buffer that holds ``nbytes`` without wasting more than a quarter of it."""
         largest = max(nbytes * REUSE_WASTE // (REUSE_WASTE - 1), size_class(nbytes))
-        fitting = [capacity for capacity, free in self._free.items() if free and nbytes <= capacity <= largest]
-        return self._free[min(fitting)].pop() if fitting else None
+        for capacity in sorted(capacity for capacity in list(self._free) if nbytes <= capacity <= largest):
+            with suppress(KeyError, IndexError):  # a finalizer may come in between
+                return self._free[capacity].pop()
+        return None
 
     def lend(self, buffer: np.ndarray, shape, dtype: np.dtype, account: Account) -> np.ndarray:
         """The array of ``shape`` at the beginning of ``buffer``."""
@@ -135,10 +141,11 @@ class BufferPool:
 
     def settle(self) -> None:
         """End the loans whose arrays were dropped by the user."""
-        while self._died:
-            key, dead = self._died.popleft()
-            if key in self._loans and self._loans[key].buffer is dead:
-                self._end(key)
+        with suppress(IndexError):
+            while True:
+                key, dead = self._died.popleft()
+                if key in self._loans and self._loans[key].buffer is dead:
+                    self._end(key)
 
     def _end(self, key):
         loan = self._loans.pop(key)
@@ -149,9 +156,9 @@ class BufferPool:
         """Let free buffers go, the smallest first, until at most ``n_buffers`` of ``nbytes`` together remain."""
         n_free, free_bytes = self.n_free, self.free_bytes
         for capacity in sorted(self._free):
-            buffers = self._free[capacity]
+            buffers = self._free.get(capacity, [])
             while buffers and (n_free > n_buffers or free_bytes > nbytes):
                 buffers.pop()
                 n_free, free_bytes = n_free - 1, free_bytes - capacity
             if not buffers:
-                del self._free[capacity]
+                self._free.pop(capacity, None)
