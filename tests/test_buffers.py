@@ -199,7 +199,7 @@ def test_an_array_freed_by_the_garbage_collector_does_not_lock_up():
 
     finish(start(work), start(work))
     gc.collect()  # while the manager is there
-    assert manager.get_memory_stats()["reused"] > 500
+    assert manager.get_memory_stats()["reused"] > 100
 
 
 @pytest.mark.parametrize(
