@@ -130,7 +130,7 @@ class BufferPool:
         self.settle()
         buffer = getattr(array, "base", None)
         loan = self._loans.get(id(buffer))
-        if loan is None or loan.buffer() is not buffer:
+        if loan is None:
             raise ValueError("the array was freed before, or was not allocated by this MemoryManager: free each array once")
         if loan.array() is not array:
             raise ValueError(

@@ -165,7 +165,7 @@ def workers_memory(client: Client) -> float | None:
 
     A worker without a limit is asked what its machine has, of which it gets the share of one of the workers there.
     """
-    workers = client.scheduler_info(n_workers=-1)["workers"]  # without n_workers, five of them
+    workers = client.scheduler_info(n_workers=-1)["workers"]  # releases of 2025 list five by default
     limits = {address: worker["memory_limit"] for address, worker in workers.items()}
     unlimited = [address for address, limit in limits.items() if not limit]
     if unlimited:

@@ -522,6 +522,22 @@ def test_waiting_ends_with_the_reservation_in_the_way(manager):
             assert manager.get_available_memory() == 30 * MB
 
 
+def test_arrays_in_a_reservation_come_back_with_it(manager):
+    entered = []
+
+    def work():
+        with manager.memory_guard(70 * MB, wait=True):
+            entered.append(True)
+
+    with manager.memory_guard(60 * MB):
+        with manager.temporary_allocation(56 * MB, np.uint8):
+            thread = start(work)
+            until(lambda: len(manager._waiting) == 1)
+        assert not entered
+    finish(thread)
+    assert entered
+
+
 def test_those_who_wait_are_served_in_order(manager):
     order = []
 
