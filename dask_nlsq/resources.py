@@ -11,9 +11,9 @@ import psutil
 from distributed import Client, default_client
 
 NO_LIMIT = 2**60  # bytes; cgroup v1 writes "none" as the largest multiple of a page below 2^63
-# mallopt's names for them, and the values at which glibc arrives by itself where nobody sets one
+# mallopt's names, and values at which a kernel reuses its scratch memory while chunks are still given back at once
 M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**26
-M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**25
+M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**22
 Method = Literal["psutil", "sysconf", "cgroup-v1", "cgroup-v2", "workers", "fallback"]
 
 
