@@ -412,7 +412,7 @@ def _cut(rules, shape, pieces) -> tuple[Block, ...]:
     else:
         cuts, capacity = [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
     fixed = {
-        k: _aligned_copy(flat[k], 0, len(flat[k]), max(rules.capacities[k], 1))
+        k: aligned_copy(flat[k], 0, len(flat[k]), max(rules.capacities[k], 1))
         for k, layout in enumerate(layouts)
         if not layout.dense
     }
@@ -448,11 +448,11 @@ def _view(flat, lo, hi, capacity):
     start -= (start + misfit) % per_line
     fits = start >= 0 and start + capacity >= hi and hi - lo >= BLOCK_POINTS
     if not fits or flat.ctypes.data % flat.itemsize:
-        return _aligned_copy(flat, lo, hi, capacity)
+        return aligned_copy(flat, lo, hi, capacity)
     return flat[start : start + capacity], lo - start
 
 
-def _aligned_copy(flat, lo, hi, capacity):
+def aligned_copy(flat, lo, hi, capacity):
     """A copy of [lo, hi) that starts on a cache line, continued with its last value."""
     raw = np.empty(capacity * flat.itemsize + ALIGNMENT, np.uint8)
     begin = -raw.ctypes.data % ALIGNMENT

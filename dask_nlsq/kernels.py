@@ -34,6 +34,10 @@ MAX_TILE = 4096  # points; longer tiles gained nothing at any number of paramete
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
 HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
+LINEAR_STEPS = 2  # of a screening: one to solve for the linear parameters, one for those that a bound then leaves
+DAMPING_START, DAMPING_END = 1e-2, 1e12  # of the unit diagonal, K. Madsen et al. 2004, section 3.2
+DAMPING_CUT, DAMPING_RISE = 5.0, 4.0
+SETTLED = 1e-10  # relative reduction of the cost at which a screened start has arrived
 TIMING_RUNS = 5
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 
@@ -150,6 +154,75 @@ def sweep_kernel(model: Model, spec: KernelSpec):
 def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
     """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful."""
     return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
+
+
+def screen_kernel(model: Model, spec: KernelSpec):
+    """Compiled ``(starts, f_scale, block, lower, upper, linear, steps) -> params (k, p), costs (k,), grams (k, p+1, p+1)``.
+
+    A bounded Levenberg-Marquardt iteration from each of the ``starts`` (k, p) at once, on one small block: ``steps``
+    trials at most, the first of which on the ``linear`` (p,) parameters alone. The cost is inf where the model is not
+    finite at the start.
+    """
+    return model.get(("screen", spec), lambda: jax.jit(_build_screen(model, spec)))
+
+
+def values_kernel(model: Model, spec: KernelSpec):
+    """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: `value_kernel`'s residuals, for many params."""
+
+    def build():
+        return jax.jit(jax.vmap(_build_values(model, spec, "residual"), in_axes=(0, None, None)))
+
+    return model.get(("values", spec), build)
+
+
+def _build_screen(model, spec):
+    sweep = jax.vmap(_build_sweep(model, spec), in_axes=(0, None, None))
+    propose = jax.vmap(_damped_step, in_axes=(0, 0, 0, None, None, None))
+
+    def screen(starts, f_scale, block, lower, upper, linear, steps):
+        k, p = starts.shape
+        linear_steps = jnp.where(jnp.any(linear), LINEAR_STEPS, 0)
+
+        def unfinished(state):
+            i, settled = state[0], state[-1]
+            return (i < steps) & ~jnp.all(settled)
+
+        def advance(state):
+            i, trial, params, costs, grams, damping, settled = state
+            trial_grams, trial_costs = sweep(trial, f_scale, block)
+            finite = jnp.isfinite(trial_costs) & jnp.all(jnp.isfinite(trial_grams), axis=(1, 2))
+            trial_costs = jnp.where(finite, trial_costs, jnp.inf)
+            better = (trial_costs < costs) & ~settled
+            small = better & (costs - trial_costs <= SETTLED * costs)
+            params = jnp.where(better[:, None], trial, params)
+            grams = jnp.where(better[:, None, None], trial_grams, grams)
+            costs = jnp.where(better, trial_costs, costs)
+            separate = i < linear_steps  # the linear parameters alone, undamped: exact in one step
+            damping = jnp.where(better, damping / DAMPING_CUT, damping * DAMPING_RISE)
+            damping = jnp.where(i <= linear_steps, DAMPING_START, damping)
+            settled = settled | ((i > linear_steps) & (small | (damping > DAMPING_END))) | jnp.isinf(costs)
+            used = jnp.where(separate, jnp.full(k, EPS**0.75), damping)
+            trial = propose(params, grams, used, lower, upper, linear | ~separate)
+            return i + 1, trial, params, costs, grams, damping, settled
+
+        grams = jnp.zeros((k, p + 1, p + 1))
+        start = (0, starts, starts, jnp.full(k, jnp.inf), grams, jnp.full(k, DAMPING_START), jnp.zeros(k, bool))
+        return lax.while_loop(unfinished, advance, start)[2:5]
+
+    return screen
+
+
+def _damped_step(params, gram, damping, lower, upper, movable):
+    """Levenberg-Marquardt step on the parameters (p,) that may move and that no bound holds, cut off at the bounds."""
+    p = len(params)
+    g = gram[:p, p]
+    held = ((params <= lower) & (g > 0)) | ((params >= upper) & (g < 0))
+    free = movable & ~held
+    D = jnp.sqrt(jnp.diag(gram)[:p])
+    D = jnp.where(D > 0, D, 1.0)
+    normal = jnp.where(free[:, None] & free, gram[:p, :p] / jnp.outer(D, D), 0.0) + jnp.diag(jnp.where(free, damping, 1.0))
+    step = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(normal), True), jnp.where(free, -g / D, 0.0)) / D
+    return jnp.clip(params + step, lower, upper)
 
 
 def _build_sweep(model, spec):

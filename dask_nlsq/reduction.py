@@ -24,6 +24,7 @@ from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_s
 from .loading import Load, compute_shared, plan_loads
 from .model import Model
 from .resources import keep_freed_memory
+from .sample import Sample, as_sample, pick, stratified_places
 from .trf_jit import EPS, float64, gradient, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
@@ -163,13 +164,27 @@ class Sweep:
     count = 0  # sweeps so far
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
-    def __init__(self, evaluation: Evaluation):
-        self.evaluation = evaluation
+    def __init__(self, problem: Problem, evaluation: Evaluation):
+        self.evaluation, self.grid, self.n_stored = evaluation, problem.chunks, problem.n_points
 
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         self.count += 1
         matrix, cost = self._reduce(np.asarray(params, dtype=np.float64), How(reduction, self.jac_mode))
         return NormalEquations(np.asarray(matrix), float(cost), reduction)
+
+    def points(self, n: int) -> Sample:
+        """About ``n`` of the points that count, spread evenly over all data; no sweep.
+
+        They do not depend on chunks, partitions or workers. All points, however many, where the model needs them at once.
+        """
+        n_counted = self.n_stored - sum(census.n_masked + census.n_omitted for census in self.census())
+        if self.evaluation.rules.whole:
+            (chunk,) = self.chunks
+            return Sample(chunk.blocks[0], self.evaluation.rules.layouts, n_counted, n_counted, True)
+        wanted = min(-(-n * self.n_stored // n_counted), self.n_stored)
+        orders, values = zip(*self._pick(wanted), strict=True)
+        order = np.argsort(np.concatenate(orders))
+        return as_sample(self.evaluation.rules.layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)
 
     def __enter__(self):
         return self
@@ -179,7 +194,7 @@ class LocalSweep(Sweep):
     """Data in this process, blocks shared out to threads; a single block is done in place."""
 
     def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
-        super().__init__(evaluation)
+        super().__init__(problem, evaluation)
         runs, common = plan_loads(problem)
         shared = compute_shared(common)
         with ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
@@ -206,6 +221,9 @@ class LocalSweep(Sweep):
 
     def sample(self) -> tuple[np.ndarray, ...]:
         return _longest(chunk.sample for chunk in self.chunks)
+
+    def _pick(self, n):
+        return [pick_points(Partition(self.evaluation, self.chunks), self.grid, n)]
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
@@ -273,11 +291,26 @@ def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tup
     return counts
 
 
+def pick_points(partition: Partition, grid, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those of `stratified_places` that are in this partition and count: which (m,), and their values (operands, m)."""
+    rules = partition.evaluation.rules
+    runs, places = stratified_places(grid, rules, n)
+    by_run = np.argsort(runs, kind="stable")
+    orders, values = [], []
+    for chunk in partition.chunks:
+        run = np.ravel_multi_index(chunk.censuses[0].index, [len(sizes) for sizes in grid]) // rules.run
+        mine = by_run[slice(*np.searchsorted(runs, [run, run + 1], sorter=by_run))]
+        found, counts = pick(rules, chunk, places[mine])
+        orders.append(mine[counts])
+        values.append(found[:, counts])
+    return np.concatenate(orders), np.concatenate(values, axis=1)
+
+
 class ClusterSweep(Sweep):
     """Data on the workers of ``client``: one future per partition, one task per partition and sweep."""
 
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client):
-        super().__init__(evaluation)
+        super().__init__(problem, evaluation)
         self.client = client
         runs, graph = plan_loads(problem)
         size = partition_size(len(runs), sum(client.nthreads().values()))
@@ -318,6 +351,9 @@ class ClusterSweep(Sweep):
 
     def sample(self) -> tuple[np.ndarray, ...]:
         return _longest(sample for _, sample in self.described)
+
+    def _pick(self, n):
+        return self._gather(pick_points, "nlsq-points", self.grid, n)
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
