@@ -37,7 +37,7 @@ COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
 LINEAR_STEPS = 2  # of a screening: one to solve for the linear parameters, one for those that a bound then leaves
 DAMPING_START, DAMPING_END = 1e-2, 1e12  # of the unit diagonal, K. Madsen et al. 2004, section 3.2
 DAMPING_CUT, DAMPING_RISE = 5.0, 4.0
-SETTLED = 1e-10  # relative reduction of the cost at which a screened start has arrived
+SETTLED = 1e-8  # relative reduction of the cost at which a screened start has arrived
 TIMING_RUNS = 5
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 

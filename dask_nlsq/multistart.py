@@ -34,12 +34,12 @@ SAMPLE_POINTS = 4096  # of the sample, and
 POINTS_PER_PARAM = 40  # at least
 FIRST_POINTS = 512  # on which all candidates are screened
 CANDIDATES_PER_START = 64
-FEWEST_PER_START = 4
-PARAM_PASSES = 2e8  # points x params x candidates of the first screening that a search may cost: seconds
-FIRST_STEPS, SECOND_STEPS, LAST_STEPS = 10, 30, 200  # most trials in each round
+FEWEST_CANDIDATES = 1024  # three peaks without bounds: found from 640 in 16 of 20 runs, from 1280 in 19
+PARAM_PASSES = 1e9  # points x params x candidates x steps of the first screening, at most: tens of seconds
+FIRST_STEPS, SECOND_STEPS, LAST_STEPS = 10, 20, 100  # most trials in each round
 SECOND_PER_START = 4  # candidates that reach the second round
 BATCH_BYTES = 2**24  # rows [J r] of one tile for a batch of candidates; the kernel holds a few such arrays
-BATCH = 32  # candidates at once
+BATCH = 8  # candidates at once
 TILE = 512  # points at once
 DECADES = 1e3  # between positive bounds, from which candidates are spread by the logarithm
 FARTHEST = 1e3  # |p0|: most that the data may stretch the scale of a parameter to, where the model hardly knows it
@@ -82,7 +82,13 @@ class Search(NamedTuple):
 
 
 def search(
-    evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower: np.ndarray, upper: np.ndarray, n_starts: int, seed: int = 0
+    evaluation: Evaluation,
+    sample: Sample,
+    p0: np.ndarray,
+    lower: np.ndarray,
+    upper: np.ndarray,
+    n_starts: int,
+    seed: int = 0,
 ) -> Search:
     """Find the optima that ``n_starts`` starts, p0 among them, lead to on the sample.
 
@@ -103,7 +109,7 @@ def search(
     p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
     reach = _reach(p0, screen(p0[None], 1)[2][0])
     screen.linear = _linear(screen, p0, reach)
-    n_candidates = _candidate_count(n_starts, len(p0), screen.first_points)
+    n_candidates = _candidate_count(n_starts, len(p0), screen)
     starts = candidates(p0, lower, upper, reach, n_candidates, seed)
 
     params, costs, _ = screen(starts, FIRST_STEPS, screen.first_points)
@@ -191,9 +197,10 @@ def candidates(p0, lower, upper, reach, n: int, seed: int) -> np.ndarray:
     return starts
 
 
-def _candidate_count(n_starts, p, n_points):
-    affordable = int(PARAM_PASSES / (p * n_points * FIRST_STEPS * n_starts))
-    return n_starts * max(FEWEST_PER_START, min(CANDIDATES_PER_START, affordable))
+def _candidate_count(n_starts, p, screen):
+    passes = screen.first_points * (screen.sample.n_points if screen.spec.whitened else 1)  # the factor is a matrix
+    affordable = int(PARAM_PASSES / (p * passes * FIRST_STEPS))
+    return max(SECOND_PER_START * n_starts, min(max(CANDIDATES_PER_START * n_starts, FEWEST_CANDIDATES), affordable))
 
 
 def _reach(p0, gram):
@@ -248,7 +255,9 @@ def _basins(params, costs, grams, n_points):
         for number, best in enumerate(found):
             doubt = SAME_BASIN**2 * p * 2 * (costs[best] + equal) / max(n_points - p, 1)
             above, step = costs[k] - costs[best], params[k] - params[best]
-            if above <= equal or (above <= doubt and step @ grams[best, :p, :p] @ step <= doubt):
+            with np.errstate(over="ignore", invalid="ignore"):  # a candidate may have run far away
+                near = above <= doubt and step @ grams[best, :p, :p] @ step <= doubt
+            if near or above <= equal:
                 basin[k] = number
                 break
         else:
@@ -305,13 +314,13 @@ class _Screen:
             geometry[0] = n_points or self.sample.n_points
             block = block._replace(geometry=geometry)
         rest = (self.evaluation.f_scale, block, *self.bounds, self.linear & (steps > 1), steps)
-        return [np.concatenate(each) for each in zip(*self._batches(kernel, starts, *rest), strict=True)]
+        return self._batches(kernel, starts, *rest)
 
     def residuals(self, params):
         """Residuals (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
         kernel = values_kernel(self.evaluation.model, self.spec)
-        parts = self._batches(kernel, params, self.evaluation.f_scale, self.sample.block)
-        values = np.concatenate([part[:, : self.sample.block.geometry[0]] for part in parts])
+        (values,) = self._batches(kernel, params, self.evaluation.f_scale, self.sample.block)
+        values = values[:, : self.sample.block.geometry[0]]
         return values[:, np.isfinite(values[0]) | np.isfinite(values).any(axis=0)]
 
     def point_costs(self, params):
@@ -321,12 +330,13 @@ class _Screen:
         return 0.5 * self.evaluation.f_scale**2 * np.asarray(rho)
 
     def _batches(self, kernel, params, *rest):
-        with float64():
-            for k in range(0, len(params), self.batch):
-                part = params[k : k + self.batch]
-                full = np.concatenate([part, np.repeat(part[-1:], self.batch - len(part), axis=0)])
+        """What ``kernel`` gives for each batch of ``params`` (k, p), as a tuple."""
+
+        def run(part):
+            full = np.concatenate([part, np.repeat(part[-1:], self.batch - len(part), axis=0)])
+            with float64():
                 found = kernel(full, *rest)
-                if isinstance(found, tuple):
-                    yield tuple(np.asarray(each)[: len(part)] for each in found)
-                else:
-                    yield np.asarray(found)[: len(part)]
+            return [np.asarray(each)[: len(part)] for each in (found if isinstance(found, tuple) else (found,))]
+
+        found = [run(params[k : k + self.batch]) for k in range(0, len(params), self.batch)]
+        return [np.concatenate(each) for each in zip(*found, strict=True)]

@@ -22,6 +22,11 @@ import scipy.optimize
 from distributed import Client, LocalCluster
 
 import dask_nlsq
+from dask_nlsq import multistart
+from dask_nlsq.inputs import build_problem
+from dask_nlsq.model import intern
+from dask_nlsq.reduction import Evaluation, LocalSweep
+from dask_nlsq.trust_region import Options, solve
 from tests import nist
 
 
@@ -264,10 +269,10 @@ def threads(n: int) -> Iterator[None]:
 
 
 @contextmanager
-def processes(n: int) -> Iterator[None]:
+def processes(n: int) -> Iterator[Client]:
     cluster = LocalCluster(n_workers=n, threads_per_worker=1, processes=True, dashboard_address=":0")
-    with cluster, Client(cluster):
-        yield
+    with cluster, Client(cluster) as client:
+        yield client
 
 
 def differing_bits(model: Model, reduction: str, blocks: int = 37) -> int:
@@ -309,6 +314,71 @@ def reads(model: Model, blocks: int = 20) -> Reads:
     return Reads(computed / blocks, fit.sweeps / fit.nfev, fit.sweeps / accepted)
 
 
+# ---------------------------------------------------------------- many starts
+
+
+def sine(x, a, f, phi, c):
+    return a * jnp.sin(2 * jnp.pi * f * x + phi) + c
+
+
+def two_peaks(x, h1, m1, w1, h2, m2, w2, b):
+    return h1 * jnp.exp(-0.5 * ((x - m1) / w1) ** 2) + h2 * jnp.exp(-0.5 * ((x - m2) / w2) ** 2) + b
+
+
+class Trap(NamedTuple):
+    """A problem whose single start from p0 ends in a local minimum."""
+
+    f: Callable
+    truth: tuple[float, ...]
+    p0: tuple[float, ...]
+    bounds: tuple = ANYWHERE
+    noise: float = 0.2
+
+
+SINE = Trap(sine, truth=(1.5, 1.7, 0.6, 0.4), p0=(1, 0.6, 0, 0), noise=0.3)
+PEAKS = Trap(two_peaks, truth=(3, 3, 0.3, 2, 7, 0.4, 0.5), p0=(1, 2.8, 0.3, 1, 1, 0.3, 0))
+TRAPS = {
+    "sine, frequency in 0.1..10": SINE._replace(bounds=([-5, 0.1, -np.pi, -5], [5, 10, np.pi, 5])),
+    "sine, no bounds": SINE,
+    "two peaks, bounds": PEAKS._replace(bounds=([0, 0, 0.05, 0, 0, 0.05, -5], [10, 10, 3, 10, 10, 3, 5])),
+    "two peaks, no bounds": PEAKS,
+}
+
+
+class Escape(NamedTuple):
+    found: bool  # many starts reach the cost that a fit from the truth reaches
+    trapped: bool  # the single start does not
+    ratio: float  # of the sweeps to those of a single start from the winner
+    found_by: multistart.Search
+
+
+def escape(trap: Trap, n_starts: int, seed: int, n: int = 20_000) -> Escape:
+    """Both fits of ``n`` points from 0 to 10; the seed is that of the noise and of the starts."""
+    x = np.linspace(0, 10, n)
+    y = np.asarray(trap.f(x, *trap.truth)) + trap.noise * np.random.default_rng(seed).standard_normal(n)
+    lower, upper, p0, truth = np.array(np.broadcast_arrays(*trap.bounds, trap.p0, trap.truth)[:4], dtype=float)
+    problem = build_problem(x, y, check=True, omit=False)
+    evaluation = Evaluation(intern(trap.f), problem.rules, "linear", 1.0)
+    options = Options(lower, upper)
+    with LocalSweep(problem, evaluation, 2) as sweep:
+
+        def single(start):
+            before = sweep.count
+            return solve(sweep, start, options).equations.cost, sweep.count - before
+
+        sample = sweep.points(multistart.sample_size(len(p0)))
+        search = multistart.search(evaluation, sample, p0, lower, upper, n_starts, seed)
+        assert sweep.count == 0
+        solution, search = multistart.polish(search, sweep, options)
+        sweeps, lowest, alone = sweep.count, single(truth)[0], single(p0)[0]
+        return Escape(
+            found=bool(solution.equations.cost <= lowest * (1 + 1e-9)),
+            trapped=bool(alone > 1.5 * lowest),
+            ratio=sweeps / single(search.starts[search.winner])[1],
+            found_by=search,
+        )
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -322,6 +392,7 @@ class Limits(NamedTuple):
     bits: int = 0
     reads_per_block: float = 1
     sweeps_per_trial: float = 1
+    sweeps_of_many_starts: float = 1.5  # of those of a single start from the winner
 
 
 LIMITS = Limits()
@@ -376,6 +447,14 @@ def main() -> None:
         per_block, per_trial, per_accepted = reads(model)
         show(f"{name}: computations of each block in a chunked fit", "1", f"{per_block:g}")
         show(f"{name}: sweeps per trial step; per accepted step", "1", f"{per_trial:g}; {per_accepted:.2f}")
+
+    for (name, trap), n_starts in product(TRAPS.items(), (10, 20)):
+        runs = [escape(trap, n_starts, seed) for seed in range(20)]
+        found, trapped = (sum(getattr(run, what) for run in runs) for what in ("found", "trapped"))
+        show(f"{name}: {n_starts} starts find the optimum; p0 alone", "20 of 20", f"{found}; {20 - trapped}")
+    for name, trap in TRAPS.items():
+        ratio = escape(trap, 20, seed=0, n=10**7).ratio
+        show(f"{name}: sweeps of 20 starts by those of the winner alone, 1e7 points", "1.5", f"{ratio:.2f}")
 
 
 if __name__ == "__main__":
