@@ -336,7 +336,7 @@ class Trap(NamedTuple):
 
 
 SINE = Trap(sine, truth=(1.5, 1.7, 0.6, 0.4), p0=(1, 0.6, 0, 0), noise=0.3)
-PEAKS = Trap(two_peaks, truth=(3, 3, 0.3, 2, 7, 0.4, 0.5), p0=(1, 2.8, 0.3, 1, 1, 0.3, 0))
+PEAKS = Trap(two_peaks, truth=(3, 3, 0.3, 2, 7, 0.4, 0.5), p0=(2, 3, 0.3, 2, 1, 0.3, 0.5))
 TRAPS = {
     "sine, frequency in 0.1..10": SINE._replace(bounds=([-5, 0.1, -np.pi, -5], [5, 10, np.pi, 5])),
     "sine, no bounds": SINE,
