@@ -1,4 +1,5 @@
 import warnings
+from contextlib import nullcontext
 
 import dask.array as da
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from dask_nlsq.model import intern
 from dask_nlsq.multistart import Search, candidates, polish, search
 from dask_nlsq.reduction import Evaluation, LocalSweep, open_sweep
 from dask_nlsq.trust_region import NotFiniteAtStart, Options
-from tests.accuracy import LIMITS, TRAPS, escape, processes, sine, threads
+from tests.accuracy import LIMITS, TRAPS, chunks_apart, escape, processes, sine, threads
 
 RNG = np.random.default_rng(3)
 N = 3000
@@ -69,9 +70,15 @@ def test_starts_find_the_optimum_for_every_seed(name, n_starts):
     check_escapes(TRAPS[name], n_starts, range(20))
 
 
-def test_of_equivalent_optima_the_nearest_to_p0_wins():
-    found = search_locally(p0=[1, 1.2, 0.5, 0])
-    np.testing.assert_allclose(found.params[found.winner], TRUTH, atol=0.1)
+@pytest.mark.parametrize("width", [0.5, -0.5])
+def test_of_equivalent_optima_the_nearest_to_p0_wins(few_candidates, width):
+    def peak(x, h, m, w):
+        return h * jnp.exp(-0.5 * ((x - m) / w) ** 2)
+
+    y = np.asarray(peak(X, 2, 4, 0.3)) + RNG.normal(0, 0.1, N)
+    found = search_locally(peak, y=y, p0=[1, 3, width], bounds=[[-np.inf] * 3, [np.inf] * 3], n_starts=20)
+    assert np.ptp(np.sign(found.params[found.basin == 0, 2])) == 2  # both signs are among them
+    np.testing.assert_allclose(found.params[found.winner], [2, 4, np.copysign(0.3, width)], atol=0.05)
 
 
 def test_a_model_that_is_linear_in_all_parameters_has_one_optimum(few_candidates):
@@ -126,9 +133,11 @@ def points(x, y, n, chunks=None, **data):
 
 
 @pytest.mark.parametrize("chunks", [(60, 50), (7, 50), (60, 11), (40, 33), (4, 3)])
-def test_sample_does_not_depend_on_chunks(chunks):
+@pytest.mark.parametrize("apart", [nullcontext, chunks_apart], ids=["joined", "apart"])
+def test_sample_does_not_depend_on_chunks(chunks, apart):
     x, y = X.reshape(60, 50), Y.reshape(60, 50)
-    whole, parts = points(x, y, 512), points(x, y, 512, chunks)
+    with apart():
+        whole, parts = points(x, y, 512), points(x, y, 512, chunks)
     assert whole.n_points == parts.n_points == 512
     for one, other in zip(whole.block.buffers, parts.block.buffers, strict=True):
         np.testing.assert_array_equal(one, other)
