@@ -18,6 +18,8 @@ _ROOMS = {
     "clear_memory_pool": "memory",
     "create_checkpoint_directory": "workflow",
     "curve_fit": "api",
+    "curve_fit_large": "api",
+    "fit": "api",
     "detect_total_system_memory": "resources",
     "estimate_peak_memory_gb": "budget",
     "get_adaptive_memory_threshold": "budget",

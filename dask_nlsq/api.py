@@ -1,4 +1,4 @@
-"""curve_fit: check, bring the data where they are swept, solve, return."""
+"""curve_fit and fit: check, bring the data where they are swept, solve, return."""
 
 import logging
 import time
@@ -12,15 +12,28 @@ import numpy as np
 from distributed import Client, default_client
 from scipy.optimize import OptimizeWarning
 
-from .arguments import check_choices, finite_policy, jacobian, limit, model_first, parameters, positive, scale, tolerance
+from .arguments import (
+    check_choices,
+    finite_policy,
+    jacobian,
+    limit,
+    model_first,
+    parameters,
+    positive,
+    scale,
+    starts_wanted,
+    tolerance,
+)
 from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
-from .memory import available_memory
 from .model import Model, function_name, intern
+from .multistart import polish, sample_size, search
 from .progress import Observers
 from .reduction import Evaluation, Sweep, cluster_memory, map_chunks, open_sweep
+from .resources import available_memory
 from .result import FitResult, covariance
 from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
+from .workflow import OptimizationGoal, workflow_options
 
 logger = logging.getLogger("dask_nlsq")
 
@@ -37,7 +50,7 @@ def curve_fit(
     absolute_sigma: bool = False,
     check_finite: bool | None = None,
     bounds=(-np.inf, np.inf),
-    method: Literal["trf", "lm", "dogbox"] | None = None,
+    method: Literal["auto", "trf", "lm", "dogbox"] | None = None,
     jac: Callable | str | None = None,
     *,
     full_output: bool = False,
@@ -57,6 +70,7 @@ def curve_fit(
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     tr_solver: Literal["exact", "cg"] | None = None,
     memory_limit_gb: float | None = None,
+    n_starts: int = 0,
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
@@ -90,7 +104,7 @@ def curve_fit(
         points out and counts them. ``check_finite=False`` alone skips the check.
     bounds : 2-tuple of array_like, or `scipy.optimize.Bounds`
         Lower and upper bounds; scalars for all parameters.
-    method : {None, "trf", "lm", "dogbox"}
+    method : {None, "auto", "trf", "lm", "dogbox"}
         For SciPy's sake: all are solved by the one trust-region reflective method of `dask_nlsq.trust_region`. "lm" with
         bounds is an error, as in SciPy.
     jac : callable, optional
@@ -124,6 +138,9 @@ def curve_fit(
         Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
     memory_limit_gb : float, optional
         Memory that data may take where they are held; by default 75 % of what this process, or the workers together, have.
+    n_starts : int
+        0: p0 alone. Else the best of so many starts, p0 among them, is looked for on a small sample of the data before
+        all of them are fitted; see `dask_nlsq.multistart`. The result lists them in ``starts``.
     callback : callable, optional
         Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
     progress : bool, optional
@@ -157,6 +174,8 @@ def curve_fit(
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
+    method = None if method == "auto" else method
+    n_starts = starts_wanted(n_starts)
     check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose)
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
@@ -198,7 +217,14 @@ def curve_fit(
         loaded = time.perf_counter()
         try:
             with Observers(callback, progress, verbose) as observers:
-                solution = solve(sweep, start, replace(options, callback=observers))
+                options = replace(options, callback=observers)
+                found = None
+                if n_starts:
+                    sample = sweep.points(sample_size(len(start)))
+                    found = search(evaluation, sample, start, lower, upper, n_starts)
+                    solution, found = polish(found, sweep, options)
+                else:
+                    solution = solve(sweep, start, options)
         except NotFiniteAtStart as err:
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         sweeps = sweep.count
@@ -222,6 +248,7 @@ def curve_fit(
         jac_mode="user" if model.jac is not None else jac_mode,
         history=solution.history,
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
+        starts=found,
         factor=solution.factor,
         _values=partial(map_chunks, problem, evaluation),
         _predict=partial(_predict, evaluation),
@@ -230,6 +257,56 @@ def curve_fit(
     if verbose:
         print(result.summary())
     return result.scipy_output() if full_output else result
+
+
+curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
+
+
+def fit(
+    f: Callable,
+    xdata: Any,
+    ydata: Any,
+    p0=None,
+    *,
+    workflow: str = "auto",
+    goal: OptimizationGoal | str | None = None,
+    n_starts: int | None = None,
+    **curve_fit_options,
+) -> FitResult:
+    """`curve_fit` with strategy, tolerances and number of starts by the name of a workflow.
+
+    ==================  ========  ==================  ======
+    workflow            strategy  tolerances          starts
+    ==================  ========  ==================  ======
+    "auto"              auto      by points           p0
+    "standard"          standard  1e-8                p0
+    "quality"           standard  1e-10               20
+    "fast"              standard  1e-6                p0
+    "large_robust"      chunked   1e-8                10
+    ==================  ========  ==================  ======
+
+    Parameters
+    ----------
+    f, xdata, ydata, p0
+        As in `curve_fit`.
+    goal : OptimizationGoal or str, optional
+        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.workflow`.
+    n_starts : int, optional
+        Number of starts; by default that of the workflow and the goal.
+    **curve_fit_options
+        What is given here wins over the workflow.
+
+    Raises
+    ------
+    ValueError
+        An unknown workflow or goal; and as `curve_fit`.
+    NotImplementedError
+        "streaming" and "hpc_distributed", which this version cannot do yet.
+    """
+    f, xdata, ydata = model_first(f, xdata, ydata)
+    n_points = ydata.size if hasattr(ydata, "size") else np.size(ydata)
+    options = workflow_options(workflow, goal, int(n_points), n_starts)
+    return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

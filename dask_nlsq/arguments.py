@@ -159,6 +159,12 @@ def limit(max_nfev, maxfev):
     return int(max_nfev)
 
 
+def starts_wanted(n_starts):
+    if isinstance(n_starts, bool) or not isinstance(n_starts, Integral) or n_starts < 0:
+        raise ValueError(f"`n_starts` must be 0 (p0 alone) or a number of starts, not {n_starts!r}")
+    return int(n_starts)
+
+
 def positive(name, value):
     if not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive number, not {value!r}")

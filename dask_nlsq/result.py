@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .multistart import Search
 from .reduction import Factor
 from .trust_region import Record
 
@@ -52,6 +53,8 @@ class FitResult:
         One per trial step.
     seconds : dict
         Wall time of the stages "load" and "solve".
+    starts : Search or None
+        With several starts: each with its cost, the optimum it leads to, and which optimum won.
     """
 
     popt: np.ndarray
@@ -71,6 +74,7 @@ class FitResult:
     jac_mode: str
     history: list[Record]
     seconds: dict[str, float]
+    starts: Search | None
     factor: Factor = field(repr=False)
     _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
     _predict: Any = field(repr=False)  # (x, params) -> array

@@ -51,6 +51,52 @@ EFFECTS = {
 }
 
 
+class Preset(NamedTuple):
+    """What the name of a workflow stands for."""
+
+    strategy: str
+    tolerance: float | None  # ftol, xtol and gtol; None: by the number of points
+    n_starts: int  # 0: p0 alone
+
+
+PRESETS = {
+    "auto": Preset("auto", None, 0),
+    "standard": Preset("standard", 1e-8, 0),
+    "quality": Preset("standard", 1e-10, 20),
+    "fast": Preset("standard", 1e-6, 0),
+    "large_robust": Preset("chunked", 1e-8, 10),
+    "streaming": Preset("streaming", 1e-7, 0),
+    "hpc_distributed": Preset("streaming", 1e-6, 0),
+}
+GOAL_STARTS = 10  # of a goal that asks for several, where the preset does not say how many
+
+
+def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -> dict[str, Any]:
+    """What a preset and a goal mean as arguments of `dask_nlsq.curve_fit`.
+
+    Raises
+    ------
+    ValueError
+        An unknown preset or goal.
+    NotImplementedError
+        A preset that re-reads the data from their store in each sweep.
+    """
+    if workflow not in PRESETS:
+        raise ValueError(f"`workflow` must be one of {', '.join(map(repr, PRESETS))}, not {workflow!r}")
+    preset = PRESETS[workflow]
+    if preset.strategy == "streaming":
+        raise NotImplementedError(
+            f'workflow="{workflow}" re-reads the data in each sweep, which this version cannot do yet: use "large_robust" '
+            "with a distributed.Client whose workers together hold the data"
+        )
+    effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]
+    tier = bisect_right(TIERS, n_points) if preset.tolerance is None else TOLERANCES.index(preset.tolerance)
+    tolerance = TOLERANCES[min(max(tier + effect.tier, 0), len(TOLERANCES) - 1)]
+    if n_starts is None:
+        n_starts = (preset.n_starts or GOAL_STARTS) if effect.multistart else 0
+    return dict(strategy=preset.strategy, n_starts=n_starts, ftol=tolerance, xtol=tolerance, gtol=tolerance)
+
+
 def as_goal(goal: OptimizationGoal | str) -> OptimizationGoal:
     """The goal of that name.
 
