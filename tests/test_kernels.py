@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
-from dask_nlsq.kernels import TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
+from dask_nlsq.kernels import REFLECTED_UP_TO, TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
 from dask_nlsq.model import intern
 from dask_nlsq.reduction import Evaluation, How, merge
 from dask_nlsq.trf_jit import LOSSES, float64
@@ -64,6 +64,28 @@ def test_qr_factor_has_the_same_gram_matrix(n):
     factor, _ = swept(decay, x, y, PARAMS, reduction="qr")
     np.testing.assert_allclose(factor, np.triu(factor))
     np.testing.assert_allclose(factor.T @ factor, rows.T @ rows, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("p", [1, REFLECTED_UP_TO - 1, REFLECTED_UP_TO])
+def test_qr_keeps_what_the_columns_hold_dead_tiny_or_nearly_parallel_ones_too(p):
+    def model(x, *c):
+        terms = [x, 0 * x, 1e-100 * x**2, x * (1 + 1e-6 * x), 1 + 0 * x, x**3]
+        return sum(each * term for each, term in zip(c, terms, strict=False))
+
+    x, y = data(9000)
+    rows = dense_rows(model, x, y, np.ones(p))
+    factor, _ = swept(model, x, y, np.ones(p), reduction="qr")
+    np.testing.assert_allclose(factor, np.triu(factor))
+    scale = np.linalg.norm(rows, axis=0)
+    scale[scale == 0] = 1
+    np.testing.assert_allclose((factor / scale).T @ (factor / scale), (rows / scale).T @ (rows / scale), atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_qr_does_not_hide_a_value_that_is_not_finite(bad):
+    x, y = data(5000)
+    factor, _ = swept(lambda x, a, b: a * jnp.where(x > 4.99, bad, 1.0) + b * x, x, y, np.ones(2), "qr")
+    assert not np.isfinite(factor).all()
 
 
 def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
