@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
+from .buffers import ALIGNMENT
 from .kernels import BLOCK_POINTS, Block, Layout, Layouts
+from .memory import get_memory_manager
 
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
-ALIGNMENT = 64  # bytes: XLA takes buffers that start on a cache line without a copy
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
 
@@ -42,6 +43,7 @@ class Chunk(NamedTuple):
     blocks: tuple[Block, ...]
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
+    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the MemoryManager
 
 
 class Rules(NamedTuple):
@@ -336,6 +338,12 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
         Of the chunks of y.
     pieces : sequence of sequence of ndarray
         For each chunk its piece of each operand, in the order of `Layouts`.
+
+    Returns
+    -------
+    Chunk
+        Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
+        `MemoryManager`. `release` gives those back; a chunk that is dropped instead takes them along.
     """
     censuses, cleaned = zip(*(_inspect(rules, *each) for each in zip(indices, pieces, strict=True)), strict=True)
     if len(cleaned) == 1:
@@ -348,7 +356,14 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
         ]
     shape = pieces[0].shape
     first_x = 2 + (rules.layouts.mask is not None)
-    return Chunk(_cut(rules, shape, pieces), censuses, _sample(rules, shape, pieces[first_x:]))
+    blocks, staged = _cut(rules, shape, pieces)
+    return Chunk(blocks, censuses, _sample(rules, shape, pieces[first_x:]), staged)
+
+
+def release(chunk: Chunk) -> None:
+    """Give back what `prepare_chunk` has taken; no block of the chunk may be used any longer."""
+    for array in chunk.staged:
+        get_memory_manager().free_array(array)
 
 
 def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
@@ -398,8 +413,8 @@ def _sample(rules, shape, coordinates):
     return tuple(sample)
 
 
-def _cut(rules, shape, pieces) -> tuple[Block, ...]:
-    """Blocks of at most `BLOCK_POINTS` consecutive points; their number depends on the shape of the chunk alone."""
+def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
+    """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their copies."""
     n = prod(shape)
     longest = rules.run * rules.capacities[0]
     flat = [np.ravel(piece) for piece in pieces]
@@ -411,21 +426,25 @@ def _cut(rules, shape, pieces) -> tuple[Block, ...]:
         capacity = BLOCK_POINTS + ALIGNMENT
     else:
         cuts, capacity = [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
+    staged = []
+
+    def copy(k, lo, hi, capacity):
+        staged.append(aligned_copy(flat[k], lo, hi, capacity))
+        return staged[-1], 0
+
     fixed = {
-        k: aligned_copy(flat[k], 0, len(flat[k]), max(rules.capacities[k], 1))
-        for k, layout in enumerate(layouts)
-        if not layout.dense
+        k: copy(k, 0, len(flat[k]), max(rules.capacities[k], 1)) for k, layout in enumerate(layouts) if not layout.dense
     }
     strides = [_strides(piece.shape) for piece in pieces]
     blocks = []
     for lo, hi in cuts:
-        views = [fixed[k] if k in fixed else _view(flat[k], lo, hi, capacity) for k in range(len(layouts))]
+        views = [fixed.get(k) or _view(flat[k], lo, hi, capacity) or copy(k, lo, hi, capacity) for k in range(len(layouts))]
         geometry = [hi - lo, lo]
         for (_, offset), stride in zip(views, strides, strict=True):
             geometry += [offset, *stride]
         buffers = tuple(buffer for buffer, _ in views)
         blocks.append(Block(np.array(geometry, np.int64), np.array(shape, np.float64), buffers))
-    return tuple(blocks)
+    return tuple(blocks), tuple(staged)
 
 
 def _size_class(n, longest):
@@ -439,8 +458,8 @@ def _size_class(n, longest):
 def _view(flat, lo, hi, capacity):
     """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
 
-    A view of ``flat`` for a whole block with enough elements around it. A shorter one is copied: a tile may be longer
-    than it, and is read from its beginning.
+    A view of ``flat`` for a whole block with enough elements around it, else None. A shorter one must be copied: a tile
+    may be longer than it, and is read from its beginning.
     """
     per_line = ALIGNMENT // flat.itemsize
     misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
@@ -448,18 +467,16 @@ def _view(flat, lo, hi, capacity):
     start -= (start + misfit) % per_line
     fits = start >= 0 and start + capacity >= hi and hi - lo >= BLOCK_POINTS
     if not fits or flat.ctypes.data % flat.itemsize:
-        return aligned_copy(flat, lo, hi, capacity)
+        return None
     return flat[start : start + capacity], lo - start
 
 
 def aligned_copy(flat, lo, hi, capacity):
-    """A copy of [lo, hi) that starts on a cache line, continued with its last value."""
-    raw = np.empty(capacity * flat.itemsize + ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % ALIGNMENT
-    buffer = raw[begin : begin + capacity * flat.itemsize].view(flat.dtype)
+    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value."""
+    buffer = get_memory_manager().allocate_array(capacity, flat.dtype, zero=False)
     buffer[: hi - lo] = flat[lo:hi]
     buffer[hi - lo :] = flat[hi - 1]
-    return buffer, 0
+    return buffer
 
 
 def _strides(shape):

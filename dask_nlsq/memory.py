@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -419,10 +418,12 @@ class MemoryManager:
             }
 
 
-@cache
+_shared = MemoryManager()
+
+
 def get_memory_manager() -> MemoryManager:
     """The manager that this process shares."""
-    return MemoryManager()
+    return _shared
 
 
 def get_memory_stats() -> dict[str, float | int]:

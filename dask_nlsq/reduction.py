@@ -19,7 +19,7 @@ from dask.sizeof import sizeof
 from distributed import Client, as_completed
 
 from .config import threads
-from .inputs import Census, Chunk, Problem, Rules, prepare_chunk
+from .inputs import Census, Chunk, Problem, Rules, prepare_chunk, release
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .loading import Load, compute_shared, plan_loads
 from .model import Model
@@ -195,10 +195,13 @@ class LocalSweep(Sweep):
 
     def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
         super().__init__(problem, evaluation)
+        self.chunks, self.pool = [], None
         runs, common = plan_loads(problem)
         shared = compute_shared(common)
-        with ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
-            self.chunks = list(pool.map(lambda run: load_chunk(evaluation.rules, run, shared), runs))
+        with ExitStack() as on_error, ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
+            on_error.push(self)
+            self.chunks.extend(pool.map(lambda run: load_chunk(evaluation.rules, run, shared), runs))
+            on_error.pop_all()
         if problem.factor is not None:
             self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
         self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
@@ -210,6 +213,9 @@ class LocalSweep(Sweep):
     def __exit__(self, *exc):
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+        for chunk in self.chunks:
+            release(chunk)
+        self.chunks, self.blocks, self.groups = [], [], []
 
     def _reduce(self, params, how):
         share = self.pool.map if self.pool is not None else map
@@ -389,7 +395,10 @@ def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
 def chunk_values(evaluation: Evaluation, factor, params, what, index, pieces) -> np.ndarray:
     """Residuals or model values of one chunk that has just been read."""
     chunk = prepare_chunk(evaluation.rules._replace(run=1), [index], [pieces])
-    return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what)
+    try:
+        return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what)
+    finally:
+        release(chunk)
 
 
 def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model"]):

@@ -77,7 +77,7 @@ def as_sample(layouts: Layouts, values: np.ndarray, n: int, n_total: int) -> Sam
     m = values.shape[1]
     buffers = []
     for row, integer in zip(values, [False, False, *(each.integer for each in layouts.x)], strict=True):
-        buffers.append(aligned_copy(row.astype(np.int64 if integer else np.float64), 0, m, n)[0])
+        buffers.append(aligned_copy(row.astype(np.int64 if integer else np.float64), 0, m, n))
     dense = layouts._replace(
         y=Layout(True),
         sigma=Layout(True),

@@ -1,5 +1,7 @@
 """Any kind of array, any chunks: the same problem."""
 
+import gc
+
 import dask
 import dask.array as da
 import h5py
@@ -10,8 +12,8 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_nlsq import curve_fit
-from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
+from dask_nlsq import clear_memory_pool, curve_fit, get_memory_manager
+from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk, release
 from dask_nlsq.loading import plan_loads
 from dask_nlsq.reduction import load_chunk
 
@@ -161,3 +163,69 @@ def test_census_counts_by_argument():
     census = prepare_chunk(problem.rules, [index], [problem.pieces(index)]).censuses[0]
     assert census.not_finite == {"ydata": 2, "sigma": 1, "xdata": 1}
     assert (census.n_masked, census.n_omitted, census.n_points) == (1, 4, 10)
+
+
+def lent():
+    """Arrays of the shared manager that are in use."""
+    gc.collect()
+    pool = get_memory_manager()._pool
+    pool.settle()
+    return len(pool._loans)
+
+
+def test_what_a_chunk_copies_comes_back_with_it():
+    x, y = np.arange(10.0), np.arange(10.0) ** 2
+    before = lent()
+    problem = build_problem(x, da.from_array(y, chunks=5), 2.0, check=True, omit=True)
+    (run,), _ = plan_loads(problem)
+    chunk = load_chunk(problem.rules, run, {})
+    assert {id(buffer) for block in chunk.blocks for buffer in block.buffers} == {id(each) for each in chunk.staged}
+    assert lent() == before + 4
+    release(chunk)
+    assert lent() == before
+    for each in chunk.staged:
+        each[...] = -1
+    np.testing.assert_array_equal(chunk.sample[0], [0, 1, 2, 3, 5, 6, 7, 9])  # not in a buffer that is given back
+
+
+def test_buffers_come_back_after_a_fit_and_after_one_that_fails():
+    x, y = da.from_array(X, chunks=100), da.from_array(Y, chunks=100)
+
+    def fit():
+        return curve_fit(decay, x, y)
+
+    def fit_without_end():
+        with pytest.raises(RuntimeError, match="not found"):
+            curve_fit(decay, x, y, max_nfev=2)
+
+    def fit_of_nan():
+        with pytest.raises(ValueError, match="contains nan"):
+            curve_fit(decay, x, da.where(x > 4, np.nan, y))
+
+    result, before = fit(), lent()
+    residuals = result.residuals().compute(scheduler="sync")
+    found = residuals.copy()
+    for each in (fit, fit_without_end, fit_of_nan, lambda: result.residuals().compute(scheduler="sync")):
+        stats = get_memory_manager().get_memory_stats()
+        each()
+        new = get_memory_manager().get_memory_stats()
+        assert new["allocations"] - stats["allocations"] == new["reused"] - stats["reused"] > 0, each
+    assert lent() == before
+    np.testing.assert_array_equal(residuals, found)
+    np.testing.assert_allclose(found, result.predict(X) - Y, atol=1e-14)
+
+
+def test_buffers_come_back_when_reading_fails():
+    n = 4 * 2**16
+
+    def fail(block):
+        if block[0] > 3:
+            raise KeyError("no such block")
+        return block
+
+    clear_memory_pool()
+    y = da.linspace(0, 5, n, chunks=n // 4)
+    with dask.config.set({"nlsq.threads": 1}), pytest.raises(KeyError) as caught:
+        curve_fit(decay, np.linspace(0, 5, n), y.map_blocks(fail, dtype=float, meta=np.empty(0)))
+    assert caught.traceback
+    assert get_memory_manager().get_memory_stats()["pool_arrays"] == 3 * 3
