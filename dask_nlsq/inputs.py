@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from .buffers import ALIGNMENT
 from .kernels import BLOCK_POINTS, Block, Layout, Layouts
-from .memory import get_memory_manager
+from .memory import ALIGNMENT, get_memory_manager
 
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded

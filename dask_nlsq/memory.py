@@ -1,5 +1,9 @@
 """MemoryManager: aligned arrays from a pool, reservations, predictions. Budgets and detection are offered here too.
 
+XLA takes a NumPy array without a copy if it starts on a 64-byte line, and the first touch of fresh memory costs more than
+all later ones, so arrays are lent from buffers that start on a line, and buffers that come back are kept. A buffer is a
+flat uint8 array. The array that is lent is a view of it; what the user derives from that keeps the buffer alive.
+
 What is available to a thread is what the system and the manager's own limit leave, with the pool, which can be let go at
 any time, less what other threads have reserved and not yet allocated from the manager. Memory that they take elsewhere
 (``np.empty``) within a reservation counts twice, so the answer errs on the safe side.
@@ -8,56 +12,37 @@ any time, less what other threads have reserved and not yet allocated from the m
 import gc
 import threading
 import time
-from collections import deque
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from math import prod
+from numbers import Integral
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from .budget import (
-    DEFAULT_MEMORY_FRACTION,
-    FALLBACK_THRESHOLD_GB,
-    GB,
-    MEMORY_FRACTION_ENV_VAR,
-    SVD_SHARE,
-    MemoryBudget,
-    NLSQStrategy,
-    StrategyDecision,
-    count,
-    estimate_peak_memory_gb,
-    even_chunks,
-    fit_parts,
-    get_adaptive_memory_threshold,
-    positive,
+from .budget import (  # isort: skip
+    DEFAULT_MEMORY_FRACTION, FALLBACK_THRESHOLD_GB, GB, MEMORY_FRACTION_ENV_VAR, SVD_SHARE, MemoryBudget, NLSQStrategy,
+    StrategyDecision, count, estimate_peak_memory_gb, even_chunks, fit_parts, get_adaptive_memory_threshold, positive,
     select_nlsq_strategy,
-)
-from .buffers import Account, BufferPool, array_bytes, capacity_of, first_line, new_buffer, size_class
+)  # fmt: skip
 from .resources import available_memory, detect_total_system_memory, process_memory
 
 __all__ = [
-    "DEFAULT_MEMORY_FRACTION",
-    "FALLBACK_THRESHOLD_GB",
-    "MEMORY_FRACTION_ENV_VAR",
-    "MemoryBudget",
-    "MemoryManager",
-    "NLSQStrategy",
-    "StrategyDecision",
-    "available_memory",
-    "clear_memory_pool",
-    "detect_total_system_memory",
-    "estimate_peak_memory_gb",
-    "get_adaptive_memory_threshold",
-    "get_memory_manager",
-    "get_memory_stats",
+    "DEFAULT_MEMORY_FRACTION", "FALLBACK_THRESHOLD_GB", "MEMORY_FRACTION_ENV_VAR", "MemoryBudget", "MemoryManager",
+    "NLSQStrategy", "StrategyDecision", "available_memory", "clear_memory_pool", "detect_total_system_memory",
+    "estimate_peak_memory_gb", "get_adaptive_memory_threshold", "get_memory_manager", "get_memory_stats",
     "select_nlsq_strategy",
-]
+]  # fmt: skip
 
+ALIGNMENT = 64  # bytes
+FRESH_STEPS = 8  # capacities per power of two: a new buffer is at most 1/8 longer than asked for, or a line
+REUSE_WASTE = 4  # a pooled one serves what fills all but 1/4 of it
 POOL_ARRAYS = 100  # most buffers that are kept
 POOL_SHARE = 0.25  # most of all memory that they take
-LOOK_BYTES = 2**20  # the system is asked again after that much new memory,
-LOOK_SECONDS = 0.1  # or after that time: asking takes 0.1 ms
+LOOK_BYTES = 2**26  # of new memory, after which the system is asked again how much there is, which takes 0.5 ms
 COLLECT_SECONDS = 1.0  # least time between garbage collections, which take 0.1 s where JAX is loaded
 
 # what an algorithm holds beside data and normal equations: Jacobians, vectors of n points, p x p matrices.
@@ -66,15 +51,18 @@ _HELD = {"lm": (1.0, 2, 1), "trf": (1 + SVD_SHARE, 2, 2), "dogbox": (1 + SVD_SHA
 
 
 @dataclass(eq=False)
-class Reservation(Account):
-    """Bytes that a thread will need; those ``taken`` are arrays of the manager by now."""
+class Reservation:
+    """Bytes that a thread will need; buffers lent on it are part of them."""
 
-    owner: int = 0
     nbytes: float = 0.0
 
-    @property
-    def outstanding(self) -> float:
-        return max(0.0, self.nbytes - self.taken)
+
+class Loan(NamedTuple):
+    """A buffer in the hands of a user."""
+
+    array: weakref.ref  # of what was lent
+    capacity: int
+    reservation: Reservation | None  # on which it was lent
 
 
 class MemoryManager:
@@ -97,24 +85,20 @@ class MemoryManager:
             raise ValueError(f"`safety_factor` multiplies predictions and must be at least 1, not {safety_factor}")
         self.gc_threshold, self.safety_factor = gc_threshold, safety_factor
         self.limit_bytes = np.inf if limit_bytes is None else positive("limit_bytes", limit_bytes, "bytes")
-        # reentrant, since the garbage collector may free an array while this thread is in here
+        # The garbage collector may run a finalizer that frees an array while this thread is in here. So the lock lets the
+        # same thread in again, and a buffer enters or leaves `_free` and `_loans` in one indivisible step.
         self._changed = threading.Condition(threading.RLock())
-        self._pool = BufferPool()
-        self._reservations: list[Reservation] = []
-        self._waiting: deque[Reservation] = deque()
-        self._looked = self._collected = -np.inf  # time.monotonic
-        self._new_bytes = 0  # since the system was asked
-        self._pool_bytes = 0.0  # most that are kept
-        self._peak = 0
-        self._allocations = self._reused = self._requested = self._used = 0
+        self._free: dict[int, np.ndarray] = {}  # buffers by identity
+        self._loans: dict[int, Loan] = {}  # by the identity of the buffer
+        self._reservations: dict[int, Reservation] = {}  # by thread
+        self._waiting: list[int] = []  # threads
+        self._counts = Counter(allocations=0, reused=0, requested=0, used=0)
+        self._unseen = self._peak = 0  # bytes
+        self._collected = -np.inf  # time.monotonic
+        self._total = detect_total_system_memory() or np.inf
 
     # -----------------------------------------------------------------------------------------------------------------
-    # how much there is, how much is needed
-
-    def get_available_memory(self) -> float:
-        """Bytes that this thread could allocate now."""
-        with self._changed:
-            return max(0.0, self._room() - self._outstanding(others=True))
+    # how much is needed, how much there is
 
     def predict_memory_requirement(
         self, n_points: int, n_params: int, algorithm: Literal["trf", "lm", "dogbox"] = "trf"
@@ -123,11 +107,7 @@ class MemoryManager:
 
         ``safety_factor`` times data (x and y) + c J + v vectors of n points + s matrices (p, p), with the parts of
         `dask_nlsq.budget` and (c, v, s) = (1, 2, 1) for "lm", (1.3, 2, 2) for "trf", (1.3, 3, 3) for "dogbox".
-
-        Raises
-        ------
-        ValueError, TypeError
-            An unknown algorithm; numbers that are not positive integers.
+        ValueError or TypeError for an unknown algorithm, and for numbers that are not positive integers.
         """
         per_point, fixed = self._cost(count("n_params", n_params), algorithm)
         return int(np.ceil(count("n_points", n_points) * per_point + fixed))
@@ -144,44 +124,40 @@ class MemoryManager:
     def estimate_chunking_strategy(
         self, n_points: int, n_params: int, algorithm: str = "trf", memory_limit_gb: float | None = None
     ) -> dict[str, bool | int | float]:
-        """The fewest even chunks that a fit can take one after the other.
+        """The fewest even chunks that a fit can take one after the other, of ``memory_limit_gb`` (GiB) at most each.
 
-        Parameters
-        ----------
-        memory_limit_gb : float, optional
-            GiB for one chunk; by default what is available.
+        The limit is what is available by default; MemoryError where not even one point fits.
 
         Returns
         -------
         dict
             ``needs_chunking``, ``chunk_size`` (points), ``n_chunks``, ``memory_per_chunk_gb``, ``total_memory_gb``.
-
-        Raises
-        ------
-        MemoryError
-            Where not even one point fits.
         """
         total = self.predict_memory_requirement(n_points, n_params, algorithm)
         limit = self.get_available_memory() if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb) * GB
         size, n_chunks = int(n_points), 1
         if total > limit:
             size, n_chunks = even_chunks(int(n_points), limit, *self._cost(int(n_params), algorithm))
-        per_chunk = self.predict_memory_requirement(size, n_params, algorithm)
         return {
             "needs_chunking": total > limit,
             "chunk_size": size,
             "n_chunks": n_chunks,
-            "memory_per_chunk_gb": per_chunk / GB,
+            "memory_per_chunk_gb": self.predict_memory_requirement(size, n_params, algorithm) / GB,
             "total_memory_gb": total / GB,
         }
 
+    def get_available_memory(self) -> float:
+        """Bytes that this thread could allocate now."""
+        with self._changed:
+            return max(0.0, self._room() - self._reserved(own=False))
+
     def check_memory_availability(self, bytes_needed: float) -> tuple[bool, str]:
         """Whether this thread could reserve ``bytes_needed`` now, and a sentence with the numbers."""
-        needed = positive("bytes_needed", bytes_needed, "bytes")
-        with self._changed:
-            if self._fits(self._extra(needed)):
-                return True, f"{needed / GB:.3g} GiB are needed and {self.get_available_memory() / GB:.3g} GiB available"
-            return False, self._lacking(needed)
+        try:
+            with self.memory_guard(bytes_needed):
+                return True, f"{bytes_needed / GB:.3g} GiB are needed, {self.get_available_memory() / GB:.3g} GiB available"
+        except MemoryError as error:
+            return False, str(error)
 
     # -----------------------------------------------------------------------------------------------------------------
     # reservations
@@ -204,74 +180,72 @@ class MemoryManager:
         MemoryError
             Where there is less; the message says how much is missing.
         """
-        needed = positive("bytes_needed", bytes_needed, "bytes")
-        reservation = self._reserve(needed, wait)
+        needed, thread = positive("bytes_needed", bytes_needed, "bytes"), threading.get_ident()
+        with self._changed:
+            outermost = thread not in self._reservations
+            reservation = self._reservations.get(thread, Reservation())
+            extra = max(0.0, needed - reservation.nbytes)
+            if wait and outermost:
+                self._wait_for(needed)
+            if extra:
+                self._make_room(extra + self._reserved(own=True))
+            reservation.nbytes += extra
+            self._reservations[thread] = reservation
         try:
             yield
         finally:
             with self._changed:
-                self._reservations.remove(reservation)
-                self._observe()
+                reservation.nbytes -= extra
+                if outermost:
+                    del self._reservations[thread]
                 self._changed.notify_all()
 
-    def _reserve(self, needed: float, wait: bool) -> Reservation:
-        with self._changed:
-            reservation = Reservation(owner=threading.get_ident(), nbytes=self._extra(needed))
-            if wait and reservation.nbytes == needed:  # holds nothing yet
-                self._wait_for(reservation)
-            elif reservation.nbytes and not self._fits(reservation.nbytes):
-                self._relieve(always=True)
-                if not self._fits(reservation.nbytes):
-                    raise MemoryError(self._lacking(needed))
-            if reservation.nbytes > available_memory():
-                self.clear_pool()  # it was counted as available
-            self._reservations.append(reservation)
-            return reservation
+    def _wait_for(self, nbytes: float) -> None:
+        """Wait until it is this thread's turn and ``nbytes`` are there, or never will be."""
+        thread = threading.get_ident()
 
-    def _wait_for(self, reservation: Reservation) -> None:
-        """Wait until ``reservation`` is the first in the queue and fits."""
-        self._waiting.append(reservation)
+        def decided():
+            if self._waiting[0] != thread:
+                return False
+            room = self._room()
+            held = sum(each.nbytes for each in self._reservations.values())  # comes back, in use or not
+            return nbytes <= room - self._reserved(own=False) or nbytes > min(room + held, self.limit_bytes)
+
+        self._waiting.append(thread)
         try:
-            while self._waiting[0] is not reservation or not self._fits(reservation.nbytes):
-                # what others have reserved comes back, in use or not
-                others = sum(each.nbytes for each in self._reservations)
-                if reservation.nbytes > min(self._room() + others, self.limit_bytes):
-                    raise MemoryError(self._lacking(reservation.nbytes))
-                self._changed.wait()
+            self._changed.wait_for(decided)
         finally:
-            self._waiting.remove(reservation)
+            self._waiting.remove(thread)
             self._changed.notify_all()
 
-    def _extra(self, needed: float) -> float:
-        """What a guard must reserve beyond the guards around it."""
-        return max(0.0, needed - sum(each.nbytes for each in self._own()))
-
-    def _own(self) -> list[Reservation]:
-        return [each for each in self._reservations if each.owner == threading.get_ident()]
-
-    def _fits(self, extra: float) -> bool:
-        return extra <= self._room() - self._outstanding()
-
-    def _outstanding(self, others: bool = False) -> float:
-        own = self._own() if others else []
-        return sum(each.outstanding for each in self._reservations if each not in own)
+    def _reserved(self, own: bool) -> float:
+        """Bytes that this thread, or all others, have reserved and not yet been lent."""
+        reservations = [each for thread, each in self._reservations.items() if (thread == threading.get_ident()) is own]
+        return sum(max(0.0, each.nbytes - self._lent_bytes(each)) for each in reservations)
 
     def _room(self) -> float:
         """Bytes that the system and the limit leave, reservations apart."""
-        self._pool.settle()
-        return min(available_memory() + self._pool.free_bytes, self.limit_bytes - self._pool.lent.taken)
+        return min(available_memory() + self._free_bytes(), self.limit_bytes - self._lent_bytes())
 
-    def _lacking(self, needed: float) -> str:
-        available, reserved = self.get_available_memory(), self._outstanding(others=True)
-        held = f" ({reserved / GB:.3g} GiB are reserved by other threads)" if reserved else ""
-        return (
-            f"{needed / GB:.3g} GiB are needed, {available / GB:.3g} GiB available{held}, "
-            f'{max(0.0, needed - available) / GB:.3g} GiB missing: take fewer points at once (strategy "chunked" or '
-            '"streaming"; estimate_chunking_strategy says how many), or a machine with more memory'
-        )
+    def _make_room(self, nbytes: float) -> None:
+        """See to it that this thread can take ``nbytes``; the pool counts as available, so it makes way."""
+        if (short := nbytes > self.get_available_memory()) or self._usage() > self.gc_threshold:
+            self.clear_pool()
+            if short or time.monotonic() - self._collected > COLLECT_SECONDS:
+                gc.collect()
+                self._collected = time.monotonic()
+        available, reserved = self.get_available_memory(), self._reserved(own=False)
+        if nbytes > available:
+            held = f" ({reserved / GB:.3g} GiB are reserved by other threads)" if reserved else ""
+            raise MemoryError(
+                f"{nbytes / GB:.3g} GiB are needed, {available / GB:.3g} GiB available{held}, "
+                f'{(nbytes - available) / GB:.3g} GiB missing: take fewer points at once (strategy "chunked" or '
+                '"streaming"; estimate_chunking_strategy says how many), or a machine with more memory'
+            )
+        self._keep_largest(POOL_ARRAYS, available - nbytes)
 
     # -----------------------------------------------------------------------------------------------------------------
-    # arrays
+    # arrays and their pool
 
     def allocate_array(self, shape: int | tuple[int, ...], dtype=np.float64, zero: bool = True) -> np.ndarray:
         """A C-ordered array that starts on a 64-byte line, from the pool where it has one that fits.
@@ -290,20 +264,22 @@ class MemoryManager:
         """
         sizes, dtype, nbytes = array_bytes(shape, dtype)
         with self._changed:
-            own = self._own()
-            account = own[-1] if own else Account()
-            buffer = self._pool.take(nbytes)
+            buffer = self._from_pool(nbytes)
             reused = buffer is not None
+            capacity = len(buffer) - ALIGNMENT if reused else size_class(nbytes)
             if not reused:
-                capacity = size_class(nbytes)
-                self._make_room(capacity)
-                buffer = new_buffer(capacity, zero)
-            array = self._pool.lend(buffer, sizes, dtype, account)
-            self._allocations, self._reused = self._allocations + 1, self._reused + reused
-            self._requested, self._used = self._requested + nbytes, self._used + capacity_of(buffer)
+                self._unseen += capacity
+                if self._unseen >= LOOK_BYTES or np.isfinite(self.limit_bytes):
+                    self._make_room(capacity)
+                    self._unseen = 0
+                buffer = (np.zeros if zero else np.empty)(capacity + ALIGNMENT, np.uint8)
+                weakref.finalize(buffer, self._loans.pop, id(buffer), None)  # if it is dropped instead of being freed
+            array = np.ndarray(sizes, dtype, buffer, offset=-buffer.ctypes.data % ALIGNMENT)
+            reservation = self._reservations.get(threading.get_ident())
+            self._loans[id(buffer)] = Loan(weakref.ref(array), capacity, reservation)
+            self._counts.update(allocations=1, reused=reused, requested=nbytes, used=capacity)
         if zero and reused:
-            begin = first_line(buffer)
-            buffer[begin : begin + nbytes] = 0
+            array[...] = np.zeros((), dtype)
         return array
 
     def free_array(self, arr: np.ndarray) -> None:
@@ -317,10 +293,17 @@ class MemoryManager:
         ValueError
             Where ``arr`` was freed before, is a view, or is not of this manager.
         """
+        buffer = getattr(arr, "base", None)
         with self._changed:
-            self._pool.take_back(arr)
-            self._look()
-            self._pool.keep_largest(POOL_ARRAYS, self._pool_bytes)
+            loan = self._loans.get(id(buffer))
+            if loan is None or loan.array() is not arr:
+                raise ValueError(
+                    "the array was freed before, is a view of one, or was not allocated by this MemoryManager: free each "
+                    "allocated array itself, once"
+                )
+            del self._loans[id(buffer)]
+            self._free[id(buffer)] = buffer
+            self._keep_largest(POOL_ARRAYS, POOL_SHARE * min(self._total, self.limit_bytes))
             self._changed.notify_all()
 
     @contextmanager
@@ -332,55 +315,6 @@ class MemoryManager:
         finally:
             self.free_array(array)
 
-    def _make_room(self, capacity: int) -> None:
-        """Check that a new buffer fits; small ones against the system's last answer."""
-        self._new_bytes += capacity
-        if self._new_bytes >= LOOK_BYTES or np.isfinite(self.limit_bytes):
-            self._look(capacity)
-            if capacity > self.get_available_memory():
-                self._relieve(always=True)
-            if capacity > self.get_available_memory():
-                raise MemoryError(self._lacking(capacity))
-            in_use = self._pool.lent.taken + self._pool.free_bytes
-            spare = min(available_memory(), self.limit_bytes - in_use) - capacity
-            if spare < 0:
-                self._pool.keep_largest(POOL_ARRAYS, max(0.0, self._pool.free_bytes + spare))
-
-    def _look(self, capacity: int = 0) -> None:
-        now = time.monotonic()
-        if capacity >= LOOK_BYTES or self._new_bytes >= LOOK_BYTES or now - self._looked > LOOK_SECONDS:
-            self._looked, self._new_bytes = now, 0
-            self._observe()
-            self._pool_bytes = POOL_SHARE * self._total()
-            if self._usage() > self.gc_threshold:
-                self._relieve()
-
-    def _relieve(self, always: bool = False) -> None:
-        """Let the pool go, and collect garbage unless that has just been done."""
-        self.clear_pool()
-        now = time.monotonic()
-        if always or now - self._collected > COLLECT_SECONDS:
-            gc.collect()
-            self._collected = time.monotonic()
-
-    def _observe(self) -> tuple[int, int]:
-        current, peak = process_memory()
-        self._peak = max(self._peak, peak)
-        return current, self._peak
-
-    def _total(self) -> float:
-        return min(detect_total_system_memory() or available_memory(), self.limit_bytes)
-
-    def _usage(self) -> float:
-        """Share of all memory that is in use: of the system's, or of the limit if that is more."""
-        total = detect_total_system_memory()
-        self._pool.settle()
-        used = self._pool.lent.taken + self._pool.free_bytes
-        return max(1 - available_memory() / total if total else 0.0, used / self.limit_bytes)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # the pool
-
     def clear_pool(self) -> None:
         """Let all buffers go that are not in use."""
         self.optimize_memory_pool(0)
@@ -388,7 +322,31 @@ class MemoryManager:
     def optimize_memory_pool(self, max_arrays: int = POOL_ARRAYS) -> None:
         """Keep the ``max_arrays`` largest buffers of the pool."""
         with self._changed:
-            self._pool.keep_largest(count("max_arrays", max_arrays, 0), np.inf)
+            self._keep_largest(count("max_arrays", max_arrays, 0), np.inf)
+
+    def _keep_largest(self, n_buffers: int, nbytes: float) -> None:
+        while self._free and (len(self._free) > n_buffers or self._free_bytes() > nbytes):
+            self._free.pop(id(min(list(self._free.values()), key=len, default=None)), None)
+
+    def _from_pool(self, nbytes: int) -> np.ndarray | None:
+        """The smallest free buffer that holds ``nbytes`` without wasting more than a quarter of it."""
+        largest = max(nbytes * REUSE_WASTE // (REUSE_WASTE - 1), size_class(nbytes))
+        fitting = [each for each in list(self._free.values()) if nbytes <= len(each) - ALIGNMENT <= largest]
+        return self._free.pop(id(min(fitting, key=len, default=None)), None)
+
+    def _free_bytes(self) -> int:
+        buffers = list(self._free.values())
+        return sum(map(len, buffers)) - ALIGNMENT * len(buffers)
+
+    def _lent_bytes(self, reservation: Reservation | None = None) -> int:
+        """Capacity of the buffers that are lent, on ``reservation`` or in all."""
+        loans = list(self._loans.values())
+        return sum(loan.capacity for loan in loans if reservation is None or loan.reservation is reservation)
+
+    def _usage(self) -> float:
+        """Share of all memory that is in use: of the system's, or of the limit if that is more."""
+        used = self._lent_bytes() + self._free_bytes()
+        return max(1 - available_memory() / self._total, used / self.limit_bytes)
 
     def get_memory_stats(self) -> dict[str, float | int]:
         """What this process, and this manager, have taken.
@@ -402,20 +360,41 @@ class MemoryManager:
             all; ``total_used_gb``, the bytes of the buffers that served them; ``efficiency``, their ratio (0 to 1).
         """
         with self._changed:
-            current, peak = self._observe()
+            current, peak = process_memory()
+            self._peak, counts = max(self._peak, peak), self._counts
             return {
                 "current_usage_gb": current / GB,
                 "available_gb": self.get_available_memory() / GB,
-                "peak_usage_gb": peak / GB,
+                "peak_usage_gb": self._peak / GB,
                 "usage_fraction": self._usage(),
-                "pool_memory_gb": self._pool.free_bytes / GB,
-                "pool_arrays": self._pool.n_free,
-                "allocations": self._allocations,
-                "reused": self._reused,
-                "efficiency": self._requested / self._used if self._used else 1.0,
-                "total_requested_gb": self._requested / GB,
-                "total_used_gb": self._used / GB,
+                "pool_memory_gb": self._free_bytes() / GB,
+                "pool_arrays": len(self._free),
+                "allocations": counts["allocations"],
+                "reused": counts["reused"],
+                "efficiency": counts["requested"] / counts["used"] if counts["used"] else 1.0,
+                "total_requested_gb": counts["requested"] / GB,
+                "total_used_gb": counts["used"] / GB,
             }
+
+
+def array_bytes(shape, dtype) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and bytes of an array; ValueError or TypeError where a buffer cannot hold it."""
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
+    if not all(isinstance(size, Integral) for size in sizes):
+        raise TypeError(f"`shape` must be an integer or a tuple of integers, not {shape!r}")
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"`shape` must not be negative, got {sizes}")
+    dtype = np.dtype(dtype)
+    if dtype.hasobject:
+        raise TypeError(f"`dtype` {dtype} holds Python objects, which a buffer of bytes cannot: use np.empty(shape, object)")
+    return sizes, dtype, prod(map(int, sizes)) * dtype.itemsize
+
+
+def size_class(nbytes: int) -> int:
+    """Capacity of a new buffer: one of eight per power of two, so that what comes back fits what is asked next."""
+    power = 1 << max(0, (nbytes - 1).bit_length() - 1)  # nbytes lies in (power, 2 power]
+    step = max(ALIGNMENT, power // FRESH_STEPS)
+    return max(1, -(-nbytes // step)) * step
 
 
 _shared = MemoryManager()
@@ -428,9 +407,9 @@ def get_memory_manager() -> MemoryManager:
 
 def get_memory_stats() -> dict[str, float | int]:
     """Statistics of the shared manager; see `MemoryManager.get_memory_stats`."""
-    return get_memory_manager().get_memory_stats()
+    return _shared.get_memory_stats()
 
 
 def clear_memory_pool() -> None:
     """Clear the pool of the shared manager."""
-    get_memory_manager().clear_pool()
+    _shared.clear_pool()

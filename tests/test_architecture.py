@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "resources", "buffers", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "inputs",
+    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "inputs",
     "loading", "sample", "reduction", "trust_region", "multistart", "progress", "result", "arguments", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip

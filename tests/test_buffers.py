@@ -14,7 +14,7 @@ import pytest
 
 from dask_nlsq import MemoryManager, clear_memory_pool, get_memory_manager, get_memory_stats
 from dask_nlsq.budget import fit_parts
-from dask_nlsq.buffers import size_class
+from dask_nlsq.memory import size_class
 
 GB = 2**30
 MB = 2**20
