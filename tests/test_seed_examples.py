@@ -11,11 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import dask_nlsq
 from dask_nlsq import NLSQStrategy
 from dask_nlsq.resources import available_memory
-
-NEEDS_FIT = ["quick start", "presets", "large dataset"]  # wait for dask_nlsq.fit
 
 EXAMPLES = {
     "basic memory management": """
@@ -272,23 +269,6 @@ budget = MemoryBudget.compute(n_points=len(x), n_params=3)
 print(f"Peak memory: {budget.peak_gb:.2f} GB")
 print(f"Fits in memory: {budget.fits_in_memory}")
 """,
-    "selection": """
-from dask_nlsq.workflow import MemoryBudget, MemoryBudgetSelector, OptimizationGoal
-
-# Direct use of MemoryBudgetSelector
-selector = MemoryBudgetSelector(safety_factor=0.75)
-strategy, config = selector.select(
-    n_points=len(x),
-    n_params=3,
-    memory_limit_gb=16.0,  # Optional override
-)
-print(f"Selected strategy: {strategy}")
-
-# Inspect memory budget
-budget = MemoryBudget.compute(n_points=len(x), n_params=3)
-print(f"Peak memory: {budget.peak_gb:.2f} GB")
-print(f"Fits in memory: {budget.fits_in_memory}")
-""",
     "presets": """
 from dask_nlsq import fit
 
@@ -401,10 +381,6 @@ def check_algorithms(printed, names):
     assert 0 < sizes["lm"] < sizes["trf"] <= sizes["dogbox"]
 
 
-def check_selection(printed, names):
-    assert "Selected strategy: standard\n" in printed and "Fits in memory: True" in printed
-
-
 def check_tolerances(printed, names):
     assert printed.splitlines() == [
         "{'gtol': 1e-08, 'ftol': 1e-08, 'xtol': 1e-08}",
@@ -413,7 +389,7 @@ def check_tolerances(printed, names):
 
 
 def check_quick_start(printed, names):
-    check_selection(printed, names)
+    assert "Selected strategy: standard\n" in printed and "Fits in memory: True" in printed
     close_to_truth(names["popt"])
     close_to_truth(names["result"].popt)
 
@@ -437,7 +413,6 @@ CHECKS = {
     "algorithms": check_algorithms,
     "configuration": lambda printed, names: None,
     "quick start": check_quick_start,
-    "selection": check_selection,
     "presets": lambda printed, names: close_to_truth(names["result"].popt),
     "adaptive tolerances": check_tolerances,
     "strategy selection": check_decision,
@@ -461,15 +436,11 @@ def environment_as_before(monkeypatch):
     del os.environ["NLSQ_MEMORY_FRACTION"]
 
 
-needs_fit = pytest.mark.skipif(not hasattr(dask_nlsq, "fit"), reason="dask_nlsq.fit is not there yet")
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=needs_fit if name in NEEDS_FIT else ()) for name in EXAMPLES])
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, capsys):
     run(name, EXAMPLES[name].replace("50_000_000", "5_000_000"), capsys)
 
 
-@needs_fit
 @pytest.mark.slow
 def test_the_large_example_runs_at_its_own_size(capsys):
     if available_memory() < 6 * 2**30:

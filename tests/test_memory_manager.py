@@ -5,7 +5,6 @@ import math
 import threading
 import time
 import weakref
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -33,11 +32,25 @@ def finish(*threads):
         assert not thread.is_alive(), "a thread is stuck"
 
 
-def until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def elsewhere(function):
+    """What another thread gets from ``function``."""
+    found = []
+    finish(start(lambda: found.append(function())))
+    return found[0]
+
+
+def freed(manager, *sizes):
+    """The manager with buffers of these sizes in its pool."""
+    for array in [manager.allocate_array(size, np.uint8) for size in sizes]:
+        manager.free_array(array)
+    return manager
+
+
+def in_a_circle(array):
+    """The buffer of an array that only the garbage collector can drop."""
+    circle = [array]
+    circle.append(circle)
+    return weakref.ref(array.base)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,8 +74,7 @@ def test_arrays_start_on_a_cache_line_and_are_zero(shape, dtype):
 
 
 def test_xla_takes_an_array_without_a_copy():
-    manager = MemoryManager()
-    array = manager.allocate_array(5000, "f4")
+    array = MemoryManager().allocate_array(5000, "f4")
     assert jax.device_put(array).unsafe_buffer_pointer() == array.ctypes.data
     assert float(jnp.sum(jax.device_put(array))) == 0
 
@@ -70,11 +82,9 @@ def test_xla_takes_an_array_without_a_copy():
 def test_a_freed_buffer_is_used_again():
     manager = MemoryManager()
     first = manager.allocate_array((1000, 10))
-    address = first.ctypes.data
     manager.free_array(first)
-    second = manager.allocate_array((9800,), np.float64)
-    assert second.ctypes.data == address
-    assert manager.allocate_array((9800,)).ctypes.data != address
+    second, third = (manager.allocate_array((9800,)) for _ in range(2))
+    assert second.ctypes.data == first.ctypes.data != third.ctypes.data
     stats = manager.get_memory_stats()
     assert (stats["allocations"], stats["reused"], stats["pool_arrays"]) == (3, 1, 0)
 
@@ -82,18 +92,15 @@ def test_a_freed_buffer_is_used_again():
 def test_the_smallest_buffer_that_fits_is_taken():
     manager = MemoryManager()
     small, large = (manager.allocate_array(n, np.uint8) for n in (10_240, 12_288))
-    addresses = small.ctypes.data, large.ctypes.data
     manager.free_array(large)
     manager.free_array(small)
-    again = [manager.allocate_array(10_000, np.uint8) for _ in range(3)]
-    assert [each.ctypes.data for each in again[:2]] == [*addresses]
-    assert again[2].ctypes.data not in addresses
+    again = [manager.allocate_array(10_000, np.uint8).ctypes.data for _ in range(2)]
+    assert again == [small.ctypes.data, large.ctypes.data]
 
 
 def test_a_large_buffer_is_not_spent_on_a_small_array():
-    manager = MemoryManager()
-    manager.free_array(manager.allocate_array(100_000))
-    assert manager.allocate_array(70_000).size == 70_000
+    manager = freed(MemoryManager(), 800_000)
+    assert manager.allocate_array(560_000, np.uint8).size == 560_000
     assert manager.get_memory_stats()["reused"] == 0
 
 
@@ -105,19 +112,7 @@ def test_at_most_an_eighth_of_a_new_buffer_is_spare():
     assert size_class(0) == 64
 
 
-def test_live_arrays_never_share_memory():
-    manager, live, rng = MemoryManager(), [], np.random.default_rng(0)
-    for _ in range(600):
-        if live and rng.random() < 0.5:
-            manager.free_array(live.pop(rng.integers(len(live))))
-        else:
-            live.append(manager.allocate_array(int(rng.integers(1, 400)), zero=False))
-    spans = sorted((each.ctypes.data, each.ctypes.data + each.nbytes) for each in live)
-    assert len(spans) > 5
-    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
-
-
-def test_threads_never_see_each_other_s_numbers():
+def test_live_arrays_of_any_thread_never_share_memory():
     manager, spoiled, done = MemoryManager(limit_bytes=64 * MB), [], []
 
     def work(seed):
@@ -142,28 +137,20 @@ def test_threads_never_see_each_other_s_numbers():
     assert stats["allocations"] == 2400 and stats["reused"] > 1000
 
 
-def test_an_array_is_freed_once():
-    manager = MemoryManager()
-    array = manager.allocate_array(100)
-    manager.free_array(array)
-    with pytest.raises(ValueError, match="freed before"):
-        manager.free_array(array)
-    again = manager.allocate_array(100)
-    with pytest.raises(ValueError, match="freed before"):  # although its buffer is lent again
-        manager.free_array(array)
-    manager.free_array(again)
-
-
-def test_only_allocated_arrays_are_freed():
-    manager, array = MemoryManager(), MemoryManager().allocate_array(100)
-    own = manager.allocate_array(100)
-    for stranger in (array, np.zeros(100), np.zeros(100)[5:], [1.0], None):
-        with pytest.raises(ValueError, match="was not allocated by this MemoryManager"):
-            manager.free_array(stranger)
-    for view in (own[1:], own[:], own.view("i8"), own.reshape(10, 10), own.base):
-        with pytest.raises(ValueError):
-            manager.free_array(view)
+def test_only_allocated_arrays_are_freed_and_each_once():
+    manager, foreign = MemoryManager(), MemoryManager().allocate_array(100)
+    own, old = manager.allocate_array(100), manager.allocate_array(50)
+    manager.free_array(old)
+    again = manager.allocate_array(50)  # in the buffer of the old one
+    assert again.base is old.base
+    views = [own[1:], own[:], own.view("i8"), own.reshape(10, 10), own.base]
+    for wrong in (foreign, np.zeros(100), np.zeros(100)[5:], [1.0], None, old, *views):
+        with pytest.raises(ValueError, match="freed before, is a view of one, or was not allocated by this MemoryManager"):
+            manager.free_array(wrong)
     manager.free_array(own)
+    manager.free_array(again)
+    with pytest.raises(ValueError, match="once"):
+        manager.free_array(again)
 
 
 def test_a_dropped_array_takes_its_memory_along_but_not_from_under_a_view():
@@ -227,9 +214,8 @@ def test_temporary_arrays_go_back_to_the_pool_after_errors_too():
     manager = MemoryManager()
     with manager.temporary_allocation((10, 5), dtype="f4") as array:
         assert array.shape == (10, 5) and array.dtype == "f4"
-        address = array.ctypes.data
-    with pytest.raises(KeyError), manager.temporary_allocation((10, 5), "f4") as array:
-        assert array.ctypes.data == address
+    with pytest.raises(KeyError), manager.temporary_allocation((10, 5), "f4") as again:
+        assert again.ctypes.data == array.ctypes.data
         raise KeyError
     assert manager.get_memory_stats()["pool_arrays"] == 1
 
@@ -238,18 +224,11 @@ def test_temporary_arrays_go_back_to_the_pool_after_errors_too():
 # the pool
 
 
-def freed(manager, *sizes):
-    for array in [manager.allocate_array(size, np.uint8) for size in sizes]:
-        manager.free_array(array)
-    return manager
-
-
 def test_the_largest_buffers_are_kept():
     manager = freed(MemoryManager(), 1024, 4096, 2048, 4096, 65536)
     manager.optimize_memory_pool(max_arrays=3)
     stats = manager.get_memory_stats()
-    assert stats["pool_arrays"] == 3
-    assert stats["pool_memory_gb"] * GB == 4096 + 4096 + 65536
+    assert (stats["pool_arrays"], stats["pool_memory_gb"] * GB) == (3, 4096 + 4096 + 65536)
     manager.clear_pool()
     assert manager.get_memory_stats()["pool_memory_gb"] == 0
 
@@ -261,60 +240,56 @@ def test_the_pool_is_bounded():
     assert limited.get_memory_stats()["pool_memory_gb"] * GB <= MB
 
 
-def test_the_pool_makes_room_for_new_arrays():
-    manager = freed(MemoryManager(gc_threshold=1.0, limit_bytes=4 * MB), MB // 2, MB // 2)
-    assert manager.get_available_memory() == 4 * MB
-    array = manager.allocate_array(4 * MB, np.uint8)
-    assert manager.get_memory_stats()["pool_arrays"] == 0
-    assert manager.get_available_memory() == 0
-    assert array.nbytes == 4 * MB
+def test_the_pool_makes_room_for_new_arrays_and_reservations():
+    for take in (lambda manager: manager.allocate_array(4 * MB, np.uint8), lambda manager: reserve(manager, 4 * MB)):
+        manager = freed(MemoryManager(gc_threshold=1.0, limit_bytes=4 * MB), MB // 2, MB // 2)
+        assert manager.get_available_memory() == 4 * MB
+        kept = take(manager)
+        assert manager.get_memory_stats()["pool_arrays"] == 0, kept
+
+
+def reserve(manager, nbytes):
+    with manager.memory_guard(nbytes):
+        return nbytes
 
 
 def test_pressure_empties_the_pool_and_collects_garbage():
     manager = freed(MemoryManager(gc_threshold=0.7, limit_bytes=8 * MB), MB // 4)
-    circle = [manager.allocate_array(MB, np.uint8)]
-    circle.append(circle)
-    buffer = weakref.ref(circle[0].base)
-    del circle
+    buffer = in_a_circle(manager.allocate_array(MB, np.uint8))
     manager._collected = -math.inf  # as if the last collection were long ago
-    held = manager.allocate_array(4 * MB, np.uint8)
+    held = [manager.allocate_array(4 * MB, np.uint8)]
     assert manager.get_memory_stats()["pool_arrays"] == 1
-    more = manager.allocate_array(MB, np.uint8)
-    manager.allocate_array(MB, np.uint8)
+    held += [manager.allocate_array(MB, np.uint8) for _ in range(2)]
     assert manager.get_memory_stats()["pool_arrays"] == 0
     assert buffer() is None
-    assert held.nbytes + more.nbytes == 5 * MB
 
 
 def test_garbage_makes_room_before_an_allocation_fails():
     manager = MemoryManager(limit_bytes=8 * MB)
-    circle = [manager.allocate_array(6 * MB, np.uint8)]
-    circle.append(circle)
-    del circle
+    in_a_circle(manager.allocate_array(6 * MB, np.uint8))
     assert manager.allocate_array(6 * MB, np.uint8).nbytes == 6 * MB
 
 
 def test_reuse_spares_the_page_faults():
-    def median(function):
+    def fastest(function):
         seconds = []
         for _ in range(9):
             begin = time.perf_counter()
             function()
             seconds.append(time.perf_counter() - begin)
-        return sorted(seconds)[4]
+        return min(seconds)
 
     manager, n = MemoryManager(), 8 * MB
 
     def pooled():
-        array = manager.allocate_array(n, zero=False)
-        array[::512] = 1
-        manager.free_array(array)
+        with manager.temporary_allocation(n, zero=False) as array:
+            array[::512] = 1
 
     def fresh():
         np.empty(n)[::512] = 1
 
     pooled()
-    assert median(pooled) < median(fresh) / 3
+    assert fastest(pooled) < fastest(fresh) / 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,10 +326,8 @@ def test_the_peak_outlives_the_array():
 
 
 def test_the_shared_manager_is_one():
-    found = []
-    finish(*[start(lambda: found.append(get_memory_manager())) for _ in range(4)])
-    assert set(found) == {get_memory_manager()}
     manager = get_memory_manager()
+    assert elsewhere(get_memory_manager) is manager
     before = get_memory_stats()["allocations"]
     manager.free_array(manager.allocate_array(10))
     assert get_memory_stats()["allocations"] == before + 1
@@ -377,9 +350,8 @@ def test_predictions_by_hand():
 
 @pytest.mark.parametrize("n_points, n_params", [(1, 1), (10_000, 20), (10**9, 100)])
 def test_predictions_keep_their_order_and_cover_a_budget(n_points, n_params):
-    lm, trf, dogbox = (
-        MemoryManager(safety_factor=1).predict_memory_requirement(n_points, n_params, a) for a in ("lm", "trf", "dogbox")
-    )
+    predict = MemoryManager(safety_factor=1).predict_memory_requirement
+    lm, trf, dogbox = (predict(n_points, n_params, algorithm) for algorithm in ("lm", "trf", "dogbox"))
     assert lm < trf <= dogbox
     assert trf >= fit_parts(n_points, n_params).peak
 
@@ -403,13 +375,6 @@ def test_chunks_fit_the_limit_and_cover_the_points(n_points, limit, algorithm):
     assert found["chunk_size"] * (found["n_chunks"] - 1) < n_points <= found["chunk_size"] * found["n_chunks"]
 
 
-def test_chunks_go_by_what_is_available_without_a_limit():
-    manager = MemoryManager(limit_bytes=100 * MB)
-    assert manager.estimate_chunking_strategy(10**7, 5)["memory_per_chunk_gb"] <= 100 * MB / GB
-    with pytest.raises(MemoryError, match="a single point takes"):
-        manager.estimate_chunking_strategy(100, 10_000)
-
-
 @pytest.mark.parametrize("arguments", [dict(gc_threshold=0), dict(gc_threshold=2), dict(safety_factor=0.5),
                                        dict(safety_factor=math.nan), dict(limit_bytes=0), dict(limit_bytes=-1)])  # fmt: skip
 def test_a_manager_checks_its_settings(arguments):
@@ -426,27 +391,31 @@ def manager():
     return MemoryManager(limit_bytes=100 * MB)
 
 
+def test_chunks_go_by_what_is_available_without_a_limit(manager):
+    assert manager.estimate_chunking_strategy(10**7, 5)["memory_per_chunk_gb"] <= 100 * MB / GB
+    with pytest.raises(MemoryError, match="a single point takes"):
+        manager.estimate_chunking_strategy(100, 10_000)
+
+
 @pytest.mark.parametrize(
     "bytes_needed, error", [(0, ValueError), (-1, ValueError), (math.nan, ValueError), ("1", TypeError), (True, TypeError)]
 )
 def test_sizes_without_meaning_are_refused(manager, bytes_needed, error):
-    with pytest.raises(error, match="`bytes_needed`"), manager.memory_guard(bytes_needed):
-        pass
-    with pytest.raises(error, match="`bytes_needed`"):
-        manager.check_memory_availability(bytes_needed)
+    for ask in (reserve, MemoryManager.check_memory_availability):
+        with pytest.raises(error, match="`bytes_needed`"):
+            ask(manager, bytes_needed)
 
 
 def test_more_than_there_is_is_refused_with_numbers_and_a_way_out(manager):
     message = r"0\.195 GiB are needed, 0\.0977 GiB available, 0\.0977 GiB missing: .*\"chunked\" or \"streaming\""
-    with pytest.raises(MemoryError, match=message), manager.memory_guard(200 * MB):
-        raise AssertionError("entered")
-    with pytest.raises(MemoryError), manager.memory_guard(200 * MB, wait=True):
-        raise AssertionError("entered")
+    for wait in (False, True):
+        with pytest.raises(MemoryError, match=message), manager.memory_guard(200 * MB, wait):
+            raise AssertionError("entered")
     enough, text = manager.check_memory_availability(200 * MB)
     assert not enough and "missing" in text
     assert manager.check_memory_availability(100 * MB)[0]
-    with pytest.raises(MemoryError), MemoryManager().memory_guard(2**60):
-        pass
+    with pytest.raises(MemoryError):
+        reserve(MemoryManager(), 2**60)
 
 
 class Holding:
@@ -470,18 +439,21 @@ class Holding:
         finish(self.thread)
 
 
+def until_waiting(manager, n):
+    deadline = time.monotonic() + SECONDS
+    while len(manager._waiting) != n:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
 def test_reservations_of_other_threads_count(manager):
     with Holding(manager, 60 * MB):
         assert manager.get_available_memory() == 40 * MB
-        with (
-            pytest.raises(MemoryError, match=r"\(0\.0586 GiB are reserved by other threads\)"),
-            manager.memory_guard(50 * MB),
-        ):
-            pass
+        with pytest.raises(MemoryError, match=r"\(0\.0586 GiB are reserved by other threads\)"):
+            reserve(manager, 50 * MB)
         with pytest.raises(MemoryError):
             manager.allocate_array(50 * MB, np.uint8)
-        with manager.memory_guard(40 * MB):
-            pass
+        reserve(manager, 40 * MB)
     assert manager.get_available_memory() == 100 * MB
 
 
@@ -489,9 +461,7 @@ def test_a_guard_covers_the_arrays_allocated_in_it(manager):
     with manager.memory_guard(60 * MB):
         assert manager.get_available_memory() == 100 * MB  # to this thread
         array = manager.allocate_array(48 * MB, np.uint8)
-        seen = []
-        finish(start(lambda: seen.append(manager.get_available_memory())))
-        assert seen == [40 * MB]  # 48 MB taken and 12 MB more reserved
+        assert elsewhere(manager.get_available_memory) == 40 * MB  # 48 MB taken and 12 MB more reserved
         manager.free_array(array)
     assert manager.get_available_memory() == 100 * MB
 
@@ -504,12 +474,12 @@ def test_an_exception_ends_the_reservation(manager):
 
 
 def test_nested_guards_are_part_of_the_outer_one(manager):
-    seen = []
     with manager.memory_guard(80 * MB), manager.memory_guard(80 * MB), manager.memory_guard(90 * MB):
-        finish(start(lambda: seen.append(manager.get_available_memory())))
-        with pytest.raises(MemoryError), manager.memory_guard(110 * MB):
-            pass
-    assert seen == [10 * MB]
+        array = manager.allocate_array(64 * MB, np.uint8)
+        assert elsewhere(manager.get_available_memory) == 10 * MB
+        with pytest.raises(MemoryError):
+            reserve(manager, 110 * MB)
+        manager.free_array(array)
     assert manager.get_available_memory() == 100 * MB
 
 
@@ -523,23 +493,17 @@ def test_waiting_ends_with_the_reservation_in_the_way(manager):
 
 
 def test_arrays_in_a_reservation_come_back_with_it(manager):
-    entered = []
-
-    def work():
-        with manager.memory_guard(70 * MB, wait=True):
-            entered.append(True)
-
     with manager.memory_guard(60 * MB):
         with manager.temporary_allocation(56 * MB, np.uint8):
-            thread = start(work)
-            until(lambda: len(manager._waiting) == 1)
-        assert not entered
-    finish(thread)
-    assert entered
+            second = Holding(manager, 70 * MB, wait=True)
+            until_waiting(manager, 1)
+        assert not second.inside.is_set()
+    with second:
+        pass
 
 
 def test_those_who_wait_are_served_in_order(manager):
-    order = []
+    order, threads = [], []
 
     def work(k):
         with manager.memory_guard((80 if k % 2 else 30) * MB, wait=True):
@@ -547,10 +511,9 @@ def test_those_who_wait_are_served_in_order(manager):
             time.sleep(0.003)
 
     with Holding(manager, 90 * MB):
-        threads = []
         for k in range(8):
             threads.append(start(work, k))
-            until(lambda: len(manager._waiting) == len(threads))
+            until_waiting(manager, len(threads))
         assert not order
     finish(*threads)
     assert order == [*range(8)]
@@ -576,17 +539,19 @@ def test_a_thread_that_holds_a_reservation_does_not_wait_for_another(manager):
 def test_many_threads_share_what_there_is(manager):
     lock, held, most, done = threading.Lock(), [0], [0], []
 
+    def add(nbytes):
+        with lock:
+            held[0] += nbytes
+            most[0] = max(most[0], held[0])
+
     def work(seed):
         rng = np.random.default_rng(seed)
         for _ in range(25):
             nbytes = int(rng.integers(1, 100)) * MB
             with manager.memory_guard(nbytes, wait=True):
-                with lock:
-                    held[0] += nbytes
-                    most[0] = max(most[0], held[0])
+                add(nbytes)
                 time.sleep(0.0002)
-                with lock:
-                    held[0] -= nbytes
+                add(-nbytes)
         done.append(seed)
 
     finish(*[start(work, seed) for seed in range(8)])
