@@ -9,9 +9,11 @@ _ROOMS = {
     "FitResult": "result",
     "MemoryBudget": "budget",
     "MemoryBudgetSelector": "workflow",
+    "MemoryBudgetError": "plan",
     "MemoryManager": "memory",
     "NLSQStrategy": "budget",
     "OptimizationGoal": "workflow",
+    "Plan": "plan",
     "Record": "trust_region",
     "StrategyDecision": "budget",
     "calculate_adaptive_tolerances": "workflow",
@@ -25,6 +27,7 @@ _ROOMS = {
     "get_adaptive_memory_threshold": "budget",
     "get_memory_manager": "memory",
     "get_memory_stats": "memory",
+    "plan_fit": "api",
     "select_nlsq_strategy": "budget",
 }
 

@@ -6,10 +6,10 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
-from distributed import Client, default_client
 from scipy.optimize import OptimizeWarning
 
 from .arguments import (
@@ -19,25 +19,26 @@ from .arguments import (
     limit,
     model_first,
     parameters,
-    positive,
+    partitions,
     scale,
     starts_wanted,
     tolerance,
 )
+from .budget import positive
 from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
 from .model import Model, function_name, intern
 from .multistart import polish, sample_size, search
+from .plan import Plan, make_plan
 from .progress import Observers
-from .reduction import Evaluation, Sweep, cluster_memory, map_chunks, open_sweep
-from .resources import available_memory
+from .reduction import Evaluation, Sweep, map_chunks, open_sweep
+from .resources import active_client
 from .result import FitResult, covariance
 from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .workflow import OptimizationGoal, workflow_options
 
 logger = logging.getLogger("dask_nlsq")
 
-MEMORY_FRACTION = 0.75  # of what is available that data may take
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
 
 
@@ -70,6 +71,7 @@ def curve_fit(
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     tr_solver: Literal["exact", "cg"] | None = None,
     memory_limit_gb: float | None = None,
+    partitions_per_thread: int | None = None,
     n_starts: int = 0,
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
@@ -128,7 +130,8 @@ def curve_fit(
         Names for messages and tables; from the signature of ``f`` by default.
     strategy : {"auto", "standard", "chunked"}
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
-        in this process where there is none. "auto": "chunked" for Dask and on-disk data with a Client.
+        in this process where there is none. "auto": "chunked" for Dask and on-disk data with a Client. The result says in
+        ``plan`` what was decided, and `plan_fit` says it beforehand.
     reduction : {"auto", "gram", "qr"}
         How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
     jac_mode : {"auto", "columns", "arguments"}
@@ -137,7 +140,11 @@ def curve_fit(
     tr_solver : {None, "exact", "cg"}
         Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
     memory_limit_gb : float, optional
-        Memory that data may take where they are held; by default 75 % of what this process, or the workers together, have.
+        GiB, the most that this process, or each of the workers, may take for the fit; by default 75 % (see
+        `get_adaptive_memory_threshold`) of what is available here, or of each worker's limit as far as Dask does not spill.
+    partitions_per_thread : int, optional
+        Tasks per sweep for each thread of the workers: many small ones even out the memory. None: 2, or as many as are
+        necessary, up to 16.
     n_starts : int
         0: p0 alone. Else the best of so many starts, p0 among them, is looked for on a small sample of the data before
         all of them are fitted; see `dask_nlsq.multistart`. The result lists them in ``starts``.
@@ -157,8 +164,8 @@ def curve_fit(
     ------
     ValueError, TypeError
         Input that cannot be fitted; the message says which, and what to do.
-    MemoryError
-        Data that do not fit where they are to be held.
+    MemoryBudgetError
+        Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
     RuntimeError
         No convergence within ``max_nfev``.
 
@@ -200,13 +207,16 @@ def curve_fit(
     problem = _problem(model, len(start), xdata, ydata, sigma, mask, check, omit)
     if problem.n_points < len(start):
         raise TypeError(_too_few(len(start), problem.n_points))
-    strategy, client = _choose(problem, strategy, memory_limit_gb)
+    client = active_client()
+    plan = make_plan(problem, len(start), strategy, memory_limit_gb, client, partitions(partitions_per_thread))
+    if plan.strategy == "standard":
+        client = None
     if client is not None:
         check_sendable(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
-    with open_sweep(problem, evaluation, client) as sweep:
+    with open_sweep(problem, evaluation, client, plan.n_partitions) as sweep:
         n_points, n_masked, n_omitted = _admit(sweep.census(), problem, len(start))
         if not problem.rules.whole:
             elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
@@ -243,7 +253,7 @@ def curve_fit(
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,
-        strategy=strategy,
+        plan=plan,
         reduction=solution.equations.reduction,
         jac_mode="user" if model.jac is not None else jac_mode,
         history=solution.history,
@@ -304,9 +314,46 @@ def fit(
         "streaming" and "hpc_distributed", which this version cannot do yet.
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
-    n_points = ydata.size if hasattr(ydata, "size") else np.size(ydata)
-    options = workflow_options(workflow, goal, int(n_points), n_starts)
+    options = workflow_options(workflow, goal, _n_points(ydata), n_starts)
     return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
+
+
+def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
+    """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
+
+    Reads and computes nothing. ``plan_fit(...).explain()`` prints the plan as a table.
+
+    Parameters
+    ----------
+    f, xdata, ydata, p0
+        As in `curve_fit`.
+    **options
+        Any other arguments of `curve_fit`, or of `fit` where ``workflow`` or ``goal`` is among them.
+
+    Raises
+    ------
+    MemoryBudgetError
+        Where the data do not fit; the message has the numbers and the way out.
+    ValueError, TypeError
+        As `curve_fit`, as far as it can be seen without the values of the data.
+    """
+    f, xdata, ydata = model_first(f, xdata, ydata)
+    if not options.keys().isdisjoint(("workflow", "goal")):
+        named = options.pop("workflow", "auto"), options.pop("goal", None)
+        options = workflow_options(*named, _n_points(ydata), options.pop("n_starts", None)) | options
+    call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
+    call.apply_defaults()
+    given = call.arguments
+    _, _, _, start = parameters(f, p0, given["bounds"], given["param_names"])
+    check, omit = finite_policy(given["check_finite"], given["nan_policy"])
+    model = intern(f, jacobian(given["jac"]))
+    problem = _problem(model, len(start), xdata, ydata, given["sigma"], given["mask"], check, omit)
+    where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
+    return make_plan(problem, len(start), *where)
+
+
+def _n_points(ydata) -> int:
+    return ydata.size if hasattr(ydata, "size") else np.size(ydata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +361,7 @@ def fit(
 
 
 def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit) -> Problem:
-    y_size = ydata.size if hasattr(ydata, "size") else np.size(ydata)
+    y_size = _n_points(ydata)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
         covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
         problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=check, omit=omit)
@@ -336,36 +383,6 @@ def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit
         check_model(model, problem.rules.layouts, problem.n_points, n_params)
         return build_problem(xdata, ydata, **arguments, whole=True)
     return problem
-
-
-def _choose(problem: Problem, strategy, memory_limit_gb) -> tuple[str, Client | None]:
-    """Where the data are held: in this process, or by the workers of the active Client."""
-    try:
-        client = default_client()
-    except ValueError:
-        client = None
-    if problem.rules.whole:
-        if strategy == "chunked":
-            reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
-            raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
-        strategy = "standard"
-    if strategy == "auto":
-        strategy = "chunked" if problem.lazy and client is not None else "standard"
-    if strategy == "standard":
-        client = None
-    if client is None and not problem.lazy:
-        return strategy, None
-    holder = "this process" if client is None else "the workers together"
-    available = available_memory() if client is None else cluster_memory(client)
-    limit, source = np.inf if available is None else available * MEMORY_FRACTION, f"{MEMORY_FRACTION:.0%} of their memory"
-    if memory_limit_gb is not None:
-        limit, source = positive("memory_limit_gb", memory_limit_gb) * 2**30, "memory_limit_gb"
-    if (needed := problem.nbytes) > limit:
-        raise MemoryError(
-            f"the data take {needed / 2**30:.2f} GiB and {holder} may hold {limit / 2**30:.2f} GiB ({source}): use a "
-            "distributed.Client whose workers have more memory, or fit a part of the data"
-        )
-    return strategy, client
 
 
 def _admit(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ from numbers import Integral, Real
 import numpy as np
 from scipy.optimize import Bounds
 
+from .budget import count
 from .model import function_name, parameter_names
 from .trf_jit import LOSSES
 
@@ -159,16 +160,14 @@ def limit(max_nfev, maxfev):
     return int(max_nfev)
 
 
+def partitions(per_thread):
+    return None if per_thread is None else count("partitions_per_thread", per_thread)
+
+
 def starts_wanted(n_starts):
     if isinstance(n_starts, bool) or not isinstance(n_starts, Integral) or n_starts < 0:
         raise ValueError(f"`n_starts` must be 0 (p0 alone) or a number of starts, not {n_starts!r}")
     return int(n_starts)
-
-
-def positive(name, value):
-    if not isinstance(value, Real) or not np.isfinite(value) or value <= 0:
-        raise ValueError(f"`{name}` must be a positive number, not {value!r}")
-    return float(value)
 
 
 def finite_policy(check_finite, nan_policy):

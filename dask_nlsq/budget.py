@@ -135,7 +135,9 @@ def get_adaptive_memory_threshold(memory_fraction=None, client=None) -> tuple[fl
 def _threshold(fraction: float, source: str, client) -> tuple[float, dict[str, Any]]:
     client = active_client(client)
     method: Method
-    total, method = detect_memory() if client is None else (workers_memory(client), "workers")
+    total, method = detect_memory()
+    if client is not None:
+        total, method = sum((workers_memory(client) or {}).values()) or None, "workers"
     if total is None:
         whose = "of this system" if client is None else "of the workers (there may be none yet: client.wait_for_workers(1))"
         _warn(f"the memory {whose} cannot be detected: {FALLBACK_THRESHOLD_GB:g} GiB are taken as the threshold", 3)

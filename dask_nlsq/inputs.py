@@ -8,7 +8,7 @@ sigma <= 0) can only be seen when a chunk has been read: `prepare_chunk` counts 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import product
 from math import prod
 from pathlib import PurePath
@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from .kernels import BLOCK_POINTS, Block, Layout, Layouts
-from .memory import ALIGNMENT, get_memory_manager
+from .kernels import BLOCK_POINTS, Block, Layout, Layouts, longest_tile
+from .memory import ALIGNMENT, buffer_bytes, get_memory_manager
 
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
@@ -54,6 +54,7 @@ class Rules(NamedTuple):
     check: bool  # count values that are not finite
     omit: bool  # leave points out where a value is not finite
     whole: bool  # one block of exactly the chunk's length
+    copied: bool  # what is read is copied, once and aligned; the user's own arrays are looked at where they lie
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,46 @@ class Problem:
     @property
     def lazy(self) -> bool:
         return any(isinstance(operand, da.Array) for operand in self.operands)
+
+    @property
+    def n_chunks(self) -> int:
+        return prod(len(sizes) for sizes in self.chunks)
+
+    @property
+    def n_runs(self) -> int:
+        return -(-self.n_chunks // self.rules.run)
+
+    @property
+    def run_points(self) -> int:
+        """Points of the longest run of chunks that are joined."""
+        return self.rules.run * self.rules.capacities[0]
+
+    @property
+    def run_nbytes(self) -> int:
+        """Bytes of the longest run, in float64."""
+        layouts, rules = self.rules.layouts.operands, self.rules
+        return sum(8 * n * (rules.run if each.dense else 1) for each, n in zip(layouts, rules.capacities, strict=True))
+
+    def held_nbytes(self, sent: bool) -> int:
+        """Bytes of all blocks as `prepare_chunk` makes them; views of the user's arrays count where they are sent."""
+        points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in self.chunks]).ravel()
+        runs = np.add.reduceat(points, np.arange(0, len(points), self.rules.run))
+        lengths, counts = np.unique(runs, return_counts=True)
+        return int(sum(count * self._run_held(int(n), sent) for n, count in zip(lengths, counts, strict=True)))
+
+    def _run_held(self, n, sent):
+        total, (cuts, capacity) = 0, _cuts(self.rules, n)
+        for k, (layout, operand) in enumerate(zip(self.rules.layouts.operands, self.operands, strict=True)):
+            is_mask = layout is self.rules.layouts.mask
+            itemsize = 1 if is_mask else min(operand.dtype.itemsize, 8)
+            if not layout.dense:
+                total += buffer_bytes(max(self.rules.capacities[k], 1) * itemsize)
+            elif self.rules.copied or len(cuts) == 1:
+                total += buffer_bytes((cuts[-1][0] + capacity) * itemsize)
+            else:  # the first and the last block seldom lie as they must
+                total += 2 * buffer_bytes(capacity * itemsize)
+                total += n * itemsize * (sent or is_mask or not operand.dtype.isnative or operand.itemsize > 8)
+        return total
 
     def indices(self) -> list[tuple[int, ...]]:
         """Indices of the chunks in C order."""
@@ -261,7 +302,11 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
     )
     joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
-    return Problem(operands, chunks, Rules(layouts, capacities, run, check, omit, whole))
+    return Problem(
+        operands,
+        chunks,
+        Rules(layouts, capacities, run, check, omit, whole, any(isinstance(each, da.Array) for each in operands)),
+    )
 
 
 def _is_masked(data):
@@ -412,32 +457,42 @@ def _sample(rules, shape, coordinates):
     return tuple(sample)
 
 
-def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
-    """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their copies."""
-    n = prod(shape)
+def _cuts(rules, n) -> tuple[list[tuple[int, int]], int]:
+    """Begins and ends of the blocks of a run of ``n`` points, and the capacity of their buffers."""
     longest = rules.run * rules.capacities[0]
+    if rules.whole:
+        return [(0, n)], n
+    if longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
+        return [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)], BLOCK_POINTS + ALIGNMENT
+    return [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
+
+
+def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
+    """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their buffers."""
     flat = [np.ravel(piece) for piece in pieces]
     layouts = rules.layouts.operands
-    if rules.whole:
-        cuts, capacity = [(0, n)], n
-    elif longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
-        cuts = [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)]
-        capacity = BLOCK_POINTS + ALIGNMENT
-    else:
-        cuts, capacity = [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
-    staged = []
+    cuts, capacity = _cuts(rules, prod(shape))
+    staged, copies = [], {}
 
     def copy(k, lo, hi, capacity):
         staged.append(aligned_copy(flat[k], lo, hi, capacity))
-        return staged[-1], 0
+        return staged[-1]
 
-    fixed = {
-        k: copy(k, 0, len(flat[k]), max(rules.capacities[k], 1)) for k, layout in enumerate(layouts) if not layout.dense
-    }
+    for k, layout in enumerate(layouts):
+        if not layout.dense:
+            copies[k] = copy(k, 0, len(flat[k]), max(rules.capacities[k], 1))
+        elif rules.copied or len(cuts) == 1:
+            copies[k] = copy(k, 0, len(flat[k]), cuts[-1][0] + capacity)
+
+    def view(k, lo, hi):
+        if k not in copies:
+            return _view(flat[k], lo, hi, capacity) or (copy(k, lo, hi, capacity), 0)
+        return (copies[k][lo : lo + capacity] if layouts[k].dense else copies[k]), 0
+
     strides = [_strides(piece.shape) for piece in pieces]
     blocks = []
     for lo, hi in cuts:
-        views = [fixed.get(k) or _view(flat[k], lo, hi, capacity) or copy(k, lo, hi, capacity) for k in range(len(layouts))]
+        views = [view(k, lo, hi) for k in range(len(layouts))]
         geometry = [hi - lo, lo]
         for (_, offset), stride in zip(views, strides, strict=True):
             geometry += [offset, *stride]
@@ -457,8 +512,8 @@ def _size_class(n, longest):
 def _view(flat, lo, hi, capacity):
     """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
 
-    A view of ``flat`` for a whole block with enough elements around it, else None. A shorter one must be copied: a tile
-    may be longer than it, and is read from its beginning.
+    A view of ``flat`` for a whole block with enough elements around it, else None: a tile that is longer than the block is
+    read from the beginning of the block on.
     """
     per_line = ALIGNMENT // flat.itemsize
     misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
@@ -471,10 +526,10 @@ def _view(flat, lo, hi, capacity):
 
 
 def aligned_copy(flat, lo, hi, capacity):
-    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value."""
+    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value as far as a tile reaches."""
     buffer = get_memory_manager().allocate_array(capacity, flat.dtype, zero=False)
     buffer[: hi - lo] = flat[lo:hi]
-    buffer[hi - lo :] = flat[hi - 1]
+    buffer[hi - lo : longest_tile()] = flat[hi - 1]
     return buffer
 
 

@@ -99,11 +99,15 @@ def tile_size(n_params: int, capacity: int) -> int:
 
     On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
     """
+    fitting = 2 ** int(np.log2(TILE_BYTES // (8 * (n_params + 1)))) if longest_tile() == MAX_TILE else BLOCK_POINTS
+    return min(max(MIN_TILE, min(longest_tile(), fitting)), capacity)
+
+
+def longest_tile() -> int:
+    """Points of the longest tile that any kernel may take on the device of this thread."""
     device = jax.config.jax_default_device or jax.local_devices()[0]
-    if getattr(device, "platform", device) != "cpu":  # the setting may be a device or the name of a platform
-        return min(capacity, BLOCK_POINTS)
-    fitting = TILE_BYTES // (8 * (n_params + 1))
-    return min(max(MIN_TILE, min(MAX_TILE, 2 ** int(np.log2(fitting)))), capacity)
+    on_cpu = getattr(device, "platform", device) == "cpu"  # the setting may be a device or the name of a platform
+    return MAX_TILE if on_cpu else BLOCK_POINTS
 
 
 def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], params: np.ndarray, n: int) -> JacMode:

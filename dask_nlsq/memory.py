@@ -38,7 +38,7 @@ __all__ = [
 ]  # fmt: skip
 
 ALIGNMENT = 64  # bytes
-FRESH_STEPS = 8  # capacities per power of two: a new buffer is at most 1/8 longer than asked for, or a line
+FRESH_STEPS = 64  # capacities per power of two: a new buffer is at most 1/64 longer than asked for, or a line
 REUSE_WASTE = 4  # a pooled one serves what fills all but 1/4 of it
 POOL_ARRAYS = 100  # most buffers that are kept
 POOL_SHARE = 0.25  # most of all memory that they take
@@ -395,6 +395,11 @@ def size_class(nbytes: int) -> int:
     power = 1 << max(0, (nbytes - 1).bit_length() - 1)  # nbytes lies in (power, 2 power]
     step = max(ALIGNMENT, power // FRESH_STEPS)
     return max(1, -(-nbytes // step)) * step
+
+
+def buffer_bytes(nbytes: int) -> int:
+    """Bytes of a new buffer for an array of ``nbytes``."""
+    return size_class(nbytes) + ALIGNMENT
 
 
 _shared = MemoryManager()

@@ -29,7 +29,6 @@ from .trf_jit import EPS, float64, gradient, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
-PARTITIONS_PER_THREAD = 2  # of a cluster
 
 
 class NormalEquations(NamedTuple):
@@ -315,11 +314,11 @@ def pick_points(partition: Partition, grid, n: int) -> tuple[np.ndarray, np.ndar
 class ClusterSweep(Sweep):
     """Data on the workers of ``client``: one future per partition, one task per partition and sweep."""
 
-    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client):
+    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
         super().__init__(problem, evaluation)
         self.client = client
         runs, graph = plan_loads(problem)
-        size = partition_size(len(runs), sum(client.nthreads().values()))
+        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n_partitions >= len(runs))
         names = []
         for k in range(0, len(runs), size):
             part = runs[k : k + size]
@@ -366,24 +365,10 @@ class ClusterSweep(Sweep):
         return [each for part in self._gather(count_not_finite, "nlsq-count", params) for each in part]
 
 
-def cluster_memory(client: Client) -> float | None:
-    """Bytes that the workers may hold together; None where one has no limit or none is there yet."""
-    limits = [worker["memory_limit"] for worker in client.scheduler_info(n_workers=-1)["workers"].values()]
-    return float(sum(limits)) if limits and all(limits) else None
-
-
-def partition_size(n_chunks: int, n_threads: int) -> int:
-    """Chunks per partition: a power of two, so that partitions are subtrees of the merge."""
-    size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
-    while -(-n_chunks // (2 * size)) >= PARTITIONS_PER_THREAD * n_threads:
-        size *= 2
-    return size
-
-
-def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None) -> Sweep:
-    """Bring the data where they will be swept: to the workers of ``client``, or into this process."""
+def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None, n_partitions: int) -> Sweep:
+    """Bring the data where they will be swept: to the workers of ``client`` in so many partitions, or into this process."""
     if client is not None:
-        return ClusterSweep(problem, evaluation, client)
+        return ClusterSweep(problem, evaluation, client, n_partitions)
     return LocalSweep(problem, evaluation, threads())
 
 

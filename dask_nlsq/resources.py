@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections import Counter
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -146,6 +147,13 @@ def process_memory() -> tuple[int, int]:
     return info.rss, max(info.rss, peak)
 
 
+def process_settings() -> dict:
+    """What this process has now, and what it has set that a fit depends on; imports nothing."""
+    x64 = "always" if os.environ.get("JAX_ENABLE_X64", "0").lower() in ("1", "true", "yes", "on") else "in each task"
+    now, _ = process_memory()
+    return dict(now=now, jax=version("jax"), x64=x64, cores=os.cpu_count() or 1, pjrt_nproc=os.environ.get("PJRT_NPROC"))
+
+
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:
     """``client``; where it is None the default client, if there is one; None for False: this process alone."""
     if client is False:
@@ -160,8 +168,8 @@ def active_client(client: Client | Literal[False] | None = None) -> Client | Non
     return client
 
 
-def workers_memory(client: Client) -> float | None:
-    """Bytes that all workers may hold together, None where there is no worker yet, or one that cannot tell.
+def workers_memory(client: Client) -> dict[str, float] | None:
+    """Bytes that each worker (by address) may hold, None where there is no worker yet, or one that cannot tell.
 
     A worker without a limit is asked what its machine has, of which it gets the share of one of the workers there.
     """
@@ -174,7 +182,7 @@ def workers_memory(client: Client) -> float | None:
         if None in totals.values():
             return None
         limits |= {address: total / neighbours[workers[address]["host"]] for address, total in totals.items()}
-    return float(sum(limits.values())) or None
+    return {address: float(limit) for address, limit in limits.items()} or None
 
 
 @cache

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from .multistart import Search
+from .plan import Plan
 from .reduction import Factor
 from .trust_region import Record
 
@@ -41,8 +42,8 @@ class FitResult:
         Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding.
     optimality : float
         Infinity norm of the scaled gradient.
-    strategy : str
-        "standard" or "chunked".
+    plan : Plan
+        Where the data were held and how much memory that was predicted to take; ``plan.explain()`` prints it.
     reduction : str
         "gram" or "qr": how the rows of the last sweep were condensed.
     jac_mode : str
@@ -69,7 +70,7 @@ class FitResult:
     status: int
     message: str
     optimality: float
-    strategy: str
+    plan: Plan
     reduction: str
     jac_mode: str
     history: list[Record]
@@ -78,6 +79,11 @@ class FitResult:
     factor: Factor = field(repr=False)
     _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
     _predict: Any = field(repr=False)  # (x, params) -> array
+
+    @property
+    def strategy(self) -> str:
+        """ "standard" or "chunked"."""
+        return self.plan.strategy
 
     @property
     def success(self) -> bool:

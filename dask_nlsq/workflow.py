@@ -40,13 +40,14 @@ class Effect(NamedTuple):
 
     tier: int  # looser (+) or tighter (-) tolerances, in tiers
     multistart: bool
+    partitions_per_thread: int | None = None  # tasks per sweep; None: as `dask_nlsq.plan` sees fit
 
 
 EFFECTS = {
     OptimizationGoal.FAST: Effect(1, False),
     OptimizationGoal.ROBUST: Effect(0, True),
     OptimizationGoal.GLOBAL: Effect(0, True),  # another name for ROBUST
-    OptimizationGoal.MEMORY_EFFICIENT: Effect(0, False),
+    OptimizationGoal.MEMORY_EFFICIENT: Effect(0, False, 16),
     OptimizationGoal.QUALITY: Effect(-1, True),
 }
 
@@ -94,7 +95,14 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     tolerance = TOLERANCES[min(max(tier + effect.tier, 0), len(TOLERANCES) - 1)]
     if n_starts is None:
         n_starts = (preset.n_starts or GOAL_STARTS) if effect.multistart else 0
-    return dict(strategy=preset.strategy, n_starts=n_starts, ftol=tolerance, xtol=tolerance, gtol=tolerance)
+    return dict(
+        strategy=preset.strategy,
+        n_starts=n_starts,
+        partitions_per_thread=effect.partitions_per_thread,
+        ftol=tolerance,
+        xtol=tolerance,
+        gtol=tolerance,
+    )
 
 
 def as_goal(goal: OptimizationGoal | str) -> OptimizationGoal:

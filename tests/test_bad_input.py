@@ -83,7 +83,7 @@ OPTIONS = {
     "unknown strategy": ("`strategy` must be one of", {"strategy": "magic"}),
     "unknown jac": ("`jac` must be a callable", {"jac": "4-point"}),
     "lm with bounds": ("only works for unconstrained problems", {"method": "lm", "bounds": (0, 9)}),
-    "f_scale zero": ("`f_scale` must be a positive number", {"loss": "huber", "f_scale": 0}),
+    "f_scale zero": ("`f_scale` must be more than 0", {"loss": "huber", "f_scale": 0}),
     "x_scale negative": ("`x_scale` must be 'jac' or positive", {"x_scale": [-1, 1]}),
     "ftol negative": ("`ftol` must be a number >= 0 or None", {"ftol": -1}),
     "max_nfev zero": ("`max_nfev` must be None or a positive integer", {"max_nfev": 0}),
@@ -244,14 +244,14 @@ def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing():
 
 @pytest.mark.parametrize("limit", ["4GB", -1, np.nan])
 def test_a_memory_limit_is_a_positive_number(limit):
-    with pytest.raises(ValueError, match="`memory_limit_gb` must be a positive number"):
+    with pytest.raises((TypeError, ValueError), match="`memory_limit_gb` must be"):
         curve_fit(decay, X, da.from_array(Y, 10), memory_limit_gb=limit)
 
 
 def test_data_larger_than_all_workers_are_refused():
     with LocalCluster(n_workers=1, memory_limit="1GB", dashboard_address=":0") as cluster, Client(cluster):
         x = da.zeros(10**9, chunks=10**8)
-        with pytest.raises(MemoryError, match=r"the data take 14\.90 GiB and the workers together may hold 0\.70 GiB"):
+        with pytest.raises(MemoryError, match=r"worker tcp.* may have 0\.56 GiB \(60% of its memory\) and needs .*rechunk"):
             curve_fit(decay, x, x)
 
 
@@ -266,5 +266,5 @@ def test_data_larger_than_the_limit_are_refused_before_they_are_read():
         raise AssertionError("was read")
 
     y = da.zeros(10_000_000, chunks=1_000_000).map_blocks(read, dtype=float, meta=np.zeros(0))
-    with pytest.raises(MemoryError, match=r"take 0\.15 GiB and this process may hold 0\.01 GiB"):
+    with pytest.raises(MemoryError, match=r"the data take 0\.16 GiB in memory.* it may take 10\.2 MiB \(memory_limit_gb\)"):
         curve_fit(decay, da.zeros(10_000_000, chunks=1_000_000), y, memory_limit_gb=0.01)

@@ -221,7 +221,8 @@ def test_the_limits_of_all_workers_count():
 
 def test_workers_without_a_limit_share_their_machine():
     with cluster(3, 0) as client:
-        assert workers_memory(client) == pytest.approx(detect_total_system_memory())
+        limits = workers_memory(client).values()
+        assert len(limits) == 3 and sum(limits) == pytest.approx(detect_total_system_memory())
 
 
 def test_a_cluster_without_workers_is_a_fallback_that_says_so():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dask_nlsq.reduction import NormalEquations, factor, merge, partition_size
+from dask_nlsq.reduction import NormalEquations, factor, merge
 
 
 def random_rows(n=400, p=4, condition=1.0, seed=0):
@@ -53,11 +53,3 @@ def test_partitions_do_not_change_a_bit(reduction, n_blocks, size):
     again = merge(np.stack([m for m, _ in parts]), np.array([c for _, c in parts]), reduction)
     np.testing.assert_array_equal(again[0], whole[0])
     assert again[1] == whole[1]
-
-
-@pytest.mark.parametrize("n_chunks, n_threads", [(1, 1), (7, 2), (512, 2), (100_000, 64)])
-def test_partitions_keep_every_thread_busy_with_few_tasks(n_chunks, n_threads):
-    size = partition_size(n_chunks, n_threads)
-    tasks = -(-n_chunks // size)
-    assert size & (size - 1) == 0
-    assert tasks == n_chunks or 2 * n_threads <= tasks <= 4 * n_threads + 1

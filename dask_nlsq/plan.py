@@ -1,0 +1,319 @@
+"""Where the data of a fit will be held, in which pieces, and what that takes: decided from metadata, before any is read.
+
+A process that takes part in a fit, a worker of the cluster or this one, has at its peak what it has now, plus
+
+    start      JAX, and the compilation of the kernels
+    held       the prepared data, in the dtype in which they are stored, padded as `inputs` pads them
+    in flight  for each thread a run of chunks being read: as it comes, and what the user's graph makes on the way
+    scratch    for each thread the rows [J r] of a tile and their copies
+
+The Jacobian of all points never exists.
+"""
+
+import logging
+from dataclasses import dataclass
+from math import inf
+from typing import Literal, NamedTuple
+
+import dask
+from distributed import Client
+
+from .budget import GB, effective_fraction, positive
+from .config import threads
+from .inputs import Problem
+from .kernels import TILE_BYTES
+from .resources import available_memory, process_settings, workers_memory
+
+logger = logging.getLogger("dask_nlsq")
+
+START_BYTES, START_PER_PARAM = 120e6, 5e6  # measured with 3, 20 and 50 parameters: 97, 129 and 255 to 320 MB
+WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
+CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and connections
+IN_FLIGHT = 2  # times the float64 size of a run: as it comes, and one step of the user's graph between
+BOOLEANS = 3  # bytes per point while a mask or sigma is checked
+SCRATCH = 8  # times a tile's rows
+PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
+
+HERE = "this process"
+Strategy = Literal["auto", "standard", "chunked"]
+
+
+class MemoryBudgetError(MemoryError):
+    """A fit that cannot work with the memory there is; the message has the numbers and the way out."""
+
+
+class Place(NamedTuple):
+    """A process that takes part in a fit; sizes in bytes, ``limit`` inf where it is not known."""
+
+    name: str
+    n_threads: int
+    now: float
+    held: float
+    peak: float
+    limit: float  # of all that the process takes, not of the fit alone
+    jax: str
+    x64: str
+    pjrt_nproc: str | None
+    cores: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fit will run; made by `dask_nlsq.plan_fit`, and kept in `FitResult.plan`. Sizes in bytes.
+
+    Attributes
+    ----------
+    strategy : {"standard", "chunked"}
+    reason : str
+        Why, in a sentence with the numbers.
+    n_points, n_params, n_chunks : int
+    n_partitions : int
+        Tasks per sweep.
+    sweep_bytes : int
+        That each sweep reads: the data as they are stored.
+    held_bytes : int
+        That the fit holds of the data, over all processes; arrays that this process has already do not count.
+    in_flight_bytes : int
+        That one thread needs beside them to read one run of chunks.
+    places : tuple of Place
+        This process first, then the workers that hold data.
+    """
+
+    strategy: Literal["standard", "chunked"]
+    reason: str
+    n_points: int
+    n_params: int
+    n_chunks: int
+    n_partitions: int
+    sweep_bytes: int
+    held_bytes: int
+    in_flight_bytes: int
+    places: tuple[Place, ...]
+
+    @property
+    def peak_bytes(self) -> float:
+        """Predicted peak of this process."""
+        return self.places[0].peak
+
+    @property
+    def worker_peak_bytes(self) -> float:
+        """Predicted peak of the fullest worker; 0 without workers."""
+        return max((place.peak for place in self.places[1:]), default=0.0)
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change in the settings of the workers, a line each."""
+        return [
+            f"{place.name}: each of its {place.n_threads} threads may start {place.pjrt_nproc or place.cores} more: set "
+            "PJRT_NPROC=1 in its environment before it starts"
+            for place in self.places[1:]
+            if place.n_threads > 1 and place.pjrt_nproc != "1"
+        ]
+
+    def explain(self) -> str:
+        """The plan as a table; printed and returned."""
+        where = {True: "of the workers", False: "of this process"}[len(self.places) > 1]
+        held = (
+            f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing beside the arrays themselves"
+        )
+        rows = [
+            ("strategy", f"{self.strategy}: {self.reason}"),
+            ("data", f"{self.n_points:,} points, {size(self.sweep_bytes)} in {several(self.n_chunks, 'chunk')}"),
+            ("parameters", f"{self.n_params}"),
+            ("held", held),
+            ("in flight", f"{size(self.in_flight_bytes)} per thread while data are read"),
+            ("a sweep", f"{size(self.sweep_bytes)} from memory, in {several(self.n_partitions, 'task')}"),
+        ]
+        table = [
+            ("process", "threads", "now", "holds", "peak", "limit", "jax", "x64", "PJRT_NPROC"),
+            *map(_cells, self.places),
+        ]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [f"{name:<12}{value}" for name, value in rows]
+        lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        text = "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
+        print(text)
+        return text
+
+    def __repr__(self):
+        where = several(len(self.places) - 1, "worker") if len(self.places) > 1 else HERE
+        return f"<Plan {self.strategy} on {where}, peak {size(self.worker_peak_bytes or self.peak_bytes)}: {self.reason}>"
+
+
+def several(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def size(nbytes: float) -> str:
+    if nbytes == inf:
+        return "not known"
+    return f"{nbytes / GB:.2f} GiB" if nbytes >= 0.1 * GB else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _cells(place: Place) -> tuple[str, ...]:
+    sizes = map(size, (place.now, place.held, place.peak, place.limit))
+    return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, place.pjrt_nproc or f"- ({place.cores} cores)")
+
+
+class _Needs(NamedTuple):
+    """Bytes that a fit takes."""
+
+    held: int  # over all processes
+    start: float  # per process
+    in_flight: float  # per thread
+    scratch: float  # per thread
+    run: int  # one run of chunks, in float64
+
+    def working(self, n_threads: int) -> float:
+        return self.start + n_threads * (self.in_flight + self.scratch)
+
+
+def _needs(problem: Problem, n_params: int, sent: bool) -> _Needs:
+    checked = any(each.size > 1 for each in problem.operands[1 : 2 + (problem.rules.layouts.mask is not None)])
+    run = problem.run_nbytes
+    return _Needs(
+        held=problem.held_nbytes(sent),
+        start=START_BYTES + START_PER_PARAM * n_params,
+        in_flight=(IN_FLIGHT * run if problem.lazy else 0) + BOOLEANS * problem.run_points * checked,
+        scratch=SCRATCH * max(TILE_BYTES, 8 * n_params**2),
+        run=run,
+    )
+
+
+def make_plan(
+    problem: Problem,
+    n_params: int,
+    strategy: Strategy = "auto",
+    memory_limit_gb: float | None = None,
+    client: Client | None = None,
+    per_thread: int | None = None,
+) -> Plan:
+    """Decide where the data are held.
+
+    Parameters
+    ----------
+    strategy
+        "auto": on the workers of ``client`` where data are lazy, else in this process.
+    memory_limit_gb : float, optional
+        GiB, the most that this process, or each worker, may take for the fit. None: the share of the memory that
+        `effective_fraction` allows, of what is available here or of the limit of each worker.
+    per_thread : int, optional
+        Partitions per thread of the workers. None: 2, more where they would not fit.
+
+    Raises
+    ------
+    MemoryBudgetError
+        Where the data do not fit.
+    ValueError, TypeError
+        Arguments that make no sense.
+    """
+    limit = None if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb, "GiB") * GB
+    if problem.rules.whole and strategy == "chunked":
+        reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
+        raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
+    if strategy == "auto":
+        strategy = "chunked" if problem.lazy and client is not None and not problem.rules.whole else "standard"
+    on_workers = strategy == "chunked" and client is not None
+    needs = _needs(problem, n_params, sent=on_workers)
+    if on_workers:
+        reason, n_partitions, places = _on_workers(problem, needs, limit, client, per_thread)
+    else:
+        reason, n_partitions, places = _here(problem, needs, limit)
+    plan = Plan(
+        strategy=strategy,
+        reason=reason,
+        n_points=problem.n_points,
+        n_params=n_params,
+        n_chunks=problem.n_chunks,
+        n_partitions=n_partitions,
+        sweep_bytes=problem.nbytes,
+        held_bytes=needs.held,
+        in_flight_bytes=int(needs.in_flight),
+        places=places,
+    )
+    logger.info("%r", plan)
+    return plan
+
+
+def _here(problem, needs, limit):
+    fraction, _ = effective_fraction()
+    here, n_threads = process_settings(), min(threads(), problem.n_runs)
+    may_take, source = (available_memory() * fraction, f"{fraction:.0%} of what is available")
+    if limit is not None:
+        may_take, source = limit, "memory_limit_gb"
+    working = needs.working(n_threads)
+    if needs.held + working > may_take and problem.lazy:
+        way_out = "rechunk the data into smaller chunks, " if n_threads * needs.in_flight > may_take / 2 else ""
+        raise MemoryBudgetError(
+            f"the data take {size(needs.held)} in memory, and this process {size(working)} beside them, of which "
+            f"{size(n_threads * needs.in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take "
+            f"{size(may_take)} ({source}): {way_out}use a distributed.Client whose workers together have more memory, or "
+            "fit a part of the data"
+        )
+    reason = "the data are in this process already"
+    if problem.lazy:
+        reason = f"the data take {size(needs.held)}, and this process may take {size(may_take)} ({source})"
+    peak = here["now"] + needs.held + working
+    return reason, 1, (Place(HERE, n_threads, held=needs.held, peak=peak, limit=here["now"] + may_take, **here),)
+
+
+def partition_size(n_runs: int, n_threads: int, per_thread: int) -> int:
+    """Runs of chunks per partition: a power of two, so that partitions are subtrees of the merge."""
+    size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
+    while -(-n_runs // (2 * size)) >= per_thread * n_threads:
+        size *= 2
+    return size
+
+
+def _on_workers(problem, needs, limit, client, per_thread):
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    found = client.run(process_settings, workers=list(workers)) if workers else {}
+    n_threads = {address: workers[address]["nthreads"] for address in found}
+    total = sum(n_threads.values())
+    fraction, _ = effective_fraction()
+    worker = dask.config.get("distributed.worker.memory")
+    share = min([fraction, *(worker[key] for key in ("target", "spill") if worker[key])])  # above it Dask writes to disk
+    source = f"{share:.0%} of its memory"
+    limits = dict.fromkeys(found, inf) | (workers_memory(client) or {})
+    may_have = {address: share * limits[address] for address in found}
+    if limit is not None:
+        source = "memory_limit_gb, and " + source
+        may_have = {address: min(found[address]["now"] + limit, most) for address, most in may_have.items()}
+    working = {a: max(WORKER_BYTES, found[a]["now"]) + needs.working(n) for a, n in n_threads.items()}
+
+    def held(per_thread):
+        """Number of partitions, and the most bytes of them that each worker gets."""
+        length = partition_size(problem.n_runs, total, per_thread)
+        n = -(-problem.n_runs // length)
+        share = {a: min(n, -(-n * each // total) + (n > total)) for a, each in n_threads.items()}  # one too many
+        return n, {a: min(1.0, k * length / problem.n_runs) * needs.held for a, k in share.items()}
+
+    wanted, most = per_thread or PER_THREAD, per_thread or MOST_PER_THREAD
+    n_partitions, holds = held(wanted)
+    while wanted < most and any(working[a] + holds[a] > may_have[a] for a in found):
+        wanted *= 2
+        n_partitions, holds = held(wanted)
+    for a in found:
+        if working[a] > may_have[a]:
+            raise MemoryBudgetError(
+                f"worker {a} may have {size(may_have[a])} ({source}) and needs {size(working[a])} before it holds any "
+                f"data, of which {size(n_threads[a] * needs.in_flight)} to read runs of chunks of {size(needs.run)} in "
+                f"{several(n_threads[a], 'thread')}: rechunk the data into smaller chunks, or start workers with more "
+                "memory or fewer threads"
+            )
+        if working[a] + holds[a] > may_have[a]:
+            room = sum(max(0.0, may_have[each] - working[each]) for each in found)
+            raise MemoryBudgetError(
+                f"the data take {size(needs.held)} and {several(len(found), 'worker')} have room for {size(room)}: worker "
+                f"{a} would hold {size(holds[a])} and have {size(working[a] + holds[a])} at its peak, of "
+                f"{size(may_have[a])} ({source}). Start more workers or larger ones, or fit a part of the data"
+            )
+    reason = f"{several(len(found), 'worker')} hold the data of {size(needs.held)} together"
+    if not found:
+        reason = f"the data take {size(needs.held)}; no worker has come yet, so that nothing is known of their memory"
+    here, sent = process_settings(), 0 if problem.lazy else 2 * problem.nbytes
+    peak = here["now"] + needs.start + CLIENT_BYTES + sent
+    places = [Place(HERE, 1, held=0, peak=peak, limit=inf, **here)]
+    for a, n in n_threads.items():
+        places.append(Place(a, n, held=holds[a], peak=working[a] + holds[a], limit=limits[a], **found[a]))
+    return reason, n_partitions, tuple(places)

@@ -1,0 +1,171 @@
+"""What is decided before anything is read."""
+
+import logging
+import time
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dask.callbacks import Callback
+from distributed import Client, LocalCluster
+
+from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
+from dask_nlsq.inputs import build_problem
+from dask_nlsq.model import intern
+from dask_nlsq.plan import partition_size
+from dask_nlsq.reduction import Evaluation, LocalSweep, Partition, partition_nbytes
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def lazy(n, chunks, dtype="f8"):
+    x = da.linspace(0, 10, n, chunks=chunks, dtype=dtype)
+    return x, x.map_blocks(lambda x: (2 * np.exp(-0.5 * x) + 0.3).astype(x.dtype), dtype=dtype, meta=np.zeros(0, dtype))
+
+
+def unread(n, chunks):
+    def read(block):
+        raise AssertionError("was read")
+
+    return da.zeros(n, chunks=chunks).map_blocks(read, dtype=float, meta=np.zeros(0))
+
+
+class Computes(Callback):
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def _pretask(self, key, dsk, state):
+        self.count += 1
+
+
+@pytest.fixture(scope="module")
+def client():
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="1GB", dashboard_address=":0") as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_a_hundred_thousand_chunks_are_planned_within_a_second_and_without_a_compute():
+    y = unread(10**8, 1000)
+    x = da.arange(10**8, chunks=1000)
+    plan_fit(decay, x[:10], y[:10])  # JAX starts, the model is traced
+    begin = time.perf_counter()
+    with Computes() as computes:
+        plan = plan_fit(decay, x, y, memory_limit_gb=100)
+    assert time.perf_counter() - begin < 1
+    assert (computes.count, plan.n_chunks, plan.n_points) == (0, 100_000, 10**8)
+
+
+@pytest.mark.parametrize(
+    "n, chunks, dtype", [(10**6, 10**6, "f8"), (700_003, 300_000, "f4"), (10**5, 999, "f8"), (50, 7, "i2")]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_will_be_held_is_known_to_the_byte(n, chunks, dtype, masked):
+    x, y = lazy(n, chunks, dtype)
+    problem = build_problem(x, y, None, y > 1 if masked else None, check=True, omit=False)
+    sweep = LocalSweep(problem, Evaluation(intern(decay), problem.rules, "linear", 1.0), 1)
+    held = partition_nbytes(Partition(sweep.evaluation, sweep.chunks))
+    assert held <= problem.held_nbytes(sent=False) <= 1.05 * held
+
+
+def test_arrays_in_this_process_are_not_held_twice():
+    x = np.linspace(0, 10, 10**7)
+    plan = plan_fit(decay, x, x)
+    assert plan.strategy == "standard" and "already" in plan.reason
+    assert plan.held_bytes < 0.06 * 2 * x.nbytes
+    assert plan.peak_bytes - plan.places[0].now < 250e6
+
+
+def test_the_result_keeps_its_plan_and_the_logger_has_it(caplog):
+    x, y = lazy(10**5, 10**4)
+    with caplog.at_level(logging.INFO, "dask_nlsq"):
+        result = curve_fit(decay, x, y, p0=[1, 1, 0])
+    assert isinstance(result.plan, Plan) and result.plan.strategy == result.strategy == "standard"
+    assert repr(result.plan) in caplog.text and "MiB" in repr(result.plan)
+
+
+def test_a_plan_takes_the_arguments_of_curve_fit_and_of_fit():
+    x, y = lazy(1000, 100)
+    assert plan_fit(x, y, decay, bounds=(0, 9), loss="huber", strategy="chunked").strategy == "chunked"
+    assert plan_fit(decay, x, y, workflow="large_robust").strategy == "chunked"
+    with pytest.raises(TypeError, match="memory_limit"):
+        plan_fit(decay, x, y, memory_limit=4)
+    with pytest.raises(ValueError, match="`workflow`"):
+        plan_fit(decay, x, y, workflow="best")
+
+
+def test_lazy_data_go_to_the_workers_and_the_plan_shows_them(client, capsys):
+    x, y = lazy(10**6, 10**4)
+    plan = plan_fit(decay, x, y)
+    text = plan.explain()
+    assert capsys.readouterr().out == text + "\n"
+    assert plan.strategy == "chunked" and len(plan.places) == 3
+    assert plan.held_bytes >= 16e6 and sum(place.held for place in plan.places[1:]) >= plan.held_bytes
+    assert plan.n_partitions >= 4 and f"{plan.n_partitions} tasks" in text
+    for address in client.scheduler_info(n_workers=-1)["workers"]:
+        assert address in text
+    assert "in each task" in text and "0.93 GiB" in text
+    assert plan.advice == []
+
+
+def test_a_worker_with_several_threads_is_told_to_keep_xla_to_one():
+    with (
+        LocalCluster(n_workers=1, threads_per_worker=2, processes=False, dashboard_address=":0") as cluster,
+        Client(cluster),
+    ):
+        plan = plan_fit(decay, *lazy(1000, 100))
+        assert len(plan.advice) == 1 and "PJRT_NPROC=1" in plan.advice[0] and "to do: " in plan.explain()
+
+
+def test_data_that_do_not_fit_on_the_workers_are_refused_before_they_are_read(client):
+    x, y = da.zeros(10**8, chunks=10**6), unread(10**8, 10**6)
+    message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(60% of its memory\)\. Start more workers"
+    with pytest.raises(MemoryBudgetError, match=message):
+        curve_fit(decay, x, y)
+    with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
+        curve_fit(decay, x[: 10**7], y[: 10**7], memory_limit_gb=0.1)
+    with pytest.raises(MemoryBudgetError, match=r"to read runs of chunks of .* rechunk the data into smaller chunks"):
+        curve_fit(decay, x.rechunk(5 * 10**7), y.rechunk(5 * 10**7))
+
+
+def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read():
+    x, y = da.zeros(10**7, chunks=10**6), unread(10**7, 10**6)
+    with pytest.raises(MemoryBudgetError, match=r"it may take 0\.10 GiB \(memory_limit_gb\)"):
+        plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
+
+
+def test_the_workers_together_hold_what_one_could_not(client):
+    x, y = lazy(3 * 10**7, 10**6, "f4")
+    result = curve_fit(decay, x, y, p0=[1, 1, 0], memory_limit_gb=0.5)
+    assert result.plan.places[1].held < 0.7 * result.plan.held_bytes
+    np.testing.assert_allclose(result.popt, [2, 0.5, 0.3], rtol=1e-5)
+    spilled = client.run(lambda dask_worker: dask_worker.data.spilled_total.disk)
+    assert set(spilled.values()) == {0}
+
+
+def test_small_partitions_are_a_matter_of_the_goal(client):
+    x, y = lazy(10**6, 10**4)
+    assert plan_fit(decay, x, y, goal="memory_efficient").n_partitions > plan_fit(decay, x, y).n_partitions
+    a, b = (fit(decay, x, y, p0=[1, 1, 0], goal=goal) for goal in (None, "memory_efficient"))
+    assert np.array_equal(a.popt, b.popt) and b.plan.n_partitions > a.plan.n_partitions
+    with pytest.raises(ValueError, match="`partitions_per_thread`"):
+        curve_fit(decay, x, y, partitions_per_thread=0)
+
+
+def test_a_cluster_without_workers_is_planned_for_all_the_same():
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster):
+        assert "no worker has come yet" in plan_fit(decay, *lazy(1000, 100)).reason
+
+
+@pytest.mark.parametrize("n_runs, n_threads", [(1, 1), (7, 2), (512, 2), (100_000, 64)])
+def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads):
+    size = partition_size(n_runs, n_threads, 2)
+    tasks = -(-n_runs // size)
+    assert size & (size - 1) == 0
+    assert tasks == n_runs or 2 * n_threads <= tasks <= 4 * n_threads + 1
