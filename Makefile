@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow figures bench lint clean
+.PHONY: demo test test-slow figures bench bench-long lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -18,6 +18,9 @@ figures: .venv/ready       ## print every accuracy figure that the README quotes
 bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
 	$(BIN)/python -m pip install --quiet optimistix
 	$(BIN)/python -m benchmarks.run
+
+bench-long: .venv/ready     ## measured against predicted peak memory, up to 1e8 points: half an hour
+	$(BIN)/python -m benchmarks.memory
 
 lint: .venv/ready
 	$(BIN)/ruff check .

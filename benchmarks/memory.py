@@ -6,6 +6,7 @@ each worker of a LocalCluster. Data are made block by block, so that nothing but
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,39 @@ def fit(strategy, n, p, dtype, n_workers):
         return [[measured[place.name], place.peak] for place in plan.places[1:]] + [[peak(), plan.peak_bytes]]
 
 
+def held_by_small_workers(n=5 * 10**8, n_workers=8):
+    """A 4 GB array under ``memory_limit_gb=1`` on workers of 1.5 GB: what Dask wrote to disk, and who was restarted."""
+    import dask.array as da
+    from distributed import Client, LocalCluster
+
+    import dask_nlsq
+
+    f, params = model_of(3)
+    x = da.linspace(0, 10, n, chunks=10**6, dtype="f4")
+    y = x.map_blocks(decay_or_peaks, params, dtype="f4", meta=np.zeros(0, "f4"))
+
+    def cluster(n_workers):
+        return LocalCluster(n_workers=n_workers, threads_per_worker=1, memory_limit="1.5GB", dashboard_address=":0")
+
+    with cluster(n_workers) as workers, Client(workers) as client:
+        before = client.run(os.getpid)
+        result = dask_nlsq.curve_fit(f, x, y, p0=1.01 * params, strategy="chunked", memory_limit_gb=1)
+        spilled = sum(client.run(lambda dask_worker: dask_worker.data.spilled_total.disk).values())
+        restarted = len(before.items() ^ client.run(os.getpid).items())
+        worst = max(client.run(peak).values()) / result.plan.worker_peak_bytes
+    print(
+        f"{(x.nbytes + y.nbytes) / 1e9:.0f} GB on {n_workers} workers of 1.5 GB: {spilled} bytes spilled, {restarted} "
+        f"workers restarted, measured / predicted peak {worst:.2f}, {sum(result.seconds.values()):.0f} s"
+    )
+    with cluster(n_workers // 2) as workers, Client(workers):
+        try:
+            dask_nlsq.curve_fit(f, x, y, p0=1.01 * params, strategy="chunked", memory_limit_gb=1)
+        except dask_nlsq.MemoryBudgetError as err:
+            print(f"on {n_workers // 2} workers refused: {err}")
+        else:
+            raise AssertionError("a plan that spills was not refused")
+
+
 def main(sizes=(10**6, 10**7, 10**8)):
     print(f"{'strategy':<10}{'points':>8}{'params':>8}{'dtype':>7}{'workers':>9}   measured / predicted, MB (ratio)")
     worst = []
@@ -95,6 +129,7 @@ def main(sizes=(10**6, 10**7, 10**8)):
         )
         print(f"{strategy:<10}{n:>8.0e}{p:>8}{dtype:>7}{n_workers:>9}   {', '.join(cells)}", flush=True)
         worst += [measured / predicted for measured, predicted in found]
+    subprocess.run([sys.executable, "-c", "import benchmarks.memory as b; b.held_by_small_workers()"], check=True)
     print(f"ratio {min(worst):.2f} to {max(worst):.2f}; required {LEAST} to {MOST}")
 
 

@@ -204,7 +204,7 @@ def curve_fit(
         tr_solver=tr_solver,
     )
     check, omit = finite_policy(check_finite, nan_policy)
-    problem = _problem(model, len(start), xdata, ydata, sigma, mask, check, omit)
+    problem = _problem(model, len(start), xdata, ydata, sigma, mask, check, omit, strategy)
     if problem.n_points < len(start):
         raise TypeError(_too_few(len(start), problem.n_points))
     client = active_client()
@@ -347,7 +347,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     _, _, _, start = parameters(f, p0, given["bounds"], given["param_names"])
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(f, jacobian(given["jac"]))
-    problem = _problem(model, len(start), xdata, ydata, given["sigma"], given["mask"], check, omit)
+    problem = _problem(model, len(start), xdata, ydata, given["sigma"], given["mask"], check, omit, given["strategy"])
     where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
     return make_plan(problem, len(start), *where)
 
@@ -360,14 +360,15 @@ def _n_points(ydata) -> int:
 # data
 
 
-def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit) -> Problem:
+def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit, strategy) -> Problem:
     y_size = _n_points(ydata)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
         covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
         problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=check, omit=omit)
         check_model(model, problem.rules.layouts, problem.n_points, n_params)
         return problem
-    arguments = dict(sigma=sigma, mask=mask, check=check, omit=omit)
+    split = strategy == "chunked" and active_client() is not None
+    arguments = dict(sigma=sigma, mask=mask, check=check, omit=omit, split=split)
     problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
     if problem.rules.whole:
         check_model(model, problem.rules.layouts, problem.n_points, n_params)

@@ -20,6 +20,7 @@ import numpy as np
 from .kernels import BLOCK_POINTS, Block, Layout, Layouts, longest_tile
 from .memory import ALIGNMENT, buffer_bytes, get_memory_manager
 
+SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
@@ -238,7 +239,9 @@ def _on_disk(data):
     return array_like and not in_memory
 
 
-def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: bool, whole: bool = False) -> Problem:
+def build_problem(
+    xdata, ydata, sigma=None, mask=None, *, check: bool, omit: bool, whole: bool = False, split: bool = False
+) -> Problem:
     """Check shapes and dtypes and align the operands; reads no data.
 
     Parameters
@@ -249,6 +252,8 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
         Whether values that are not finite are counted, and whether their points are left out.
     whole : bool
         Whether the model must be given all points in one call.
+    split : bool
+        Whether arrays in memory are cut into chunks that workers can share.
 
     Raises
     ------
@@ -278,8 +283,10 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
     operands += [_broadcastable("xdata", c, y.shape) for c in coordinates]
     chunks = next((a.chunks for a in operands if isinstance(a, da.Array) and a.shape == y.shape), None)
     if chunks is None or whole:
-        chunks = tuple((size,) for size in y.shape)
-    operands = tuple(_aligned(operand, chunks) for operand in operands)
+        sizes = "auto" if split and not whole else y.shape
+        chunks = da.core.normalize_chunks(sizes, y.shape, limit=SENT_BYTES, dtype=y.dtype)
+    lazy = any(isinstance(operand, da.Array) for operand in operands)
+    operands = tuple(_aligned(operand, chunks, lazy) for operand in operands)
 
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and x_kind == "tuple" and operand.dtype.kind in "iu")
@@ -305,7 +312,7 @@ def build_problem(xdata, ydata, sigma=None, mask=None, *, check: bool, omit: boo
     return Problem(
         operands,
         chunks,
-        Rules(layouts, capacities, run, check, omit, whole, any(isinstance(each, da.Array) for each in operands)),
+        Rules(layouts, capacities, run, check, omit, whole, copied=lazy or split),
     )
 
 
@@ -360,11 +367,11 @@ def _broadcastable(name, array, shape):
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
 
 
-def _aligned(operand, chunks):
+def _aligned(operand, chunks, lazy):
     if isinstance(operand, da.Array):
         return operand.rechunk(tuple((1,) if size == 1 else c for size, c in zip(operand.shape, chunks, strict=True)))
     dense = operand.size > 1 and operand.shape == tuple(sum(sizes) for sizes in chunks)
-    if dense and any(len(sizes) > 1 for sizes in chunks):
+    if dense and lazy and any(len(sizes) > 1 for sizes in chunks):
         return da.from_array(operand, chunks=chunks, name=False)
     return operand
 

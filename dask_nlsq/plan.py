@@ -271,8 +271,8 @@ def _on_workers(problem, needs, limit, client, per_thread):
     n_threads = {address: workers[address]["nthreads"] for address in found}
     total = sum(n_threads.values())
     fraction, _ = effective_fraction()
-    worker = dask.config.get("distributed.worker.memory")
-    share = min([fraction, *(worker[key] for key in ("target", "spill") if worker[key])])  # above it Dask writes to disk
+    dasks = dask.config.get("distributed.worker.memory")  # shares of process and of data, above which it writes to disk
+    share, data_share = min(fraction, dasks["spill"] or 1.0), dasks["target"] or 1.0
     source = f"{share:.0%} of its memory"
     limits = dict.fromkeys(found, inf) | (workers_memory(client) or {})
     may_have = {address: share * limits[address] for address in found}
@@ -288,9 +288,12 @@ def _on_workers(problem, needs, limit, client, per_thread):
         share = {a: min(n, -(-n * each // total) + (n > total)) for a, each in n_threads.items()}  # one too many
         return n, {a: min(1.0, k * length / problem.n_runs) * needs.held for a, k in share.items()}
 
+    def fits(a):
+        return working[a] + holds[a] <= may_have[a] and holds[a] <= data_share * limits[a]
+
     wanted, most = per_thread or PER_THREAD, per_thread or MOST_PER_THREAD
     n_partitions, holds = held(wanted)
-    while wanted < most and any(working[a] + holds[a] > may_have[a] for a in found):
+    while wanted < most and not all(map(fits, found)):
         wanted *= 2
         n_partitions, holds = held(wanted)
     for a in found:
@@ -301,7 +304,7 @@ def _on_workers(problem, needs, limit, client, per_thread):
                 f"{several(n_threads[a], 'thread')}: rechunk the data into smaller chunks, or start workers with more "
                 "memory or fewer threads"
             )
-        if working[a] + holds[a] > may_have[a]:
+        if not fits(a):
             room = sum(max(0.0, may_have[each] - working[each]) for each in found)
             raise MemoryBudgetError(
                 f"the data take {size(needs.held)} and {several(len(found), 'worker')} have room for {size(room)}: worker "

@@ -319,12 +319,15 @@ class ClusterSweep(Sweep):
         self.client = client
         runs, graph = plan_loads(problem)
         size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n_partitions >= len(runs))
-        names = []
-        for k in range(0, len(runs), size):
-            part = runs[k : k + size]
+        names, parts = [], [runs[k : k + size] for k in range(0, len(runs), size)]
+        sent = parts if problem.lazy else client.scatter(parts, hash=False)  # arrays in memory go straight to the workers
+        for part, runs in zip(parts, sent, strict=True):
             keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
             names.append(f"nlsq-load-{uuid4().hex}")
-            graph[names[-1]] = Task(names[-1], load_partition, evaluation, part, keys, *map(TaskRef, keys))
+            if not problem.lazy:
+                graph[runs.key] = runs
+                runs = TaskRef(runs.key)
+            graph[names[-1]] = Task(names[-1], load_partition, evaluation, runs, keys, *map(TaskRef, keys))
         self.partitions, self.running = client.get(graph, names, sync=False), []
         with ExitStack() as on_error:
             # futures also live in the traceback of an error, which a notebook keeps: give them up by hand
@@ -390,8 +393,10 @@ def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, wha
     """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
 
     if not problem.lazy:
-        (index,) = problem.indices()
-        return chunk_values(evaluation, problem.factor, params, what, index, problem.pieces(index))
+        values = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
+        for index in problem.indices():
+            values[index] = chunk_values(evaluation, problem.factor, params, what, index, problem.pieces(index))
+        return np.block(values.tolist())
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
     task = dask.delayed(chunk_values)
     for index in problem.indices():

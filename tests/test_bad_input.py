@@ -251,7 +251,7 @@ def test_a_memory_limit_is_a_positive_number(limit):
 def test_data_larger_than_all_workers_are_refused():
     with LocalCluster(n_workers=1, memory_limit="1GB", dashboard_address=":0") as cluster, Client(cluster):
         x = da.zeros(10**9, chunks=10**8)
-        with pytest.raises(MemoryError, match=r"worker tcp.* may have 0\.56 GiB \(60% of its memory\) and needs .*rechunk"):
+        with pytest.raises(MemoryError, match=r"worker tcp.* may have 0\.65 GiB \(70% of its memory\) and needs .*rechunk"):
             curve_fit(decay, x, x)
 
 

@@ -125,7 +125,7 @@ def test_a_worker_with_several_threads_is_told_to_keep_xla_to_one():
 
 def test_data_that_do_not_fit_on_the_workers_are_refused_before_they_are_read(client):
     x, y = da.zeros(10**8, chunks=10**6), unread(10**8, 10**6)
-    message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(60% of its memory\)\. Start more workers"
+    message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(70% of its memory\)\. Start more workers"
     with pytest.raises(MemoryBudgetError, match=message):
         curve_fit(decay, x, y)
     with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
@@ -169,3 +169,17 @@ def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads):
     tasks = -(-n_runs // size)
     assert size & (size - 1) == 0
     assert tasks == n_runs or 2 * n_threads <= tasks <= 4 * n_threads + 1
+
+
+def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
+    x = np.linspace(0, 10, 9_000_001)
+    y = (2 * np.exp(-0.5 * x) + 0.3 + 0.01 * np.cos(1e5 * x)).astype("f4")
+    here = curve_fit(decay, x, y, p0=[1, 1, 0])
+    there = curve_fit(decay, x, y, p0=[1, 1, 0], strategy="chunked")
+    assert there.plan.n_chunks > 1 and there.plan.n_partitions > 1
+    np.testing.assert_allclose(there.popt, here.popt, rtol=1e-9)
+    np.testing.assert_allclose(there.residuals(), here.residuals(), atol=1e-8)
+    axes = (np.arange(3000)[:, None], np.arange(3000))
+    plane = np.random.default_rng(0).normal(size=(3000, 3000)) + axes[0] - 2 * axes[1]
+    there = curve_fit(lambda x, a, b: a * x[0] + b * x[1], axes, plane, strategy="chunked")
+    np.testing.assert_allclose(there.popt, [1, -2], atol=1e-5)
