@@ -55,7 +55,12 @@ class Rules(NamedTuple):
     check: bool  # count values that are not finite
     omit: bool  # leave points out where a value is not finite
     whole: bool  # one block of exactly the chunk's length
-    copied: bool  # what is read is copied, once and aligned; the user's own arrays are looked at where they lie
+    read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
+
+    @property
+    def copied(self) -> bool:
+        """What is read is copied, once and aligned; the user's own arrays are looked at where they lie."""
+        return self.read_bytes > 0
 
 
 @dataclass(frozen=True)
@@ -309,11 +314,9 @@ def build_problem(
     )
     joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
-    return Problem(
-        operands,
-        chunks,
-        Rules(layouts, capacities, run, check, omit, whole, copied=lazy or split),
-    )
+    sizes = zip(operands, capacities, strict=True)
+    read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
+    return Problem(operands, chunks, Rules(layouts, capacities, run, check, omit, whole, read_bytes))
 
 
 def _is_masked(data):

@@ -7,7 +7,7 @@ the sum has the same bits for any number of threads, workers and partitions.
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Literal, NamedTuple
 from uuid import uuid4
 
@@ -22,6 +22,7 @@ from .config import threads
 from .inputs import Census, Chunk, Problem, Rules, prepare_chunk, release
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .loading import Load, compute_shared, plan_loads
+from .memory import get_memory_manager
 from .model import Model
 from .resources import keep_freed_memory
 from .sample import Sample, as_sample, pick, stratified_places
@@ -29,6 +30,8 @@ from .trf_jit import EPS, float64, gradient, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
+RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
+READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
 
 class NormalEquations(NamedTuple):
@@ -262,8 +265,17 @@ def _owner(array: np.ndarray) -> np.ndarray:
 
 
 def load_chunk(rules: Rules, run: list[Load], shared: dict) -> Chunk:
-    """Read the chunks of a run and join them."""
-    return prepare_chunk(rules, [load.index for load in run], [load.pieces(shared) for load in run])
+    """Read the chunks of a run and join them; where memory is short, large ones wait for other threads' turn to end.
+
+    Raises
+    ------
+    MemoryError
+        Where a run does not fit even alone.
+    """
+    nbytes = len(run) * rules.read_bytes
+    large = nbytes >= RESERVED_FROM
+    with get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext():
+        return prepare_chunk(rules, [load.index for load in run], [load.pieces(shared) for load in run])
 
 
 def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *values) -> Partition:

@@ -1,3 +1,8 @@
+import gc
+import threading
+import time
+
+import dask
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +10,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit
+from dask_nlsq import curve_fit, get_memory_manager
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.loading import compute_shared, plan_loads
 
@@ -96,3 +101,40 @@ def test_a_partition_is_one_task_however_many_chunks_it_has():
         counted = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.task_prefixes))
         names = client.run_on_scheduler(lambda dask_scheduler: sorted(dask_scheduler.task_prefixes))
     assert counted <= 4, names
+
+
+def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeypatch):
+    n = 2**20
+    x = np.linspace(0, 4, 3 * n)
+    lock, reading, most = threading.Lock(), [0], [0]
+
+    def read(x):
+        with lock:
+            reading[0] += 1
+            most[0] = max(most[0], reading[0])
+        time.sleep(0.05)
+        with lock:
+            reading[0] -= 1
+        return 2 * np.exp(-1.3 * x) + 0.5
+
+    def fit():
+        most[0] = 0
+        y = da.from_array(x, n).map_blocks(read, dtype=float, meta=np.empty(0))
+        with dask.config.set({"nlsq.threads": 2}):
+            return curve_fit(decay, x, y, p0=[1, 1, 0], jac_mode="columns")
+
+    together = fit()
+    assert most[0] == 2
+    gc.collect()
+    manager = get_memory_manager()
+    one = 3 * 2 * 8 * n  # x and y three times
+    manager.clear_pool()
+    with monkeypatch.context() as short:
+        short.setattr(manager, "limit_bytes", 1.9 * one)  # two that were read stay beside it
+        in_turn = fit()
+        assert most[0] == 1
+        short.setattr(manager, "limit_bytes", 0.9 * one)
+        with pytest.raises(MemoryError, match="missing"):
+            fit()
+    np.testing.assert_array_equal(in_turn.popt, together.popt)
+    np.testing.assert_array_equal(in_turn.pcov, together.pcov)
