@@ -326,7 +326,7 @@ def overhead_rows():
         aligned = problem(4096)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph")
-            sweep = ClusterSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), client)
+            sweep = ClusterSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), client, 4)
         with sweep:
             (remote,) = medians(lambda: sweep(params, "gram"), runs=21)
     yield Row("the same, 2-worker LocalCluster", "60 ms (25)", f"{(remote - large) * 1e3:.1f} ms", how)

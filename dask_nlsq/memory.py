@@ -391,7 +391,7 @@ def array_bytes(shape, dtype) -> tuple[tuple[int, ...], np.dtype, int]:
 
 
 def size_class(nbytes: int) -> int:
-    """Capacity of a new buffer: one of eight per power of two, so that what comes back fits what is asked next."""
+    """Capacity of a new buffer: few different ones per power of two, so that what comes back fits what is asked next."""
     power = 1 << max(0, (nbytes - 1).bit_length() - 1)  # nbytes lies in (power, 2 power]
     step = max(ALIGNMENT, power // FRESH_STEPS)
     return max(1, -(-nbytes // step)) * step

@@ -175,7 +175,7 @@ def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
-        ClusterSweep(problem, evaluation, client) as sweep,
+        ClusterSweep(problem, evaluation, client, 1) as sweep,
     ):
         sweep(params, "gram")
         (faults,) = client.run(page_faults, params=params).values()

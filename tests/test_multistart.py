@@ -33,7 +33,7 @@ def few_candidates(monkeypatch):
 def search_locally(f=sine, x=X, y=Y, p0=P0, bounds=FREE, n_starts=5, seed=0, loss="linear", f_scale=1.0, **data):
     problem = build_problem(x, y, **{"check": True, "omit": False} | data)
     evaluation = Evaluation(intern(f), problem.rules, loss, f_scale)
-    with open_sweep(problem, evaluation, None) as sweep:
+    with open_sweep(problem, evaluation, None, 1) as sweep:
         return search(evaluation, sweep.points(4096), np.asarray(p0, float), *np.asarray(bounds, float), n_starts, seed)
 
 
@@ -128,7 +128,7 @@ def points(x, y, n, chunks=None, **data):
     if chunks:
         x, y = da.from_array(x, chunks), da.from_array(y, chunks)
     problem = build_problem(x, y, **{"check": True, "omit": False} | data)
-    with open_sweep(problem, Evaluation(intern(sine), problem.rules, "linear", 1.0), None) as sweep:
+    with open_sweep(problem, Evaluation(intern(sine), problem.rules, "linear", 1.0), None, 1) as sweep:
         return sweep.points(n)
 
 
@@ -275,7 +275,7 @@ def test_threads_and_processes_find_the_same(few_candidates):
     answers = []
 
     def run(client):
-        with open_sweep(problem, evaluation, client) as sweep:
+        with open_sweep(problem, evaluation, client, 4) as sweep:
             answers.append(search(evaluation, sweep.points(4096), P0, *FREE, 4))
 
     for n in (1, 2):
