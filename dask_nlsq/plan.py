@@ -7,7 +7,7 @@ A process that takes part in a fit, a worker of the cluster or this one, has at 
     in flight  for each thread a run of chunks being read: as it comes, and what the user's graph makes on the way
     scratch    for each thread the rows [J r] of a tile and their copies
 
-The Jacobian of all points never exists.
+The Jacobian of all points never exists, unless the model or a covariance matrix needs all points at once.
 """
 
 import logging
@@ -170,12 +170,13 @@ class _Needs(NamedTuple):
 
 def _needs(problem: Problem, n_params: int, sent: bool) -> _Needs:
     checked = any(each.size > 1 for each in problem.operands[1 : 2 + (problem.rules.layouts.mask is not None)])
-    run = problem.run_nbytes
+    run, rules = problem.run_nbytes, problem.rules
+    rows = 8 * (n_params + 1) * problem.n_points if rules.whole else max(TILE_BYTES, 8 * n_params**2)
     return _Needs(
         held=problem.held_nbytes(sent),
         start=START_BYTES + START_PER_PARAM * n_params,
         in_flight=(IN_FLIGHT * run if problem.lazy else 0) + BOOLEANS * problem.run_points * checked,
-        scratch=SCRATCH * max(TILE_BYTES, 8 * n_params**2),
+        scratch=SCRATCH * rows + (0 if problem.factor is None else problem.factor.nbytes),
         run=run,
     )
 

@@ -147,11 +147,16 @@ def process_memory() -> tuple[int, int]:
     return info.rss, max(info.rss, peak)
 
 
+@cache
+def _jax_version() -> str:
+    return version("jax")  # without importing it; 1 ms
+
+
 def process_settings() -> dict:
-    """What this process has now, and what it has set that a fit depends on; imports nothing."""
+    """What this process has now, and what it has set that a fit depends on."""
     x64 = "always" if os.environ.get("JAX_ENABLE_X64", "0").lower() in ("1", "true", "yes", "on") else "in each task"
     now, _ = process_memory()
-    return dict(now=now, jax=version("jax"), x64=x64, cores=os.cpu_count() or 1, pjrt_nproc=os.environ.get("PJRT_NPROC"))
+    return dict(now=now, jax=_jax_version(), x64=x64, cores=os.cpu_count() or 1, pjrt_nproc=os.environ.get("PJRT_NPROC"))
 
 
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:
