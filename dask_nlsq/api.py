@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +35,7 @@ from .progress import Observers
 from .reduction import Evaluation, Sweep, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
+from .streaming import StreamingSweep, hybrid
 from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .workflow import OptimizationGoal, workflow_options
 
@@ -66,7 +68,7 @@ def curve_fit(
     maxfev: int | None = None,
     mask=None,
     param_names=None,
-    strategy: Literal["auto", "standard", "chunked"] = "auto",
+    strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     reduction: Literal["auto", "gram", "qr"] = "auto",
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     tr_solver: Literal["exact", "cg"] | None = None,
@@ -128,10 +130,11 @@ def curve_fit(
         Broadcasts against y; where it is true (not zero) a point is left out. A masked array as ydata works as well.
     param_names : sequence of str, optional
         Names for messages and tables; from the signature of ``f`` by default.
-    strategy : {"auto", "standard", "chunked"}
+    strategy : {"auto", "standard", "chunked", "streaming"}
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
-        in this process where there is none. "auto": "chunked" for Dask and on-disk data with a Client. The result says in
-        ``plan`` what was decided, and `plan_fit` says it beforehand.
+        in this process where there is none. "streaming": nothing is held, each sweep reads the data anew, here or on the
+        workers, and a fit of a small sample comes first; see `dask_nlsq.streaming`. "auto": "chunked" for Dask and on-disk
+        data with a Client. The result says in ``plan`` what was decided, and `plan_fit` says it beforehand.
     reduction : {"auto", "gram", "qr"}
         How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
     jac_mode : {"auto", "columns", "arguments"}
@@ -216,28 +219,38 @@ def curve_fit(
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
-    with open_sweep(problem, evaluation, client, plan.n_partitions) as sweep:
-        n_points, n_masked, n_omitted = _admit(sweep.census(), problem, len(start))
-        if not problem.rules.whole:
-            elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
-            check_pointwise(model, problem.rules.layouts, sweep.sample(), start, elsewhere)
+    streaming = plan.strategy == "streaming"
+    with (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions) as sweep:
+
+        def admit():
+            counts = _admit(sweep.census(), problem, len(start))
+            _check_pointwise(sweep, start, lower, upper)
+            return counts
+
+        if streaming:
+            sweep.draw(len(start), needed=n_starts > 0)
+            _check_pointwise(sweep, start, lower, upper)
+            sweep.admit = admit  # what is in the data is known when the first sweep has read them
+        else:
+            admit()
         if jac_mode == "auto":
-            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, n_points)
+            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, problem.n_points)
         sweep.jac_mode = jac_mode
         loaded = time.perf_counter()
         try:
             with Observers(callback, progress, verbose) as observers:
                 options = replace(options, callback=observers)
-                found = None
+                found, solver = None, hybrid if streaming else solve
                 if n_starts:
                     sample = sweep.points(sample_size(len(start)))
                     found = search(evaluation, sample, start, lower, upper, n_starts)
-                    solution, found = polish(found, sweep, options)
+                    solution, found = polish(found, sweep, options, solver)
                 else:
-                    solution = solve(sweep, start, options)
+                    solution = solver(sweep, start, options)
         except NotFiniteAtStart as err:
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
-        sweeps = sweep.count
+        n_points, n_masked, n_omitted = admit()
+        sweeps, drawn = sweep.count, sweep.drawn
     if solution.status == 0:
         raise RuntimeError(_not_converged(solution, names))
     result = FitResult(
@@ -259,6 +272,7 @@ def curve_fit(
         history=solution.history,
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
         starts=found,
+        sample=drawn,
         factor=solution.factor,
         _values=partial(map_chunks, problem, evaluation),
         _predict=partial(_predict, evaluation),
@@ -386,21 +400,29 @@ def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit
     return problem
 
 
+def _check_pointwise(sweep: Sweep, start, lower, upper):
+    rules = sweep.evaluation.rules
+    if not rules.whole:
+        elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
+        check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
+
+
 def _admit(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:
     """Points used, masked and omitted; an error where values are not as they must be."""
+    n_chunks = prod(len(sizes) for sizes in problem.chunks)
     if not problem.rules.omit:
         for name in ("ydata", "xdata", "sigma"):
             bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
             if bad:
                 total = sum(count for _, count in bad)
-                where = f", first in block {bad[0][0]} of {len(censuses)}" if len(censuses) > 1 else ""
+                where = f", first in block {bad[0][0]} of {n_chunks}" if n_chunks > 1 else ""
                 raise ValueError(
                     f"The input contains nan or infinity: {total} of the values of `{name}`{where}. "
                     'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
                 )
     for census in censuses:
         if census.n_sigma_not_positive:
-            where = f" (first in block {census.index})" if len(censuses) > 1 else ""
+            where = f" (first in block {census.index})" if n_chunks > 1 else ""
             raise ValueError(
                 f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
                 "leave points out"

@@ -113,7 +113,7 @@ def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbos
     for name, value, allowed in [
         ("method", method, (None, "trf", "lm", "dogbox")),
         ("loss", loss, tuple(LOSSES)),
-        ("strategy", strategy, ("auto", "standard", "chunked")),
+        ("strategy", strategy, ("auto", "standard", "chunked", "streaming")),
         ("reduction", reduction, ("auto", "gram", "qr")),
         ("jac_mode", jac_mode, ("auto", "columns", "arguments")),
         ("tr_solver", tr_solver, (None, "exact", "cg")),

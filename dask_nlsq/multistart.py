@@ -25,7 +25,7 @@ from numpy.linalg import lstsq
 from scipy.stats import qmc
 
 from .kernels import screen_kernel, values_kernel
-from .reduction import Evaluation, Sweep, factor
+from .reduction import Evaluation, NormalEquations, Sweep, factor
 from .sample import Sample
 from .trf_jit import LOSSES, float64
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
@@ -138,8 +138,8 @@ def search(
     )
 
 
-def polish(found: Search, sweep: Sweep, options: Options) -> tuple[Solution, Search]:
-    """Fit all data from the best optimum of the sample.
+def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[Solution, Search]:
+    """Fit all data from the best optimum of the sample by ``fit(sweep, params, options)``.
 
     Where the sample leaves doubt about which is the best, one sweep for each rival decides.
 
@@ -150,19 +150,18 @@ def polish(found: Search, sweep: Sweep, options: Options) -> tuple[Solution, Sea
     """
     order = list(found.chosen)
     if len(order) > 1:
-        order.sort(key=lambda k: _promised_cost(sweep, found.params[k], options))
+        order.sort(key=lambda k: promised_cost(sweep(found.params[k], "gram"), found.params[k], options))
     others = [np.flatnonzero(found.basin == b)[0] for b in range(found.basin.max() + 1)]
     for k in dict.fromkeys([*order, *others]):
         try:
-            return solve(sweep, found.params[k], options), found._replace(winner=int(k))
+            return fit(sweep, found.params[k], options), found._replace(winner=int(k))
         except NotFiniteAtStart:  # at points that are not in the sample
             continue
     raise NotFiniteAtStart(f"the cost or its derivatives are not finite at any of the {len(others)} optima of the sample")
 
 
-def _promised_cost(sweep, params, options):
-    """Cost on all data that a Gauss-Newton step from here promises, along the parameters that no bound holds."""
-    equations = sweep(params, "gram")
+def promised_cost(equations: NormalEquations, params: np.ndarray, options: Options) -> float:
+    """Cost on all data that a Gauss-Newton step from ``params`` promises, along the parameters that no bound holds."""
     if not equations.finite:
         return np.inf
     parts = factor(equations)

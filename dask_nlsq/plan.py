@@ -32,10 +32,11 @@ CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and 
 IN_FLIGHT = 2  # times the float64 size of a run: as it comes, and one step of the user's graph between
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SCRATCH = 8  # times a tile's rows
+STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
 
 HERE = "this process"
-Strategy = Literal["auto", "standard", "chunked"]
+Strategy = Literal["auto", "standard", "chunked", "streaming"]
 
 
 class MemoryBudgetError(MemoryError):
@@ -63,7 +64,7 @@ class Plan:
 
     Attributes
     ----------
-    strategy : {"standard", "chunked"}
+    strategy : {"standard", "chunked", "streaming"}
     reason : str
         Why, in a sentence with the numbers.
     n_points, n_params, n_chunks : int
@@ -79,7 +80,7 @@ class Plan:
         This process first, then the workers that hold data.
     """
 
-    strategy: Literal["standard", "chunked"]
+    strategy: Literal["standard", "chunked", "streaming"]
     reason: str
     n_points: int
     n_params: int
@@ -116,13 +117,14 @@ class Plan:
         held = (
             f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing beside the arrays themselves"
         )
+        source = "where they are stored" if self.strategy == "streaming" else "memory"
         rows = [
             ("strategy", f"{self.strategy}: {self.reason}"),
             ("data", f"{self.n_points:,} points, {size(self.sweep_bytes)} in {several(self.n_chunks, 'chunk')}"),
             ("parameters", f"{self.n_params}"),
             ("held", held),
             ("in flight", f"{size(self.in_flight_bytes)} per thread while data are read"),
-            ("a sweep", f"{size(self.sweep_bytes)} from memory, in {several(self.n_partitions, 'task')}"),
+            ("a sweep", f"{size(self.sweep_bytes)} from {source}, in {several(self.n_partitions, 'task')}"),
         ]
         table = [
             ("process", "threads", "now", "holds", "peak", "limit", "jax", "x64", "PJRT_NPROC"),
@@ -209,13 +211,15 @@ def make_plan(
         Arguments that make no sense.
     """
     limit = None if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb, "GiB") * GB
-    if problem.rules.whole and strategy == "chunked":
+    if problem.rules.whole and strategy in ("chunked", "streaming"):
         reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
         raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
     if strategy == "auto":
         strategy = "chunked" if problem.lazy and client is not None and not problem.rules.whole else "standard"
-    on_workers = strategy == "chunked" and client is not None
+    on_workers = strategy in ("chunked", "streaming") and client is not None
     needs = _needs(problem, n_params, sent=on_workers)
+    if strategy == "streaming":
+        needs, per_thread = needs._replace(held=0), per_thread or STREAM_PER_THREAD
     if on_workers:
         reason, n_partitions, places = _on_workers(problem, needs, limit, client, per_thread)
     else:
@@ -252,7 +256,9 @@ def _here(problem, needs, limit):
             "fit a part of the data"
         )
     reason = "the data are in this process already"
-    if problem.lazy:
+    if not needs.held:
+        reason = "the data are read anew in each sweep"
+    elif problem.lazy:
         reason = f"the data take {size(needs.held)}, and this process may take {size(may_take)} ({source})"
     peak = here["now"] + needs.held + working
     return reason, 1, (Place(HERE, n_threads, held=needs.held, peak=peak, limit=here["now"] + may_take, **here),)
@@ -313,6 +319,8 @@ def _on_workers(problem, needs, limit, client, per_thread):
                 f"{size(may_have[a])} ({source}). Start more workers or larger ones, or fit a part of the data"
             )
     reason = f"{several(len(found), 'worker')} hold the data of {size(needs.held)} together"
+    if not needs.held:
+        reason = f"{several(len(found), 'worker')} read the data anew in each sweep"
     if not found:
         reason = f"the data take {size(needs.held)}; no worker has come yet, so that nothing is known of their memory"
     here, sent = process_settings(), 0 if problem.lazy else 2 * problem.nbytes

@@ -34,12 +34,26 @@ RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that 
 READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
 
+class Read(NamedTuple):
+    """What a sweep that re-reads the data has read."""
+
+    nbytes: int  # of the arrays as they are in memory
+    n_points: int  # that count
+    n_left_out: int  # masked or omitted
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.seconds / 1e9
+
+
 class NormalEquations(NamedTuple):
     """One sweep's result: ``matrix`` (p+1, p+1) is the gram matrix of [J r] or its triangular factor."""
 
     matrix: np.ndarray
     cost: float
     reduction: Reduction
+    read: Read | None = None  # where the data are not held
 
     @property
     def finite(self) -> bool:
@@ -145,7 +159,7 @@ class Evaluation(NamedTuple):
         return np.concatenate(flat).reshape(chunk.blocks[0].shape.astype(int))
 
 
-def _merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
+def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
     """Merge the results of consecutive blocks, first within each chunk."""
     merged, begin = [], 0
     for chunk in chunks:
@@ -164,6 +178,7 @@ class Sweep:
     """
 
     count = 0  # sweeps so far
+    drawn = None  # what a sweep that does not hold the data knows beforehand
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
     def __init__(self, problem: Problem, evaluation: Evaluation):
@@ -222,13 +237,13 @@ class LocalSweep(Sweep):
     def _reduce(self, params, how):
         share = self.pool.map if self.pool is not None else map
         runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, how), self.groups)
-        return _merge_chunks(self.chunks, [result for run in runs for result in run], how.reduction)
+        return merge_chunks(self.chunks, [result for run in runs for result in run], how.reduction)
 
     def census(self) -> list[Census]:
         return [census for chunk in self.chunks for census in chunk.censuses]
 
     def sample(self) -> tuple[np.ndarray, ...]:
-        return _longest(chunk.sample for chunk in self.chunks)
+        return longest(chunk.sample for chunk in self.chunks)
 
     def _pick(self, n):
         return [pick_points(Partition(self.evaluation, self.chunks), self.grid, n)]
@@ -238,7 +253,7 @@ class LocalSweep(Sweep):
         return count_not_finite(Partition(self.evaluation, self.chunks), params)
 
 
-def _longest(samples):
+def longest(samples):
     """The first of the longest: a chunk of one point tells nothing about its neighbours."""
     return max(samples, key=lambda sample: len(sample[0]) if sample else 0)
 
@@ -288,11 +303,11 @@ def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *
 def sweep_partition(partition: Partition, params: np.ndarray, how: How):
     """The task of a sweep: merged matrix and cost of one partition."""
     blocks = [block for chunk in partition.chunks for block in chunk.blocks]
-    return _merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, how), how.reduction)
+    return merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, how), how.reduction)
 
 
 def describe_partition(partition: Partition):
-    return [census for chunk in partition.chunks for census in chunk.censuses], _longest(
+    return [census for chunk in partition.chunks for census in chunk.censuses], longest(
         chunk.sample for chunk in partition.chunks
     )
 
@@ -370,7 +385,7 @@ class ClusterSweep(Sweep):
         return [census for part, _ in self.described for census in part]
 
     def sample(self) -> tuple[np.ndarray, ...]:
-        return _longest(sample for _, sample in self.described)
+        return longest(sample for _, sample in self.described)
 
     def _pick(self, n):
         return self._gather(pick_points, "nlsq-points", self.grid, n)

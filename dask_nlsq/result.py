@@ -8,6 +8,7 @@ import numpy as np
 from .multistart import Search
 from .plan import Plan
 from .reduction import Factor
+from .streaming import Drawn
 from .trust_region import Record
 
 
@@ -51,11 +52,13 @@ class FitResult:
     condition : float
         Condition number of the Jacobian with its columns scaled to norm 1.
     history : list of Record
-        One per trial step.
+        One per trial step; where the data are not held, ``record.read`` says what it has read.
     seconds : dict
         Wall time of the stages "load" and "solve".
     starts : Search or None
         With several starts: each with its cost, the optimum it leads to, and which optimum won.
+    sample : Drawn or None
+        With "streaming": points and chunks of the sample that was fitted first, and what it cost.
     """
 
     popt: np.ndarray
@@ -76,6 +79,7 @@ class FitResult:
     history: list[Record]
     seconds: dict[str, float]
     starts: Search | None
+    sample: Drawn | None
     factor: Factor = field(repr=False)
     _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
     _predict: Any = field(repr=False)  # (x, params) -> array

@@ -20,18 +20,21 @@ class Sample(NamedTuple):
     whole: bool  # the block is all data, which the model needs at once
 
 
+def spread(n: int, n_all: int, seed: int = 0) -> np.ndarray:
+    """``n`` of the numbers below ``n_all``, one at random in each of n equal stretches; all where there are no more."""
+    if n >= n_all:
+        return np.arange(n_all)
+    edges = np.arange(n + 1) * n_all // n
+    return edges[:-1] + (np.random.default_rng(seed).random(n) * np.diff(edges)).astype(np.int64)
+
+
 def stratified_places(chunks, rules: Rules, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Run and place within it, of ``n`` points spread evenly over all data: one at random in each of n equal stretches.
 
     The points depend on the shape of the data and on ``n`` alone, not on the chunks.
     """
     shape = tuple(sum(sizes) for sizes in chunks)
-    n_all = prod(shape)
-    if n >= n_all:
-        flat = np.arange(n_all)
-    else:
-        edges = np.arange(n + 1) * n_all // n
-        flat = edges[:-1] + (np.random.default_rng(0).random(n) * np.diff(edges)).astype(np.int64)
+    flat = spread(n, prod(shape))
     index, local = [], 0
     for sizes, along in zip(chunks, np.unravel_index(flat, shape), strict=True):
         ends = np.cumsum(sizes)

@@ -30,7 +30,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.linalg import norm
 
-from .reduction import Factor, NormalEquations, Reduction, factor, rank_tolerance
+from .reduction import Factor, NormalEquations, Read, Reduction, factor, rank_tolerance
 from .trf_jit import EPS, HatSpace, Spectrum, float64, hat_space, solve_cg, solve_svd, spectrum
 
 CG_ABOVE = 500  # parameters: beyond, an SVD of (2p, p) in each step is slower than conjugate gradients
@@ -66,6 +66,7 @@ class Record(NamedTuple):
     params: np.ndarray  # where the loop now stands, (p,)
     seconds: float  # since the start
     reduction: Reduction  # at the point where the loop now stands
+    read: Read | None = None  # what the trial step has read, where the data are not held
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     here = _stand(params, equations, None, options)
     radius = norm(params / here.hat.d) or 1.0
     relative, step_norm = np.inf, np.inf
-    history = [_record(iteration, nfev, here, np.nan, np.nan, np.nan, radius, True, started)]
+    history = [_record(iteration, nfev, here, np.nan, np.nan, np.nan, radius, True, started, equations.read)]
 
     while True:
         if here.optimality < options.gtol or here.optimality == 0:
@@ -189,7 +190,8 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
             radius = new_radius
             if accepted:
                 here = there
-        history.append(_record(iteration, nfev, here, actual, candidate.predicted, step_norm, radius, accepted, started))
+        step = (actual, candidate.predicted, step_norm, radius, accepted)
+        history.append(_record(iteration, nfev, here, *step, started, equations.read))
 
     if options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here):
         here = _stand(here.params, sweep(here.params, "qr"), here.scale, options)
@@ -347,7 +349,7 @@ def _terminated(relative, step_norm, params_norm, ratio, ftol, xtol):
     return {(True, True): 4, (True, False): 2, (False, True): 3}.get((bool(ftol_satisfied), bool(xtol_satisfied)))
 
 
-def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepted, started) -> Record:
+def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepted, started, read) -> Record:
     seconds = time.perf_counter() - started
     cost, kind = here.equations.cost, here.equations.reduction
     actual, predicted, step_norm, radius = map(float, (actual, predicted, step_norm, radius))
@@ -364,6 +366,7 @@ def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepte
         here.params,
         seconds,
         kind,
+        read,
     )
 
 

@@ -1,0 +1,412 @@
+"""Data larger than memory: every sweep reads them anew, and a fit of a small sample comes first, so that few are needed.
+
+A run of chunks is read, reduced and dropped; the reading of the next ones goes on while a kernel works. Results are
+merged in the order of `dask_nlsq.reduction`, as soon as neighbours are there, so a sweep has the same bits as one over
+data that are held, in this process or on workers, and what a half-finished sweep has to keep is a few matrices.
+
+Reading is what costs, so the fit begins on points drawn from chunks that are spread over the whole store: a
+trust-region fit of the sample ends about sqrt(N / n) standard errors from the optimum of all N points, from where two
+or three sweeps are left. Convergence is decided by sweeps over everything.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Semaphore
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import dask.array as da
+import numpy as np
+from dask._task_spec import Task, TaskRef
+from distributed import Client, as_completed
+
+from .config import threads
+from .inputs import Census, Chunk, Problem
+from .kernels import Block
+from .loading import Load, compute_shared, plan_loads
+from .multistart import promised_cost, sample_size
+from .reduction import (
+    Evaluation,
+    How,
+    NormalEquations,
+    Partition,
+    Read,
+    Reduction,
+    Sweep,
+    count_not_finite,
+    load_chunk,
+    longest,
+    merge,
+    merge_chunks,
+)
+from .resources import keep_freed_memory
+from .sample import Sample, as_sample, pick, spread
+from .trf_jit import inherit_device
+from .trust_region import NotFiniteAtStart, Options, Solution, solve, strictly_feasible
+
+READ_AHEAD = 2  # runs that are being read while the kernels work on others
+SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
+SAMPLE_RUNS = 64  # and no more than these, or two per parameter: enough to see all regions of the data
+SAMPLE_POINTS = 2**19  # held of them, or one in
+POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
+SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample tells nothing
+CHECKED = 8  # points of the sample on which the model is checked
+SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
+SAMPLE_SWEEPS = 100
+PIECES = 8  # in which a large sample is shared out to threads
+PIECE_POINTS = 2**14  # at least: several tiles
+
+
+class Drawn(NamedTuple):
+    """The sample that a fit began with."""
+
+    n_points: int
+    n_chunks: int  # runs of chunks that were read for it
+    of_chunks: int  # that there are
+    seconds: float
+    nfev: int = 0  # passes over the sample until it was fitted
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the order of the merge
+
+
+class Tree:
+    """Results of ``n`` runs of chunks, merged in pairs as soon as both are there: the order of `reduction.merge`.
+
+    ``nodes[level, k]`` is the (matrix, cost) of the runs from ``k 2^level`` on, ``2^level`` of them or up to the end.
+    """
+
+    def __init__(self, n: int, reduction: Reduction):
+        self.n, self.reduction, self.nodes = n, reduction, {}
+
+    def add(self, level: int, k: int, matrix: np.ndarray, cost: float) -> None:
+        while (count := -(-self.n >> level)) > 1:
+            if k ^ 1 < count:  # the last one of an odd number goes up as it is
+                if (level, k ^ 1) not in self.nodes:
+                    break
+                pair = [self.nodes.pop((level, k ^ 1)), (matrix, cost)][:: -1 if k % 2 == 0 else 1]
+                matrices, costs = zip(*pair, strict=True)
+                matrix, cost = merge(np.stack(matrices), np.array(costs), self.reduction)
+            level, k = level + 1, k // 2
+        self.nodes[level, k] = (matrix, cost)
+
+    def covers(self, level: int, k: int) -> bool:
+        """Whether all runs of a node are in one that is there."""
+        return any((high, k >> (high - level)) in self.nodes for high in range(level, self.n.bit_length() + 1))
+
+    def root(self) -> tuple[np.ndarray, float]:
+        ((matrix, cost),) = self.nodes.values()
+        return matrix, cost
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one read of everything
+
+
+class Unread(NamedTuple):
+    """Runs of chunks that a task reads whenever it needs them, with the shared values that they need."""
+
+    evaluation: Evaluation
+    runs: list[list[Load]]
+    shared: dict[Any, np.ndarray]
+
+    def each(self, work: Callable, args: tuple, n_threads: int) -> Iterator:
+        """``work(evaluation, chunk, *args)`` of each run, in order; at most ``n_threads + READ_AHEAD`` are in memory."""
+        kernels, n_ahead = Semaphore(n_threads), n_threads + READ_AHEAD
+
+        def one(run):
+            chunk = load_chunk(self.evaluation.rules, run, self.shared)
+            with kernels:
+                return work(self.evaluation, chunk, *args)
+
+        waiting = deque()
+        with ThreadPoolExecutor(max(1, min(n_ahead, len(self.runs))), "nlsq-stream", inherit_device()) as pool:
+            try:
+                for run in self.runs:
+                    waiting.append(pool.submit(one, run))
+                    if len(waiting) > 2 * n_ahead:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def part(self, places: Iterable[int]) -> "Unread":
+        return self._replace(runs=[self.runs[place] for place in places])
+
+
+class Reduced(NamedTuple):
+    """What a sweep finds in a run of chunks, or in many that are merged."""
+
+    matrix: np.ndarray
+    cost: float
+    censuses: list[Census]
+    sample: tuple[np.ndarray, ...]
+
+
+def reduce_chunk(evaluation: Evaluation, chunk: Chunk, params: np.ndarray, how: How) -> Reduced:
+    matrix, cost = merge_chunks([chunk], evaluation.reduce_blocks(chunk.blocks, params, how), how.reduction)
+    return Reduced(matrix, cost, summarize(chunk.censuses, evaluation.rules.omit), chunk.sample)
+
+
+def draw_points(evaluation: Evaluation, chunk: Chunk, n: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
+    """Index of the chunk and operands (operands, m) of those of ``n`` points, spread over it, that count."""
+    n_all = sum(census.n_points for census in chunk.censuses)
+    index = chunk.censuses[0].index
+    values, counts = pick(evaluation.rules, chunk, spread(n, n_all, hash(index) % 2**32))  # integers: the same hash anywhere
+    return [(index, values[:, counts])]
+
+
+def count_chunk(evaluation: Evaluation, chunk: Chunk, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+    return count_not_finite(Partition(evaluation, [chunk]), params)
+
+
+def summarize(censuses: Iterable[Census], omit: bool) -> list[Census]:
+    """One census with the sums, of index (), and behind it those of chunks in which something is wrong."""
+    n_points = n_masked = n_omitted = 0
+    wrong = []
+    for census in censuses:
+        if census.n_sigma_not_positive or (any(census.not_finite.values()) and not omit):
+            wrong.append(census)
+        else:
+            n_points += census.n_points
+            n_masked += census.n_masked
+            n_omitted += census.n_omitted
+    return [Census((), n_points, n_masked, {}, n_omitted, 0), *sorted(wrong, key=lambda census: census.index)]
+
+
+class Here:
+    """Reads in this process, run by run."""
+
+    level = 0  # of a unit in the tree
+
+    def __init__(self, problem: Problem, evaluation: Evaluation):
+        runs, common = plan_loads(problem)
+        self.unread = Unread(evaluation, runs, compute_shared(common))
+        self.n_runs = self.n_units = len(runs)
+
+    def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
+        """Number of a run and ``work(evaluation, chunk, *args)``, in order."""
+        yield from zip(runs, self.unread.part(runs).each(work, args, threads()), strict=True)
+
+    def close(self):
+        pass
+
+
+class There:
+    """Reads on the workers of ``client``: each unit is a task that reads its runs one after the other and merges them."""
+
+    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
+        runs, graph = plan_loads(problem)
+        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n_partitions >= len(runs))
+        self.client, self.running, self.n_runs, self.level, names = client, [], len(runs), size.bit_length() - 1, []
+        for k in range(0, len(runs), size):
+            part = runs[k : k + size]
+            keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
+            names.append(f"nlsq-plan-{uuid4().hex}")
+            graph[names[-1]] = Task(names[-1], _lay_out, evaluation, part, keys, *map(TaskRef, keys))
+        self.units, self.n_units = client.get(graph, names, sync=False), len(names)
+
+    def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
+        """Number of a unit and the results of its runs together, in the order in which they are ready."""
+        places: dict[int, list[int]] = {}
+        for run in runs:
+            places.setdefault(run >> self.level, []).append(run % (1 << self.level))
+        units = [self.units[unit] for unit in places]
+        name, each = f"nlsq-{work.__name__}", list(places.values())
+        self.running = self.client.map(_work_through, units, each, work=work, args=args, key=name, pure=False)
+        number = {future.key: unit for future, unit in zip(self.running, places, strict=True)}
+        try:
+            for future in as_completed(self.running):
+                yield number[future.key], future.result()
+        finally:
+            self.client.cancel(self.running)
+            self.running = []
+
+    def close(self):
+        # also where an error's traceback, which a notebook keeps, holds on to them
+        self.client.cancel([*self.running, *self.units])
+        self.running, self.units = [], []
+
+
+def _lay_out(evaluation, runs, keys, *values) -> Unread:
+    keep_freed_memory()
+    return Unread(evaluation, runs, dict(zip(keys, values, strict=True)))
+
+
+def _work_through(unread: Unread, places, work, args):
+    results = unread.part(places).each(work, args, 1)
+    if work is reduce_chunk:
+        return merge_reduced(unread, results, args[1].reduction)
+    return [each for found in results for each in found]
+
+
+def merge_reduced(unread: Unread, results: Iterable[Reduced], reduction: Reduction) -> Reduced:
+    tree, censuses, samples = Tree(len(unread.runs), reduction), [], [()]
+    for k, found in enumerate(results):
+        tree.add(0, k, found.matrix, found.cost)
+        censuses += found.censuses
+        samples.append(found.sample)
+    return Reduced(*tree.root(), summarize(censuses, unread.evaluation.rules.omit), longest(samples))
+
+
+class StreamingSweep(Sweep):
+    """All data of a fit, read anew in each sweep."""
+
+    admit: Callable[[], Any] = staticmethod(lambda: None)  # called when the first sweep has seen all data
+    watch: Callable[[float, float], None] = staticmethod(lambda share, gb_per_s: None)  # called while a sweep goes on
+    drawn: Drawn | None = None
+
+    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client | None, n_partitions: int = 1):
+        super().__init__(problem, evaluation)
+        self.reader = Here(problem, evaluation) if client is None else There(problem, evaluation, client, n_partitions)
+        self.nbytes = sum(operand.nbytes for operand in problem.operands if isinstance(operand, da.Array))
+        self.known: dict[bytes, NormalEquations] = {}  # of the last sweeps, so that nothing is read twice
+        self.censuses: list[Census] = []
+        self.coordinates: tuple[np.ndarray, ...] = ()
+        self.values: np.ndarray | None = None  # of the sample, (operands, m)
+
+    def __exit__(self, *exc):
+        self.reader.close()
+
+    def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
+        params = np.asarray(params, dtype=np.float64)
+        key = params.tobytes() + reduction.encode()
+        if key not in self.known:
+            self.known = dict([*self.known.items()][-1:]) | {key: self._read(params, reduction)}
+        return self.known[key]
+
+    def _read(self, params, reduction) -> NormalEquations:
+        began, reader = time.perf_counter(), self.reader
+        tree, censuses = Tree(reader.n_runs, reduction), []
+        found_in = reader.each(reduce_chunk, range(reader.n_runs), params, How(reduction, self.jac_mode))
+        for done, (unit, found) in enumerate(found_in, 1):
+            tree.add(reader.level, unit, found.matrix, found.cost)
+            censuses += found.censuses
+            if not self.coordinates:
+                self.coordinates = found.sample
+            share = done / reader.n_units
+            self.watch(share, share * self.nbytes / (time.perf_counter() - began) / 1e9)
+        self.count += 1
+        censuses = summarize(censuses, self.evaluation.rules.omit)
+        if not self.censuses:
+            self.censuses = censuses
+            self.admit()
+        elif censuses != self.censuses:
+            raise RuntimeError(
+                "the data have changed during the fit: masked and not finite points are not those of the first sweep. "
+                "Fit a copy that nobody writes to"
+            )
+        matrix, cost = tree.root()
+        total = censuses[0]
+        left_out = total.n_masked + total.n_omitted
+        read = Read(self.nbytes, total.n_points - left_out, left_out, time.perf_counter() - began)
+        return NormalEquations(np.asarray(matrix), float(cost), reduction, read)
+
+    def census(self) -> list[Census]:
+        return self.censuses
+
+    def sample(self) -> tuple[np.ndarray, ...]:
+        return self.coordinates
+
+    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+        """Per chunk: how many residuals are not finite. One more read, to say what is wrong."""
+        found = self.reader.each(count_chunk, range(self.reader.n_runs), params)
+        return sorted(each for _, counts in found for each in counts)
+
+    def draw(self, n_params: int, needed: bool) -> None:
+        """Read the sample: a tenth of the runs of chunks at most, but one where several starts have ``needed`` it."""
+        began, n_runs = time.perf_counter(), self.reader.n_runs
+        n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params))
+        if n_drawn == 0:
+            return
+        n = min(SAMPLE_POINTS, max(self.n_stored // POINTS_SHARE, sample_size(n_params)))
+        runs = spread(n_drawn, n_runs).tolist()
+        found = sorted(
+            (each for _, part in self.reader.each(draw_points, runs, -(-n // n_drawn)) for each in part),
+            key=lambda each: each[0],
+        )
+        self.values = np.concatenate([values for _, values in found], axis=1)
+        layouts, coordinates = self.evaluation.rules.layouts.x, self.values[2:, :: max(1, self.values.shape[1] // CHECKED)]
+        self.coordinates = tuple(
+            row.astype(np.int64 if layout.integer else np.float64) for layout, row in zip(layouts, coordinates, strict=True)
+        )
+        self.drawn = Drawn(self.values.shape[1], n_drawn, n_runs, time.perf_counter() - began)
+
+    def points(self, n: int) -> Sample:
+        """About ``n`` of the points of the sample."""
+        if self.drawn is None or self.drawn.n_points == 0:
+            raise ValueError("none of the points of the sample counts: give n_starts=0, and a p0 near the optimum")
+        n_total = round(self.n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
+        return as_sample(self.evaluation.rules.layouts, self.values, min(n, self.values.shape[1]), n_total)
+
+    def warm_start(self, start: np.ndarray, options: Options) -> np.ndarray:
+        """Where a fit of the sample ends; ``start`` where that is better for all data, or the sample says nothing.
+
+        All that is known of the cost at ``start`` is that of the sample. Where the next step from the new point, which
+        also finds parameters that the sample does not see, promises no less for all data, the sample may have misled, and
+        a sweep at ``start`` decides.
+        """
+        if self.drawn is None or self.drawn.n_points < SAMPLE_PER_PARAM * len(start):
+            return start
+        sample = self.points(self.drawn.n_points)
+        coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
+        own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, callback=None)
+        try:
+            with SampleSweep(self.evaluation, sample, self.jac_mode) as small:
+                found = solve(small, start, own)
+        except NotFiniteAtStart:
+            return start
+        self.drawn = self.drawn._replace(nfev=found.nfev)
+        warm, start = (strictly_feasible(p, options.lower, options.upper, rstep=1e-10) for p in (found.params, start))
+        reduction = "qr" if options.reduction == "qr" else "gram"
+        there = self(warm, reduction)
+        expected = found.history[0].cost / sample.n_points  # per point
+        if promised_cost(there, warm, options) / there.read.n_points <= expected:
+            return warm
+        return warm if there.finite and there.cost <= self(start, reduction).cost else start
+
+
+class SampleSweep:
+    """A sample as data of its own, in pieces that do not depend on the number of threads."""
+
+    def __init__(self, evaluation: Evaluation, sample: Sample, jac_mode):
+        rules = evaluation.rules._replace(layouts=sample.layouts)
+        self.evaluation, self.jac_mode = evaluation._replace(rules=rules), jac_mode
+        n, n_operands = sample.n_points, len(sample.block.buffers)
+        edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
+        self.pieces = [
+            Block(np.array([b - a, 0, *[a, 1] * n_operands]), np.array([float(b - a)]), sample.block.buffers)
+            for a, b in itertools.pairwise(edges)
+        ]
+        self.pool = ThreadPoolExecutor(min(threads(), len(self.pieces)), "nlsq-sample", inherit_device())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.pool.shutdown()
+
+    def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
+        how = How(reduction, self.jac_mode)
+        parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
+        matrices, costs = zip(*(part for (part,) in parts), strict=True)
+        matrix, cost = merge(np.stack(matrices), np.array(costs), reduction)
+        return NormalEquations(matrix, float(cost), reduction)
+
+
+def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Solution:
+    """`trust_region.solve` on all data, from where a fit of the sample ends.
+
+    Raises
+    ------
+    NotFiniteAtStart
+        Where on all data cost or derivatives are not finite at ``start``.
+    """
+    return solve(sweep, sweep.warm_start(start, options), options)

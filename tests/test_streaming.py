@@ -1,0 +1,340 @@
+import json
+import subprocess
+import sys
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+
+from dask_nlsq import curve_fit
+from dask_nlsq.inputs import build_problem
+from dask_nlsq.model import intern
+from dask_nlsq.reduction import Evaluation, LocalSweep, merge
+from dask_nlsq.sample import spread
+from dask_nlsq.streaming import StreamingSweep, Tree
+
+RNG = np.random.default_rng(5)
+N, CHUNK = 400_000, 9_000  # 45 chunks, the last one shorter
+X = np.linspace(0, 10, N)
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def peak(x, A, center, fwhm, eta, b0, b1):
+    u = 2 * (x - center) / fwhm
+    lorentz = 2 / (jnp.pi * fwhm) / (1 + u**2)
+    gauss = 2 * jnp.sqrt(jnp.log(2) / jnp.pi) / fwhm * jnp.exp(-jnp.log(2) * u**2)
+    return A * (eta * lorentz + (1 - eta) * gauss) + b0 + b1 * (x - 10)
+
+
+DECAY = np.array([2.0, 0.5, 0.3])
+PEAK = np.array([80.0, 10.03, 0.2, 0.4, 5.0, 1.0])
+Y = 2 * np.exp(-0.5 * X) + 0.3 + RNG.normal(0, 0.05, N)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_stay_apart(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+
+
+@pytest.fixture(scope="module")
+def client():
+    """Not the default one: tests that want it enter ``client.as_current()``."""
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+class Counted:
+    """An array on disk that counts how often each of its chunks is read."""
+
+    def __init__(self, values, chunk, spoil=None):
+        self.values, self.chunks, self.reads, self.spoil = values, (chunk,), Counter(), spoil
+        self.shape, self.dtype, self.ndim, self.store = values.shape, values.dtype, 1, None
+
+    def __getitem__(self, item):
+        k = item[0].start // self.chunks[0]
+        self.reads[k] += item[0].stop > item[0].start  # Dask looks at an empty slice
+        found = self.values[item]
+        return found if self.spoil is None else self.spoil(found, self.reads[k])
+
+
+def stored(values, chunk, path):
+    array = zarr.create_array(store=path, shape=values.shape, dtype=values.dtype, chunks=(chunk,))
+    array[...] = values
+    return array
+
+
+def errors_apart(found, expected):
+    """Largest distance in standard errors."""
+    return np.max(np.abs(found.popt - expected.popt) / expected.perr)
+
+
+@pytest.mark.parametrize("reduction", ["gram", "qr"])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 45])
+def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduction):
+    rng = np.random.default_rng(n)
+    rows = rng.normal(size=(n, 9, 4))
+    matrices = rows.swapaxes(1, 2) @ rows if reduction == "gram" else np.linalg.qr(rows, mode="r")
+    costs = rng.random(n)
+    expected = merge(matrices, costs, reduction)
+    for order in (range(n), rng.permutation(n)):
+        tree = Tree(n, reduction)
+        for done, k in enumerate(order):
+            assert not tree.covers(0, k)
+            tree.add(0, int(k), matrices[k], costs[k])
+            assert tree.covers(0, int(k))
+            assert len(tree.nodes) <= done + 1
+        np.testing.assert_array_equal(tree.root()[0], expected[0])
+        assert tree.root()[1] == expected[1]
+
+
+def test_a_tree_keeps_few_matrices():
+    tree = Tree(1000, "gram")
+    most = 0
+    for k in range(1000):
+        tree.add(0, k, np.ones((2, 2)), 1.0)
+        most = max(most, len(tree.nodes))
+    assert most <= 10
+    assert tree.root()[1] == 1000
+
+
+@pytest.mark.parametrize("reduction", ["gram", "qr"])
+def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, client, tmp_path):
+    x, y = da.from_array(X, CHUNK), stored(Y, CHUNK, tmp_path / "y.zarr")
+    problem = build_problem(x, y, check=True, omit=False)
+    evaluation = Evaluation(intern(decay), problem.rules, "soft_l1", 0.1)
+    params = np.array([1.9, 0.6, 0.2])
+    with LocalSweep(problem, evaluation, 2) as held:
+        expected = held(params, reduction)
+    for where in (None, client):
+        current = nullcontext() if where is None else client.as_current()
+        with current, StreamingSweep(problem, evaluation, where) as sweep:
+            found = sweep(params, reduction)
+            np.testing.assert_array_equal(found.matrix, expected.matrix)
+            assert found.cost == expected.cost
+            assert found.read.n_points == N
+
+
+@pytest.mark.parametrize("where", ["threads", "workers"])
+@pytest.mark.parametrize("f, truth", [(decay, DECAY), (peak, PEAK)], ids=["decay", "peak"])
+def test_the_fit_is_that_of_held_data_within_four_sweeps(f, truth, where, client, tmp_path):
+    x = X if f is decay else RNG.permutation(np.linspace(9, 11, N))  # so that each chunk sees the whole peak
+    clean = np.asarray(f(x, *truth))
+    y = stored(clean + RNG.normal(0, 0.05, N) if f is decay else RNG.poisson(clean).astype("u2"), CHUNK, tmp_path / "y.zarr")
+    arguments = dict(p0=truth * (1 + 0.3 * np.array([1, -0.01, 1, 1, -1, 1])[-len(truth) :]))
+    if f is decay:
+        arguments = dict(p0=truth * [1.3, 0.7, 1.3])
+    tight = curve_fit(f, x, np.asarray(y[:]), ftol=1e-14, xtol=1e-14, gtol=1e-14, **arguments)
+    with client.as_current() if where == "workers" else nullcontext():
+        found = curve_fit(f, da.from_array(x, CHUNK), y, strategy="streaming", **arguments)
+    assert found.strategy == "streaming"
+    assert found.sweeps <= 4
+    assert errors_apart(found, tight) < 1e-4
+    np.testing.assert_allclose(found.pcov, tight.pcov, rtol=1e-4)
+
+
+def test_each_chunk_is_read_once_per_sweep_and_the_sample_reads_a_tenth():
+    y = Counted(Y, CHUNK)
+    result = curve_fit(decay, da.from_array(X, CHUNK), y, p0=DECAY * 1.3, strategy="streaming")
+    assert result.sample.n_chunks == 4 <= len(y.reads) / 10
+    assert result.sample.of_chunks == len(y.reads) == 45
+    assert set(y.reads.values()) == {result.sweeps, result.sweeps + 1}
+    assert sum(y.reads.values()) == result.sweeps * 45 + result.sample.n_chunks
+
+
+def test_few_chunks_have_no_sample_and_are_read_once_per_sweep():
+    y = Counted(Y, 50_000)
+    result = curve_fit(decay, da.from_array(X, 50_000), y, p0=DECAY * 1.3, strategy="streaming")
+    assert result.sample is None
+    assert set(y.reads.values()) == {result.sweeps}
+
+
+def test_the_sample_saves_sweeps():
+    x, y = da.from_array(X, CHUNK), da.from_array(Y, CHUNK)
+    p0 = [20, 3.0, -3]
+    assert curve_fit(decay, x, y, p0=p0, strategy="streaming").sweeps <= 4
+    assert curve_fit(decay, x, y, p0=p0, strategy="standard").sweeps > 6
+
+
+def test_records_say_what_a_sweep_has_read():
+    result = curve_fit(decay, da.from_array(X, CHUNK), da.from_array(Y, CHUNK), mask=X < 1, strategy="streaming")
+    for record in result.history:
+        assert record.read.nbytes == X.nbytes + Y.nbytes + N
+        assert (record.read.n_points, record.read.n_left_out) == (N - (X < 1).sum(), (X < 1).sum())
+        assert record.read.gb_per_s > 0
+    assert curve_fit(decay, X, Y).history[0].read is None
+
+
+HOLES = np.where(np.arange(N) % 1000 == 7, np.nan, Y)
+
+
+@pytest.mark.parametrize(
+    "y, options",
+    [
+        (Y, dict(bounds=([0, 0, 0.31], [1.9, 9, 9]))),
+        (Y + (np.arange(N) % 50 == 0), dict(loss="soft_l1", f_scale=0.1)),
+        (Y, dict(sigma=0.05 + 0.01 * X, absolute_sigma=True)),
+        (Y + 9 * (X > 5), dict(mask=X > 5)),
+        (HOLES, dict(nan_policy="omit")),
+        (Y, dict(reduction="qr")),
+        (Y, dict(method="trf", x_scale=[1, 2, 3])),
+    ],
+    ids=["bounds", "loss", "sigma", "mask", "omit", "qr", "trf"],
+)
+def test_options_mean_what_they_mean_for_held_data(y, options):
+    x, y = da.from_array(X, CHUNK), da.from_array(y, CHUNK)
+    arguments = dict(p0=[1.5, 0.8, 0.5]) | options
+    held = curve_fit(decay, x, y, strategy="chunked", **arguments)
+    found = curve_fit(decay, x, y, strategy="streaming", **arguments)
+    assert errors_apart(found, held) < 1e-3  # both stop at tolerances of 1e-8
+    assert (found.n_points, found.n_masked, found.n_omitted) == (held.n_points, held.n_masked, held.n_omitted)
+    assert found.sweeps <= 6
+    tight = dict(ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    held, found = (curve_fit(decay, x, y, strategy=s, **arguments | tight) for s in ("chunked", "streaming"))
+    assert errors_apart(found, held) < 1e-6
+
+
+BAD = np.where(np.arange(N) == 300_000, np.nan, Y)
+
+
+@pytest.mark.parametrize(
+    "y, options",
+    [
+        (BAD, {}),
+        (Y, dict(sigma=np.where(X > 5, 0.0, 1.0))),
+        (Y, dict(mask=X >= 0)),
+        (Y, dict(mask=np.arange(N) > 1)),
+        (Y, dict(p0=[1e308, -1e3, 1e308])),
+    ],
+    ids=["nan", "sigma", "all masked", "too few", "not finite at p0"],
+)
+def test_errors_are_those_of_held_data(y, options):
+    x, y = da.from_array(X, CHUNK), da.from_array(y, CHUNK)
+    messages = set()
+    for strategy in ("standard", "streaming"):
+        with pytest.raises((ValueError, TypeError)) as caught:
+            curve_fit(decay, x, y, **dict(p0=DECAY, strategy=strategy) | options)
+        messages.add(str(caught.value))
+    assert len(messages) == 1
+
+
+@pytest.mark.parametrize("chunk", [CHUNK, 50_000], ids=["sample", "no sample"])
+def test_a_model_that_is_not_pointwise_is_refused(chunk):
+    with pytest.raises(ValueError, match="not pointwise"):
+        curve_fit(
+            lambda x, a, b: a * x + b * jnp.cumsum(x),
+            da.from_array(X, chunk),
+            da.from_array(Y, chunk),
+            p0=[1, 1],
+            strategy="streaming",
+        )
+
+
+@pytest.mark.parametrize("decoy", [[3, 0.2, 0.1], [1, 2, 0.6]])
+def test_a_sample_that_misleads_does_not_change_the_result(decoy):
+    k = np.arange(N) // CHUNK
+    other = np.where(np.isin(k, spread(4, 45)), decay(X, *decoy), Y)
+    x, y = da.from_array(X, CHUNK), da.from_array(other, CHUNK)
+    options = dict(p0=[2, 0.6, 0.5], ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    held = curve_fit(decay, x, y, strategy="chunked", **options)
+    found = curve_fit(decay, x, y, strategy="streaming", **options)
+    assert errors_apart(found, held) < 1e-6
+    assert found.sweeps <= held.sweeps + 3
+
+
+def test_params_that_the_sample_does_not_see_are_found():
+    outside = [k for k in range(45) if k not in spread(4, 45)][20]
+    place = jnp.arange(N) // CHUNK == outside
+
+    def model(axes, a, b, c, extra):
+        x, k = axes
+        return decay(x, a, b, c) + extra * place[k]
+
+    y = Y + 0.7 * np.asarray(place)
+    coordinates = da.from_array(X, CHUNK), da.arange(N, chunks=CHUNK)
+    result = curve_fit(model, coordinates, da.from_array(y, CHUNK), p0=[2.6, 0.35, 0.4, -50.0], strategy="streaming")
+    np.testing.assert_allclose(result.popt, [2, 0.5, 0.3, 0.7], atol=0.01)
+    assert result.sweeps <= 5
+
+
+def test_several_starts_are_screened_on_the_sample():
+    def sine(x, a, f, phi, c):
+        return a * jnp.sin(2 * jnp.pi * f * x + phi) + c
+
+    y = da.from_array(1.5 * np.sin(2 * np.pi * 1.7 * X + 0.6) + 0.4 + RNG.normal(0, 0.3, N), CHUNK)
+    x = da.from_array(X, CHUNK)
+    result = curve_fit(sine, x, y, p0=[1, 0.6, 0, 0], strategy="streaming", n_starts=20)
+    np.testing.assert_allclose(result.popt, [1.5, 1.7, 0.6, 0.4], atol=0.01)
+    assert len(result.starts.starts) == 20
+    assert result.sweeps <= 6  # two decide between a phase and its complement
+
+
+def test_data_that_change_during_the_fit_are_refused():
+    y = Counted(HOLES, CHUNK, spoil=lambda values, reads: np.where(values > 2.3, np.nan, values) if reads > 2 else values)
+    with pytest.raises(RuntimeError, match="changed during the fit"):
+        curve_fit(decay, da.from_array(X, CHUNK), y, p0=DECAY * 1.3, strategy="streaming", nan_policy="omit")
+
+
+def test_workers_read_and_nothing_is_left_on_them(client, tmp_path):
+    x, y = da.from_array(X, CHUNK), stored(Y, CHUNK, tmp_path / "y.zarr")
+    here = curve_fit(decay, x, y, p0=DECAY * 1.3, strategy="chunked", mask=X < 1)
+    with client.as_current():
+        there = curve_fit(decay, x, y, p0=DECAY * 1.3, strategy="streaming", mask=X < 1)
+        with pytest.raises(ValueError, match="nan or infinity"):
+            curve_fit(decay, x, da.from_array(BAD, CHUNK), p0=DECAY, strategy="streaming")
+    assert errors_apart(there, here) < 1e-6
+    assert there.sample.n_chunks == 4
+    assert not client.futures
+    for _ in range(50):
+        if not client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
+            return
+        client.run(lambda: __import__("time").sleep(0.05))
+    raise AssertionError("tasks are left on the scheduler")
+
+
+FLAT = """
+import json, sys
+from pathlib import Path
+import dask.array as da, jax.numpy as jnp
+import dask_nlsq
+
+def resident(field):
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+def fit(n):
+    x = da.linspace(0, 10, n, chunks=1_000_000)
+    y = 2 * da.exp(-0.5 * x) + 0.3 + 0.1 * da.sin(1e4 * x)
+    return dask_nlsq.curve_fit(decay, x, y, p0=[2.6, 0.35, 0.4], strategy="streaming")
+
+found = {}
+for n in (4 * 10**7, 12 * 10**7):
+    result = fit(n)
+    found[n] = resident("VmHWM"), result.sweeps, list(result.popt)
+print("RESULT", json.dumps(found))
+"""
+
+
+def test_memory_is_flat():
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", FLAT], capture_output=True, text=True, cwd=root, check=True)
+    found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))[7:])
+    (small, _, _), (large, sweeps, popt) = found.values()
+    assert large < 1.1 * small
+    assert large < 1000  # MB, of which 0.3 are JAX, Dask and Zarr; the data take 1900
+    assert sweeps <= 4
+    np.testing.assert_allclose(popt, DECAY, rtol=1e-3)
