@@ -6,11 +6,13 @@ from . import config  # noqa: F401  (defaults of dask.config)
 
 # public name -> room. Rooms are imported when a name is first used: `dask --help` loads this package, but not JAX.
 _ROOMS = {
+    "BadChunkError": "store",
     "FitResult": "result",
     "MemoryBudget": "budget",
     "MemoryBudgetSelector": "workflow",
     "MemoryBudgetError": "plan",
     "MemoryManager": "memory",
+    "MissingChunksError": "store",
     "NLSQStrategy": "budget",
     "OptimizationGoal": "workflow",
     "Plan": "plan",

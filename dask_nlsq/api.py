@@ -35,6 +35,7 @@ from .progress import Observers
 from .reduction import Evaluation, Sweep, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
+from .store import Policy, is_stored, n_stored, open_all
 from .streaming import StreamingSweep, hybrid
 from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .workflow import OptimizationGoal, workflow_options
@@ -67,6 +68,10 @@ def curve_fit(
     max_nfev: int | None = None,
     maxfev: int | None = None,
     mask=None,
+    mask_values=None,
+    valid_range=None,
+    on_bad_chunk: Literal["raise", "mask"] = "raise",
+    missing_chunks: Literal["error", "mask", "fill"] = "error",
     param_names=None,
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     reduction: Literal["auto", "gram", "qr"] = "auto",
@@ -93,7 +98,9 @@ def curve_fit(
         An array of y's shape (or one that broadcasts against y), or of shape ``(k, *ydata.shape)``; the model gets flat
         pieces of it, shape (n,) or (k, n), in float64. Or a tuple of k arrays that broadcast against y (axis vectors
         stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
-        Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``.
+        Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
+        the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
+        is one array, joined along the first axis.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), optional
@@ -128,6 +135,16 @@ def curve_fit(
         Most evaluations of the cost, one sweep over the data each; 100 p by default.
     mask : array_like, optional
         Broadcasts against y; where it is true (not zero) a point is left out. A masked array as ydata works as well.
+    mask_values : sequence of numbers, optional
+        Values of y that stand for no data; their points count as masked. None: for arrays in Zarr stores the largest value
+        of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; () for none at all.
+    valid_range : pair, optional
+        Lowest and highest value of y that counts, each may be None.
+    on_bad_chunk : {"raise", "mask"}
+        What becomes of chunks of Zarr arrays that cannot be read: an error that says which, or their points are left out
+        and the chunks listed in the result's ``damage``.
+    missing_chunks : {"error", "mask", "fill"}
+        What becomes of chunks that are absent: an error before anything is read, left out, or read as fill values.
     param_names : sequence of str, optional
         Names for messages and tables; from the signature of ``f`` by default.
     strategy : {"auto", "standard", "chunked", "streaming"}
@@ -169,6 +186,8 @@ def curve_fit(
         Input that cannot be fitted; the message says which, and what to do.
     MemoryBudgetError
         Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
+    BadChunkError, MissingChunksError
+        Chunks of a Zarr array that cannot be read, or that are absent.
     RuntimeError
         No convergence within ``max_nfev``.
 
@@ -186,7 +205,7 @@ def curve_fit(
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
-    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose)
+    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose)
     if callback is not None and not callable(callback):
         raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
     if method == "lm" and loss != "linear":
@@ -207,7 +226,13 @@ def curve_fit(
         tr_solver=tr_solver,
     )
     check, omit = finite_policy(check_finite, nan_policy)
-    problem = _problem(model, len(start), xdata, ydata, sigma, mask, check, omit, strategy)
+    data, stored, rules = _opened(
+        dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask),
+        Policy(on_bad_chunk, missing_chunks),
+        mask_values,
+        valid_range,
+    )
+    problem = _problem(model, len(start), **data, strategy=strategy, rules=dict(check=check, omit=omit) | rules)
     if problem.n_points < len(start):
         raise TypeError(_too_few(len(start), problem.n_points))
     client = active_client()
@@ -215,7 +240,7 @@ def curve_fit(
     if plan.strategy == "standard":
         client = None
     if client is not None:
-        check_sendable(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
+        check_sendable(**data)
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
@@ -250,7 +275,7 @@ def curve_fit(
         except NotFiniteAtStart as err:
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         n_points, n_masked, n_omitted = admit()
-        sweeps, drawn = sweep.count, sweep.drawn
+        sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
     if solution.status == 0:
         raise RuntimeError(_not_converged(solution, names))
     result = FitResult(
@@ -273,6 +298,8 @@ def curve_fit(
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
         starts=found,
         sample=drawn,
+        damage=damage,
+        n_filled=sum(each.n_missing for each in stored) if missing_chunks == "fill" else 0,
         factor=solution.factor,
         _values=partial(map_chunks, problem, evaluation),
         _predict=partial(_predict, evaluation),
@@ -299,15 +326,17 @@ def fit(
 ) -> FitResult:
     """`curve_fit` with strategy, tolerances and number of starts by the name of a workflow.
 
-    ==================  ========  ==================  ======
-    workflow            strategy  tolerances          starts
-    ==================  ========  ==================  ======
-    "auto"              auto      by points           p0
-    "standard"          standard  1e-8                p0
-    "quality"           standard  1e-10               20
-    "fast"              standard  1e-6                p0
-    "large_robust"      chunked   1e-8                10
-    ==================  ========  ==================  ======
+    ==================  =========  ==================  ======
+    workflow            strategy   tolerances          starts
+    ==================  =========  ==================  ======
+    "auto"              auto       by points           p0
+    "standard"          standard   1e-8                p0
+    "quality"           standard   1e-10               20
+    "fast"              standard   1e-6                p0
+    "large_robust"      chunked    1e-8                10
+    "streaming"         streaming  1e-7                p0
+    "hpc_distributed"   streaming  1e-6                p0
+    ==================  =========  ==================  ======
 
     Parameters
     ----------
@@ -324,8 +353,6 @@ def fit(
     ------
     ValueError
         An unknown workflow or goal; and as `curve_fit`.
-    NotImplementedError
-        "streaming" and "hpc_distributed", which this version cannot do yet.
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
     options = workflow_options(workflow, goal, _n_points(ydata), n_starts)
@@ -361,12 +388,17 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     _, _, _, start = parameters(f, p0, given["bounds"], given["param_names"])
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(f, jacobian(given["jac"]))
-    problem = _problem(model, len(start), xdata, ydata, given["sigma"], given["mask"], check, omit, given["strategy"])
+    data = dict(xdata=xdata, ydata=ydata, sigma=given["sigma"], mask=given["mask"])
+    data, _, rules = _opened(data, Policy(), given["mask_values"], given["valid_range"], look=False)
+    rules |= dict(check=check, omit=omit)
+    problem = _problem(model, len(start), **data, strategy=given["strategy"], rules=rules)
     where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
     return make_plan(problem, len(start), *where)
 
 
 def _n_points(ydata) -> int:
+    if is_stored(ydata):
+        return n_stored(ydata)
     return ydata.size if hasattr(ydata, "size") else np.size(ydata)
 
 
@@ -374,15 +406,23 @@ def _n_points(ydata) -> int:
 # data
 
 
-def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, check, omit, strategy) -> Problem:
+def _opened(data: dict[str, Any], policy: Policy, mask_values, valid_range, look: bool = True):
+    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both."""
+    if mask_values is None:
+        mask_values = ["largest"] if is_stored(data["ydata"]) else []
+    data, stored = open_all(policy, look, **data)
+    return data, stored, dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range))
+
+
+def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:
     y_size = _n_points(ydata)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
         covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
-        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=check, omit=omit)
+        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=rules["check"], omit=rules["omit"])
         check_model(model, problem.rules.layouts, problem.n_points, n_params)
         return problem
     split = strategy == "chunked" and active_client() is not None
-    arguments = dict(sigma=sigma, mask=mask, check=check, omit=omit, split=split)
+    arguments = dict(sigma=sigma, mask=mask, split=split) | rules
     problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
     if problem.rules.whole:
         check_model(model, problem.rules.layouts, problem.n_points, n_params)

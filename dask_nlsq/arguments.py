@@ -109,7 +109,7 @@ def _feasible(lower, upper):
     return np.where(np.isfinite(lower) & np.isfinite(upper), middle, inside)
 
 
-def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbose):
+def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose):
     for name, value, allowed in [
         ("method", method, (None, "trf", "lm", "dogbox")),
         ("loss", loss, tuple(LOSSES)),
@@ -117,6 +117,8 @@ def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, verbos
         ("reduction", reduction, ("auto", "gram", "qr")),
         ("jac_mode", jac_mode, ("auto", "columns", "arguments")),
         ("tr_solver", tr_solver, (None, "exact", "cg")),
+        ("on_bad_chunk", on_bad_chunk, ("raise", "mask")),
+        ("missing_chunks", missing_chunks, ("error", "mask", "fill")),
         ("verbose", verbose, (0, 1, 2)),
     ]:
         if value not in allowed:

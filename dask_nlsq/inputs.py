@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 
-from .kernels import BLOCK_POINTS, Block, Layout, Layouts, longest_tile
+from .kernels import BLOCK_POINTS, Block, Invalid, Layout, Layouts, longest_tile
 from .memory import ALIGNMENT, buffer_bytes, get_memory_manager
+from .store import BadChunkError
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
@@ -35,6 +36,7 @@ class Census(NamedTuple):
     not_finite: dict[str, int]  # per argument: "xdata", "ydata", "sigma"
     n_omitted: int
     n_sigma_not_positive: int
+    damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
 
 
 class Chunk(NamedTuple):
@@ -56,6 +58,8 @@ class Rules(NamedTuple):
     omit: bool  # leave points out where a value is not finite
     whole: bool  # one block of exactly the chunk's length
     read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
+    hides: bool  # points may be left out for their values, or since they cannot be read
+    dtypes: tuple[np.dtype, ...]  # of the operands
 
     @property
     def copied(self) -> bool:
@@ -245,7 +249,17 @@ def _on_disk(data):
 
 
 def build_problem(
-    xdata, ydata, sigma=None, mask=None, *, check: bool, omit: bool, whole: bool = False, split: bool = False
+    xdata,
+    ydata,
+    sigma=None,
+    mask=None,
+    *,
+    check: bool,
+    omit: bool,
+    whole: bool = False,
+    split: bool = False,
+    hides: bool = False,
+    sentinels=(),
 ) -> Problem:
     """Check shapes and dtypes and align the operands; reads no data.
 
@@ -259,6 +273,10 @@ def build_problem(
         Whether the model must be given all points in one call.
     split : bool
         Whether arrays in memory are cut into chunks that workers can share.
+    hides : bool
+        Whether chunks that cannot be read are left out.
+    sentinels : tuple
+        ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
 
     Raises
     ------
@@ -283,7 +301,7 @@ def build_problem(
     operands = [y, _broadcastable("sigma", sigma, y.shape)]
     if mask is not None:
         operands.append(_broadcastable("mask", as_array("mask", mask), y.shape))
-    elif omit:
+    elif omit or hides:
         operands.append(np.zeros((1,) * y.ndim, bool))
     operands += [_broadcastable("xdata", c, y.shape) for c in coordinates]
     chunks = next((a.chunks for a in operands if isinstance(a, da.Array) and a.shape == y.shape), None)
@@ -296,16 +314,17 @@ def build_problem(
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and x_kind == "tuple" and operand.dtype.kind in "iu")
 
-    masked = mask is not None or omit
+    masked = mask is not None or omit or hides
     layouts = Layouts(
         y=Layout(True),
         sigma=layout(operands[1]),
         # points that are left out for their values need a mask of their own
-        mask=(Layout(True) if omit else layout(operands[2])) if masked else None,
+        mask=(Layout(True) if omit or hides else layout(operands[2])) if masked else None,
         x=tuple(layout(operand, coordinate=True) for operand in operands[2 + masked :]),
         x_kind=x_kind,
         x_lead=x_lead,
         ndim=y.ndim,
+        invalid=_invalid(*sentinels, y.dtype) if sentinels else None,
     )
     largest = [max(sizes) for sizes in chunks]
     capacities = tuple(
@@ -316,7 +335,30 @@ def build_problem(
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
-    return Problem(operands, chunks, Rules(layouts, capacities, run, check, omit, whole, read_bytes))
+    dtypes = tuple(operand.dtype for operand in operands)
+    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes)
+    return Problem(operands, chunks, rules)
+
+
+def _invalid(mask_values, valid_range, dtype) -> Invalid | None:
+    """What a value of y must not be, of what ``dtype`` can hold."""
+    try:
+        values = [value.item() if hasattr(value, "item") else value for value in mask_values]
+        if values == ["largest"]:
+            values = [np.iinfo(dtype).max] if dtype.kind == "u" and dtype.itemsize > 1 else []
+        low, high = (None, None) if valid_range is None else valid_range
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`mask_values` must be a sequence of numbers and `valid_range` a pair (low, high), None for no limit, not "
+            f"{mask_values!r} and {valid_range!r}"
+        ) from None
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        values = [value for value in values if value == value and info.min <= value <= info.max]
+        low = None if low is None or low <= info.min else int(np.ceil(low))
+        high = None if high is None or high >= info.max else int(np.floor(high))
+    found = Invalid(tuple(values), low, high)
+    return found if found != ((), None, None) else None
 
 
 def _is_masked(data):
@@ -414,6 +456,11 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
     return Chunk(blocks, censuses, _sample(rules, shape, pieces[first_x:]), staged)
 
 
+def blank(rules: Rules, shape: tuple[int, ...], k: int) -> np.ndarray:
+    """In the place of operand ``k`` of a chunk that cannot be read: a mask that hides all, and values that do no harm."""
+    return (np.ones if k in (1, 2) else np.zeros)(shape, rules.dtypes[k])
+
+
 def release(chunk: Chunk) -> None:
     """Give back what `prepare_chunk` has taken; no block of the chunk may be used any longer."""
     for array in chunk.staged:
@@ -426,7 +473,9 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
     shape = pieces[0].shape
     masked = rules.layouts.mask is not None
     names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
-    hidden = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
+    hidden = stored_mask = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
+    if rules.layouts.invalid is not None:
+        hidden = hidden | rules.layouts.invalid.hits(pieces[0])
     not_finite = {}
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
@@ -438,7 +487,7 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
     n_masked = int(np.count_nonzero(np.broadcast_to(hidden, shape)))
     n_omitted = int(np.count_nonzero(np.broadcast_to(spoiled & ~hidden, shape))) if rules.omit else 0
     if masked:
-        pieces[2] = np.ascontiguousarray(np.broadcast_to(hidden | spoiled, shape)) if rules.omit else hidden
+        pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
     not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
     return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive), pieces
 

@@ -15,6 +15,7 @@ References
 .. [2] B. Triggs et al., "Bundle Adjustment - A Modern Synthesis", 1999, section 4.3.
 """
 
+import functools
 import time
 from typing import Literal, NamedTuple
 
@@ -54,6 +55,25 @@ class Layout(NamedTuple):
     integer: bool = False  # keep integers (as int64), so that the model can index a table
 
 
+class Invalid(NamedTuple):
+    """Values of y that stand for no data: single ones, and those below ``low`` or above ``high``."""
+
+    values: tuple[float, ...]
+    low: float | None
+    high: float | None
+
+    def hits(self, y):
+        """Where ``y`` holds such a value; NumPy or JAX."""
+        found = y != y if any(value != value for value in self.values) else y < y
+        for value in self.values:
+            found = found | (y == value)
+        if self.low is not None:
+            found = found | (y < self.low)
+        if self.high is not None:
+            found = found | (y > self.high)
+        return found
+
+
 class Layouts(NamedTuple):
     """Operands of a block, in this order: y, sigma, mask or None, then the coordinates."""
 
@@ -64,6 +84,7 @@ class Layouts(NamedTuple):
     x_kind: Literal["single", "stacked", "tuple", "none"]
     x_lead: tuple[int, ...]  # leading axes of a stacked x: (k,) for SciPy's (k, M)
     ndim: int  # axes of the chunk
+    invalid: Invalid | None = None
 
     @property
     def operands(self):
@@ -333,9 +354,8 @@ def _weighted(spec, rows, tile, fresh, block):
     """Rows (..., tile) divided by sigma or by the factor of the covariance, zero where masked."""
     if spec.whitened:
         return jax.scipy.linalg.solve_triangular(block.buffers[-1], rows.T, lower=True).T
-    if spec.layouts.mask is None:
-        return jnp.where(fresh, rows / tile.sigma(), 0.0)
-    return jnp.where(fresh & ~tile.mask(), rows / tile.sigma(), 0.0)
+    hidden = tile.hidden()
+    return jnp.where(fresh if hidden is None else fresh & ~hidden, rows / tile.sigma(), 0.0)
 
 
 def assemble_x(layouts: Layouts, coordinates):
@@ -363,27 +383,35 @@ class _Tile:
     def sigma(self):
         return self._read(1, self.layouts.sigma)
 
-    def mask(self):
-        return self._read(2, self.layouts.mask)
+    def hidden(self):
+        """Which points are left out, by the mask or by their value; None where none ever are."""
+        parts = []
+        if self.layouts.mask is not None:
+            parts.append(self._read(2, self.layouts.mask))
+        if self.layouts.invalid is not None:
+            parts.append(self.layouts.invalid.hits(self._stored(0, self.layouts.y)))
+        return functools.reduce(jnp.logical_or, parts) if parts else None
 
     def x(self):
         begin = 2 + (self.layouts.mask is not None)
         return assemble_x(self.layouts, [self._read(begin + k, layout) for k, layout in enumerate(self.layouts.x)])
 
     def _read(self, k, layout):
-        buffer, ndim = self.block.buffers[k], self.layouts.ndim
-        offset = self.block.geometry[2 + k * (1 + ndim)]
-        if layout.dense:
-            values = lax.dynamic_slice(buffer, (offset + self.first,), (self.length,))
-        elif buffer.shape == (1,):
-            values = jnp.broadcast_to(buffer[0], (self.length,))
-        else:
-            strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
-            index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
-            values = buffer.at[index].get(mode="clip")
+        values = self._stored(k, layout)
         if layout is self.layouts.mask:
             return values
         return values.astype(jnp.int64 if layout.integer else jnp.float64)
+
+    def _stored(self, k, layout):
+        buffer, ndim = self.block.buffers[k], self.layouts.ndim
+        offset = self.block.geometry[2 + k * (1 + ndim)]
+        if layout.dense:
+            return lax.dynamic_slice(buffer, (offset + self.first,), (self.length,))
+        if buffer.shape == (1,):
+            return jnp.broadcast_to(buffer[0], (self.length,))
+        strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
+        index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
+        return buffer.at[index].get(mode="clip")
 
     def _places(self):
         """Place of each point along each axis of the chunk.
@@ -416,8 +444,8 @@ def _build_values(model, spec, what):
                 piece = jnp.broadcast_to(evaluate(model, operands.x(), tuple(params)), (tile,))
             else:
                 piece = _residual(model, spec, params, block, first, jnp.ones(tile, bool))
-                if spec.layouts.mask is not None:
-                    piece = jnp.where(operands.mask(), jnp.nan, piece)
+                if (hidden := operands.hidden()) is not None:
+                    piece = jnp.where(hidden, jnp.nan, piece)
             return lax.dynamic_update_slice(out, piece, (first,))
 
         return lax.fori_loop(0, (n + tile - 1) // tile, one_tile, jnp.zeros(capacity))

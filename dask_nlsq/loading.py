@@ -20,7 +20,7 @@ from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
 
-from .inputs import Problem
+from .inputs import Problem, Rules, blank
 
 CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
 SHARED = -1
@@ -29,10 +29,10 @@ SHARED = -1
 class Load:
     """How to read one chunk: for each operand its key in ``graph`` or an array; ``shared`` keys come from elsewhere."""
 
-    __slots__ = ("graph", "index", "operands", "shared")
+    __slots__ = ("graph", "index", "operands", "shape", "shared")
 
-    def __init__(self, index: tuple[int, ...], operands: list):
-        self.index, self.operands, self.graph, self.shared = index, operands, {}, []
+    def __init__(self, index: tuple[int, ...], shape: tuple[int, ...], operands: list):
+        self.index, self.shape, self.operands, self.graph, self.shared = index, shape, operands, {}, []
 
     def pieces(self, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
         """The chunk's piece of each operand; an error says which chunk it is."""
@@ -40,6 +40,26 @@ class Load:
         with _NamedChunk(self.index):
             values = execute_graph(self.graph, {key: shared[key] for key in self.shared}, keys)
         return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
+
+    def hidden(self, rules: Rules, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
+        """What `pieces` gives, but for what has one value per point: the mask hides all of them."""
+        pieces = []
+        for k, (operand, layout) in enumerate(zip(self.operands, rules.layouts.operands, strict=True)):
+            if k == 2 or (layout.dense and isinstance(operand, tuple)):  # rules.layouts.mask is there: chunks are hidden
+                pieces.append(blank(rules, self.shape, k))
+            elif isinstance(operand, tuple):
+                pieces.append(shared[operand] if operand in shared else self._alone(operand, shared))
+            else:
+                pieces.append(operand)
+        return pieces
+
+    def _alone(self, key, shared):
+        needed, wanted = {}, [key]
+        while wanted:
+            if (one := wanted.pop()) in self.graph and one not in needed:
+                needed[one] = self.graph[one]
+                wanted += needed[one].dependencies
+        return execute_graph(needed, {key: shared[key] for key in self.shared}, {key})[key]
 
 
 class _NamedChunk:
@@ -58,7 +78,7 @@ class _NamedChunk:
 
 def plan_loads(problem: Problem) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
     """A `Load` for each chunk in C order, in runs of chunks that are joined; and the graph of what several share."""
-    loads = [Load(index, problem.places(index)) for index in problem.indices()]
+    loads = [Load(index, problem.chunk_shape(index), problem.places(index)) for index in problem.indices()]
     arrays = [operand for operand in problem.operands if isinstance(operand, da.Array)]
     size = problem.rules.run
     runs = [loads[k : k + size] for k in range(0, len(loads), size)]

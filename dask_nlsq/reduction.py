@@ -26,6 +26,7 @@ from .memory import get_memory_manager
 from .model import Model
 from .resources import keep_freed_memory
 from .sample import Sample, as_sample, pick, stratified_places
+from .store import BadChunkError
 from .trf_jit import EPS, float64, gradient, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
@@ -282,15 +283,32 @@ def _owner(array: np.ndarray) -> np.ndarray:
 def load_chunk(rules: Rules, run: list[Load], shared: dict) -> Chunk:
     """Read the chunks of a run and join them; where memory is short, large ones wait for other threads' turn to end.
 
+    Chunks that cannot be read are hidden where that has been asked for.
+
     Raises
     ------
     MemoryError
         Where a run does not fit even alone.
+    BadChunkError
+        Where a chunk cannot be read.
     """
-    nbytes = len(run) * rules.read_bytes
+    nbytes, damage = len(run) * rules.read_bytes, {}
+
+    def pieces(load):
+        try:
+            return load.pieces(shared)
+        except BadChunkError as err:
+            if not err.masked:
+                raise
+            damage[load.index] = (err.with_traceback(None),)
+            return load.hidden(rules, shared)
+
     large = nbytes >= RESERVED_FROM
     with get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext():
-        return prepare_chunk(rules, [load.index for load in run], [load.pieces(shared) for load in run])
+        chunk = prepare_chunk(rules, [load.index for load in run], [pieces(load) for load in run])
+    if not damage:
+        return chunk
+    return chunk._replace(censuses=tuple(each._replace(damage=damage.get(each.index, ())) for each in chunk.censuses))
 
 
 def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *values) -> Partition:

@@ -8,6 +8,7 @@ import numpy as np
 from .multistart import Search
 from .plan import Plan
 from .reduction import Factor
+from .store import BadChunkError
 from .streaming import Drawn
 from .trust_region import Record
 
@@ -59,6 +60,10 @@ class FitResult:
         With several starts: each with its cost, the optimum it leads to, and which optimum won.
     sample : Drawn or None
         With "streaming": points and chunks of the sample that was fitted first, and what it cost.
+    damage : tuple of BadChunkError
+        Chunks that could not be read, or were absent, and were left out; their points are in ``n_masked``.
+    n_filled : int
+        Chunks that were absent and were read as fill values.
     """
 
     popt: np.ndarray
@@ -80,6 +85,8 @@ class FitResult:
     seconds: dict[str, float]
     starts: Search | None
     sample: Drawn | None
+    damage: tuple[BadChunkError, ...]
+    n_filled: int
     factor: Factor = field(repr=False)
     _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
     _predict: Any = field(repr=False)  # (x, params) -> array
@@ -154,6 +161,10 @@ class FitResult:
             f'{self.sweeps} sweeps in {sum(self.seconds.values()):.2f} s; strategy "{self.strategy}"; reduction '
             f'"{self.reduction}"; condition {self.condition:.1e}',
         ]
+        if self.damage:
+            lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")
+        if self.n_filled:
+            lines.append(f"{self.n_filled} absent chunks read as fill values")
         for name, value, error in zip(self.param_names, self.popt, self.perr, strict=True):
             relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
             lines.append(f"  {name:<{width}}  {value: .9g} +- {error:.3g} {relative}".rstrip())

@@ -68,6 +68,8 @@ def pick(rules: Rules, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np
             counts &= found == 0
         else:
             values.append(found)
+    if layouts.invalid is not None:
+        counts &= ~layouts.invalid.hits(values[0])
     return np.array(values), counts & np.isfinite(values).all(axis=0)
 
 
@@ -85,6 +87,7 @@ def as_sample(layouts: Layouts, values: np.ndarray, n: int, n_total: int) -> Sam
         y=Layout(True),
         sigma=Layout(True),
         mask=None,
+        invalid=None,
         x=tuple(each._replace(dense=True) for each in layouts.x),
         ndim=1,
     )

@@ -25,7 +25,7 @@ from dask._task_spec import Task, TaskRef
 from distributed import Client, as_completed
 
 from .config import threads
-from .inputs import Census, Chunk, Problem
+from .inputs import Census, Chunk, Problem, release
 from .kernels import Block
 from .loading import Load, compute_shared, plan_loads
 from .multistart import promised_cost, sample_size
@@ -121,8 +121,11 @@ class Unread(NamedTuple):
 
         def one(run):
             chunk = load_chunk(self.evaluation.rules, run, self.shared)
-            with kernels:
-                return work(self.evaluation, chunk, *args)
+            try:
+                with kernels:
+                    return work(self.evaluation, chunk, *args)
+            finally:
+                release(chunk)
 
         waiting = deque()
         with ThreadPoolExecutor(max(1, min(n_ahead, len(self.runs))), "nlsq-stream", inherit_device()) as pool:
@@ -168,9 +171,9 @@ def count_chunk(evaluation: Evaluation, chunk: Chunk, params: np.ndarray) -> lis
 
 
 def summarize(censuses: Iterable[Census], omit: bool) -> list[Census]:
-    """One census with the sums, of index (), and behind it those of chunks in which something is wrong."""
+    """One census with the sums, of index (), and behind it those of chunks in which values are not as they must be."""
     n_points = n_masked = n_omitted = 0
-    wrong = []
+    wrong, damage = [], ()
     for census in censuses:
         if census.n_sigma_not_positive or (any(census.not_finite.values()) and not omit):
             wrong.append(census)
@@ -178,7 +181,9 @@ def summarize(censuses: Iterable[Census], omit: bool) -> list[Census]:
             n_points += census.n_points
             n_masked += census.n_masked
             n_omitted += census.n_omitted
-    return [Census((), n_points, n_masked, {}, n_omitted, 0), *sorted(wrong, key=lambda census: census.index)]
+            damage += census.damage
+    total = Census((), n_points, n_masked, {}, n_omitted, 0, tuple(sorted(damage, key=lambda err: err.args)))
+    return [total, *sorted(wrong, key=lambda census: census.index)]
 
 
 class Here:

@@ -79,17 +79,10 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     ------
     ValueError
         An unknown preset or goal.
-    NotImplementedError
-        A preset that re-reads the data from their store in each sweep.
     """
     if workflow not in PRESETS:
         raise ValueError(f"`workflow` must be one of {', '.join(map(repr, PRESETS))}, not {workflow!r}")
     preset = PRESETS[workflow]
-    if preset.strategy == "streaming":
-        raise NotImplementedError(
-            f'workflow="{workflow}" re-reads the data in each sweep, which this version cannot do yet: use "large_robust" '
-            "with a distributed.Client whose workers together hold the data"
-        )
     effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]
     tier = bisect_right(TIERS, n_points) if preset.tolerance is None else TOLERANCES.index(preset.tolerance)
     tolerance = TOLERANCES[min(max(tier + effect.tier, 0), len(TOLERANCES) - 1)]

@@ -7,16 +7,16 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "inputs",
+    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "store", "inputs",
     "loading", "sample", "reduction", "trust_region", "multistart", "streaming", "plan", "progress", "result", "arguments",
     "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 KNOWS = {
     "jax": {"trf_jit", "model", "kernels", "demo"},
-    "dask": {"config", "inputs", "loading", "reduction", "streaming", "plan", "demo"},
+    "dask": {"config", "store", "inputs", "loading", "reduction", "streaming", "plan", "demo"},
     "distributed": {"resources", "loading", "reduction", "streaming", "plan"},
-    "zarr": {"demo"},
+    "zarr": {"store", "demo"},
     "matplotlib": {"demo"},
     "click": {"cli"},
 }

@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 
 import dask.array as da
 import jax.numpy as jnp
@@ -198,9 +197,7 @@ def test_an_error_in_a_model_is_one_error():
     assert not getattr(caught.value, "__notes__", [])
 
 
-@pytest.mark.parametrize(
-    "data", ["y.zarr", None, Path("y.zarr"), zarr.create_group(store={})], ids=["str", "None", "path", "group"]
-)
+@pytest.mark.parametrize("data", [b"y.zarr", None, zarr.create_group(store={})], ids=["bytes", "None", "group"])
 def test_what_is_not_an_array_gets_advice(data):
     with pytest.raises(TypeError, match=r"`ydata` is .*zarr\.open_array"):
         curve_fit(decay, X, data)

@@ -35,9 +35,11 @@ def test_an_unknown_workflow_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("workflow", ["streaming", "hpc_distributed"])
-def test_a_workflow_that_streams_says_that_it_cannot_yet(workflow):
-    with pytest.raises(NotImplementedError, match=workflow):
-        fit(sine, X, noisy_sine(), workflow=workflow)
+def test_a_workflow_that_streams_re_reads_the_data(workflow):
+    y = da.from_array(noisy_sine(), 1000)
+    found = fit(sine, X, y, p0=[1, 1.69, 0.5, 0.3], workflow=workflow)
+    assert found.strategy == "streaming"
+    np.testing.assert_allclose(found.popt, [1.5, 1.7, 0.6, 0.4], atol=0.02)
 
 
 def test_goals_shift_tolerances_and_ask_for_starts():

@@ -1,0 +1,365 @@
+"""Arrays in Zarr stores: how they are opened, looked at before the first sweep, and read with errors that say where.
+
+What Zarr does not tell: a chunk that is absent, a shard of no bytes and a directory in the place of a chunk read as fill
+values; an error of a codec names neither array nor chunk; a stalled object store is waited for without end. So all keys
+are looked at once before anything is read, each read has a deadline, and what may pass (a lost connection) is tried
+again, but never what a codec says.
+"""
+
+import asyncio
+import errno
+import logging
+import lzma
+import os
+import stat
+import sys
+import time
+import zlib
+from itertools import product
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, ZipStore
+
+BACKOFF = 0.2  # seconds before the second try, doubled before each other one
+KEYS_AT_ONCE = 64  # of which the sizes are asked for
+NAMED = 3  # chunks in a message
+TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
+DECODING = (RuntimeError, ValueError, EOFError, TypeError, AssertionError, zlib.error, lzma.LZMAError)
+CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
+NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
+CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
+
+logger = logging.getLogger("dask_nlsq")
+_warned: set[str] = set()
+
+
+class Policy(NamedTuple):
+    """What becomes of chunks that cannot be read, and of chunks that are not there."""
+
+    on_bad_chunk: Literal["raise", "mask"] = "raise"
+    missing_chunks: Literal["error", "mask", "fill"] = "error"
+
+    @property
+    def masks(self) -> bool:
+        return "mask" in self
+
+
+class BadChunkError(RuntimeError):
+    """A chunk of a stored array that cannot be read.
+
+    Attributes
+    ----------
+    array : str
+        Argument and place of the array.
+    index : tuple of int
+        Of the chunk in the grid of chunks (of shards, where the array has them).
+    key : str
+        Of the chunk in the store.
+    cause : str
+        What went wrong.
+    masked : bool
+        Whether its points are to be left out.
+    """
+
+    def __init__(self, array: str, index: tuple[int, ...], key: str, cause: str, masked: bool = False):
+        super().__init__(array, index, key, cause, masked)
+        self.array, self.index, self.key, self.cause, self.masked = array, index, key, cause, masked
+
+    def __eq__(self, other):
+        return isinstance(other, BadChunkError) and self.args == other.args
+
+    def __hash__(self):
+        return hash(self.args)
+
+    def __str__(self):
+        return (
+            f"chunk {self.index} of {self.array} cannot be read: {self.cause} (key {self.key}). Restore the chunk, or leave "
+            'its points out with on_bad_chunk="mask" (missing_chunks="mask" where it is absent)'
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# opening
+
+
+def is_stored(data) -> bool:
+    """Whether `open_array` opens it: a Zarr array, a path or URL, or a list of these."""
+    if isinstance(data, list):
+        return bool(data) and all(isinstance(each, (str, PurePath, zarr.Array)) for each in data)
+    return isinstance(data, (str, PurePath, zarr.Array))
+
+
+def open_array(name: str, source) -> zarr.Array:
+    """The array at a path or URL: of an array, or of a member of a group, in a directory, a zip file or an object store.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where nothing is there.
+    TypeError
+        Where it is a group.
+    """
+    if isinstance(source, zarr.Array):
+        return source
+    store, path = _store(source)
+    pipeline = dask.config.get("nlsq.codec-pipeline")
+    paths = {"zarrs": "zarrs.ZarrsCodecPipeline"}
+    try:
+        with zarr.config.set({"codec_pipeline.path": paths.get(pipeline, pipeline)} if pipeline else {}):
+            # consolidated metadata go stale when an array grows
+            found = zarr.open(store=store, path=path, mode="r", use_consolidated=False)
+    except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
+        raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}") from err
+    if not isinstance(found, zarr.Array):
+        members = ", ".join(sorted(found.array_keys())) or "none"
+        raise TypeError(f"`{name}`: {str(source)!r} is a group: name one of its arrays as in '{source}/ARRAY' ({members})")
+    return found
+
+
+def _store(source):
+    """A store, or what Zarr makes one of, and the path in it."""
+    text = str(source)
+    if urlsplit(text).scheme and not isinstance(source, PurePath) and "://" in text:
+        return text, None
+    file = next((parent for parent in (Path(text), *Path(text).parents) if parent.is_file()), None)
+    if file is not None and file.suffix == ".zip":  # Zarr takes a .zip for a directory
+        return ZipStore(file, mode="r"), Path(text).relative_to(file).as_posix().removeprefix(".") or None
+    return text, None
+
+
+def n_stored(data) -> int:
+    """Values of what `open_array` opens, by metadata alone."""
+    return sum(open_array("ydata", each).size for each in (data if isinstance(data, list) else [data]))
+
+
+def as_dask(name: str, data, policy: Policy) -> tuple[da.Array, list["Stored"]]:
+    """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
+
+    Several arrays are concatenated along their first axis.
+
+    Raises
+    ------
+    ValueError
+        Arrays whose shapes do not fit together.
+    """
+    sources = data if isinstance(data, list) else [data]
+    stored = [
+        Stored(name if len(sources) == 1 else f"{name}[{k}]", open_array(name, each), policy)
+        for k, each in enumerate(sources)
+    ]
+    shapes = {each.shape[1:] for each in stored}
+    if len(shapes) > 1 or (len(stored) > 1 and not stored[0].shape):
+        raise ValueError(
+            f"`{name}`: arrays are joined along their first axis, and the others differ: {[each.shape for each in stored]}"
+        )
+    arrays = [
+        da.from_array(each, chunks=each.chunks or -1, name=False, asarray=False, meta=np.empty((0,) * each.ndim, each.dtype))
+        for each in stored
+    ]
+    return (arrays[0] if len(arrays) == 1 else da.concatenate(arrays)), stored
+
+
+def open_all(policy: Policy, look: bool, **arguments) -> tuple[dict[str, Any], list["Stored"]]:
+    """The arguments with Dask arrays in the place of what is stored, in tuples as well; ``look`` at all chunks' keys."""
+    found, opened = {}, []
+
+    def door(name, data):
+        if isinstance(data, tuple):
+            return tuple(door(f"{name}[{k}]", each) for k, each in enumerate(data))
+        if not is_stored(data):
+            return data
+        array, stored = as_dask(name, data, policy)
+        opened.extend(stored)
+        return array
+
+    for name, data in arguments.items():
+        found[name] = door(name, data)
+    for stored in opened if look else []:
+        look_ahead(stored)
+    return found, opened
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+class Stored:
+    """A Zarr array that is read in whole shards or chunks, with a deadline and errors that say where.
+
+    ``damaged`` holds what is known to be wrong with chunks before they are read: {index: error}.
+    """
+
+    def __init__(self, name: str, array: zarr.Array, policy: Policy):
+        self.name, self.array, self.policy = name, array, policy
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.chunks = array.shards or array.chunks
+        self.deadline, self.tries = dask.config.get("nlsq.read-deadline"), 1 + dask.config.get("nlsq.read-retries")
+        self.damaged: dict[tuple[int, ...], BadChunkError] = {}
+        self.n_missing, self.stamp = 0, 0
+
+    @property
+    def place(self) -> str:
+        return f"`{self.name}` ({self.array.store_path})"
+
+    def grid(self):
+        """Indices of all chunks."""
+        return product(*(range(-(-n // c)) for n, c in zip(self.shape, self.chunks, strict=True)))
+
+    def key(self, index: tuple[int, ...]) -> str:
+        path = self.array.store_path.path
+        return "/".join(part for part in (path, self.array.metadata.encode_chunk_key(index)) if part)
+
+    def error(self, index, cause, masked) -> BadChunkError:
+        return BadChunkError(self.place, tuple(index), self.key(index), cause, masked)
+
+    def __getitem__(self, item) -> np.ndarray:
+        units = [
+            range(one.start // size, -(-one.stop // size)) if one.stop > one.start else range(0)
+            for one, size in zip(item, self.chunks, strict=True)
+        ]
+        if self.damaged:
+            for index in product(*units):
+                if index in self.damaged:
+                    raise self.damaged[index]
+        try:
+            return self._read(item)
+        except (*DECODING, OSError, *_client_errors()) as err:
+            index, cause = self._which(units, err)
+            raise self.error(index, f"{type(cause).__name__}: {cause}", self.policy.on_bad_chunk == "mask") from cause
+
+    def _which(self, units, err):
+        """Which of several chunks it is, and its own error."""
+        for index in product(*units):
+            ends = zip(index, self.chunks, self.shape, strict=True)
+            try:
+                self._read(tuple(slice(k * size, min((k + 1) * size, n)) for k, size, n in ends))
+            except (*DECODING, OSError, *_client_errors()) as own:
+                return index, own
+        return next(product(*units)), err
+
+    def _read(self, item):
+        """One selection. What may pass is tried again, with a pause in between; what a codec says is final."""
+        for attempt in range(1, self.tries + 1):
+            try:
+                return np.asarray(sync(asyncio.wait_for(self.array.async_array.getitem(item), self.deadline)))
+            except (OSError, *_client_errors()) as err:  # TimeoutError is an OSError
+                if attempt == self.tries or not _may_pass(err):
+                    raise
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+        raise AssertionError
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What the clients of object stores raise, as far as they are loaded."""
+    return tuple(getattr(sys.modules[module], name) for module, name in CLIENTS.items() if module in sys.modules)
+
+
+def _may_pass(err) -> bool:
+    if isinstance(err, OSError):
+        return isinstance(err, (TimeoutError, ConnectionError)) or err.errno in TRANSIENT
+    status = getattr(err, "status", 500)  # of an HTTP response
+    return status >= 429 and not any(word in type(err).__name__ for word in NEVER_PASSES)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# looking before reading
+
+
+def look_ahead(stored: Stored) -> None:
+    """Find chunks that are absent, of no bytes, or not files, from their keys; no chunk is read.
+
+    Raises
+    ------
+    BadChunkError
+        Where chunks are damaged, or absent, and the policy does not leave them out or fill them in.
+    """
+    if not has_checksum(stored.array) and stored.place not in _warned:
+        _warned.add(stored.place)
+        logger.warning(
+            "%s has no checksum: bits that have flipped are not found. Write it with zarr.codecs.Crc32cCodec() behind the "
+            "compressor, or ZstdCodec(checksum=True)",
+            stored.place,
+        )
+    sizes = _sizes(stored)
+    policy, missing = stored.policy, []
+    stored.stamp = zlib.crc32(repr(sorted(sizes.items())).encode())
+    for index in stored.grid():
+        size = sizes.get(index)
+        if size is None:
+            missing.append(index)
+        elif isinstance(size, str) or size[0] == 0:
+            cause = size if isinstance(size, str) else "it has no bytes"
+            stored.damaged[index] = stored.error(index, cause, policy.on_bad_chunk == "mask")
+    stored.n_missing = len(missing)
+    if stored.damaged and policy.on_bad_chunk == "raise":
+        raise next(iter(stored.damaged.values()))
+    if missing and policy.missing_chunks == "error":
+        n_all = sum(1 for _ in stored.grid())
+        names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
+        raise MissingChunksError(
+            f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
+            f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
+            'missing_chunks="mask"; or, where absent chunks mean fill values, say missing_chunks="fill"'
+        )
+    if missing and policy.missing_chunks == "mask":
+        stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
+
+
+class MissingChunksError(FileNotFoundError):
+    """Chunks of a stored array are absent."""
+
+
+def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:
+    """Per chunk that is there (bytes, time of the last change as far as is known), or what it is instead of a file."""
+    store = stored.array.store
+    if isinstance(store, LocalStore):
+        return dict(_local_sizes(stored, Path(store.root)))
+    if type(store).getsize is Store.getsize:  # it would read the whole value
+        keys = sync(_listed(store, stored.array.store_path.path))
+        return {index: (-1,) for index in stored.grid() if stored.key(index) in keys}
+    return sync(_asked(stored, store))
+
+
+def _local_sizes(stored, root):
+    for index in stored.grid():
+        try:
+            found = os.stat(root / stored.key(index))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as err:
+            yield index, f"{type(err).__name__}: {err.strerror}"
+            continue
+        is_file = stat.S_ISREG(found.st_mode)
+        yield index, (found.st_size, found.st_mtime_ns) if is_file else "it is not a file"
+
+
+async def _listed(store, path):
+    return {key async for key in store.list_prefix(f"{path}/" if path else "")}
+
+
+async def _asked(stored, store):
+    turn = asyncio.Semaphore(KEYS_AT_ONCE)
+
+    async def one(index):
+        async with turn:
+            try:
+                return index, (await asyncio.wait_for(store.getsize(stored.key(index)), stored.deadline),)
+            except FileNotFoundError:
+                return index, None
+
+    found = await asyncio.gather(*(one(index) for index in stored.grid()))
+    return {index: size for index, size in found if size is not None}
+
+
+def has_checksum(array: zarr.Array) -> bool:
+    """Whether a flipped bit in a chunk is found: a checksum of its own, or of gzip, zstd (where asked for)."""
+    text = repr([*array.filters, *array.compressors]).lower().replace(" ", "")
+    return any(name in text for name in CHECKSUMS)

@@ -1,0 +1,403 @@
+import asyncio
+import errno
+import logging
+import time
+
+import dask
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
+from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+
+from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit
+from dask_nlsq.store import Policy, Stored, has_checksum, look_ahead
+
+N, CHUNK = 60_000, 4_000
+X = np.linspace(0, 10, N)
+Y = np.random.default_rng(3).poisson(200 * np.exp(-0.5 * X) + 30).astype("u2")
+P0 = [260, 0.35, 40]
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+EXPECTED = curve_fit(decay, X, Y, p0=P0, ftol=1e-12, xtol=1e-12, gtol=1e-12)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_stay_apart(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+
+
+def write(store, name=None, values=Y, **options):
+    array = zarr.create_array(
+        store,
+        name=name,
+        shape=values.shape,
+        dtype=values.dtype,
+        **dict(chunks=(CHUNK,), config={"write_empty_chunks": True}) | options,
+        fill_value=0,
+    )
+    array[...] = values
+    return array
+
+
+def same(found, expected=EXPECTED):
+    return np.all(np.abs(found.popt - expected.popt) < 1e-4 * expected.perr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("where", ["array", "member", "nested", "zip", "zip member", "url", "memory"])
+def test_a_path_or_url_is_enough(where, version, tmp_path):
+    options = dict(zarr_format=version)
+    path = tmp_path / "data.zarr"
+    match where:
+        case "array":
+            write(path, **options)
+            source = path
+        case "member" | "nested":
+            name = {"member": "y", "nested": "entry/data/y"}[where]
+            zarr.create_group(path, zarr_format=version)
+            write(path, name, **options)
+            source = str(path / name)
+        case "zip" | "zip member":
+            name = None if where == "zip" else "entry/y"
+            with ZipStore(tmp_path / "data.zip", mode="w") as store:
+                write(store, name, **options)
+            source = str(tmp_path / "data.zip") + ("" if name is None else f"/{name}")
+        case "url":
+            write(path, **options)
+            source = path.as_uri()
+        case "memory":
+            source = write(MemoryStore(), **options)
+    for strategy in ("streaming", "standard"):
+        assert same(curve_fit(decay, X, source, p0=P0, strategy=strategy))
+
+
+def test_an_object_store_of_fsspec_is_a_url():
+    fsspec = pytest.importorskip("fsspec")
+    write("memory://bucket/scan.zarr")
+    try:
+        assert same(curve_fit(decay, X, "memory://bucket/scan.zarr", p0=P0, strategy="streaming"))
+    finally:
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("shards", [None, (5 * CHUNK,)])
+def test_whole_shards_are_read(shards, tmp_path):
+    write(tmp_path / "y.zarr", shards=shards)
+    result = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")
+    assert same(result)
+    assert result.residuals().chunks == (((shards or (CHUNK,))[0],) * (N // (shards or (CHUNK,))[0]),)
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_list_of_stores_is_one_array(as_path, tmp_path):
+    parts = [write(tmp_path / f"{k}.zarr", values=part) for k, part in enumerate(np.split(Y, [10_000, 13_000]))]
+    xs = [write(tmp_path / f"x{k}.zarr", values=part) for k, part in enumerate(np.split(X, [10_000, 13_000]))]
+    if as_path:
+        parts, xs = [tmp_path / f"{k}.zarr" for k in range(3)], [str(tmp_path / f"x{k}.zarr") for k in range(3)]
+    assert same(curve_fit(decay, xs, parts, p0=P0, strategy="streaming"))
+    assert same(fit(decay, X, parts, p0=P0, workflow="streaming"))
+
+
+def test_x_sigma_and_mask_may_be_stored_too(tmp_path):
+    sigma, mask = 5 + X, (X > 9).astype("u1")
+    for name, values in (("x", X), ("y", Y), ("sigma", sigma), ("mask", mask)):
+        write(tmp_path / name, values=values)
+    paths = {name: tmp_path / name for name in ("x", "y", "sigma", "mask")}
+    found = curve_fit(decay, paths["x"], paths["y"], sigma=paths["sigma"], mask=paths["mask"], p0=P0, strategy="streaming")
+    assert same(found, curve_fit(decay, X, Y, sigma=sigma, mask=mask, p0=P0))
+    assert same(curve_fit(lambda x, *p: decay(x[0], *p), (paths["x"],), paths["y"], p0=P0))
+
+
+def test_what_is_not_there_or_a_group_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"`ydata`: no Zarr array at .*nothing"):
+        curve_fit(decay, X, tmp_path / "nothing", p0=P0)
+    write(tmp_path / "group.zarr", "counts")
+    with pytest.raises(TypeError, match=r"is a group.*counts"):
+        curve_fit(decay, X, tmp_path / "group.zarr", p0=P0)
+    write(tmp_path / "a", values=Y.reshape(100, -1), chunks=(10, 600))
+    write(tmp_path / "b", values=Y.reshape(200, -1), chunks=(10, 300))
+    with pytest.raises(ValueError, match="joined along their first axis"):
+        curve_fit(decay, X, [tmp_path / "a", tmp_path / "b"], p0=P0)
+
+
+def test_the_codec_pipeline_is_configured(tmp_path):
+    write(tmp_path / "y")
+    with dask.config.set({"nlsq.codec-pipeline": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+        assert same(curve_fit(decay, X, tmp_path / "y", p0=P0))
+    with (
+        dask.config.set({"nlsq.codec-pipeline": "nowhere.Pipeline"}),
+        pytest.raises((ImportError, AttributeError, zarr.core.config.BadConfigError)),
+    ):
+        curve_fit(decay, X, tmp_path / "y", p0=P0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# values that are no data
+
+
+@pytest.mark.parametrize("strategy", ["standard", "streaming"])
+@pytest.mark.parametrize(
+    "options, left_out",
+    [
+        ({}, lambda y: y == 65535),
+        (dict(mask_values=[65535, 7]), lambda y: np.isin(y, [65535, 7])),
+        (dict(mask_values=[65535, -1, 70000, np.nan]), lambda y: y == 65535),
+        (dict(valid_range=(10, 1000)), lambda y: (y < 10) | (y > 1000)),
+        (dict(valid_range=(None, 999.5)), lambda y: y > 999),
+        (dict(mask=X > 9), lambda y: (y == 65535) | (X > 9)),
+    ],
+    ids=["largest", "values", "impossible values", "range", "one limit", "with mask"],
+)
+def test_values_that_are_no_data_are_left_out(options, left_out, strategy, tmp_path):
+    y = Y.copy()
+    y[::97], y[5::1001] = 65535, 7
+    write(tmp_path / "y", values=y)
+    found = curve_fit(decay, X, tmp_path / "y", p0=P0, strategy=strategy, **options)
+    hidden = left_out(y)
+    assert same(found, curve_fit(decay, X, y, mask=hidden, p0=P0))
+    assert found.n_masked == hidden.sum()
+    np.testing.assert_array_equal(np.isnan(np.asarray(found.residuals())), hidden)
+
+
+def test_the_largest_value_counts_where_it_is_asked_for(tmp_path):
+    y = np.minimum(Y, 200).astype("u2")
+    y[y == 200] = 65535
+    write(tmp_path / "y", values=y)
+    assert curve_fit(decay, X, tmp_path / "y", p0=P0, mask_values=()).n_masked == 0
+    assert curve_fit(decay, X, y, p0=P0).n_masked == 0
+
+
+def test_floats_may_have_sentinels_in_memory():
+    y = Y.astype(float)
+    y[::50] = -999
+    y[7::50] = np.nan
+    found = curve_fit(decay, X, y, p0=P0, mask_values=[-999, np.nan])
+    assert found.n_masked == 2 * N // 50
+    keep = np.isfinite(y) & (y != -999)
+    assert same(found, curve_fit(decay, X[keep], y[keep], p0=P0))
+
+
+@pytest.mark.parametrize("options", [dict(mask_values=3), dict(valid_range=5), dict(valid_range=(1, 2, 3))])
+def test_sentinels_are_checked(options):
+    with pytest.raises(ValueError, match="`mask_values` must be"):
+        curve_fit(decay, X, Y, p0=P0, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damage
+
+CODECS = {
+    "zstd": dict(compressors=ZstdCodec()),
+    "zstd checksum": dict(compressors=ZstdCodec(checksum=True)),
+    "blosc lz4": dict(compressors=BloscCodec(cname="lz4", shuffle="bitshuffle")),
+    "gzip": dict(compressors=GzipCodec()),
+    "crc32c": dict(compressors=[ZstdCodec(), Crc32cCodec()]),
+    "raw": dict(compressors=None),
+    "sharded": dict(compressors=ZstdCodec(checksum=True), shards=(CHUNK,), chunks=(1000,)),
+}
+CHECKED = {"zstd checksum", "gzip", "crc32c", "sharded"}
+
+
+def truncate(path):
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def put_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def unreadable(path):
+    path.unlink()
+    path.symlink_to(path.name)  # root may read what has no permissions, but not a link to itself
+
+
+def half(path):
+    for k in range(7, 15):
+        (path.parent / str(k)).unlink()
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "no bytes": lambda path: path.write_bytes(b""),
+    "flipped bit": flip,
+    "missing": lambda path: path.unlink(),
+    "directory": put_directory,
+    "unreadable": unreadable,
+    "half copied": half,
+}
+
+
+@pytest.mark.parametrize("strategy", ["streaming", "standard"])
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("codec", CODECS)
+def test_no_damage_is_undetected_but_flipped_bits_without_a_checksum(codec, damage, strategy, tmp_path, caplog):
+    array = write(tmp_path / "y.zarr", **CODECS[codec])
+    assert has_checksum(array) == (codec in CHECKED)
+    DAMAGE[damage](tmp_path / "y.zarr" / "c" / "9")
+    with caplog.at_level(logging.WARNING, logger="dask_nlsq"):
+        try:
+            curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy=strategy)
+        except MissingChunksError as err:
+            assert damage in ("missing", "half copied")
+            assert f"{1 if damage == 'missing' else 8} of 15 chunks of `ydata`" in str(err)
+        except BadChunkError as err:
+            assert damage not in ("missing", "half copied")
+            assert (err.index, err.key) == ((9,), "c/9")
+            assert "`ydata`" in err.array
+            assert "y.zarr" in err.array
+            assert err.cause
+        else:
+            assert damage == "flipped bit"
+            assert codec not in CHECKED
+    assert ("has no checksum" in caplog.text) == (codec not in CHECKED)
+
+
+@pytest.mark.parametrize("strategy", ["streaming", "standard"])
+@pytest.mark.parametrize("damage", ["truncated", "no bytes", "flipped bit", "directory", "missing", "half copied"])
+def test_damaged_chunks_are_left_out_and_listed(damage, strategy, tmp_path):
+    write(tmp_path / "y.zarr", **CODECS["crc32c"])
+    DAMAGE[damage](tmp_path / "y.zarr" / "c" / "9")
+    lost = range(7, 15) if damage == "half copied" else [9]
+    found = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy=strategy, on_bad_chunk="mask", missing_chunks="mask")
+    hidden = np.isin(np.arange(N) // CHUNK, lost)
+    assert same(found, curve_fit(decay, X, Y, mask=hidden, p0=P0))
+    assert [err.index for err in found.damage] == [(k,) for k in lost]
+    assert found.n_masked == hidden.sum()
+    assert f"{len(lost)} damaged or absent chunks left out, first c/{lost[0]}" in repr(found)
+
+
+def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
+    for name, values in (("x", X), ("y", Y), ("sigma", 5 + X)):
+        write(tmp_path / name, values=values, **CODECS["crc32c"])
+    flip(tmp_path / "x" / "c" / "2")
+    flip(tmp_path / "sigma" / "c" / "14")
+    paths = [tmp_path / name for name in ("x", "y", "sigma")]
+    with pytest.raises(BadChunkError, match="`xdata`"):
+        curve_fit(decay, *paths[:2], p0=P0)
+    found = curve_fit(decay, *paths[:2], sigma=paths[2], p0=P0, on_bad_chunk="mask", strategy="streaming")
+    hidden = np.isin(np.arange(N) // CHUNK, [2, 14])
+    assert same(found, curve_fit(decay, X, Y, sigma=5 + X, mask=hidden, p0=P0))
+    assert [err.array.split()[0] for err in found.damage] == ["`sigma`", "`xdata`"]
+
+
+def test_small_chunks_that_are_joined_lose_only_the_damaged_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 2**16)
+    write(tmp_path / "y.zarr", **CODECS["crc32c"])
+    flip(tmp_path / "y.zarr" / "c" / "0")
+    found = curve_fit(decay, X, tmp_path / "y.zarr", sigma=3.0, absolute_sigma=True, p0=P0, on_bad_chunk="mask")
+    expected = curve_fit(decay, X, Y, sigma=3.0, absolute_sigma=True, mask=np.arange(N) < CHUNK, p0=P0)
+    assert same(found, expected)
+    np.testing.assert_allclose(found.pcov, expected.pcov, rtol=1e-5)
+
+
+def test_absent_chunks_may_mean_fill_values(tmp_path):
+    y = Y.copy()
+    y[CHUNK : 3 * CHUNK] = 0
+    write(tmp_path / "y.zarr", values=y, config={"write_empty_chunks": False})
+    with pytest.raises(MissingChunksError, match=r"2 of 15 chunks .*\(1,\) \(key c/1\).*fill value 0"):
+        curve_fit(decay, X, tmp_path / "y.zarr", p0=P0)
+    found = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, missing_chunks="fill")
+    assert same(found, curve_fit(decay, X, y, p0=P0))
+    assert found.n_filled == 2
+    assert "2 absent chunks read as fill values" in repr(found)
+
+
+def test_workers_say_which_chunk_it_is(tmp_path):
+    write(tmp_path / "y.zarr", **CODECS["crc32c"])
+    flip(tmp_path / "y.zarr" / "c" / "9")
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster, Client(cluster):
+        for strategy in ("streaming", "chunked"):
+            with pytest.raises(BadChunkError, match=r"chunk \(9,\) of `ydata`"):
+                curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy=strategy)
+            found = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy=strategy, on_bad_chunk="mask")
+            assert [err.index for err in found.damage] == [(9,)]
+
+
+class Flaky(WrapperStore):
+    """A store that loses connections and stalls, at random but the same each time."""
+
+    def __init__(self, store, lost=0.0, stalled=0.0, error=None):
+        super().__init__(store)
+        self.lost, self.stalled, self.rng, self.failed = lost, stalled, np.random.default_rng(0), 0
+        self.error = error or ConnectionResetError("lost")
+
+    async def get(self, key, prototype, byte_range=None):
+        if "c/" in key:
+            draw = self.rng.random()
+            if draw < self.lost + self.stalled:
+                self.failed += 1
+            if draw < self.lost:
+                raise self.error
+            if draw < self.lost + self.stalled:
+                await asyncio.sleep(3600)
+        return await super().get(key, prototype, byte_range)
+
+
+def test_a_store_that_fails_and_stalls_gives_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.store.BACKOFF", 0.001)
+    write(tmp_path / "y.zarr", chunks=(500,))
+    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), lost=0.05, stalled=0.01)
+    with dask.config.set({"nlsq.read-deadline": 0.3}):
+        found = curve_fit(decay, X, zarr.open_array(flaky, mode="r+"), p0=P0, strategy="streaming")
+    assert flaky.failed > 10
+    assert same(found)
+
+
+@pytest.mark.parametrize(
+    "error, tries",
+    [
+        (ConnectionResetError("lost"), 5),
+        (OSError(errno.EIO, "bus"), 5),
+        (PermissionError("no"), 1),
+        (OSError("bad gzip"), 1),
+    ],
+    ids=["connection", "bus", "permission", "decoding"],
+)
+def test_only_what_may_pass_is_tried_again(error, tries, tmp_path, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.store.BACKOFF", 0.001)
+    write(tmp_path / "y.zarr")
+    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), lost=1.0, error=error)
+    stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
+    with pytest.raises(BadChunkError, match=str(error.args[-1])):
+        stored[0:CHUNK,]
+    assert flaky.failed == 2 * tries  # once more to see which chunk it is
+
+
+def test_a_stalled_read_ends_at_the_deadline(tmp_path):
+    write(tmp_path / "y.zarr")
+    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), stalled=1.0)
+    with dask.config.set({"nlsq.read-deadline": 0.1, "nlsq.read-retries": 0}):
+        stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
+    begin = time.perf_counter()
+    with pytest.raises(BadChunkError, match="TimeoutError"):
+        stored[0:CHUNK,]
+    assert time.perf_counter() - begin < 5
+
+
+def test_the_look_ahead_reads_no_chunk(tmp_path):
+    for store in (LocalStore(tmp_path / "y.zarr"), MemoryStore()):
+        write(store)
+        flaky = Flaky(store, lost=1.0)
+        stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
+        look_ahead(stored)
+        assert flaky.failed == 0
+        assert not stored.damaged
