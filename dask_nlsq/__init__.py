@@ -7,6 +7,7 @@ from . import config  # noqa: F401  (defaults of dask.config)
 # public name -> room. Rooms are imported when a name is first used: `dask --help` loads this package, but not JAX.
 _ROOMS = {
     "BadChunkError": "store",
+    "CheckpointError": "checkpoint",
     "FitResult": "result",
     "MemoryBudget": "budget",
     "MemoryBudgetSelector": "workflow",
@@ -24,6 +25,7 @@ _ROOMS = {
     "curve_fit": "api",
     "curve_fit_large": "api",
     "fit": "api",
+    "resume": "api",
     "detect_total_system_memory": "resources",
     "estimate_peak_memory_gb": "budget",
     "get_adaptive_memory_threshold": "budget",

@@ -1,13 +1,16 @@
 """curve_fit and fit: check, bring the data where they are swept, solve, return."""
 
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from math import prod
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +29,9 @@ from .arguments import (
     tolerance,
 )
 from .budget import positive
-from .inputs import SAMPLE_POINTS, Census, Problem, as_array, build_problem, build_whitened, check_sendable
+from .checkpoint import Leave, open_checkpoint, read_call
+from .chunks import SAMPLE_POINTS, Census
+from .inputs import Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
 from .model import Model, function_name, intern
 from .multistart import polish, sample_size, search
@@ -37,8 +42,8 @@ from .resources import active_client
 from .result import FitResult, covariance
 from .store import Policy, is_stored, n_stored, open_all
 from .streaming import StreamingSweep, hybrid
-from .trust_region import NotFiniteAtStart, Options, Record, Solution, solve
-from .workflow import OptimizationGoal, workflow_options
+from .trust_region import Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
+from .workflow import OptimizationGoal, create_checkpoint_directory, workflow_options
 
 logger = logging.getLogger("dask_nlsq")
 
@@ -80,6 +85,7 @@ def curve_fit(
     memory_limit_gb: float | None = None,
     partitions_per_thread: int | None = None,
     n_starts: int = 0,
+    checkpoint: str | Path | None = None,
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
@@ -168,6 +174,9 @@ def curve_fit(
     n_starts : int
         0: p0 alone. Else the best of so many starts, p0 among them, is looked for on a small sample of the data before
         all of them are fitted; see `dask_nlsq.multistart`. The result lists them in ``starts``.
+    checkpoint : path, optional
+        Directory in which a fit that streams keeps what it has read, so that `resume`, or the same call again, goes on
+        after it was killed. SIGTERM and Ctrl-C then end the fit at the best point so far, with status -3.
     callback : callable, optional
         Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
     progress : bool, optional
@@ -201,6 +210,7 @@ def curve_fit(
     Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
     `dask_nlsq.trust_region` and `dask_nlsq.kernels` for the methods and their sources.
     """
+    given = dict(locals())
     f, xdata, ydata = model_first(f, xdata, ydata)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
     method = None if method == "auto" else method
@@ -226,12 +236,13 @@ def curve_fit(
         tr_solver=tr_solver,
     )
     check, omit = finite_policy(check_finite, nan_policy)
-    data, stored, rules = _opened(
-        dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask),
-        Policy(on_bad_chunk, missing_chunks),
-        mask_values,
-        valid_range,
-    )
+    if checkpoint is not None:
+        if strategy not in ("auto", "streaming"):
+            raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={strategy!r}")
+        strategy = "streaming"
+    as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
+    policy = Policy(on_bad_chunk, missing_chunks)
+    data, stored, rules = _opened(as_given, policy, mask_values, valid_range)
     problem = _problem(model, len(start), **data, strategy=strategy, rules=dict(check=check, omit=omit) | rules)
     if problem.n_points < len(start):
         raise TypeError(_too_few(len(start), problem.n_points))
@@ -245,13 +256,21 @@ def curve_fit(
 
     started = time.perf_counter()
     streaming = plan.strategy == "streaming"
-    with (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions) as sweep:
+    with ExitStack() as stack:
+        sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
+        stack.enter_context(sweep)
 
         def admit():
             counts = _admit(sweep.census(), problem, len(start))
             _check_pointwise(sweep, start, lower, upper)
             return counts
 
+        if checkpoint is not None:
+            bounds = (lower, upper)
+            kept = open_checkpoint(checkpoint, model, as_given, problem, stored, given | dict(p0=start, bounds=bounds))
+            if sweep.go_on(kept):
+                jac_mode = sweep.jac_mode
+            sweep.leave = stack.enter_context(Leave())
         if streaming:
             sweep.draw(len(start), needed=n_starts > 0)
             _check_pointwise(sweep, start, lower, upper)
@@ -272,6 +291,8 @@ def curve_fit(
                     solution, found = polish(found, sweep, options, solver)
                 else:
                     solution = solver(sweep, start, options)
+        except Interrupted as stop:  # before there is a point to return
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
         except NotFiniteAtStart as err:
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         n_points, n_masked, n_omitted = admit()
@@ -326,6 +347,8 @@ def fit(
 ) -> FitResult:
     """`curve_fit` with strategy, tolerances and number of starts by the name of a workflow.
 
+    Workflows that stream keep a checkpoint in a new directory below ``nlsq_checkpoints``, unless ``checkpoint`` is given.
+
     ==================  =========  ==================  ======
     workflow            strategy   tolerances          starts
     ==================  =========  ==================  ======
@@ -356,7 +379,33 @@ def fit(
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
     options = workflow_options(workflow, goal, _n_points(ydata), n_starts)
+    if options["strategy"] == "streaming" and not curve_fit_options.keys() & {"checkpoint", "strategy"}:
+        options["checkpoint"] = create_checkpoint_directory()
     return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
+
+
+def resume(
+    path: str | Path, f: Callable | None = None, xdata=None, ydata=None, *, sigma=None, mask=None, **options
+) -> FitResult:
+    """Go on with a fit that ``checkpoint=path`` has kept; the result has the bits of one that was never interrupted.
+
+    Parameters
+    ----------
+    path : path
+        Directory of the checkpoint.
+    f, xdata, ydata, sigma, mask
+        As in the call that is resumed. Needed only where the checkpoint does not hold them: a model that cannot be
+        imported by its name, Dask arrays, open stores, arrays in memory above 64 MiB.
+    **options
+        Limits and what a fit tells may change: ``max_nfev``, ``memory_limit_gb``, ``callback``, ``progress``, ``verbose``.
+
+    Raises
+    ------
+    CheckpointError
+        No checkpoint, something that it does not hold, or another model, other data or options than it was made with.
+    """
+    f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask))
+    return curve_fit(f, **data, **dict(kept, strategy="streaming", checkpoint=path) | options)
 
 
 def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:

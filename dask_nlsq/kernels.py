@@ -16,6 +16,8 @@ References
 """
 
 import functools
+import hashlib
+import re
 import time
 from typing import Literal, NamedTuple
 
@@ -475,6 +477,20 @@ def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
             columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
         check_jac_shape(columns.shape, n, n_params)
     model.choices[key] = True  # tracing takes a millisecond, a quarter of a small fit
+
+
+def fingerprint(model: Model, layouts: Layouts, n_params: int) -> str:
+    """A hash of what the model computes: of its operations and of the arrays that it closes over, not of its text."""
+    found = hashlib.blake2b(digest_size=16)
+    x = [jax.ShapeDtypeStruct((2,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
+    for evaluated in (evaluate, evaluate_jac) if model.jac is not None else (evaluate,):
+        with float64():
+            traced = jax.make_jaxpr(lambda x, params, e=evaluated: e(model, assemble_x(layouts, x), params))(x, params)
+        found.update(re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)).encode())  # addresses of functions
+        for const in traced.consts:
+            found.update(np.asarray(const).tobytes())
+    return found.hexdigest()
 
 
 def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], *starts: np.ndarray) -> None:

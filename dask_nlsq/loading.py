@@ -20,7 +20,8 @@ from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
 
-from .inputs import Problem, Rules, blank
+from .chunks import Rules, blank
+from .inputs import Problem
 
 CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
 SHARED = -1

@@ -18,8 +18,9 @@ from dask._task_spec import Task, TaskRef
 from dask.sizeof import sizeof
 from distributed import Client, as_completed
 
+from .chunks import Census, Chunk, Rules, prepare_chunk, release
 from .config import threads
-from .inputs import Census, Chunk, Problem, Rules, prepare_chunk, release
+from .inputs import Problem
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
 from .loading import Load, compute_shared, plan_loads
 from .memory import get_memory_manager

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .inputs import Chunk, Rules, aligned_copy
+from .chunks import Chunk, Rules, aligned_copy
 from .kernels import Block, Layout, Layouts
 
 

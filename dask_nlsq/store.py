@@ -209,6 +209,15 @@ class Stored:
     def place(self) -> str:
         return f"`{self.name}` ({self.array.store_path})"
 
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, as far as that is cheap: place, layout, codecs, sizes and times of the chunks."""
+        array = self.array
+        codecs = repr([*array.filters, *array.compressors])
+        place = str(array.store_path)
+        return dict(
+            place=place, shape=self.shape, dtype=str(self.dtype), chunks=self.chunks, codecs=codecs, stamp=self.stamp
+        )
+
     def grid(self):
         """Indices of all chunks."""
         return product(*(range(-(-n // c)) for n, c in zip(self.shape, self.chunks, strict=True)))

@@ -14,18 +14,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from threading import Semaphore
 from typing import Any, NamedTuple
 from uuid import uuid4
 
+import dask
 import dask.array as da
 import numpy as np
 from dask._task_spec import Task, TaskRef
 from distributed import Client, as_completed
 
+from .checkpoint import Checkpoint, Leave
+from .chunks import Census, Chunk, release
 from .config import threads
-from .inputs import Census, Chunk, Problem, release
+from .inputs import Problem
 from .kernels import Block
 from .loading import Load, compute_shared, plan_loads
 from .multistart import promised_cost, sample_size
@@ -45,8 +49,9 @@ from .reduction import (
 )
 from .resources import keep_freed_memory
 from .sample import Sample, as_sample, pick, spread
+from .store import BadChunkError
 from .trf_jit import inherit_device
-from .trust_region import NotFiniteAtStart, Options, Solution, solve, strictly_feasible
+from .trust_region import Interrupted, NotFiniteAtStart, Options, Solution, solve, strictly_feasible
 
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
@@ -261,12 +266,39 @@ def merge_reduced(unread: Unread, results: Iterable[Reduced], reduction: Reducti
     return Reduced(*tree.root(), summarize(censuses, unread.evaluation.rules.omit), longest(samples))
 
 
+class Begun(NamedTuple):
+    """A sweep that is not finished."""
+
+    params: np.ndarray
+    tree: Tree
+    level: int  # of the units that it reads
+    censuses: list[Census]
+
+    def is_at(self, params, reduction, level) -> bool:
+        return (self.params.tobytes(), self.tree.reduction, self.level) == (params.tobytes(), reduction, level)
+
+
+def _listed(censuses: list[Census]) -> list:
+    return [[*census[:-1], [err.args for err in census.damage]] for census in censuses]
+
+
+def _censuses(listed: list) -> list[Census]:
+    """What `_listed` has made JSON of."""
+    found = []
+    for index, *numbers, damage in listed:
+        errors = tuple(BadChunkError(array, tuple(at), *rest) for array, at, *rest in damage)
+        found.append(Census(tuple(index), *numbers, errors))
+    return found
+
+
 class StreamingSweep(Sweep):
     """All data of a fit, read anew in each sweep."""
 
     admit: Callable[[], Any] = staticmethod(lambda: None)  # called when the first sweep has seen all data
     watch: Callable[[float, float], None] = staticmethod(lambda share, gb_per_s: None)  # called while a sweep goes on
     drawn: Drawn | None = None
+    checkpoint: Checkpoint | None = None
+    leave: Leave | None = None  # that tells when to end early
 
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client | None, n_partitions: int = 1):
         super().__init__(problem, evaluation)
@@ -276,6 +308,9 @@ class StreamingSweep(Sweep):
         self.censuses: list[Census] = []
         self.coordinates: tuple[np.ndarray, ...] = ()
         self.values: np.ndarray | None = None  # of the sample, (operands, m)
+        self.recorded: dict[bytes, NormalEquations] = {}  # sweeps of an earlier process
+        self.finished: list[tuple[np.ndarray, NormalEquations]] = []  # what a checkpoint holds
+        self.begun: Begun | None = None
 
     def __exit__(self, *exc):
         self.reader.close()
@@ -284,35 +319,96 @@ class StreamingSweep(Sweep):
         params = np.asarray(params, dtype=np.float64)
         key = params.tobytes() + reduction.encode()
         if key not in self.known:
-            self.known = dict([*self.known.items()][-1:]) | {key: self._read(params, reduction)}
+            found = self.recorded.pop(key, None)
+            if found is None:
+                found = self._read(params, reduction)
+            self.count += 1
+            self.known = dict([*self.known.items()][-1:]) | {key: found}
         return self.known[key]
 
     def _read(self, params, reduction) -> NormalEquations:
-        began, reader = time.perf_counter(), self.reader
-        tree, censuses = Tree(reader.n_runs, reduction), []
-        found_in = reader.each(reduce_chunk, range(reader.n_runs), params, How(reduction, self.jac_mode))
-        for done, (unit, found) in enumerate(found_in, 1):
-            tree.add(reader.level, unit, found.matrix, found.cost)
-            censuses += found.censuses
-            if not self.coordinates:
-                self.coordinates = found.sample
-            share = done / reader.n_units
-            self.watch(share, share * self.nbytes / (time.perf_counter() - began) / 1e9)
-        self.count += 1
-        censuses = summarize(censuses, self.evaluation.rules.omit)
+        began, reader, begun = time.perf_counter(), self.reader, self.begun
+        if begun is None or not begun.is_at(params, reduction, reader.level):
+            begun = Begun(params, Tree(reader.n_runs, reduction), reader.level, [])
+        tree, self.begun = begun.tree, None
+        saved, every = began, dask.config.get("nlsq.checkpoint-seconds")
+        todo = [run for run in range(reader.n_runs) if not tree.covers(reader.level, run >> reader.level)]
+        how = How(reduction, self.jac_mode)
+        with closing(reader.each(reduce_chunk, todo, params, how)) as results:
+            for done, (unit, found) in enumerate(results, 1):
+                tree.add(reader.level, unit, found.matrix, found.cost)
+                begun.censuses.extend(found.censuses)
+                if not self.coordinates:
+                    self.coordinates = found.sample
+                now, share = time.perf_counter(), done / reader.n_units
+                self.watch(share, share * self.nbytes / (now - began) / 1e9)
+                leaving = self.leave is not None and self.leave.signal is not None
+                if self.checkpoint is not None and (leaving or now - saved >= every):
+                    self._save(begun)
+                    saved = now
+                if leaving:
+                    raise Interrupted(self.leave.signal)
+        self._count(summarize(begun.censuses, self.evaluation.rules.omit))
+        matrix, cost = tree.root()
+        total = self.censuses[0]
+        left_out = total.n_masked + total.n_omitted
+        read = Read(self.nbytes, total.n_points - left_out, left_out, time.perf_counter() - began)
+        equations = NormalEquations(np.asarray(matrix), float(cost), reduction, read)
+        if self.checkpoint is not None:
+            self.finished.append((params, equations))
+            self._save()
+        return equations
+
+    def _count(self, censuses):
+        """What is in the data, from the first sweep; later ones must find the same."""
         if not self.censuses:
             self.censuses = censuses
             self.admit()
         elif censuses != self.censuses:
             raise RuntimeError(
-                "the data have changed during the fit: masked and not finite points are not those of the first sweep. "
-                "Fit a copy that nobody writes to"
+                "the data have changed during the fit: points masked, not finite or not readable are not those of the first "
+                "sweep. Fit a copy that nobody writes to"
             )
-        matrix, cost = tree.root()
-        total = censuses[0]
-        left_out = total.n_masked + total.n_omitted
-        read = Read(self.nbytes, total.n_points - left_out, left_out, time.perf_counter() - began)
-        return NormalEquations(np.asarray(matrix), float(cost), reduction, read)
+
+    def _save(self, begun: "Begun | None" = None) -> None:
+        arrays, values = {}, dict(jac_mode=self.jac_mode, censuses=_listed(self.censuses))
+        if self.finished:
+            params, equations = zip(*self.finished, strict=True)
+            arrays = dict(
+                params=np.stack(params),
+                matrices=np.stack([each.matrix for each in equations]),
+                costs=np.array([each.cost for each in equations]),
+            )
+            values |= dict(reductions=[each.reduction for each in equations], reads=[each.read for each in equations])
+        if begun is not None and begun.tree.nodes:
+            matrices, costs = zip(*begun.tree.nodes.values(), strict=True)
+            arrays |= dict(
+                at=begun.params, nodes=np.array([*begun.tree.nodes]), parts=np.stack(matrices), sums=np.array(costs)
+            )
+            own = summarize(begun.censuses, self.evaluation.rules.omit)
+            values |= dict(begun=begun.tree.reduction, level=begun.level, own=_listed(own))
+        self.checkpoint.save("state", arrays, **values)
+
+    def go_on(self, checkpoint: Checkpoint) -> bool:
+        """Keep the fit in ``checkpoint``, and take up what is there; whether there was something."""
+        self.checkpoint = checkpoint
+        if (found := checkpoint.load("sample")) is not None:
+            self._take_sample(found[0]["values"], Drawn(**found[1]))
+        if (found := checkpoint.load("state")) is None:
+            return False
+        arrays, values = found
+        self.jac_mode, self.censuses = values["jac_mode"], _censuses(values["censuses"])
+        for k, reduction in enumerate(values.get("reductions", [])):
+            read = Read(*values["reads"][k])
+            equations = NormalEquations(arrays["matrices"][k], float(arrays["costs"][k]), reduction, read)
+            self.finished.append((arrays["params"][k], equations))
+            self.recorded[arrays["params"][k].tobytes() + reduction.encode()] = equations
+        if "begun" in values:
+            tree = Tree(self.reader.n_runs, values["begun"])
+            for node, matrix, cost in zip(arrays["nodes"], arrays["parts"], arrays["sums"], strict=True):
+                tree.nodes[tuple(node.tolist())] = (matrix, cost)
+            self.begun = Begun(arrays["at"], tree, values["level"], _censuses(values["own"]))
+        return True
 
     def census(self) -> list[Census]:
         return self.censuses
@@ -328,6 +424,8 @@ class StreamingSweep(Sweep):
     def draw(self, n_params: int, needed: bool) -> None:
         """Read the sample: a tenth of the runs of chunks at most, but one where several starts have ``needed`` it."""
         began, n_runs = time.perf_counter(), self.reader.n_runs
+        if self.drawn is not None:
+            return
         n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params))
         if n_drawn == 0:
             return
@@ -337,12 +435,18 @@ class StreamingSweep(Sweep):
             (each for _, part in self.reader.each(draw_points, runs, -(-n // n_drawn)) for each in part),
             key=lambda each: each[0],
         )
-        self.values = np.concatenate([values for _, values in found], axis=1)
-        layouts, coordinates = self.evaluation.rules.layouts.x, self.values[2:, :: max(1, self.values.shape[1] // CHECKED)]
+        values = np.concatenate([values for _, values in found], axis=1)
+        drawn = Drawn(values.shape[1], n_drawn, n_runs, time.perf_counter() - began)
+        if self.checkpoint is not None:
+            self.checkpoint.save("sample", dict(values=values), **drawn._asdict())
+        self._take_sample(values, drawn)
+
+    def _take_sample(self, values, drawn):
+        self.values, self.drawn = values, drawn
+        layouts, few = self.evaluation.rules.layouts.x, values[2:, :: max(1, values.shape[1] // CHECKED)]
         self.coordinates = tuple(
-            row.astype(np.int64 if layout.integer else np.float64) for layout, row in zip(layouts, coordinates, strict=True)
+            row.astype(np.int64 if layout.integer else np.float64) for layout, row in zip(layouts, few, strict=True)
         )
-        self.drawn = Drawn(self.values.shape[1], n_drawn, n_runs, time.perf_counter() - began)
 
     def points(self, n: int) -> Sample:
         """About ``n`` of the points of the sample."""

@@ -39,6 +39,7 @@ ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and bloc
 STALLS = 3  # rejected steps, each a quarter of the one before, after which the gradient counts as rounding too
 
 MESSAGES = {
+    -3: "Stopped by a signal, at the best point so far; finished sweeps are kept in the checkpoint, for `resume`.",
     -2: "Stopped by `callback`.",
     0: "The maximum number of function evaluations is exceeded.",
     1: "`gtol` termination condition is satisfied: scaled gradient {optimality:.2e} < {gtol:.2e}.",
@@ -105,6 +106,14 @@ class NotFiniteAtStart(ValueError):
     """Cost or derivatives are not finite at the start point."""
 
 
+class Interrupted(Exception):
+    """A sweep that ends early, since the process has been told to leave."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
 class Point(NamedTuple):
     """Where the loop stands, and the model of the cost around it."""
 
@@ -159,7 +168,11 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
 
         candidate, alpha = _propose(here, radius, alpha, options)
         trial = strictly_feasible(here.params + candidate.step, lower, upper, rstep=0)
-        equations = sweep(trial, _next_reduction(here, options))
+        try:
+            equations = sweep(trial, _next_reduction(here, options))
+        except Interrupted:
+            status = -3
+            break
         nfev += 1
         iteration += 1
         step_norm, step_h_norm = norm(candidate.step), norm(candidate.step_h)
@@ -193,7 +206,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         step = (actual, candidate.predicted, step_norm, radius, accepted)
         history.append(_record(iteration, nfev, here, *step, started, equations.read))
 
-    if options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here):
+    if options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here) and status != -3:
         here = _stand(here.params, sweep(here.params, "qr"), here.scale, options)
     values = dict(optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol)
     values |= dict(step=step_norm / (norm(here.params) or 1.0), rounding=ROUNDING)

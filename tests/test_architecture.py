@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "store", "inputs",
-    "loading", "sample", "reduction", "trust_region", "multistart", "streaming", "plan", "progress", "result", "arguments",
-    "api",
+    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "store", "chunks", "inputs",
+    "checkpoint", "loading", "sample", "reduction", "trust_region", "multistart", "streaming", "plan", "progress", "result",
+    "arguments", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 KNOWS = {

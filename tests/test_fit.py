@@ -35,10 +35,12 @@ def test_an_unknown_workflow_lists_the_known_ones():
 
 
 @pytest.mark.parametrize("workflow", ["streaming", "hpc_distributed"])
-def test_a_workflow_that_streams_re_reads_the_data(workflow):
+def test_a_workflow_that_streams_re_reads_the_data_and_keeps_a_checkpoint(workflow, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     y = da.from_array(noisy_sine(), 1000)
     found = fit(sine, X, y, p0=[1, 1.69, 0.5, 0.3], workflow=workflow)
     assert found.strategy == "streaming"
+    assert len(list(tmp_path.glob("nlsq_checkpoints/*/fit.json"))) == 1
     np.testing.assert_allclose(found.popt, [1.5, 1.7, 0.6, 0.4], atol=0.02)
 
 

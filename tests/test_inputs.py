@@ -13,7 +13,8 @@ import xarray as xr
 import zarr
 
 from dask_nlsq import clear_memory_pool, curve_fit, get_memory_manager
-from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk, release
+from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk, release
+from dask_nlsq.inputs import build_problem
 from dask_nlsq.loading import plan_loads
 from dask_nlsq.reduction import load_chunk
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq.inputs import BLOCK_POINTS, build_problem, prepare_chunk
+from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk
+from dask_nlsq.inputs import build_problem
 from dask_nlsq.kernels import REFLECTED_UP_TO, TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
 from dask_nlsq.model import intern
 from dask_nlsq.reduction import Evaluation, How, merge

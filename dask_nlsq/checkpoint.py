@@ -1,0 +1,259 @@
+"""What a fit has to keep on disk to go on after it was killed, and how it leaves when it is told to.
+
+A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
+``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
+the same sweeps it takes the same steps, so a resumed fit runs from its start, and finds its first sweeps done.
+
+A file is written under another name, forced to disk and renamed, so that there is always a whole one.
+"""
+
+import json
+import os
+import signal
+import threading
+import zlib
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .inputs import Problem
+from .kernels import fingerprint
+from .model import Model
+
+VERSION = 1  # of the files
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
+KEPT = ("p0", "absolute_sigma", "check_finite", "bounds", "method", "nan_policy", "loss", "f_scale", "x_scale")
+KEPT += ("ftol", "xtol", "gtol", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
+KEPT += ("reduction", "jac_mode", "tr_solver", "n_starts")
+LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
+MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is of another fit, or of none."""
+
+
+class Checkpoint:
+    """The directory at ``path``.
+
+    Parameters
+    ----------
+    path : path
+        Created where it is missing.
+    identity : dict
+        What makes the fit the fit that it is, plain values by name.
+    call : dict
+        What `read_call` needs to make it again.
+    arrays : dict
+        Arrays that belong to the call.
+
+    Raises
+    ------
+    CheckpointError
+        Where ``path`` has a checkpoint of another fit; the message lists what differs.
+    """
+
+    def __init__(
+        self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    ):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "fit.json").exists():
+            self._compare(identity)
+        else:
+            if arrays:
+                self.save("data", arrays)
+            text = json.dumps(dict(version=VERSION, identity=identity, call=call), indent=1)
+            self._write("fit.json", lambda file: file.write(text.encode()))
+
+    def _compare(self, identity):
+        known = _read_fit(self.path)["identity"]
+        new = json.loads(json.dumps(identity))
+        changed = [
+            f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
+            for name in sorted(known.keys() | new.keys())
+            if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint {self.path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, "
+                "or another path"
+            )
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
+        """Write arrays and JSON values as ``name.npz``, all or nothing."""
+        text = np.frombuffer(json.dumps(values).encode(), np.uint8)
+        self._write(f"{name}.npz", lambda file: np.savez(file, __json__=text, **arrays))
+
+    def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """What `save` has written under ``name``; None where it has not."""
+        return _load(self.path / f"{name}.npz")
+
+    def _write(self, name, write):
+        temporary = self.path / f".{name}.{os.getpid()}"
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+        if hasattr(os, "O_DIRECTORY"):  # the name is on disk when the directory is
+            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+
+
+def _load(file):
+    if not file.exists():
+        return None
+    with np.load(file, allow_pickle=False) as found:
+        arrays = {name: found[name] for name in found.files}
+    return arrays, json.loads(arrays.pop("__json__").tobytes())
+
+
+def _read_fit(path):
+    try:
+        found = json.loads((path / "fit.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no fit.json") from None
+    if found["version"] != VERSION:
+        raise CheckpointError(f"the checkpoint {path} has format {found['version']}, this version reads {VERSION}")
+    return found
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the call
+
+
+def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Problem, stored, options) -> Checkpoint:
+    """The checkpoint of a fit with these ``options`` of `dask_nlsq.curve_fit`; ``data`` as the user gave them.
+
+    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
+    """
+    call, arrays = describe_call(model.f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
+    identity = {name: call["options"][name] for name in KEPT}
+    identity["model"] = fingerprint(model, problem.rules.layouts, len(options["p0"]))
+    identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
+    identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
+    identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
+    identity |= {f"content of `{name}`": zlib.crc32(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return Checkpoint(path, identity, call, arrays)
+
+
+def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `read_call` makes the call of again: JSON values, and arrays by name. What cannot be kept is None."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def keep(name, value):
+        if value is None:
+            return {"none": True}
+        if isinstance(value, tuple):
+            parts = [keep(f"{name}[{k}]", each) for k, each in enumerate(value)]
+            return None if None in parts else {"tuple": parts}
+        if isinstance(value, (str, Path)):
+            return {"path": _absolute(value)}
+        if isinstance(value, list) and value and all(isinstance(each, (str, Path)) for each in value):
+            return {"paths": [_absolute(each) for each in value]}
+        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
+            return None
+        array = np.asarray(value)
+        if array.nbytes > MOST_KEPT or array.dtype.hasobject or isinstance(value, np.ma.MaskedArray):
+            return None
+        arrays[name] = array
+        return {"array": name}
+
+    module, qualname = getattr(f, "__module__", None), getattr(f, "__qualname__", "<>")
+    named = None if module in (None, "__main__") or "<" in qualname else [module, qualname]
+    kept = {name: keep(name, value) for name, value in data.items()}
+    return dict(model=named, data=kept, options=_plain(options)), arrays
+
+
+def _absolute(path):
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
+
+
+def _plain(value):
+    """JSON of options: numbers, strings, sequences of them, arrays."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Model, data and options of a checkpoint; what is given (not None) wins.
+
+    Raises
+    ------
+    CheckpointError
+        Where something was not kept and is not given.
+    """
+    path = Path(path)
+    call = _read_fit(path)["call"]
+    arrays, _ = _load(path / "data.npz") or ({}, {})
+
+    def make(name, kept):
+        if kept is None:
+            raise CheckpointError(
+                f"the checkpoint {path} does not keep `{name}` (a Dask array, an open array or a large one): pass it again, "
+                f"as in resume(path, {name.split('[')[0]}=...)"
+            )
+        match kept:
+            case {"tuple": parts}:
+                return tuple(make(f"{name}[{k}]", each) for k, each in enumerate(parts))
+            case {"path": found} | {"paths": found}:
+                return found
+            case {"array": key}:
+                return arrays[key]
+        return None
+
+    if f is None and call["model"] is None:
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
+    if f is None:
+        f = import_module(call["model"][0])
+        for name in call["model"][1].split("."):
+            f = getattr(f, name)
+    data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
+    return f, data, call["options"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# leaving
+
+
+class Leave:
+    """Within, SIGTERM and Ctrl-C only set ``signal``: who reads finishes what is begun. A second one works as always.
+
+    Outside of the main thread, which alone receives signals, it does nothing.
+    """
+
+    signal: int | None = None
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc):
+        self._restore()
+
+    def _received(self, number, frame):
+        self.signal = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}

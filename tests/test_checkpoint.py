@@ -1,0 +1,254 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+from distributed import Client, LocalCluster
+
+from dask_nlsq import CheckpointError, curve_fit, resume
+from tests.checkpointed import P0, decay
+
+N, CHUNK = 60_000, 500
+X = np.linspace(0, 10, N)
+Y = np.random.default_rng(3).poisson(200 * np.exp(-0.5 * X) + 30).astype("u2")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_stay_apart(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    array = zarr.create_array(tmp_path / "y.zarr", shape=Y.shape, dtype=Y.dtype, chunks=(CHUNK,))
+    array[...] = Y
+    return tmp_path / "y.zarr"
+
+
+class Killed(Exception):
+    pass
+
+
+class Dies:
+    """An array on disk that counts its reads, and breaks at one of them."""
+
+    def __init__(self, values, at=None):
+        self.values, self.chunks, self.store, self.reads, self.at = values, (CHUNK,), None, Counter(), at
+        self.shape, self.dtype, self.ndim = values.shape, values.dtype, 1
+
+    def __getitem__(self, item):
+        if item[0].stop > item[0].start:
+            self.reads[item[0].start // CHUNK] += 1
+            if sum(self.reads.values()) == self.at:
+                raise Killed
+        return self.values[item]
+
+
+def same_bits(found, expected):
+    for name in ("popt", "pcov", "cost", "nfev", "sweeps", "status", "message", "n_points", "n_masked"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert [record.cost for record in found.history] == [record.cost for record in expected.history]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(bounds=([0, 0, 0], [199, 9, 99])), dict(loss="soft_l1", reduction="qr"), dict(n_starts=3)],
+    ids=["plain", "bounds", "qr", "starts"],
+)
+@pytest.mark.parametrize("at", [5, 20, 133, 250, 371])
+def test_a_fit_that_breaks_anywhere_goes_on_with_the_same_bits(at, options, tmp_path):
+    p0 = [150, 0.35, 40]
+    with dask.config.set({"nlsq.checkpoint-seconds": 0.0}):
+        whole = curve_fit(decay, X, Dies(Y), p0, strategy="streaming", **options)
+        y = Dies(Y, at)
+        with pytest.raises(Killed):
+            curve_fit(decay, X, y, p0, checkpoint=tmp_path / "c", **options)
+        found = resume(tmp_path / "c", ydata=y)
+    same_bits(found, whole)
+    again = sum(y.reads.values()) - (whole.sweeps * 120 + whole.sample.n_chunks)
+    in_flight = 2 * (dask.system.CPU_COUNT + 2) + 2
+    assert again <= in_flight + (whole.sample.n_chunks if at <= 12 else 0)
+
+
+def test_a_finished_fit_is_not_read_again(tmp_path):
+    y = Dies(Y)
+    first = curve_fit(decay, X, y, P0, checkpoint=tmp_path / "c")
+    y.reads.clear()
+    same_bits(curve_fit(decay, X, y, P0, checkpoint=tmp_path / "c"), first)
+    assert not y.reads
+
+
+def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
+    whole = curve_fit(decay, X, store, [20, 3, 90], strategy="streaming", ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    with pytest.raises(RuntimeError, match="maximum number"):
+        curve_fit(decay, X, store, [20, 3, 90], checkpoint=tmp_path / "c", max_nfev=2, **tight)
+    same_bits(resume(tmp_path / "c", max_nfev=100), whole)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(f=lambda x, a, b, c: 1.001 * a * jnp.exp(-b * x) + c), "model"),
+        (dict(p0=[260.0, 0.35, 41.0]), "p0"),
+        (dict(loss="huber"), "loss: 'linear' then, 'huber' now"),
+        (dict(xdata=X * 1.01), "content of `xdata`"),
+        (dict(mask=X > 9), "operands"),
+    ],
+    ids=["model", "p0", "loss", "x", "mask"],
+)
+def test_another_fit_is_refused_with_what_changed(change, message, store, tmp_path):
+    call = dict(f=decay, xdata=X, ydata=store, p0=P0, checkpoint=tmp_path / "c")
+    curve_fit(**call)
+    with pytest.raises(CheckpointError, match=message):
+        curve_fit(**call | change)
+
+
+def test_changed_data_are_refused(store, tmp_path):
+    curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
+    zarr.open_array(store)[:10] = 1
+    with pytest.raises(CheckpointError, match="`ydata` in its store"):
+        resume(tmp_path / "c")
+
+
+def test_a_model_is_known_by_what_it_computes(store, tmp_path):
+    def make(scale):
+        return lambda x, a, b, c: decay(x, a, b, c) * scale
+
+    curve_fit(make(np.array(1.0)), X, store, P0, checkpoint=tmp_path / "c")
+    curve_fit(make(np.array(1.0)), X, store, P0, checkpoint=tmp_path / "c")
+    with pytest.raises(CheckpointError, match="model"):
+        curve_fit(make(np.array(1.5)), X, store, P0, checkpoint=tmp_path / "c")
+    with pytest.raises(CheckpointError, match="cannot import the model"):
+        resume(tmp_path / "c")
+    resume(tmp_path / "c", make(np.array(1.0)))
+
+
+def test_what_was_not_kept_is_asked_for(tmp_path):
+    y = da.from_array(Y, CHUNK)
+    first = curve_fit(decay, X, y, P0, checkpoint=tmp_path / "c")
+    with pytest.raises(CheckpointError, match="does not keep `ydata`"):
+        resume(tmp_path / "c")
+    same_bits(resume(tmp_path / "c", ydata=y), first)
+    with pytest.raises(CheckpointError, match=r"no fit\.json"):
+        resume(tmp_path / "nothing")
+
+
+def test_checkpoints_are_for_data_that_are_read_anew(tmp_path):
+    with pytest.raises(ValueError, match="`checkpoint` is for data"):
+        curve_fit(decay, X, Y, P0, checkpoint=tmp_path / "c", strategy="standard")
+
+
+def test_files_are_plain_arrays_and_json(store, tmp_path):
+    curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["data.npz", "fit.json", "sample.npz", "state.npz"]
+    for path in (tmp_path / "c").glob("*.npz"):
+        with np.load(path, allow_pickle=False) as found:
+            assert all(found[name].dtype.kind in "ufi" for name in found.files)
+
+
+def test_damage_is_remembered(store, tmp_path):
+    (store / "c" / "9").write_bytes(b"")
+    options = dict(on_bad_chunk="mask", checkpoint=tmp_path / "c")
+    first = curve_fit(decay, X, store, P0, **options)
+    again = resume(tmp_path / "c")
+    same_bits(again, first)
+    assert [err.index for err in again.damage] == [err.index for err in first.damage] == [(9,)]
+
+
+def test_workers_and_threads_go_on_with_each_others_sweeps(tmp_path):
+    y = da.from_array(Y, CHUNK)
+    tight = dict(ftol=1e-13, xtol=1e-13, gtol=1e-13)
+    whole = curve_fit(decay, X, y, P0, strategy="streaming", **tight)
+
+    def stop(record):
+        if record.nfev == 2:
+            raise StopIteration
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster):
+        stopped = curve_fit(decay, X, y, P0, checkpoint=tmp_path / "c", callback=stop, **tight)
+    assert stopped.sweeps == 2
+    same_bits(resume(tmp_path / "c", ydata=y), whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in processes of their own
+
+
+def start(*arguments):
+    code = "import dask_nlsq.inputs as inputs; inputs.JOINED_POINTS = 1; import sys; from tests.checkpointed import main;"
+    command = [sys.executable, "-c", code + " main(*sys.argv[1:])", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def uninterrupted(store, tmp_path):
+    finish(start(store, tmp_path / "whole", tmp_path / "whole.json"))
+    return json.loads((tmp_path / "whole.json").read_text())
+
+
+def wait_for_sweeps(process, path, n):
+    """Until a fit has finished ``n`` sweeps and begun another."""
+    for _ in range(6000):
+        if process.poll() is not None:
+            return
+        if (path / "state.npz").exists():
+            with np.load(path / "state.npz") as found:
+                values = json.loads(found["__json__"].tobytes())
+            if len(values.get("reductions", [])) >= n and "begun" in values:
+                return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_fit_at_the_best_point_and_resume_goes_on(number, store, tmp_path):
+    expected = uninterrupted(store, tmp_path)
+    process = start(store, tmp_path / "c", tmp_path / "out.json")
+    wait_for_sweeps(process, tmp_path / "c", 1)
+    process.send_signal(number)
+    finish(process)
+    left = json.loads((tmp_path / "out.json").read_text())
+    assert left["status"] == -3
+    assert "Stopped by a signal" in left["message"]
+    assert left["cost"] == left["history"][-1] == expected["history"][len(left["history"]) - 1]
+    finish(start(store, tmp_path / "c", tmp_path / "again.json", "resume"))
+    assert json.loads((tmp_path / "again.json").read_text()) == expected
+
+
+def test_a_signal_before_there_is_a_point_ends_the_process(store, tmp_path):
+    process = start(store, tmp_path / "c", tmp_path / "out.json")
+    wait_for_sweeps(process, tmp_path / "c", 0)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_a_fit_that_is_killed_goes_on_with_the_same_bits(kills, store, tmp_path):
+    expected = uninterrupted(store, tmp_path)
+    rng = np.random.default_rng(1)
+    for k in range(kills):
+        path, out = tmp_path / f"c{k}", tmp_path / f"{k}.json"
+        process = start(store, path, out)
+        while not (path / "fit.json").exists() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 2.0))
+        process.kill()
+        process.communicate()
+        finish(start(store, path, out, "resume"))
+        assert json.loads(out.read_text()) == expected
