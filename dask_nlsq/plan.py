@@ -23,6 +23,7 @@ from .config import threads
 from .inputs import Problem
 from .kernels import TILE_BYTES
 from .resources import available_memory, process_settings, workers_memory
+from .streaming import READ_AHEAD, SAMPLE_POINTS
 
 logger = logging.getLogger("dask_nlsq")
 
@@ -31,6 +32,7 @@ WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
 CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and connections
 IN_FLIGHT = 2  # times the float64 size of a run: as it comes, and one step of the user's graph between
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
+SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while it is drawn
 SCRATCH = 8  # times a tile's rows
 STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
@@ -40,7 +42,14 @@ Strategy = Literal["auto", "standard", "chunked", "streaming"]
 
 
 class MemoryBudgetError(MemoryError):
-    """A fit that cannot work with the memory there is; the message has the numbers and the way out."""
+    """A fit that cannot work with the memory there is: the ``numbers``, and the way out."""
+
+    def __init__(self, numbers: str, way_out: str):
+        super().__init__(numbers, way_out)
+        self.numbers, self.way_out = numbers, way_out
+
+    def __str__(self):
+        return f"{self.numbers}: {self.way_out}"
 
 
 class Place(NamedTuple):
@@ -196,7 +205,8 @@ def make_plan(
     Parameters
     ----------
     strategy
-        "auto": on the workers of ``client`` where data are lazy, else in this process.
+        "auto": on the workers of ``client`` where data are lazy, else in this process; lazy data that do not fit there are
+        not held but read anew in each sweep.
     memory_limit_gb : float, optional
         GiB, the most that this process, or each worker, may take for the fit. None: the share of the memory that
         `effective_fraction` allows, of what is available here or of the limit of each worker.
@@ -214,16 +224,22 @@ def make_plan(
     if problem.rules.whole and strategy in ("chunked", "streaming"):
         reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
         raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
+    lazy = problem.lazy and not problem.rules.whole
+    first = strategy
     if strategy == "auto":
-        strategy = "chunked" if problem.lazy and client is not None and not problem.rules.whole else "standard"
-    on_workers = strategy in ("chunked", "streaming") and client is not None
-    needs = _needs(problem, n_params, sent=on_workers)
-    if strategy == "streaming":
-        needs, per_thread = needs._replace(held=0), per_thread or STREAM_PER_THREAD
-    if on_workers:
-        reason, n_partitions, places = _on_workers(problem, needs, limit, client, per_thread)
-    else:
-        reason, n_partitions, places = _here(problem, needs, limit)
+        first = "chunked" if lazy and client is not None else "standard"
+    try:
+        needs, (reason, n_partitions, places) = _decide(problem, n_params, first, limit, client, per_thread)
+        strategy = first
+    except MemoryBudgetError as err:
+        if strategy != "auto" or not lazy:
+            raise
+        strategy = "streaming"
+        try:
+            needs, (reason, n_partitions, places) = _decide(problem, n_params, strategy, limit, client, per_thread)
+        except MemoryBudgetError:
+            raise err from None
+        reason = f"{reason}, since {err.numbers}"
     plan = Plan(
         strategy=strategy,
         reason=reason,
@@ -240,6 +256,20 @@ def make_plan(
     return plan
 
 
+def _decide(problem, n_params, strategy, limit, client, per_thread):
+    on_workers = strategy in ("chunked", "streaming") and client is not None
+    needs = _needs(problem, n_params, sent=on_workers)
+    if strategy == "streaming":
+        readers = 1 if on_workers else min(threads(), problem.n_runs)
+        sample = SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, problem.n_points) * len(problem.operands)
+        in_flight = needs.in_flight * (1 + READ_AHEAD / readers)
+        needs = needs._replace(held=0, in_flight=in_flight, start=needs.start + (0 if on_workers else sample))
+        per_thread = per_thread or STREAM_PER_THREAD
+    if on_workers:
+        return needs, _on_workers(problem, needs, limit, client, per_thread)
+    return needs, _here(problem, needs, limit)
+
+
 def _here(problem, needs, limit):
     fraction, _ = effective_fraction()
     here, n_threads = process_settings(), min(threads(), problem.n_runs)
@@ -249,11 +279,12 @@ def _here(problem, needs, limit):
     working = needs.working(n_threads)
     if needs.held + working > may_take and problem.lazy:
         way_out = "rechunk the data into smaller chunks, " if n_threads * needs.in_flight > may_take / 2 else ""
+        way_out += 'use strategy="streaming", which holds none, ' if needs.held else ""
         raise MemoryBudgetError(
             f"the data take {size(needs.held)} in memory, and this process {size(working)} beside them, of which "
             f"{size(n_threads * needs.in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take "
-            f"{size(may_take)} ({source}): {way_out}use a distributed.Client whose workers together have more memory, or "
-            "fit a part of the data"
+            f"{size(may_take)} ({source})",
+            f"{way_out}use a distributed.Client whose workers together have more memory, or fit a part of the data",
         )
     reason = "the data are in this process already"
     if not needs.held:
@@ -308,15 +339,16 @@ def _on_workers(problem, needs, limit, client, per_thread):
             raise MemoryBudgetError(
                 f"worker {a} may have {size(may_have[a])} ({source}) and needs {size(working[a])} before it holds any "
                 f"data, of which {size(n_threads[a] * needs.in_flight)} to read runs of chunks of {size(needs.run)} in "
-                f"{several(n_threads[a], 'thread')}: rechunk the data into smaller chunks, or start workers with more "
-                "memory or fewer threads"
+                f"{several(n_threads[a], 'thread')}",
+                "rechunk the data into smaller chunks, or start workers with more memory or fewer threads",
             )
         if not fits(a):
             room = sum(max(0.0, may_have[each] - working[each]) for each in found)
             raise MemoryBudgetError(
                 f"the data take {size(needs.held)} and {several(len(found), 'worker')} have room for {size(room)}: worker "
                 f"{a} would hold {size(holds[a])} and have {size(working[a] + holds[a])} at its peak, of "
-                f"{size(may_have[a])} ({source}). Start more workers or larger ones, or fit a part of the data"
+                f"{size(may_have[a])} ({source})",
+                'use strategy="streaming", which holds none, start more workers or larger ones, or fit a part of the data',
             )
     reason = f"{several(len(found), 'worker')} hold the data of {size(needs.held)} together"
     if not needs.held:

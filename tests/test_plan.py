@@ -125,13 +125,21 @@ def test_a_worker_with_several_threads_is_told_to_keep_xla_to_one():
 
 def test_data_that_do_not_fit_on_the_workers_are_refused_before_they_are_read(client):
     x, y = da.zeros(10**8, chunks=10**6), unread(10**8, 10**6)
-    message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(70% of its memory\)\. Start more workers"
+    message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(70% of its memory\): use strategy=\"streaming\""
     with pytest.raises(MemoryBudgetError, match=message):
-        curve_fit(decay, x, y)
+        curve_fit(decay, x, y, strategy="chunked")
     with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
         curve_fit(decay, x[: 10**7], y[: 10**7], memory_limit_gb=0.1)
     with pytest.raises(MemoryBudgetError, match=r"to read runs of chunks of .* rechunk the data into smaller chunks"):
         curve_fit(decay, x.rechunk(5 * 10**7), y.rechunk(5 * 10**7))
+
+
+def test_lazy_data_that_do_not_fit_are_read_anew_in_each_sweep(client):
+    x, y = da.linspace(0, 1, 10**9, chunks=10**6), unread(10**9, 10**6)
+    plan = plan_fit(decay, x, y)
+    assert plan.strategy == "streaming" and plan.held_bytes == 0
+    assert "read the data anew in each sweep, since the data take" in plan.reason
+    assert "from where they are stored" in plan.explain()
 
 
 def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read():

@@ -12,7 +12,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit
+from dask_nlsq import curve_fit, plan_fit
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.model import intern
 from dask_nlsq.reduction import Evaluation, LocalSweep, merge
@@ -303,6 +303,15 @@ def test_workers_read_and_nothing_is_left_on_them(client, tmp_path):
     raise AssertionError("tasks are left on the scheduler")
 
 
+def test_data_that_do_not_fit_are_streamed_without_being_asked():
+    x = da.linspace(0, 1, 4 * 10**7, chunks=250_000)
+    y = 2 * da.exp(-x) + 0.3
+    plan = plan_fit(decay, x, y, strategy="streaming")
+    result = curve_fit(decay, x, y, memory_limit_gb=plan.peak_bytes / 2**30 - plan.places[0].now / 2**30 + 0.1)
+    assert (result.strategy, result.plan.held_bytes) == ("streaming", 0)
+    np.testing.assert_allclose(result.popt, [2, 1, 0.3], rtol=1e-6)
+
+
 FLAT = """
 import json, sys
 from pathlib import Path
@@ -324,7 +333,7 @@ def fit(n):
 found = {}
 for n in (4 * 10**7, 12 * 10**7):
     result = fit(n)
-    found[n] = resident("VmHWM"), result.sweeps, list(result.popt)
+    found[n] = resident("VmHWM"), result.sweeps, list(result.popt), result.plan.peak_bytes / 2**20
 print("RESULT", json.dumps(found))
 """
 
@@ -333,7 +342,8 @@ def test_memory_is_flat():
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", FLAT], capture_output=True, text=True, cwd=root, check=True)
     found = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))[7:])
-    (small, _, _), (large, sweeps, popt) = found.values()
+    (small, _, _, _), (large, sweeps, popt, predicted) = found.values()
+    assert large < predicted
     assert large < 1.1 * small
     assert large < 1000  # MB, of which 0.3 are JAX, Dask and Zarr; the data take 1900
     assert sweeps <= 4
