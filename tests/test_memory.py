@@ -200,7 +200,7 @@ def test_a_fraction_that_is_no_number_is_refused(fraction, error):
 
 @contextlib.contextmanager
 def cluster(n_workers, memory_limit):
-    options = dict(processes=False, threads_per_worker=1, dashboard_address=None)
+    options = dict(processes=False, threads_per_worker=1, dashboard_address=":0")
     with LocalCluster(n_workers=n_workers, memory_limit=memory_limit, **options) as scheduler, Client(scheduler) as client:
         yield client
 
