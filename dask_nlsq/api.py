@@ -20,6 +20,7 @@ from .arguments import (
     check_choices,
     finite_policy,
     jacobian,
+    known_names,
     limit,
     model_first,
     parameters,
@@ -33,7 +34,7 @@ from .checkpoint import Leave, open_checkpoint, read_call
 from .chunks import SAMPLE_POINTS, Census
 from .inputs import Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
-from .model import Model, function_name, intern
+from .model import Model, ModelError, ModelShapeError, function_name, intern, not_of_any_length
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Observers
@@ -268,7 +269,8 @@ def curve_fit(
 
         if checkpoint is not None:
             bounds = (lower, upper)
-            kept = open_checkpoint(checkpoint, model, as_given, problem, stored, given | dict(p0=start, bounds=bounds))
+            path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
+            kept = open_checkpoint(path, model, as_given, problem, stored, given | dict(p0=start, bounds=bounds))
             if sweep.go_on(kept):
                 jac_mode = sweep.jac_mode
             sweep.leave = stack.enter_context(Leave())
@@ -379,9 +381,10 @@ def fit(
         An unknown workflow or goal; and as `curve_fit`.
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
+    known_names(curve_fit, curve_fit_options)
     options = workflow_options(workflow, goal, _n_points(ydata), n_starts)
     if options["strategy"] == "streaming" and not curve_fit_options.keys() & {"checkpoint", "strategy"}:
-        options["checkpoint"] = create_checkpoint_directory()
+        options["checkpoint"] = create_checkpoint_directory
     return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
 
 
@@ -432,6 +435,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     if not options.keys().isdisjoint(("workflow", "goal")):
         named = options.pop("workflow", "auto"), options.pop("goal", None)
         options = workflow_options(*named, _n_points(ydata), options.pop("n_starts", None)) | options
+    known_names(curve_fit, options)
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
@@ -480,14 +484,17 @@ def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, r
     n = SAMPLE_POINTS if problem.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
     try:
         check_model(model, problem.rules.layouts, n, n_params)
+    except (ModelError, ModelShapeError):
+        if problem.lazy or problem.n_points > WHOLE_LIMIT:
+            raise
     except (TypeError, ValueError) as err:
         if problem.lazy or problem.n_points > WHOLE_LIMIT:
-            err.add_note(f"raised when the model was called with {n} of the points, to see whether it is pointwise")
-            raise
-        # a model that closes over an array as long as the data works on all points only
-        check_model(model, problem.rules.layouts, problem.n_points, n_params)
-        return build_problem(xdata, ydata, **arguments, whole=True)
-    return problem
+            raise not_of_any_length(model, n, err) from None
+    else:
+        return problem
+    # a model that closes over an array as long as the data works on all points only
+    check_model(model, problem.rules.layouts, problem.n_points, n_params)
+    return build_problem(xdata, ydata, **arguments, whole=True)
 
 
 def _check_pointwise(sweep: Sweep, start, lower, upper):

@@ -1,6 +1,7 @@
 """The arguments that are not data: checked once, with errors that say what to change."""
 
 import inspect
+from difflib import get_close_matches
 from numbers import Integral, Real
 
 import numpy as np
@@ -160,6 +161,14 @@ def limit(max_nfev, maxfev):
     if not isinstance(max_nfev, Integral) or max_nfev <= 0:
         raise ValueError(f"`max_nfev` must be None or a positive integer, not {max_nfev!r}")
     return int(max_nfev)
+
+
+def known_names(function, options):
+    """Refuse keywords that ``function`` does not have, with the nearest one that it has."""
+    names = inspect.signature(function).parameters
+    for name in options.keys() - names:
+        near = get_close_matches(name, names, 1)
+        raise TypeError(f"{function.__name__} has no argument {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
 
 
 def partitions(per_thread):

@@ -146,6 +146,13 @@ class MemoryManager:
             "total_memory_gb": total / GB,
         }
 
+    def __repr__(self):
+        stats = self.get_memory_stats()
+        return (
+            f"<MemoryManager: {stats['available_gb']:.2f} GiB available, {stats['current_usage_gb']:.2f} GiB in use, "
+            f"pool of {stats['pool_arrays']} arrays, {stats['pool_memory_gb']:.2f} GiB>"
+        )
+
     def get_available_memory(self) -> float:
         """Bytes that this thread could allocate now."""
         with self._changed:

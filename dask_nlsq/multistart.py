@@ -55,22 +55,29 @@ def sample_size(n_params: int) -> int:
 
 
 class Search(NamedTuple):
-    """What became of each start, on the sample; row 0 is p0. Costs are scaled to all data."""
+    """What became of each start, on the sample; row 0 is p0. Costs are scaled to all data.
 
-    starts: np.ndarray  # (n, p)
-    start_costs: np.ndarray  # (n,), inf where the model is not finite
-    params: np.ndarray  # (n, p): the optimum on the sample that each start leads to
-    costs: np.ndarray  # (n,)
-    basin: np.ndarray  # (n,): starts with the same number lead to the same optimum, 0 the lowest; -1: none
-    chosen: tuple[int, ...]  # starts whose optima differ and whose costs the sample cannot tell apart, the best first
-    winner: int  # the start whose optimum was polished on all data
-    n_candidates: int  # from which the starts were chosen
-    n_points: int  # of the sample
+    ``starts`` (n, p) and their ``start_costs`` (n,), inf where the model is not finite; ``params`` (n, p), the optimum on
+    the sample that each leads to, and ``costs`` (n,). ``basin`` (n,) numbers these optima, 0 the lowest, -1 where there is
+    none. ``chosen``: starts whose optima the sample cannot tell apart by their costs, the best first; ``winner``: the one
+    that was then fitted to all data. ``n_candidates``, from which the starts were chosen; ``n_points`` of the sample.
+    """
+
+    starts: np.ndarray
+    start_costs: np.ndarray
+    params: np.ndarray
+    costs: np.ndarray
+    basin: np.ndarray
+    chosen: tuple[int, ...]
+    winner: int
+    n_candidates: int
+    n_points: int
 
     def __repr__(self):
+        n_optima = self.basin.max() + 1
         lines = [
-            f"{len(self.starts)} of {self.n_candidates} starts, screened on {self.n_points} points, "
-            f"lead to {self.basin.max() + 1} optima",
+            f"{len(self.starts)} starts, the best of {self.n_candidates} candidates on {self.n_points} points, lead to "
+            f"{n_optima} optim{'um' if n_optima == 1 else 'a'} of these points (-> fitted to all data, ? as good on these)",
             f"   {'start':>5} {'basin':>6} {'cost at start':>15} {'cost of optimum':>15}  optimum",
         ]
         for k in np.lexsort((np.arange(len(self.costs)), self.costs)):

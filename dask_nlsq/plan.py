@@ -120,8 +120,11 @@ class Plan:
             if place.n_threads > 1 and place.pjrt_nproc != "1"
         ]
 
-    def explain(self) -> str:
-        """The plan as a table; printed and returned."""
+    def explain(self) -> None:
+        """Print the plan as a table, which is also ``str(plan)``."""
+        print(self)
+
+    def __str__(self):
         where = {True: "of the workers", False: "of this process"}[len(self.places) > 1]
         held = (
             f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing beside the arrays themselves"
@@ -136,15 +139,13 @@ class Plan:
             ("a sweep", f"{size(self.sweep_bytes)} from {source}, in {several(self.n_partitions, 'task')}"),
         ]
         table = [
-            ("process", "threads", "now", "holds", "peak", "limit", "jax", "x64", "PJRT_NPROC"),
+            ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC"),
             *map(_cells, self.places),
         ]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [f"{name:<12}{value}" for name, value in rows]
         lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
-        text = "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
-        print(text)
-        return text
+        return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
 
     def __repr__(self):
         where = several(len(self.places) - 1, "worker") if len(self.places) > 1 else HERE
@@ -158,7 +159,8 @@ def several(n: int, noun: str) -> str:
 def size(nbytes: float) -> str:
     if nbytes == inf:
         return "not known"
-    return f"{nbytes / GB:.2f} GiB" if nbytes >= 0.1 * GB else f"{nbytes / 2**20:.1f} MiB"
+    unit, name = next((each for each in ((GB, "GiB"), (2**20, "MiB")) if nbytes >= 0.1 * each[0]), (2**10, "KiB"))
+    return f"{nbytes / unit:.{2 if unit == GB else 1}f} {name}"
 
 
 def _cells(place: Place) -> tuple[str, ...]:
@@ -277,8 +279,9 @@ def _here(problem, needs, limit):
     if limit is not None:
         may_take, source = limit, "memory_limit_gb"
     working = needs.working(n_threads)
-    if needs.held + working > may_take and problem.lazy:
-        way_out = "rechunk the data into smaller chunks, " if n_threads * needs.in_flight > may_take / 2 else ""
+    if needs.held + working > may_take and (problem.lazy or limit is not None):
+        way_out = "" if limit is None else f"raise memory_limit_gb to {(needs.held + working) / GB:.2g}, "
+        way_out += "rechunk the data into smaller chunks, " if n_threads * needs.in_flight > may_take / 2 else ""
         way_out += 'use strategy="streaming", which holds none, ' if needs.held else ""
         raise MemoryBudgetError(
             f"the data take {size(needs.held)} in memory, and this process {size(working)} beside them, of which "
@@ -335,12 +338,13 @@ def _on_workers(problem, needs, limit, client, per_thread):
         wanted *= 2
         n_partitions, holds = held(wanted)
     for a in found:
+        raised = "" if limit is None else "raise memory_limit_gb, "
         if working[a] > may_have[a]:
             raise MemoryBudgetError(
                 f"worker {a} may have {size(may_have[a])} ({source}) and needs {size(working[a])} before it holds any "
                 f"data, of which {size(n_threads[a] * needs.in_flight)} to read runs of chunks of {size(needs.run)} in "
                 f"{several(n_threads[a], 'thread')}",
-                "rechunk the data into smaller chunks, or start workers with more memory or fewer threads",
+                f"{raised}rechunk the data into smaller chunks, or start workers with more memory or fewer threads",
             )
         if not fits(a):
             room = sum(max(0.0, may_have[each] - working[each]) for each in found)
@@ -348,13 +352,17 @@ def _on_workers(problem, needs, limit, client, per_thread):
                 f"the data take {size(needs.held)} and {several(len(found), 'worker')} have room for {size(room)}: worker "
                 f"{a} would hold {size(holds[a])} and have {size(working[a] + holds[a])} at its peak, of "
                 f"{size(may_have[a])} ({source})",
-                'use strategy="streaming", which holds none, start more workers or larger ones, or fit a part of the data',
+                f'{raised}use strategy="streaming", which holds none, start more workers or larger ones, or fit a part of '
+                "the data",
             )
     reason = f"{several(len(found), 'worker')} hold the data of {size(needs.held)} together"
     if not needs.held:
         reason = f"{several(len(found), 'worker')} read the data anew in each sweep"
     if not found:
         reason = f"the data take {size(needs.held)}; no worker has come yet, so that nothing is known of their memory"
+        logger.warning(
+            "the cluster has no workers yet, and the fit waits for one: start it, as with client.cluster.scale(2)"
+        )
     here, sent = process_settings(), 0 if problem.lazy else 2 * problem.nbytes
     peak = here["now"] + needs.start + CLIENT_BYTES + sent
     places = [Place(HERE, 1, held=0, peak=peak, limit=inf, **here)]

@@ -158,8 +158,9 @@ class FitResult:
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
             f"{points}; {len(self.popt)} parameter{'s' * (len(self.popt) > 1)}; cost {self.cost:.6g}; reduced chi-square"
             f" {self.reduced_chi_square:.6g}",
-            f'{self.sweeps} sweeps in {sum(self.seconds.values()):.2f} s; strategy "{self.strategy}"; reduction '
-            f'"{self.reduction}"; condition {self.condition:.1e}',
+            f"{self.sweeps} sweep{'s' * (self.sweeps != 1)} in {self.seconds['solve']:.2f} s, data loaded in "
+            f'{self.seconds["load"]:.2f} s; strategy "{self.strategy}"; reduction "{self.reduction}"; condition '
+            f"{self.condition:.1e}",
         ]
         if self.damage:
             lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")

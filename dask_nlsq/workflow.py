@@ -85,17 +85,14 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     preset = PRESETS[workflow]
     effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]
     tier = bisect_right(TIERS, n_points) if preset.tolerance is None else TOLERANCES.index(preset.tolerance)
-    tolerance = TOLERANCES[min(max(tier + effect.tier, 0), len(TOLERANCES) - 1)]
     if n_starts is None:
         n_starts = (preset.n_starts or GOAL_STARTS) if effect.multistart else 0
-    return dict(
-        strategy=preset.strategy,
-        n_starts=n_starts,
-        partitions_per_thread=effect.partitions_per_thread,
-        ftol=tolerance,
-        xtol=tolerance,
-        gtol=tolerance,
-    )
+    where = dict(strategy=preset.strategy, partitions_per_thread=effect.partitions_per_thread)
+    return where | dict(n_starts=n_starts) | _tolerances(tier + effect.tier)
+
+
+def _tolerances(tier: int) -> dict[str, float]:
+    return dict.fromkeys(("gtol", "ftol", "xtol"), TOLERANCES[min(max(tier, 0), len(TOLERANCES) - 1)])
 
 
 def as_goal(goal: OptimizationGoal | str) -> OptimizationGoal:
@@ -136,8 +133,7 @@ def calculate_adaptive_tolerances(n_points: int, goal: OptimizationGoal | str | 
     tier = bisect_right(TIERS, count("n_points", n_points))
     if goal is not None:
         tier += EFFECTS[as_goal(goal)].tier
-    tolerance = TOLERANCES[min(max(tier, 0), len(TOLERANCES) - 1)]
-    return {"gtol": tolerance, "ftol": tolerance, "xtol": tolerance}
+    return _tolerances(tier)
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ def create_checkpoint_directory(base: str | Path | None = None, name: str | None
     NotADirectoryError
         Where ``base`` is a file.
     """
-    base = Path.cwd() / "nlsq_checkpoints" if base is None else Path(base)
+    base = Path.cwd() / "nlsq_checkpoints" if base is None else Path(base).expanduser()
     name = "fit" if name is None else name
     if not isinstance(name, str) or name != Path(name).name or not name:
         raise ValueError(f"`name` must be the name of a directory, without a path, not {name!r}")

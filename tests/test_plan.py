@@ -103,7 +103,8 @@ def test_a_plan_takes_the_arguments_of_curve_fit_and_of_fit():
 def test_lazy_data_go_to_the_workers_and_the_plan_shows_them(client, capsys):
     x, y = lazy(10**6, 10**4)
     plan = plan_fit(decay, x, y)
-    text = plan.explain()
+    text = str(plan)
+    assert plan.explain() is None
     assert capsys.readouterr().out == text + "\n"
     assert plan.strategy == "chunked" and len(plan.places) == 3
     assert plan.held_bytes >= 16e6 and sum(place.held for place in plan.places[1:]) >= plan.held_bytes
@@ -120,7 +121,7 @@ def test_a_worker_with_several_threads_is_told_to_keep_xla_to_one():
         Client(cluster),
     ):
         plan = plan_fit(decay, *lazy(1000, 100))
-        assert len(plan.advice) == 1 and "PJRT_NPROC=1" in plan.advice[0] and "to do: " in plan.explain()
+        assert len(plan.advice) == 1 and "PJRT_NPROC=1" in plan.advice[0] and "to do: " in str(plan)
 
 
 def test_data_that_do_not_fit_on_the_workers_are_refused_before_they_are_read(client):
@@ -139,7 +140,7 @@ def test_lazy_data_that_do_not_fit_are_read_anew_in_each_sweep(client):
     plan = plan_fit(decay, x, y)
     assert plan.strategy == "streaming" and plan.held_bytes == 0
     assert "read the data anew in each sweep, since the data take" in plan.reason
-    assert "from where they are stored" in plan.explain()
+    assert "from where they are stored" in str(plan)
 
 
 def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read():
@@ -191,3 +192,28 @@ def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
     plane = np.random.default_rng(0).normal(size=(3000, 3000)) + axes[0] - 2 * axes[1]
     there = curve_fit(lambda x, a, b: a * x[0] + b * x[1], axes, plane, strategy="chunked")
     np.testing.assert_allclose(there.popt, [1, -2], atol=1e-5)
+
+
+def test_a_limit_holds_for_arrays_in_memory_and_the_way_out_is_to_raise_it():
+    x = np.linspace(0, 10, 1000)
+    with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to 0\.\d"):
+        curve_fit(decay, x, x, memory_limit_gb=0.01)
+
+
+@pytest.mark.parametrize("call", [fit, plan_fit])
+def test_a_misspelt_option_is_named_with_the_right_one(call):
+    with pytest.raises(TypeError, match="no argument 'memory_limit': did you mean 'memory_limit_gb'"):
+        call(decay, np.ones(9), np.ones(9), memory_limit=3)
+
+
+def test_a_model_that_closes_over_an_array_as_long_as_the_data_is_told_to_take_it_as_a_coordinate():
+    x, y = lazy(2000, 100)
+    w = jnp.arange(2000.0)
+    with pytest.raises(ValueError, match=r"cannot be evaluated on 8 of the points \(line .*xdata=\(x, w\)"):
+        curve_fit(lambda x, a: a * x + w, x, y)
+
+
+def test_a_fit_says_that_it_waits_for_a_worker(caplog):
+    with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster):
+        plan_fit(decay, *lazy(1000, 100))
+    assert "no workers yet" in caplog.text
