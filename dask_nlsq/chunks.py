@@ -70,7 +70,8 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
         Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
         `MemoryManager`. `release` gives those back; a chunk that is dropped instead takes them along.
     """
-    censuses, cleaned = zip(*(_inspect(rules, *each) for each in zip(indices, pieces, strict=True)), strict=True)
+    inspected = (_inspect(rules, *each) for each in zip(indices, pieces, strict=True))
+    censuses, cleaned, invalid = zip(*inspected, strict=True)
     if len(cleaned) == 1:
         (pieces,) = cleaned
     else:
@@ -82,6 +83,8 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
     shape = pieces[0].shape
     first_x = 2 + (rules.layouts.mask is not None)
     blocks, staged = _cut(rules, shape, pieces)
+    if rules.layouts.invalid is not None and not any(invalid):
+        blocks = tuple(block._replace(clean=True) for block in blocks)
     return Chunk(blocks, censuses, _sample(rules, shape, pieces[first_x:]), staged)
 
 
@@ -96,15 +99,16 @@ def release(chunk: Chunk) -> None:
         get_memory_manager().free_array(array)
 
 
-def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
-    """Census of one chunk, and its pieces in native byte order with the mask that the kernels use."""
+def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
+    """Census of one chunk, its pieces in native byte order with the mask that the kernels use, and if values are invalid."""
     pieces = [_native(np.asarray(piece)) for piece in pieces]
     shape = pieces[0].shape
     masked = rules.layouts.mask is not None
     names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
     hidden = stored_mask = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
-    if rules.layouts.invalid is not None:
-        hidden = hidden | rules.layouts.invalid.hits(pieces[0])
+    invalid = rules.layouts.invalid is not None and rules.layouts.invalid.hits(pieces[0])
+    if is_invalid := bool(np.any(invalid)):
+        hidden = hidden | invalid
     not_finite = {}
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
@@ -118,7 +122,7 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray]]:
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
     not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
-    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive), pieces
+    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive), pieces, is_invalid
 
 
 def _native(piece):

@@ -17,6 +17,7 @@ References
 
 import functools
 import hashlib
+import operator
 import re
 import time
 from typing import Literal, NamedTuple
@@ -66,14 +67,10 @@ class Invalid(NamedTuple):
 
     def hits(self, y):
         """Where ``y`` holds such a value; NumPy or JAX."""
-        found = y != y if any(value != value for value in self.values) else y < y
-        for value in self.values:
-            found = found | (y == value)
-        if self.low is not None:
-            found = found | (y < self.low)
-        if self.high is not None:
-            found = found | (y > self.high)
-        return found
+        tests = [y != y if value != value else y == value for value in self.values]
+        tests += [y < self.low] if self.low is not None else []
+        tests += [y > self.high] if self.high is not None else []
+        return functools.reduce(operator.or_, tests)
 
 
 class Layouts(NamedTuple):
@@ -104,6 +101,7 @@ class Block(NamedTuple):
     geometry: np.ndarray  # int64: n, base, then per operand: offset, stride along each axis of the chunk
     shape: np.ndarray  # float64 (ndim,): shape of the chunk
     buffers: tuple[np.ndarray, ...]
+    clean: Literal[True] | None = None  # no value of y is invalid, so that none needs to be looked for
 
 
 class KernelSpec(NamedTuple):
