@@ -22,6 +22,7 @@ import numpy as np
 from .inputs import Problem
 from .kernels import fingerprint
 from .model import Model
+from .store import is_stored
 
 VERSION = 1  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -164,7 +165,7 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
             return {"path": _absolute(value)}
         if isinstance(value, list) and value and all(isinstance(each, (str, Path)) for each in value):
             return {"paths": [_absolute(each) for each in value]}
-        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
+        if is_stored(value) or hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
             return None
         array = np.asarray(value)
         if array.nbytes > MOST_KEPT or array.dtype.hasobject or isinstance(value, np.ma.MaskedArray):
