@@ -22,6 +22,9 @@ bench: .venv/ready          ## time everything against SciPy, optimistix and pla
 bench-long: .venv/ready     ## measured against predicted peak memory, up to 1e8 points: half an hour
 	$(BIN)/python -m benchmarks.memory
 
+bench-long: .venv/ready     ## stores of up to 2 GB, read anew in each sweep: some minutes, 3 GB of disk
+	$(BIN)/python -m benchmarks.streaming
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

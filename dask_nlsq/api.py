@@ -287,6 +287,8 @@ def curve_fit(
         try:
             with Observers(callback, progress, verbose) as observers:
                 options = replace(options, callback=observers)
+                if streaming:
+                    sweep.watch = observers.reading
                 found, solver = None, hybrid if streaming else solve
                 if n_starts:
                     sample = sweep.points(sample_size(len(start)))

@@ -1,6 +1,7 @@
 """What a fit tells while it runs: the user's callback, a progress bar, printed lines."""
 
 import sys
+import time
 
 from tqdm.auto import tqdm
 
@@ -18,6 +19,7 @@ class Observers:
     def __init__(self, callback, progress: bool | None, verbose: int):
         self.callback, self.verbose, self.bar = callback, verbose, None
         wanted = progress or (progress is None and verbose == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules))
+        self.started = time.perf_counter()
         self.bar_after = (0.0 if progress else PROGRESS_DELAY) if wanted else float("inf")
 
     def __enter__(self):
@@ -26,6 +28,14 @@ class Observers:
     def __exit__(self, *exc):
         if self.bar is not None:
             self.bar.close()
+
+    def reading(self, share: float, gb_per_s: float, left: float):
+        """While a sweep reads the data anew: how much of it is done, how fast, and the seconds that are left."""
+        if self.bar is None and time.perf_counter() - self.started > self.bar_after:
+            self.bar = tqdm(desc="curve_fit", unit=" sweeps")
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"reading {share:.0%}, {gb_per_s:.2g} GB/s, {left:.0f} s left", refresh=False)
+            self.bar.update(0)
 
     def __call__(self, record: Record):
         if self.verbose == 2:

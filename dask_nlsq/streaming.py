@@ -6,7 +6,8 @@ data that are held, in this process or on workers, and what a half-finished swee
 
 Reading is what costs, so the fit begins on points drawn from chunks that are spread over the whole store: a
 trust-region fit of the sample ends about sqrt(N / n) standard errors from the optimum of all N points, from where two
-or three sweeps are left. Convergence is decided by sweeps over everything.
+or three sweeps are left. Convergence is decided by sweeps over everything. (L-BFGS takes 3 to 12 times as many passes
+over the sample, so there is none.)
 """
 
 import itertools
@@ -199,7 +200,7 @@ class Here:
     def __init__(self, problem: Problem, evaluation: Evaluation):
         runs, common = plan_loads(problem)
         self.unread = Unread(evaluation, runs, compute_shared(common))
-        self.n_runs = self.n_units = len(runs)
+        self.n_runs = len(runs)
 
     def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
         """Number of a run and ``work(evaluation, chunk, *args)``, in order."""
@@ -221,7 +222,7 @@ class There:
             keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
             names.append(f"nlsq-plan-{uuid4().hex}")
             graph[names[-1]] = Task(names[-1], _lay_out, evaluation, part, keys, *map(TaskRef, keys))
-        self.units, self.n_units = client.get(graph, names, sync=False), len(names)
+        self.units = client.get(graph, names, sync=False)
 
     def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
         """Number of a unit and the results of its runs together, in the order in which they are ready."""
@@ -295,7 +296,7 @@ class StreamingSweep(Sweep):
     """All data of a fit, read anew in each sweep."""
 
     admit: Callable[[], Any] = staticmethod(lambda: None)  # called when the first sweep has seen all data
-    watch: Callable[[float, float], None] = staticmethod(lambda share, gb_per_s: None)  # called while a sweep goes on
+    watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
     drawn: Drawn | None = None
     checkpoint: Checkpoint | None = None
     leave: Leave | None = None  # that tells when to end early
@@ -333,6 +334,7 @@ class StreamingSweep(Sweep):
         tree, self.begun = begun.tree, None
         saved, every = began, dask.config.get("nlsq.checkpoint-seconds")
         todo = [run for run in range(reader.n_runs) if not tree.covers(reader.level, run >> reader.level)]
+        n_units = len({run >> reader.level for run in todo})
         how = How(reduction, self.jac_mode)
         with closing(reader.each(reduce_chunk, todo, params, how)) as results:
             for done, (unit, found) in enumerate(results, 1):
@@ -340,8 +342,10 @@ class StreamingSweep(Sweep):
                 begun.censuses.extend(found.censuses)
                 if not self.coordinates:
                     self.coordinates = found.sample
-                now, share = time.perf_counter(), done / reader.n_units
-                self.watch(share, share * self.nbytes / (now - began) / 1e9)
+                now, share = time.perf_counter(), done / n_units
+                if self.watch is not None:
+                    rate = len(todo) / reader.n_runs * self.nbytes * share / (now - began)
+                    self.watch(1 - (1 - share) * len(todo) / reader.n_runs, rate / 1e9, (now - began) * (1 / share - 1))
                 leaving = self.leave is not None and self.leave.signal is not None
                 if self.checkpoint is not None and (leaving or now - saved >= every):
                     self._save(begun)

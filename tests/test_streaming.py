@@ -176,6 +176,13 @@ def test_records_say_what_a_sweep_has_read():
     assert curve_fit(decay, X, Y).history[0].read is None
 
 
+def test_progress_shows_how_far_a_sweep_is(capsys):
+    curve_fit(decay, da.from_array(X, CHUNK), da.from_array(Y, CHUNK), strategy="streaming", progress=True)
+    shown = capsys.readouterr().err
+    assert "reading " in shown
+    assert "GB/s" in shown
+
+
 HOLES = np.where(np.arange(N) % 1000 == 7, np.nan, Y)
 
 
