@@ -19,10 +19,8 @@ bench: .venv/ready          ## time everything against SciPy, optimistix and pla
 	$(BIN)/python -m pip install --quiet optimistix
 	$(BIN)/python -m benchmarks.run
 
-bench-long: .venv/ready     ## measured against predicted peak memory, up to 1e8 points: half an hour
+bench-long: .venv/ready     ## peak memory against its prediction, stores of up to 2 GB: half an hour, 3 GB of disk
 	$(BIN)/python -m benchmarks.memory
-
-bench-long: .venv/ready     ## stores of up to 2 GB, read anew in each sweep: some minutes, 3 GB of disk
 	$(BIN)/python -m benchmarks.streaming
 
 lint: .venv/ready

@@ -100,7 +100,8 @@ def test_whole_shards_are_read(shards, tmp_path):
 
 
 @pytest.mark.parametrize("as_path", [True, False])
-def test_a_list_of_stores_is_one_array(as_path, tmp_path):
+def test_a_list_of_stores_is_one_array(as_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the workflow keeps its checkpoint
     parts = [write(tmp_path / f"{k}.zarr", values=part) for k, part in enumerate(np.split(Y, [10_000, 13_000]))]
     xs = [write(tmp_path / f"x{k}.zarr", values=part) for k, part in enumerate(np.split(X, [10_000, 13_000]))]
     if as_path:
