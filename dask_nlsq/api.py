@@ -41,7 +41,7 @@ from .progress import Observers
 from .reduction import Evaluation, Sweep, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
-from .store import Policy, is_stored, n_stored, open_all
+from .store import Policy, is_stored, n_stored, open_all, warn_if_changed
 from .streaming import StreamingSweep, hybrid
 from .trust_region import Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
 from .workflow import OptimizationGoal, create_checkpoint_directory, workflow_options
@@ -206,6 +206,8 @@ def curve_fit(
     -----
     scipy.optimize.OptimizeWarning
         Where the data do not determine the covariance; pcov is inf then.
+    RuntimeWarning
+        Where a store was written to while its data were read anew in each sweep.
 
     Notes
     -----
@@ -302,6 +304,8 @@ def curve_fit(
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         n_points, n_masked, n_omitted = admit()
         sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
+    for each in stored if streaming else ():
+        warn_if_changed(each)
     if solution.status == 0:
         raise RuntimeError(_not_converged(solution, names))
     result = FitResult(

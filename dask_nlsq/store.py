@@ -14,6 +14,7 @@ import os
 import stat
 import sys
 import time
+import warnings
 import zlib
 from itertools import product
 from pathlib import Path, PurePath
@@ -299,7 +300,7 @@ def look_ahead(stored: Stored) -> None:
         )
     sizes = _sizes(stored)
     policy, missing = stored.policy, []
-    stored.stamp = zlib.crc32(repr(sorted(sizes.items())).encode())
+    stored.stamp = _stamp(sizes)
     for index in stored.grid():
         size = sizes.get(index)
         if size is None:
@@ -320,6 +321,21 @@ def look_ahead(stored: Stored) -> None:
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
+
+
+def warn_if_changed(stored: Stored) -> None:
+    """Warn where a chunk is not the one, by size and time as far as the store tells, that it was before the fit."""
+    if _stamp(_sizes(stored)) != stored.stamp:
+        warnings.warn(
+            f"{stored.place} was written to during the fit, so that its sweeps did not all see the same data: fit a copy, "
+            "or fit again when it is complete",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _stamp(sizes):
+    return zlib.crc32(repr(sorted(sizes.items())).encode())
 
 
 class MissingChunksError(FileNotFoundError):

@@ -402,3 +402,14 @@ def test_the_look_ahead_reads_no_chunk(tmp_path):
         look_ahead(stored)
         assert flaky.failed == 0
         assert not stored.damaged
+
+
+def test_a_store_that_is_written_to_during_the_fit_is_told(tmp_path):
+    array = write(tmp_path / "y.zarr", compressors=None)
+
+    def spoil(record):
+        if record.nfev == 1:
+            array[:100] = Y[:100] + 1
+
+    with pytest.warns(RuntimeWarning, match="was written to during the fit"):
+        curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=spoil)
