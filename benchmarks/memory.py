@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +115,24 @@ def held_by_small_workers(n=5 * 10**8, n_workers=8):
             raise AssertionError("a plan that spills was not refused")
 
 
+def time_of_a_plan(n_chunks=100_000):
+    import dask.array as da
+
+    import dask_nlsq
+
+    f, params = model_of(3)
+    x = da.ones(1000 * n_chunks, chunks=1000)
+    dask_nlsq.plan_fit(f, x[:10], x[:10], params)  # JAX starts
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        dask_nlsq.plan_fit(f, x, x, params, memory_limit_gb=100)
+        seconds.append(time.perf_counter() - begin)
+    print(f"plan_fit of {n_chunks:,} chunks: {np.median(seconds):.2f} s; required 1 s")
+
+
 def main(sizes=(10**6, 10**7, 10**8)):
+    time_of_a_plan()
     print(f"{'strategy':<10}{'points':>8}{'params':>8}{'dtype':>7}{'workers':>9}   measured / predicted, MB (ratio)")
     worst = []
     cases = [*itertools.product(["standard"], sizes, (3, 50), ("f4", "f8"), [0])]
