@@ -21,6 +21,7 @@ _ROOMS = {
     "StrategyDecision": "budget",
     "calculate_adaptive_tolerances": "workflow",
     "clear_memory_pool": "memory",
+    "cluster_report": "environment",
     "create_checkpoint_directory": "workflow",
     "curve_fit": "api",
     "curve_fit_large": "api",

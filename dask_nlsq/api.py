@@ -32,6 +32,7 @@ from .arguments import (
 from .budget import positive
 from .checkpoint import Leave, open_checkpoint, read_call
 from .chunks import SAMPLE_POINTS, Census
+from .cluster import attached
 from .inputs import Problem, as_array, build_problem, build_whitened, check_sendable
 from .kernels import check_model, check_pointwise, choose_jac_mode
 from .model import Model, ModelError, ModelShapeError, function_name, intern, not_of_any_length
@@ -256,11 +257,14 @@ def curve_fit(
         client = None
     if client is not None:
         check_sendable(**data)
+        for line in plan.advice:
+            logger.warning("%s", line)
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
     streaming = plan.strategy == "streaming"
     with ExitStack() as stack:
+        stack.enter_context(attached(client))
         sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
         stack.enter_context(sweep)
 

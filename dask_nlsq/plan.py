@@ -20,6 +20,7 @@ from distributed import Client
 
 from .budget import GB, effective_fraction, positive
 from .config import threads
+from .environment import HERE, Place, advice, ask_workers, pjrt, size, table
 from .inputs import Problem
 from .kernels import TILE_BYTES
 from .resources import available_memory, process_settings, workers_memory
@@ -37,7 +38,6 @@ SCRATCH = 8  # times a tile's rows
 STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
 
-HERE = "this process"
 Strategy = Literal["auto", "standard", "chunked", "streaming"]
 
 
@@ -50,21 +50,6 @@ class MemoryBudgetError(MemoryError):
 
     def __str__(self):
         return f"{self.numbers}: {self.way_out}"
-
-
-class Place(NamedTuple):
-    """A process that takes part in a fit; sizes in bytes, ``limit`` inf where it is not known."""
-
-    name: str
-    n_threads: int
-    now: float
-    held: float
-    peak: float
-    limit: float  # of all that the process takes, not of the fit alone
-    jax: str
-    x64: str
-    pjrt_nproc: str | None
-    cores: int
 
 
 @dataclass(frozen=True)
@@ -113,12 +98,7 @@ class Plan:
     @property
     def advice(self) -> list[str]:
         """What to change in the settings of the workers, a line each."""
-        return [
-            f"{place.name}: each of its {place.n_threads} threads may start {place.pjrt_nproc or place.cores} more: set "
-            "PJRT_NPROC=1 in its environment before it starts"
-            for place in self.places[1:]
-            if place.n_threads > 1 and place.pjrt_nproc != "1"
-        ]
+        return advice(self.places)
 
     def explain(self) -> None:
         """Print the plan as a table, which is also ``str(plan)``."""
@@ -138,13 +118,9 @@ class Plan:
             ("in flight", f"{size(self.in_flight_bytes)} per thread while data are read"),
             ("a sweep", f"{size(self.sweep_bytes)} from {source}, in {several(self.n_partitions, 'task')}"),
         ]
-        table = [
-            ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC"),
-            *map(_cells, self.places),
-        ]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
         lines = [f"{name:<12}{value}" for name, value in rows]
-        lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        lines += ["", *table([columns, *map(_cells, self.places)])]
         return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
 
     def __repr__(self):
@@ -156,16 +132,9 @@ def several(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def size(nbytes: float) -> str:
-    if nbytes == inf:
-        return "not known"
-    unit, name = next((each for each in ((GB, "GiB"), (2**20, "MiB")) if nbytes >= 0.1 * each[0]), (2**10, "KiB"))
-    return f"{nbytes / unit:.{2 if unit == GB else 1}f} {name}"
-
-
 def _cells(place: Place) -> tuple[str, ...]:
     sizes = map(size, (place.now, place.held, place.peak, place.limit))
-    return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, place.pjrt_nproc or f"- ({place.cores} cores)")
+    return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, pjrt(place))
 
 
 class _Needs(NamedTuple):
@@ -307,9 +276,7 @@ def partition_size(n_runs: int, n_threads: int, per_thread: int) -> int:
 
 
 def _on_workers(problem, needs, limit, client, per_thread):
-    workers = client.scheduler_info(n_workers=-1)["workers"]
-    found = client.run(process_settings, workers=list(workers)) if workers else {}
-    n_threads = {address: workers[address]["nthreads"] for address in found}
+    n_threads, found = ask_workers(client)
     total = sum(n_threads.values())
     fraction, _ = effective_fraction()
     dasks = dask.config.get("distributed.worker.memory")  # shares of process and of data, above which it writes to disk

@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from typing import Literal, NamedTuple
-from uuid import uuid4
 
 import dask
 import dask.array as da
 import numpy as np
-from dask._task_spec import Task, TaskRef
 from dask.sizeof import sizeof
-from distributed import Client, as_completed
+from distributed import Client
+from distributed.metrics import context_meter
 
 from .chunks import Census, Chunk, Rules, prepare_chunk, release
+from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
 from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
@@ -146,11 +146,14 @@ class Evaluation(NamedTuple):
         kernels, results = {}, []
         with float64():
             for block in blocks:
-                capacity = len(block.buffers[0])
+                capacity, label = len(block.buffers[0]), "jax-execute"
                 if capacity not in kernels:
+                    n_known = len(self.model.compiled)
                     kernels[capacity] = sweep_kernel(self.model, self.spec(block, len(params), how))
-                matrix, cost = kernels[capacity](params, self.f_scale, block)
-                results.append((np.asarray(matrix), float(cost)))
+                    label = "jax-execute" if n_known == len(self.model.compiled) else "jax-compile"  # by the first call
+                with context_meter.meter(label):  # else Dask counts it as idle
+                    matrix, cost = kernels[capacity](params, self.f_scale, block)
+                    results.append((np.asarray(matrix), float(cost)))
         return results
 
     def values(self, chunk: Chunk, params: np.ndarray, what: str) -> np.ndarray:
@@ -182,6 +185,7 @@ class Sweep:
     """
 
     count = 0  # sweeps so far
+    latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
     drawn = None  # what a sweep that does not hold the data knows beforehand
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
@@ -190,8 +194,11 @@ class Sweep:
 
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         self.count += 1
-        matrix, cost = self._reduce(np.asarray(params, dtype=np.float64), How(reduction, self.jac_mode))
-        return NormalEquations(np.asarray(matrix), float(cost), reduction)
+        params = np.asarray(params, dtype=np.float64)
+        matrix, cost = self._reduce(params, How(reduction, self.jac_mode))
+        equations = NormalEquations(np.asarray(matrix), float(cost), reduction)
+        self.latest = params, equations
+        return equations
 
     def points(self, n: int) -> Sample:
         """About ``n`` of the points that count, spread evenly over all data; no sweep.
@@ -307,7 +314,8 @@ def load_chunk(rules: Rules, run: list[Load], shared: dict) -> Chunk:
             return load.hidden(rules, shared)
 
     large = nbytes >= RESERVED_FROM
-    with get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext():
+    guard = get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext()
+    with guard, context_meter.meter("nlsq-read"):
         chunk = prepare_chunk(rules, [load.index for load in run], [pieces(load) for load in run])
     if not damage:
         return chunk
@@ -364,41 +372,18 @@ class ClusterSweep(Sweep):
 
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
         super().__init__(problem, evaluation)
-        self.client = client
-        runs, graph = plan_loads(problem)
-        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n_partitions >= len(runs))
-        names, parts = [], [runs[k : k + size] for k in range(0, len(runs), size)]
-        sent = parts if problem.lazy else client.scatter(parts, hash=False)  # arrays in memory go straight to the workers
-        for part, runs in zip(parts, sent, strict=True):
-            keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
-            names.append(f"nlsq-load-{uuid4().hex}")
-            if not problem.lazy:
-                graph[runs.key] = runs
-                runs = TaskRef(runs.key)
-            graph[names[-1]] = Task(names[-1], load_partition, evaluation, runs, keys, *map(TaskRef, keys))
-        self.partitions, self.running = client.get(graph, names, sync=False), []
+        self.pieces = Pieces(client, load_partition, evaluation, *plan_loads(problem), n_partitions, not problem.lazy)
         with ExitStack() as on_error:
-            # futures also live in the traceback of an error, which a notebook keeps: give them up by hand
             on_error.push(self)
-            for future in as_completed(self.partitions):
-                if future.status == "error":
-                    future.result()  # at the first error, not when everything else has been read
-            self.described = self._gather(describe_partition, "nlsq-census")
+            self.pieces.wait()
+            self.described = self.pieces.gather(describe_partition, "nlsq-census")
             on_error.pop_all()
 
     def __exit__(self, *exc):
-        self.client.cancel([*self.running, *self.partitions])
-        self.partitions, self.running = [], []
-
-    def _gather(self, function, name, *args):
-        repeated = ([arg] * len(self.partitions) for arg in args)
-        self.running = self.client.map(function, self.partitions, *repeated, key=name, pure=False)
-        results = self.client.gather(self.running)
-        self.running = []
-        return results
+        self.pieces.close()
 
     def _reduce(self, params, how):
-        parts = self._gather(sweep_partition, "nlsq-sweep", params, how)
+        parts = self.pieces.gather(sweep_partition, "nlsq-sweep", params, how)
         matrices, costs = zip(*parts, strict=True)
         return merge(np.stack(matrices), np.array(costs), how.reduction)
 
@@ -409,11 +394,11 @@ class ClusterSweep(Sweep):
         return longest(sample for _, sample in self.described)
 
     def _pick(self, n):
-        return self._gather(pick_points, "nlsq-points", self.grid, n)
+        return self.pieces.gather(pick_points, "nlsq-points", self.grid, n)
 
     def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
         """Per chunk: how many residuals are not finite."""
-        return [each for part in self._gather(count_not_finite, "nlsq-count", params) for each in part]
+        return [each for part in self.pieces.gather(count_not_finite, "nlsq-count", params) for each in part]
 
 
 def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None, n_partitions: int) -> Sweep:

@@ -6,6 +6,7 @@ from collections import Counter
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from platform import python_version
 from typing import Literal, NamedTuple
 
 import psutil
@@ -148,15 +149,16 @@ def process_memory() -> tuple[int, int]:
 
 
 @cache
-def _jax_version() -> str:
-    return version("jax")  # without importing it; 1 ms
+def _versions() -> dict[str, str]:
+    return {each: version(each) for each in ("dask_nlsq", "jax", "numpy")} | {"python": python_version()}  # imports nothing
 
 
 def process_settings() -> dict:
     """What this process has now, and what it has set that a fit depends on."""
     x64 = "always" if os.environ.get("JAX_ENABLE_X64", "0").lower() in ("1", "true", "yes", "on") else "in each task"
     now, _ = process_memory()
-    return dict(now=now, jax=_jax_version(), x64=x64, cores=os.cpu_count() or 1, pjrt_nproc=os.environ.get("PJRT_NPROC"))
+    cores, nproc = os.cpu_count() or 1, os.environ.get("PJRT_NPROC")
+    return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc)
 
 
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:
@@ -165,11 +167,16 @@ def active_client(client: Client | Literal[False] | None = None) -> Client | Non
         return None
     if client is None:
         try:
-            return default_client()
+            client = default_client()
         except ValueError:
             return None
     if not isinstance(client, Client):
         raise TypeError(f"`client` must be a distributed.Client, None or False (this process alone), not {client!r}")
+    if client.asynchronous:
+        raise TypeError(
+            f"{client!r} is asynchronous and this is its event loop, which a fit would block: run it in a thread, as in "
+            "`await asyncio.to_thread(curve_fit, f, x, y)`"
+        )
     return client
 
 

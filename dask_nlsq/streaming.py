@@ -16,19 +16,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from contextvars import copy_context
 from dataclasses import replace
 from threading import Semaphore
 from typing import Any, NamedTuple
-from uuid import uuid4
 
 import dask
 import dask.array as da
 import numpy as np
-from dask._task_spec import Task, TaskRef
-from distributed import Client, as_completed
+from distributed import Client
 
 from .checkpoint import Checkpoint, Leave
 from .chunks import Census, Chunk, release
+from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
 from .kernels import Block
@@ -137,7 +137,7 @@ class Unread(NamedTuple):
         with ThreadPoolExecutor(max(1, min(n_ahead, len(self.runs))), "nlsq-stream", inherit_device()) as pool:
             try:
                 for run in self.runs:
-                    waiting.append(pool.submit(one, run))
+                    waiting.append(pool.submit(copy_context().run, one, run))  # with it, Dask's meters
                     if len(waiting) > 2 * n_ahead:
                         yield waiting.popleft().result()
                 while waiting:
@@ -215,35 +215,19 @@ class There:
 
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
         runs, graph = plan_loads(problem)
-        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n_partitions >= len(runs))
-        self.client, self.running, self.n_runs, self.level, names = client, [], len(runs), size.bit_length() - 1, []
-        for k in range(0, len(runs), size):
-            part = runs[k : k + size]
-            keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
-            names.append(f"nlsq-plan-{uuid4().hex}")
-            graph[names[-1]] = Task(names[-1], _lay_out, evaluation, part, keys, *map(TaskRef, keys))
-        self.units = client.get(graph, names, sync=False)
+        self.pieces = Pieces(client, _lay_out, evaluation, runs, graph, n_partitions, False)
+        self.n_runs, self.level = len(runs), self.pieces.size.bit_length() - 1
 
     def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
         """Number of a unit and the results of its runs together, in the order in which they are ready."""
         places: dict[int, list[int]] = {}
         for run in runs:
             places.setdefault(run >> self.level, []).append(run % (1 << self.level))
-        units = [self.units[unit] for unit in places]
-        name, each = f"nlsq-{work.__name__}", list(places.values())
-        self.running = self.client.map(_work_through, units, each, work=work, args=args, key=name, pure=False)
-        number = {future.key: unit for future, unit in zip(self.running, places, strict=True)}
-        try:
-            for future in as_completed(self.running):
-                yield number[future.key], future.result()
-        finally:
-            self.client.cancel(self.running)
-            self.running = []
+        name = "nlsq-sweep" if work is reduce_chunk else f"nlsq-{work.__name__}"
+        yield from self.pieces.each(_work_through, name, [*places], [*places.values()], work=work, args=args)
 
     def close(self):
-        # also where an error's traceback, which a notebook keeps, holds on to them
-        self.client.cancel([*self.running, *self.units])
-        self.running, self.units = [], []
+        self.pieces.close()
 
 
 def _lay_out(evaluation, runs, keys, *values) -> Unread:
@@ -325,6 +309,7 @@ class StreamingSweep(Sweep):
                 found = self._read(params, reduction)
             self.count += 1
             self.known = dict([*self.known.items()][-1:]) | {key: found}
+        self.latest = params, self.known[key]
         return self.known[key]
 
     def _read(self, params, reduction) -> NormalEquations:

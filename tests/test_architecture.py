@@ -7,19 +7,23 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "resources", "budget", "memory", "workflow", "trf_jit", "model", "kernels", "store", "chunks", "inputs",
-    "checkpoint", "loading", "sample", "reduction", "trust_region", "multistart", "streaming", "plan", "progress", "result",
-    "arguments", "api",
+    "config", "sizes", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
+    "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
+    "multistart", "streaming", "plan", "progress", "result", "arguments", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
+# fmt: off
 KNOWS = {
-    "jax": {"trf_jit", "model", "kernels", "demo"},
-    "dask": {"config", "store", "inputs", "loading", "reduction", "streaming", "plan", "demo"},
-    "distributed": {"resources", "loading", "reduction", "streaming", "plan"},
+    "jax": {"sizes", "trf_jit", "model", "kernels", "demo"},
+    "dask": {"config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "demo"},
+    "distributed": {
+        "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan",
+    },
     "zarr": {"store", "demo"},
     "matplotlib": {"demo"},
     "click": {"cli"},
 }
+# fmt: on
 MOST_LINES = 600
 
 

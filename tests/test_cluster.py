@@ -1,0 +1,219 @@
+import asyncio
+import os
+import signal
+import threading
+import time
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client, get_client, worker_client
+
+from dask_nlsq import curve_fit, resume
+
+from .clusters import at_sweep, command_line, local, started, wait_for
+
+N, CHUNK = 60_000, 4_000
+X = np.linspace(0, 10, N)
+Y = 2 * np.exp(-0.5 * X) + 0.3 + np.random.default_rng(7).normal(0, 0.05, N)
+TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, jac_mode="columns", p0=[5.0, 2.0, -1.0])
+KINDS = dict(chunked={}, in_memory=dict(strategy="chunked"), streaming=dict(strategy="streaming"))
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_stay_apart(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.inputs.SENT_BYTES", 8 * CHUNK)  # into which arrays in memory are cut
+
+
+def lazy():
+    return da.from_array(X, CHUNK), da.from_array(Y, CHUNK)
+
+
+def data(kind):
+    return (X, Y) if kind == "in_memory" else lazy()
+
+
+def alone(kind):
+    """The fit in this process."""
+    return curve_fit(decay, *lazy(), **TIGHT, strategy="streaming" if kind == "streaming" else "standard")
+
+
+@pytest.fixture(scope="module")
+def client():
+    # a LocalCluster closes the nanny of a worker that was lost so long ago, even where it has started a new one
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),
+        local() as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def assert_same(one, other):
+    np.testing.assert_array_equal(one.popt, other.popt)
+    np.testing.assert_array_equal(one.pcov, other.pcov)
+
+
+def assert_nothing_left(client):
+    """Neither futures nor data, as soon as tasks that were running have ended."""
+
+    def held(dask_scheduler):
+        return {state.key for state in dask_scheduler.tasks.values()}
+
+    for _ in range(200):
+        left = client.run_on_scheduler(held), {key for keys in client.run(lambda dask_worker: [*dask_worker.data]).values()
+                                              for key in keys}  # fmt: skip
+        if not any(left) and not [key for key, state in client.futures.items() if state.status != "cancelled"]:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left on the cluster: {left}, {client.futures}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_that_is_killed_costs_time_and_no_digit(client, kind):
+    wait_for(client, 2)
+    (pid, _) = client.run(os.getpid).values()
+    with client.as_current():
+        kill = at_sweep(2, lambda: os.kill(pid, signal.SIGKILL))
+        found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=kill)
+    assert found.nfev > 3
+    assert pid not in client.run(os.getpid).values()
+    assert_same(found, alone(kind))
+    assert_nothing_left(client)
+
+
+def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
+    for kind in KINDS:
+        (tmp_path / kind).mkdir()
+        with command_line(tmp_path / kind, 2) as (client, _, workers):
+            with client.as_current():
+                kill = at_sweep(2, workers[0].kill)
+                found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=kill)
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+            assert_same(found, alone(kind))
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_a_chunk_that_kills_its_workers_is_named(strategy):
+    def deadly(block, block_info=None):
+        if block_info[0]["chunk-location"] == (7,) and "DOOMED" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return block
+
+    x, y = da.from_array(X, CHUNK), da.from_array(Y, CHUNK)
+    y = y.map_blocks(deadly, dtype=y.dtype, meta=np.empty(0))
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        local(env={"DOOMED": "yes"}) as cluster,
+        Client(cluster) as client,
+    ):
+        with pytest.raises(RuntimeError, match=r"2 workers died while they worked on .*rechunk") as err:
+            curve_fit(decay, x, y, **TIGHT, strategy=strategy, partitions_per_thread=8)
+        assert "(7,)" in str(err.value)
+        wait_for(client, 2)
+        assert_nothing_left(client)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["success", "failure", "ctrl-c"])
+def test_nothing_is_left_on_the_cluster_after(client, kind, end):
+    wait_for(client, 2)
+
+    with client.as_current():
+        if end == "success":
+            curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind])
+        elif end == "failure":
+            with pytest.raises(RuntimeError, match="max_nfev"):
+                curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], max_nfev=1)
+        else:
+            interrupt = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
+            with pytest.raises(KeyboardInterrupt):
+                curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=at_sweep(2, interrupt.start))
+                time.sleep(1)  # where the fit was quicker
+    assert_nothing_left(client)
+
+
+def test_a_fit_inside_a_task_leaves_its_thread_to_its_own_tasks():
+    def with_worker_client():
+        with worker_client():
+            return curve_fit(decay, *lazy(), **TIGHT)
+
+    def with_get_client():
+        get_client()
+        return curve_fit(decay, *lazy(), **TIGHT)
+
+    expected = curve_fit(decay, *lazy(), **TIGHT)
+    with local(1) as cluster, Client(cluster, set_as_default=False) as client:
+        for task in (with_worker_client, with_get_client):
+            found = client.submit(task).result(timeout=120)
+            assert found.strategy == "chunked"
+            np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-10)  # joined into other blocks there
+
+
+def test_an_asynchronous_client_is_refused_with_the_way_that_works(client):
+    async def fits():
+        async with Client(client.scheduler.address, asynchronous=True):
+            with pytest.raises(TypeError, match=r"asyncio\.to_thread"):
+                curve_fit(decay, *lazy(), **TIGHT)
+            return await asyncio.to_thread(curve_fit, decay, *lazy(), **TIGHT)
+
+    wait_for(client, 2)
+    found = asyncio.run(fits())
+    assert found.strategy == "chunked"
+    assert_same(found, alone("chunked"))
+
+
+def test_a_scheduler_that_goes_away_ends_the_fit_and_the_checkpoint_goes_on(tmp_path):
+    kept = tmp_path / "kept"
+    with command_line(tmp_path, 1) as (client, scheduler, _), client.as_current():
+        with pytest.raises(ConnectionError, match=r"went away.*resume"):
+            curve_fit(decay, *lazy(), **TIGHT, checkpoint=kept, callback=at_sweep(2, scheduler.kill))
+        client.close(timeout=1)
+    found = resume(kept, decay, *lazy())
+    assert_same(found, alone("streaming"))
+
+
+def test_workers_that_join_and_leave_in_mid_fit_change_nothing():
+    with local(1) as cluster, Client(cluster) as client:
+
+        def grow():
+            cluster.scale(3)
+            wait_for(client, 3)
+
+        grows, shrinks = at_sweep(2, grow), at_sweep(4, lambda: cluster.scale(1))
+
+        def callback(record):
+            grows(record)
+            shrinks(record)
+
+        found = curve_fit(decay, *lazy(), **TIGHT, callback=callback)
+    assert_same(found, alone("chunked"))
+
+
+SIZES = [(1, 2), (2, 1), (4, 2), *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in [(1, 1), (2, 2), (4, 1)])]
+
+
+@pytest.mark.parametrize("n_workers, n_threads", SIZES)
+def test_every_cluster_gives_the_same_bits(n_workers, n_threads):
+    with local(n_workers, threads_per_worker=n_threads) as cluster, Client(cluster):
+        for kind in KINDS:
+            assert_same(curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind]), alone(kind))
+
+
+def test_workers_of_different_size_share_a_fit(tmp_path):
+    file = str(tmp_path / "scheduler.json")
+    workers = [["worker", "--scheduler-file", file, "--memory-limit", limit, "--no-dashboard"] for limit in ("1GB", "3GB")]
+    scheduler = ["scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file", file]
+    with started(scheduler, *workers), Client(scheduler_file=file, set_as_default=False, timeout=30) as client:
+        wait_for(client, 2)
+        with client.as_current():
+            found = curve_fit(decay, *lazy(), **TIGHT)
+    assert len({place.limit for place in found.plan.places[1:]}) == 2
+    assert_same(found, alone("chunked"))

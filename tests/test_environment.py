@@ -1,0 +1,56 @@
+import logging
+import tomllib
+from pathlib import Path
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from dask.sizeof import sizeof
+from distributed import Client
+
+from dask_nlsq import cluster_report, curve_fit, sizes
+from dask_nlsq.environment import HERE, Place, advice
+
+from .clusters import local
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local(1, threads_per_worker=2) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def test_the_report_is_a_table_of_this_process_and_the_workers(client):
+    report = cluster_report(client)
+    head, here, worker, *advice = repr(report).splitlines()
+    assert head.split() == ["process", "threads", "now", "limit", "dask_nlsq", "jax", "numpy", "python", "x64", "PJRT_NPROC"]
+    assert here.startswith(HERE) and worker.startswith("tcp://")
+    assert worker.split()[1] == "2"
+    assert [line for line in advice if "PJRT_NPROC=1" in line]
+
+
+def test_a_fit_warns_once_per_mismatch_with_what_mends_it(client, caplog):
+    x = da.linspace(0, 1, 1000, chunks=100)
+    with client.as_current(), caplog.at_level(logging.WARNING, "dask_nlsq"):
+        curve_fit(lambda x, a: a * x, x, 2 * x)
+    warned = [record.message for record in caplog.records if record.name == "dask_nlsq"]
+    assert len(warned) == 1
+    assert "PJRT_NPROC=1" in warned[0]
+
+
+def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
+    here = Place(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
+    good = here._replace(name="tcp://good")
+    old = [good._replace(name=f"tcp://{k}", jax="0.9.0", python="3.12.1") for k in range(3)]
+    found = advice([here, good, *old])
+    assert len(found) == 2
+    assert found[0].startswith("tcp://0 and 2 more: jax 0.9.0, here 0.10.2: `pip install jax==0.10.2`")
+    assert "Python 3.12.1, here 3.11.7" in found[1]
+
+
+def test_jax_arrays_have_the_size_of_their_data():
+    sizes.register(sizeof)
+    assert sizeof(jnp.zeros(10**6, np.float32)) == 4 * 10**6
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["dask.sizeof"]["dask_nlsq"] == f"dask_nlsq.sizes:{sizes.register.__name__}"
