@@ -38,7 +38,7 @@ from .kernels import check_model, check_pointwise, choose_jac_mode
 from .model import Model, ModelError, ModelShapeError, function_name, intern, not_of_any_length
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
-from .progress import Observers
+from .progress import Live, Observers
 from .reduction import Evaluation, Sweep, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
@@ -91,6 +91,7 @@ def curve_fit(
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
+    report: str | Path | None = None,
 ) -> FitResult | tuple:
     """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
 
@@ -186,6 +187,8 @@ def curve_fit(
         Progress bar; None: in a terminal or notebook, for fits that take longer than two seconds.
     verbose : {0, 1, 2}
         1 prints a summary, 2 a line per sweep.
+    report : path, optional
+        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client.
 
     Returns
     -------
@@ -264,8 +267,9 @@ def curve_fit(
     started = time.perf_counter()
     streaming = plan.strategy == "streaming"
     with ExitStack() as stack:
-        stack.enter_context(attached(client))
-        sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
+        stack.enter_context(attached(client, report))
+        live = stack.enter_context(Live(client, function_name(model.f), names, start, plan, absolute_sigma))
+        live.sweep = sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
         stack.enter_context(sweep)
 
         def admit():
@@ -291,7 +295,7 @@ def curve_fit(
         sweep.jac_mode = jac_mode
         loaded = time.perf_counter()
         try:
-            with Observers(callback, progress, verbose) as observers:
+            with Observers(callback, progress, verbose, live) as observers:
                 options = replace(options, callback=observers)
                 if streaming:
                     sweep.watch = observers.reading
@@ -308,6 +312,7 @@ def curve_fit(
             raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
         n_points, n_masked, n_omitted = admit()
         sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
+        live.ended(solution.message, n_masked + n_omitted, len(damage))
     for each in stored if streaming else ():
         warn_if_changed(each)
     if solution.status == 0:

@@ -2,9 +2,17 @@
 
 import sys
 import time
+from uuid import uuid4
 
+import dask
+import numpy as np
+from distributed import Client
 from tqdm.auto import tqdm
 
+from .dashboard import ABSENT, TOPIC, install, logger
+from .plan import Plan
+from .reduction import Sweep, factor
+from .result import covariance
 from .trust_region import Record
 
 PROGRESS_DELAY = 2.0  # seconds: unless asked for, quicker fits show no progress bar
@@ -16,8 +24,8 @@ class Observers:
     A context manager; leaving it closes the bar.
     """
 
-    def __init__(self, callback, progress: bool | None, verbose: int):
-        self.callback, self.verbose, self.bar = callback, verbose, None
+    def __init__(self, callback, progress: bool | None, verbose: int, live: "Live"):
+        self.callback, self.verbose, self.bar, self.live = callback, verbose, None, live
         wanted = progress or (progress is None and verbose == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules))
         self.started = time.perf_counter()
         self.bar_after = (0.0 if progress else PROGRESS_DELAY) if wanted else float("inf")
@@ -45,6 +53,7 @@ class Observers:
         if self.bar is not None:
             self.bar.set_postfix(cost=f"{record.cost:.6g}", optimality=f"{record.optimality:.1e}", refresh=False)
             self.bar.update()
+        self.live(record)
         if self.callback is not None:
             self.callback(record)
 
@@ -56,3 +65,50 @@ def _print_record(record: Record):
     step = ("", "") if record.iteration == 0 else (f"{record.actual:.2e}", f"{record.step_norm:.2e}")
     values = (record.iteration, record.nfev, f"{record.cost:.6e}", *step, f"{record.optimality:.2e}", record.reduction)
     print("".join(f"{value!s:^15}" for value in (*values, f"{record.seconds:.2f}")))
+
+
+class Live:
+    """Tells the dashboard of ``client`` how a fit goes; nothing where there is none, or ``nlsq.dashboard`` is false.
+
+    A context manager; leaving it by an error makes that the status of the fit.
+    """
+
+    def __init__(self, client: Client | None, model: str, names, start: np.ndarray, plan: Plan, absolute_sigma: bool):
+        self.client = client if client is not None and dask.config.get("nlsq.dashboard") and install(client) else None
+        self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
+        self.sweep: Sweep | None = None  # set as soon as there is one
+        self.errors = [float("nan")] * len(start)
+        about = {name: getattr(plan, name) for name in ("n_points", "n_chunks", "strategy")}
+        self._tell(model=model, names=list(names), p0=start.tolist(), **about)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is not None:
+            self._tell(status=f"{kind.__name__}: {error}"[:200])
+
+    def __call__(self, record: Record) -> None:
+        if self.client is None:
+            return
+        params, equations = self.sweep.latest
+        free = self.plan.n_points - len(params)
+        if np.array_equal(params, record.params) and (found := covariance(factor(equations))) is not None:
+            scaled = found if self.absolute else found * (2 * equations.cost / max(free, 1))
+            self.errors = np.sqrt(np.diag(scaled)).tolist()
+        seconds, self.seconds = record.seconds - self.seconds, record.seconds
+        rates = dict(points_per_s=self.plan.n_points / seconds / 1e6, gb_per_s=self.plan.sweep_bytes / seconds / 1e9)
+        params = dict(params=record.params.tolist(), errors=self.errors)
+        self._tell(nfev=record.nfev, cost=record.cost, optimality=record.optimality, **params, **rates)
+
+    def ended(self, status: str, n_left_out: int, n_damaged: int) -> None:
+        self._tell(status=status, n_left_out=n_left_out, n_damaged=n_damaged)
+
+    def _tell(self, **what) -> None:
+        if self.client is None or self.client.status != "running":
+            return
+        try:
+            self.client.log_event(TOPIC, dict(what, fit=self.id))
+        except ABSENT as err:
+            logger.warning("the live page of fits gets no more news: %s: %s", type(err).__name__, err)
+            self.client = None

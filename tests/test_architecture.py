@@ -7,19 +7,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "sizes", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
+    "config", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
     "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "multistart", "streaming", "plan", "progress", "result", "arguments", "api",
+    "multistart", "streaming", "plan", "result", "progress", "arguments", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
     "jax": {"sizes", "trf_jit", "model", "kernels", "demo"},
-    "dask": {"config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "demo"},
+    "dask": {"config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress", "demo"},
     "distributed": {
-        "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan",
+        "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",
     },
     "zarr": {"store", "demo"},
+    "bokeh": {"dashboard"},
     "matplotlib": {"demo"},
     "click": {"cli"},
 }

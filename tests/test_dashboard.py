@@ -1,0 +1,212 @@
+import base64
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+from contextlib import contextmanager
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from distributed import Client
+from tornado.ioloop import IOLoop
+from tornado.websocket import websocket_connect
+
+from dask_nlsq import curve_fit
+
+from .clusters import command_line, local
+
+N = 60_000
+X = np.linspace(0, 10, N)
+Y = 2 * np.exp(-0.5 * X) + 0.3 + np.random.default_rng(7).normal(0, 0.05, N)
+TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, p0=[5.0, 2.0, -1.0])
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def data():
+    return da.from_array(X, 4000), da.from_array(Y, 4000)
+
+
+@pytest.fixture(scope="module")
+def client():
+    with local(1) as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
+
+
+def get(client, path):
+    """A page of the scheduler's dashboard."""
+    info = client.scheduler_info(n_workers=-1)
+    host = info["address"].split("//")[1].split(":")[0]
+    with urllib.request.urlopen(f"http://{host}:{info['services']['dashboard']}/{path}") as answer:
+        return answer.read().decode()
+
+
+def fits(client):
+    return client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins["nlsq-page"].fits.values()))
+
+
+def test_a_fit_brings_the_page_to_the_scheduler_once(client):
+    with client.as_current():
+        for _ in range(2):
+            curve_fit(decay, *data(), **TIGHT)
+    for page in ("nlsq", "individual-nlsq"):
+        assert "bokeh.min.js" in get(client, page)
+    assert "/individual-nlsq" in json.loads(get(client, "individual-plots.json")).values()
+    assert client.run_on_scheduler(lambda dask_scheduler: [*dask_scheduler.plugins].count("nlsq-page")) == 1
+
+
+def test_what_fits_tell_is_what_they_return(client):
+    with client.as_current():
+        found = curve_fit(decay, *data(), **TIGHT)
+    fit = fits(client)[-1]
+    assert (fit["model"], fit["names"], fit["n_points"], fit["n_chunks"]) == ("decay", ("a", "b", "c"), N, 15)
+    assert [row["nfev"] for row in fit["sweeps"]] == [record.nfev for record in found.history]
+    assert [row["cost"] for row in fit["sweeps"]] == [record.cost for record in found.history]
+    np.testing.assert_array_equal(fit["sweeps"][-1]["params"], found.popt)
+    np.testing.assert_allclose(fit["sweeps"][-1]["errors"], found.perr, rtol=1e-6)
+    assert fit["status"] == found.message
+    with client.as_current(), pytest.raises(RuntimeError, match="max_nfev"):
+        curve_fit(decay, *data(), **TIGHT, max_nfev=2)
+    assert "maximum number" in fits(client)[-1]["status"]
+
+
+def test_the_page_can_be_turned_off(tmp_path):
+    with local(1) as cluster, Client(cluster) as client:
+        with dask.config.set({"nlsq.dashboard": False}):
+            curve_fit(decay, *data(), **TIGHT)
+        assert "nlsq-page" not in client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins))
+
+
+def test_a_scheduler_without_a_dashboard_costs_a_line_in_the_log(caplog):
+    with local(1, dashboard_address=None) as cluster, Client(cluster), caplog.at_level(logging.WARNING, "dask_nlsq"):
+        curve_fit(decay, *data(), **TIGHT)
+        curve_fit(decay, *data(), **TIGHT)
+    assert len([record for record in caplog.records if "no live page" in record.message]) == 1
+
+
+def test_the_preload_lists_the_page_before_any_fit(tmp_path):
+    with command_line(tmp_path, 1, "--preload", "dask_nlsq.dashboard") as (client, _, _):
+        assert "/individual-nlsq" in json.loads(get(client, "individual-plots.json")).values()
+        assert "bokeh.min.js" in get(client, "nlsq")
+        with client.as_current():
+            curve_fit(decay, *data(), **TIGHT)
+        assert len(fits(client)) == 1
+
+
+def test_report_keeps_what_dask_saw(client, tmp_path):
+    with client.as_current():
+        curve_fit(decay, *data(), **TIGHT, report=tmp_path / "fit.html")
+        assert "nlsq-sweep" in (tmp_path / "fit.html").read_text()
+    with pytest.raises(ValueError, match="needs a Client"):
+        curve_fit(decay, X, Y, report=tmp_path / "none.html")
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_time_in_jax_is_metered_apart_from_reading(client, strategy):
+    with client.as_current():
+        curve_fit(decay, *data(), **TIGHT, strategy=strategy)
+
+    def metered(dask_scheduler):
+        spans = dask_scheduler.extensions["spans"].spans.values()
+        last = [span for span in spans if span.name == ("nlsq",)][-1]
+        return {key for key, value in last.cumulative_worker_metrics.items() if value > 0}, {c.name for c in last.children}
+
+    for _ in range(50):  # heartbeats bring them
+        metrics, spans = client.run_on_scheduler(metered)
+        if {("execute", "nlsq-sweep", "jax-execute", "seconds")} <= metrics:
+            break
+        time.sleep(0.1)
+    assert "nlsq-read" in {metric[2] for metric in metrics}
+    assert "jax-execute" in {metric[2] for metric in metrics}
+    assert {("nlsq", "nlsq-load"), ("nlsq", "nlsq-sweep")} <= spans
+
+
+class Browser:
+    """A page in a headless Chromium, spoken to by its debugging protocol."""
+
+    def __init__(self, loop, socket):
+        self.loop, self.socket, self.count = loop, socket, 0
+
+    def send(self, method, **params):
+        self.count += 1
+
+        async def ask():
+            await self.socket.write_message(json.dumps(dict(id=self.count, method=method, params=params)))
+            while (answer := json.loads(await self.socket.read_message())).get("id") != self.count:
+                pass
+            return answer["result"]
+
+        return self.loop.run_sync(ask, timeout=30)
+
+    def value(self, expression):
+        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+
+@contextmanager
+def opened(url, profile):
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
+    command = [CHROMIUM, *options, "--window-size=1100,1300", url]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    loop = IOLoop(make_current=False)
+    try:
+        port = profile / "DevToolsActivePort"
+        wait(lambda: port.exists() and port.read_text(), "the browser did not start")
+        pages = f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"
+
+        def page():
+            with urllib.request.urlopen(pages) as answer:
+                return [each for each in json.loads(answer.read()) if each["type"] == "page" and "nlsq" in each["url"]]
+
+        wait(page, "the browser opened no page")
+        address = page()[0]["webSocketDebuggerUrl"]
+        socket = loop.run_sync(lambda: websocket_connect(address, max_message_size=2**26))
+        yield Browser(loop, socket)
+        socket.close()
+    finally:
+        process.kill()
+        process.wait()
+        loop.close()
+
+
+def wait(condition, message, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, message
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_the_curves_move_in_a_browser_while_a_fit_runs(client, tmp_path):
+    lengths = []
+    n_shown = "Bokeh.documents[0].get_model_by_name('nlsq_sweeps').data.sweep.length"
+    text = "Bokeh.documents[0].get_model_by_name('nlsq_progress').text"
+    with client.as_current():
+        curve_fit(decay, *data(), **TIGHT)  # brings the page
+        port = re.search(r":(\d+)/", client.dashboard_link).group(1)
+        with opened(f"http://127.0.0.1:{port}/nlsq", tmp_path / "profile") as browser:
+            wait(lambda: browser.value(n_shown), "the page shows no fit")
+
+            def callback(record):
+                wait(lambda: browser.value(n_shown) == record.nfev, "the curve does not grow")
+                lengths.append(browser.value(n_shown))
+                assert "decay" in browser.value(text)
+                if record.nfev == 6 and "NLSQ_PICTURE" in os.environ:
+                    time.sleep(1)
+                    picture = browser.send("Page.captureScreenshot", format="png")["data"]
+                    with open(os.environ["NLSQ_PICTURE"], "wb") as file:
+                        file.write(base64.b64decode(picture))
+
+            found = curve_fit(decay, *data(), **TIGHT, callback=callback)
+            wait(lambda: "Converged" in browser.value(text), "the page does not say that the fit has ended")
+    assert lengths == list(range(1, found.nfev + 1))
