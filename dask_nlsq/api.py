@@ -9,13 +9,22 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
 
+from .admission import (
+    admit_data,
+    align_data,
+    check_start,
+    count_points,
+    not_converged,
+    not_finite_at_start,
+    open_data,
+    too_few,
+)
 from .arguments import (
     check_choices,
     finite_policy,
@@ -31,25 +40,22 @@ from .arguments import (
 )
 from .budget import positive
 from .checkpoint import Leave, open_checkpoint, read_call
-from .chunks import SAMPLE_POINTS, Census
 from .cluster import attached
-from .inputs import Problem, as_array, build_problem, build_whitened, check_sendable
-from .kernels import check_model, check_pointwise, choose_jac_mode
-from .model import Model, ModelError, ModelShapeError, function_name, intern, not_of_any_length
+from .inputs import build_problem, check_sendable
+from .kernels import choose_jac_mode
+from .model import function_name, intern
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Live, Observers
-from .reduction import Evaluation, Sweep, map_chunks, open_sweep
+from .reduction import Evaluation, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
-from .store import Policy, is_stored, n_stored, open_all, warn_if_changed
+from .store import Policy, warn_if_changed
 from .streaming import StreamingSweep, hybrid
 from .trust_region import Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
 from .workflow import OptimizationGoal, create_checkpoint_directory, workflow_options
 
 logger = logging.getLogger("dask_nlsq")
-
-WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
 
 
 def curve_fit(
@@ -250,10 +256,10 @@ def curve_fit(
         strategy = "streaming"
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = _opened(as_given, policy, mask_values, valid_range)
-    problem = _problem(model, len(start), **data, strategy=strategy, rules=dict(check=check, omit=omit) | rules)
+    data, stored, rules = open_data(as_given, policy, mask_values, valid_range)
+    problem = align_data(model, len(start), **data, strategy=strategy, rules=dict(check=check, omit=omit) | rules)
     if problem.n_points < len(start):
-        raise TypeError(_too_few(len(start), problem.n_points))
+        raise TypeError(too_few(len(start), problem.n_points))
     client = active_client()
     plan = make_plan(problem, len(start), strategy, memory_limit_gb, client, partitions(partitions_per_thread))
     if plan.strategy == "standard":
@@ -273,8 +279,8 @@ def curve_fit(
         stack.enter_context(sweep)
 
         def admit():
-            counts = _admit(sweep.census(), problem, len(start))
-            _check_pointwise(sweep, start, lower, upper)
+            counts = admit_data(sweep.census(), problem, len(start))
+            check_start(sweep, start, lower, upper)
             return counts
 
         if checkpoint is not None:
@@ -286,7 +292,7 @@ def curve_fit(
             sweep.leave = stack.enter_context(Leave())
         if streaming:
             sweep.draw(len(start), needed=n_starts > 0)
-            _check_pointwise(sweep, start, lower, upper)
+            check_start(sweep, start, lower, upper)
             sweep.admit = admit  # what is in the data is known when the first sweep has read them
         else:
             admit()
@@ -309,14 +315,14 @@ def curve_fit(
         except Interrupted as stop:  # before there is a point to return
             raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
         except NotFiniteAtStart as err:
-            raise ValueError(_not_finite_at_start(sweep, model, start, names)) from err
+            raise ValueError(not_finite_at_start(sweep, model, start, names)) from err
         n_points, n_masked, n_omitted = admit()
         sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
         live.ended(solution.message, n_masked + n_omitted, len(damage))
     for each in stored if streaming else ():
         warn_if_changed(each)
     if solution.status == 0:
-        raise RuntimeError(_not_converged(solution, names))
+        raise RuntimeError(not_converged(solution, names))
     result = FitResult(
         popt=solution.params,
         pcov=_scaled_covariance(solution, n_points, absolute_sigma, names),
@@ -397,7 +403,7 @@ def fit(
     """
     f, xdata, ydata = model_first(f, xdata, ydata)
     known_names(curve_fit, curve_fit_options)
-    options = workflow_options(workflow, goal, _n_points(ydata), n_starts)
+    options = workflow_options(workflow, goal, count_points(ydata), n_starts)
     if options["strategy"] == "streaming" and not curve_fit_options.keys() & {"checkpoint", "strategy"}:
         options["checkpoint"] = create_checkpoint_directory
     return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
@@ -449,7 +455,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     f, xdata, ydata = model_first(f, xdata, ydata)
     if not options.keys().isdisjoint(("workflow", "goal")):
         named = options.pop("workflow", "auto"), options.pop("goal", None)
-        options = workflow_options(*named, _n_points(ydata), options.pop("n_starts", None)) | options
+        options = workflow_options(*named, count_points(ydata), options.pop("n_starts", None)) | options
     known_names(curve_fit, options)
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
@@ -458,123 +464,11 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(f, jacobian(given["jac"]))
     data = dict(xdata=xdata, ydata=ydata, sigma=given["sigma"], mask=given["mask"])
-    data, _, rules = _opened(data, Policy(), given["mask_values"], given["valid_range"], look=False)
+    data, _, rules = open_data(data, Policy(), given["mask_values"], given["valid_range"], look=False)
     rules |= dict(check=check, omit=omit)
-    problem = _problem(model, len(start), **data, strategy=given["strategy"], rules=rules)
+    problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)
     where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
     return make_plan(problem, len(start), *where)
-
-
-def _n_points(ydata) -> int:
-    if is_stored(ydata):
-        return n_stored(ydata)
-    return ydata.size if hasattr(ydata, "size") else np.size(ydata)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# data
-
-
-def _opened(data: dict[str, Any], policy: Policy, mask_values, valid_range, look: bool = True):
-    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both."""
-    if mask_values is None:
-        mask_values = ["largest"] if is_stored(data["ydata"]) else []
-    data, stored = open_all(policy, look, **data)
-    return data, stored, dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range))
-
-
-def _problem(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:
-    y_size = _n_points(ydata)
-    if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
-        covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
-        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=rules["check"], omit=rules["omit"])
-        check_model(model, problem.rules.layouts, problem.n_points, n_params)
-        return problem
-    split = strategy == "chunked" and active_client() is not None
-    arguments = dict(sigma=sigma, mask=mask, split=split) | rules
-    problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
-    if problem.rules.whole:
-        check_model(model, problem.rules.layouts, problem.n_points, n_params)
-        return problem
-    n = SAMPLE_POINTS if problem.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
-    try:
-        check_model(model, problem.rules.layouts, n, n_params)
-    except (ModelError, ModelShapeError):
-        if problem.lazy or problem.n_points > WHOLE_LIMIT:
-            raise
-    except (TypeError, ValueError) as err:
-        if problem.lazy or problem.n_points > WHOLE_LIMIT:
-            raise not_of_any_length(model, n, err) from None
-    else:
-        return problem
-    # a model that closes over an array as long as the data works on all points only
-    check_model(model, problem.rules.layouts, problem.n_points, n_params)
-    return build_problem(xdata, ydata, **arguments, whole=True)
-
-
-def _check_pointwise(sweep: Sweep, start, lower, upper):
-    rules = sweep.evaluation.rules
-    if not rules.whole:
-        elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
-        check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
-
-
-def _admit(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:
-    """Points used, masked and omitted; an error where values are not as they must be."""
-    n_chunks = prod(len(sizes) for sizes in problem.chunks)
-    if not problem.rules.omit:
-        for name in ("ydata", "xdata", "sigma"):
-            bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
-            if bad:
-                total = sum(count for _, count in bad)
-                where = f", first in block {bad[0][0]} of {n_chunks}" if n_chunks > 1 else ""
-                raise ValueError(
-                    f"The input contains nan or infinity: {total} of the values of `{name}`{where}. "
-                    'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
-                )
-    for census in censuses:
-        if census.n_sigma_not_positive:
-            where = f" (first in block {census.index})" if n_chunks > 1 else ""
-            raise ValueError(
-                f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
-                "leave points out"
-            )
-    n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
-    n_points = problem.n_points - n_masked - n_omitted
-    n_masked += problem.n_dropped
-    if n_points == 0:
-        raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
-    if n_points < n_params:
-        raise TypeError(_too_few(n_params, n_points, n_masked + n_omitted))
-    return n_points, n_masked, n_omitted
-
-
-def _too_few(n_params, n_points, left_out=0):
-    why = f" ({left_out} more are masked or omitted; a true mask value leaves a point out)" if left_out else ""
-    return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}{why}"
-
-
-def _not_converged(solution: Solution, names):
-    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
-    return (
-        f"Optimal parameters not found: {solution.message} {solution.nfev} were made; the best so far has cost "
-        f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
-    )
-
-
-def _not_finite_at_start(sweep: Sweep, model: Model, start, names):
-    bad = [(index, count) for index, count in sweep.not_finite(start) if count]
-    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, start, strict=True))
-    if not bad:
-        return (
-            f"the derivatives of {function_name(model.f)} are not finite in the initial point p0: {at}. Start from other "
-            "values, or write the model so that it is differentiable there (jnp.where around both value and argument)"
-        )
-    total = sum(count for _, count in bad)
-    return (
-        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity for {total} points "
-        f"(first in block {bad[0][0]}) at p0: {at}. Start from other values, or set bounds that keep the model finite"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
     "config", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
     "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "multistart", "streaming", "plan", "result", "progress", "arguments", "api",
+    "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 # fmt: off

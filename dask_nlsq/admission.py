@@ -1,0 +1,125 @@
+"""The data of a fit at the door: opened, aligned, admitted; and what is said where a fit of them cannot go on."""
+
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .chunks import SAMPLE_POINTS, Census
+from .inputs import Problem, as_array, build_problem, build_whitened
+from .kernels import check_model, check_pointwise
+from .model import Model, ModelError, ModelShapeError, function_name, not_of_any_length
+from .reduction import Sweep
+from .resources import active_client
+from .store import Policy, is_stored, n_stored, open_all
+from .trust_region import Solution
+
+WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
+
+
+def count_points(ydata) -> int:
+    if is_stored(ydata):
+        return n_stored(ydata)
+    return ydata.size if hasattr(ydata, "size") else np.size(ydata)
+
+
+def open_data(data: dict[str, Any], policy: Policy, mask_values, valid_range, look: bool = True):
+    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both."""
+    if mask_values is None:
+        mask_values = ["largest"] if is_stored(data["ydata"]) else []
+    data, stored = open_all(policy, look, **data)
+    return data, stored, dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range))
+
+
+def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:
+    y_size = count_points(ydata)
+    if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
+        covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
+        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=rules["check"], omit=rules["omit"])
+        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        return problem
+    split = strategy == "chunked" and active_client() is not None
+    arguments = dict(sigma=sigma, mask=mask, split=split) | rules
+    problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
+    if problem.rules.whole:
+        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        return problem
+    n = SAMPLE_POINTS if problem.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
+    try:
+        check_model(model, problem.rules.layouts, n, n_params)
+    except (ModelError, ModelShapeError):
+        if problem.lazy or problem.n_points > WHOLE_LIMIT:
+            raise
+    except (TypeError, ValueError) as err:
+        if problem.lazy or problem.n_points > WHOLE_LIMIT:
+            raise not_of_any_length(model, n, err) from None
+    else:
+        return problem
+    # a model that closes over an array as long as the data works on all points only
+    check_model(model, problem.rules.layouts, problem.n_points, n_params)
+    return build_problem(xdata, ydata, **arguments, whole=True)
+
+
+def check_start(sweep: Sweep, start, lower, upper):
+    rules = sweep.evaluation.rules
+    if not rules.whole:
+        elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
+        check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
+
+
+def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:
+    """Points used, masked and omitted; an error where values are not as they must be."""
+    n_chunks = prod(len(sizes) for sizes in problem.chunks)
+    if not problem.rules.omit:
+        for name in ("ydata", "xdata", "sigma"):
+            bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
+            if bad:
+                total = sum(count for _, count in bad)
+                where = f", first in block {bad[0][0]} of {n_chunks}" if n_chunks > 1 else ""
+                raise ValueError(
+                    f"The input contains nan or infinity: {total} of the values of `{name}`{where}. "
+                    'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
+                )
+    for census in censuses:
+        if census.n_sigma_not_positive:
+            where = f" (first in block {census.index})" if n_chunks > 1 else ""
+            raise ValueError(
+                f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
+                "leave points out"
+            )
+    n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
+    n_points = problem.n_points - n_masked - n_omitted
+    n_masked += problem.n_dropped
+    if n_points == 0:
+        raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
+    if n_points < n_params:
+        raise TypeError(too_few(n_params, n_points, n_masked + n_omitted))
+    return n_points, n_masked, n_omitted
+
+
+def too_few(n_params, n_points, left_out=0):
+    why = f" ({left_out} more are masked or omitted; a true mask value leaves a point out)" if left_out else ""
+    return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}{why}"
+
+
+def not_converged(solution: Solution, names):
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
+    return (
+        f"Optimal parameters not found: {solution.message} {solution.nfev} were made; the best so far has cost "
+        f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
+    )
+
+
+def not_finite_at_start(sweep: Sweep, model: Model, start, names):
+    bad = [(index, count) for index, count in sweep.not_finite(start) if count]
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, start, strict=True))
+    if not bad:
+        return (
+            f"the derivatives of {function_name(model.f)} are not finite in the initial point p0: {at}. Start from other "
+            "values, or write the model so that it is differentiable there (jnp.where around both value and argument)"
+        )
+    total = sum(count for _, count in bad)
+    return (
+        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity for {total} points "
+        f"(first in block {bad[0][0]}) at p0: {at}. Start from other values, or set bounds that keep the model finite"
+    )
