@@ -190,9 +190,10 @@ def workers_memory(client: Client) -> dict[str, float] | None:
     unlimited = [address for address, limit in limits.items() if not limit]
     if unlimited:
         neighbours = Counter(worker["host"] for worker in workers.values())
-        totals = client.run(detect_total_system_memory, workers=unlimited)
+        totals = client.run(detect_total_system_memory, workers=unlimited, on_error="ignore")  # those that leave
         if None in totals.values():
             return None
+        limits = {address: limit for address, limit in limits.items() if limit}
         limits |= {address: total / neighbours[workers[address]["host"]] for address, total in totals.items()}
     return {address: float(limit) for address, limit in limits.items()} or None
 

@@ -1,0 +1,184 @@
+"""What a cluster costs and survives: time per sweep beyond the kernel, workers that are killed, memory of the scheduler.
+
+``python -m benchmarks.cluster`` prints all figures; names of functions as arguments choose: ``... overhead kills``.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from distributed import Client, LocalCluster
+
+import dask_nlsq
+from dask_nlsq.inputs import build_problem
+from dask_nlsq.model import intern
+from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep
+
+PARAMS = np.array([2.0, 0.5, 0.3])
+P0 = [5.0, 2.0, -1.0]
+KILLS = 20
+TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, jac_mode="columns")
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def lazy(n, chunk):
+    x = da.linspace(0, 10, n, chunks=chunk)
+    return x, 2 * da.exp(-0.5 * x) + 0.3 + 0.05 * da.sin(1e4 * x)
+
+
+def seconds(run, n=15):
+    """Least and median of the time of ``run()``, after a first one."""
+    run()
+    times = []
+    for _ in range(n):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return min(times), float(np.median(times))
+
+
+@contextmanager
+def local(n_workers=2, **options):
+    with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"}),  # else it closes nannies of killed workers
+        LocalCluster(n_workers=n_workers, threads_per_worker=1, dashboard_address=":0", **options) as cluster,
+        Client(cluster) as client,
+    ):
+        yield cluster, client
+
+
+def gram_of_block(x, y, a, b, c):
+    """[J r]^T [J r] of a block in NumPy, for the graph that is built anew in each iteration."""
+    e = np.exp(-b * x)
+    rows = np.stack([e, -a * x * e, np.ones_like(x), a * e + c - y])
+    return (rows @ rows.T)[None]
+
+
+def overhead(n=2**21):
+    """Per sweep, 2 single-thread workers; the kernel alone: the same points in this process on 2 threads."""
+    with local() as (_, client), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sending large graph")
+        for n_chunks in (32, 512, 4096):
+            x, y = lazy(n, n // n_chunks)
+            problem = build_problem(x, y, check=True, omit=False)
+            evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
+            with LocalSweep(problem, evaluation, 2) as sweep:
+                kernel, _ = seconds(lambda sweep=sweep: sweep(PARAMS, "gram"))
+            with ClusterSweep(problem, evaluation, client, 4) as sweep:
+                least, median = seconds(lambda sweep=sweep: sweep(PARAMS, "gram"))
+            print(f"{n_chunks} chunks: overhead {1e3 * (least - kernel):.1f} ms (median {1e3 * (median - kernel):.1f})")
+            if n_chunks == 512:
+                x, y = dask.persist(x, y)
+
+                def graph(x=x, y=y):
+                    parts = da.map_blocks(
+                        gram_of_block, x, y, *PARAMS, dtype=float, new_axis=[1, 2], chunks=((1,) * 512, (4,), (4,)),
+                        meta=np.empty((0, 0, 0)),
+                    )  # fmt: skip
+                    return parts.sum(axis=0).compute()
+
+                rebuilt, _ = seconds(graph, 3)
+                print(f"512 chunks: a graph of map_blocks per iteration {1e3 * rebuilt:.0f} ms, ours {1e3 * least:.1f} ms")
+
+
+def kills(n=KILLS):
+    """Fits during which a random worker gets SIGKILL at a random moment: how many have the bits of an undisturbed one."""
+    x, y = lazy(10**6, 10**4)
+    expected = dask_nlsq.curve_fit(decay, x, y, P0, strategy="standard", **TIGHT)
+    warm = lazy(10**4, 10**3)
+
+    def one(client, dice):
+        pids = client.run(os.getpid, on_error="ignore")  # one that was shot late may still be listed
+        dask_nlsq.curve_fit(decay, *warm, P0, **TIGHT)  # JAX starts
+        began = time.perf_counter()
+        dask_nlsq.curve_fit(decay, x, y, P0, **TIGHT)
+        lasts = time.perf_counter() - began
+        shot = threading.Timer(dice.uniform(0, lasts), os.kill, [dice.choice(sorted(pids.values())), signal.SIGKILL])
+        shot.start()
+        found = dask_nlsq.curve_fit(decay, x, y, P0, **TIGHT)
+        shot.join()
+        return bool(np.array_equal(found.popt, expected.popt) and np.array_equal(found.pcov, expected.pcov))
+
+    same = 0
+    with local(2) as (_, client):
+        for k in range(n):
+            same += one(client, random.Random(k))
+            while len(client.scheduler_info(n_workers=-1)["workers"]) < 2:
+                time.sleep(0.1)
+    print(f"{n} fits, a worker killed that is started again: {same} with the same bits")
+    same = 0
+    for begin in range(0, n, 5):
+        with local(6, memory_limit=0) as (cluster, client):
+            for nanny in cluster.workers.values():
+                nanny.auto_restart = False
+            for k in range(begin, min(n, begin + 5)):
+                same += one(client, random.Random(k))
+    print(f"{n} fits, a worker killed that does not come back: {same} with the same bits")
+
+
+def scheduler_memory(n_sweeps=200):
+    """Growth of a scheduler process over so many sweeps of 512 chunks."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = str(Path(directory, "scheduler.json"))
+        dask_ = [sys.executable, "-m", "dask"]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        commands = [[*dask_, "scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file", file]]
+        commands += [[*dask_, "worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard"]] * 2
+        processes = [subprocess.Popen(commands[0], **quiet)]
+        try:
+            while not os.path.exists(file):
+                time.sleep(0.1)
+            processes += [subprocess.Popen(command, **quiet) for command in commands[1:]]
+            with Client(scheduler_file=file) as client:
+                client.wait_for_workers(2)
+                problem = build_problem(*lazy(2**21, 4096), check=True, omit=False)
+                evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
+                with ClusterSweep(problem, evaluation, client, 512) as sweep:
+                    for _ in range(20):
+                        sweep(PARAMS, "gram")
+                    before = psutil.Process(processes[0].pid).memory_info().rss
+                    for _ in range(n_sweeps):
+                        sweep(PARAMS, "gram")
+                    after = psutil.Process(processes[0].pid).memory_info().rss
+            n_tasks = len(sweep.pieces.parts) or "?"
+            print(
+                f"scheduler after {n_sweeps} sweeps of 512 chunks ({n_tasks} tasks each): {(after - before) / 1e6:+.1f} MB"
+            )
+        finally:
+            for process in processes[::-1]:
+                process.terminate()
+                process.wait()
+
+
+def scaling(n=10**8):
+    """Sweeps of n points on 1 and on 2 single-thread workers."""
+    times = []
+    for n_workers in (1, 2):
+        with local(n_workers, env={"PJRT_NPROC": "1"}, memory_limit=0) as (_, client):
+            problem = build_problem(*lazy(n, n // 64), check=True, omit=False)
+            evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
+            with ClusterSweep(problem, evaluation, client, 4 * n_workers) as sweep:
+                times.append(seconds(lambda sweep=sweep: sweep(PARAMS, "gram"), 5)[0])
+    print(f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times")
+
+
+if __name__ == "__main__":
+    figures = dict(overhead=overhead, kills=kills, scheduler_memory=scheduler_memory, scaling=scaling)
+    for name in sys.argv[1:] or figures:
+        figures[name]()
