@@ -62,7 +62,7 @@ POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
 SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample tells nothing
 CHECKED = 8  # points of the sample on which the model is checked
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
-SAMPLE_SWEEPS = 100
+SAMPLE_SWEEPS = 30  # over the sample at most: less than one over all data
 PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
@@ -455,7 +455,7 @@ class StreamingSweep(Sweep):
             return start
         sample = self.points(self.drawn.n_points)
         coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
-        own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, callback=None)
+        own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None)
         try:
             with SampleSweep(self.evaluation, sample, self.jac_mode) as small:
                 found = solve(small, start, own)
