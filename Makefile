@@ -6,8 +6,8 @@ BIN := .venv/bin
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
-test: .venv/ready          ## all tests
-	$(BIN)/python -m pytest
+test: .venv/ready          ## all tests but the long ones
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow

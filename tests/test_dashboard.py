@@ -171,7 +171,7 @@ def opened(url, profile):
         address = page()[0]["webSocketDebuggerUrl"]
         socket = loop.run_sync(lambda: websocket_connect(address, max_message_size=2**26))
         yield Browser(loop, socket)
-        socket.close()
+        loop.run_sync(socket.close)
     finally:
         process.kill()
         process.wait()
