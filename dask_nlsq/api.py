@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -278,6 +278,7 @@ def curve_fit(
         live.sweep = sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
         stack.enter_context(sweep)
 
+        @cache
         def admit():
             counts = admit_data(sweep.census(), problem, len(start))
             check_start(sweep, start, lower, upper)

@@ -54,6 +54,16 @@ def command_line(tmp_path, n_workers, *options):
             yield client, top, workers
 
 
+def assert_nothing_left(client):
+    """No futures of the client, and no tasks on the scheduler; releasing them is asynchronous."""
+    assert not client.futures
+    for _ in range(50):
+        if not client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
+            return
+        time.sleep(0.1)
+    raise AssertionError("tasks are left on the scheduler")
+
+
 def at_sweep(n, act):
     """A callback that acts once, after so many sweeps."""
     todo = [act]

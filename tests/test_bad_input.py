@@ -1,7 +1,6 @@
 """Bad input gets one clear error, at the door: which argument, which value, which limit, what to do."""
 
 import math
-import time
 
 import dask.array as da
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit
+
+from .clusters import assert_nothing_left
 
 X = np.linspace(0, 1, 50)
 Y = 2 * np.exp(-X)
@@ -230,13 +231,7 @@ def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing():
         with pytest.raises(OSError, match="disk gone") as caught:
             curve_fit(decay, X, y)
         assert any("block (3,)" in note for note in caught.value.__notes__)
-        held = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
-        for _ in range(50):  # releasing is asynchronous
-            if not held:
-                break
-            time.sleep(0.1)
-            held = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks))
-        assert not held
+        assert_nothing_left(client)
 
 
 @pytest.mark.parametrize("limit", ["4GB", -1, np.nan])

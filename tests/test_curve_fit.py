@@ -16,6 +16,8 @@ from scipy.optimize import OptimizeWarning
 from dask_nlsq import FitResult, curve_fit
 from dask_nlsq.trust_region import Options
 
+from .clusters import assert_nothing_left
+
 RNG = np.random.default_rng(11)
 X = np.linspace(0, 5, 3000)
 Y = 2 * np.exp(-0.7 * X) + 0.3 + RNG.normal(0, 0.05, X.size)
@@ -210,12 +212,7 @@ def test_nothing_is_left_on_the_workers(client):
     curve_fit(decay, da.from_array(X, 100), da.from_array(Y, 137))
     with pytest.raises(RuntimeError):
         curve_fit(decay, da.from_array(X, 100), da.from_array(Y, 137), max_nfev=2)
-    assert not client.futures
-    for _ in range(50):
-        if not client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
-            return
-        client.run(lambda: __import__("time").sleep(0.05))
-    raise AssertionError("tasks are left on the scheduler")
+    assert_nothing_left(client)
 
 
 def test_each_sweep_is_a_few_tasks_per_thread_however_many_chunks(client):

@@ -19,6 +19,8 @@ from dask_nlsq.reduction import Evaluation, LocalSweep, merge
 from dask_nlsq.sample import spread
 from dask_nlsq.streaming import StreamingSweep, Tree
 
+from .clusters import assert_nothing_left
+
 RNG = np.random.default_rng(5)
 N, CHUNK = 400_000, 9_000  # 45 chunks, the last one shorter
 X = np.linspace(0, 10, N)
@@ -302,12 +304,7 @@ def test_workers_read_and_nothing_is_left_on_them(client, tmp_path):
             curve_fit(decay, x, da.from_array(BAD, CHUNK), p0=DECAY, strategy="streaming")
     assert errors_apart(there, here) < 1e-6
     assert there.sample.n_chunks == 4
-    assert not client.futures
-    for _ in range(50):
-        if not client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
-            return
-        client.run(lambda: __import__("time").sleep(0.05))
-    raise AssertionError("tasks are left on the scheduler")
+    assert_nothing_left(client)
 
 
 def test_data_that_do_not_fit_are_streamed_without_being_asked():
