@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import dask
 from distributed import Client
 
-from .budget import GB, effective_fraction, positive
+from .budget import GB, Strategy, effective_fraction, positive
 from .config import threads
 from .environment import HERE, Place, advice, ask_workers, pjrt, size, table
 from .inputs import Problem
@@ -37,8 +37,6 @@ SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while i
 SCRATCH = 8  # times a tile's rows
 STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
-
-Strategy = Literal["auto", "standard", "chunked", "streaming"]
 
 
 class MemoryBudgetError(MemoryError):
@@ -74,7 +72,7 @@ class Plan:
         This process first, then the workers that hold data.
     """
 
-    strategy: Literal["standard", "chunked", "streaming"]
+    strategy: Strategy
     reason: str
     n_points: int
     n_params: int
@@ -166,7 +164,7 @@ def _needs(problem: Problem, n_params: int, sent: bool) -> _Needs:
 def make_plan(
     problem: Problem,
     n_params: int,
-    strategy: Strategy = "auto",
+    strategy: Strategy | Literal["auto"] = "auto",
     memory_limit_gb: float | None = None,
     client: Client | None = None,
     per_thread: int | None = None,
