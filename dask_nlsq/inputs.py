@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import product
 from math import prod
+from numbers import Real
 from pathlib import PurePath
 from typing import Any
 
@@ -304,6 +305,8 @@ def _invalid(mask_values, valid_range, dtype) -> Invalid | None:
         if values == ["largest"]:
             values = [np.iinfo(dtype).max] if dtype.kind == "u" and dtype.itemsize > 1 else []
         low, high = (None, None) if valid_range is None else valid_range
+        if not all(isinstance(each, Real) for each in (*values, low or 0, high or 0)):
+            raise TypeError
     except (TypeError, ValueError):
         raise ValueError(
             "`mask_values` must be a sequence of numbers and `valid_range` a pair (low, high), None for no limit, not "

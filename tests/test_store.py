@@ -189,7 +189,16 @@ def test_floats_may_have_sentinels_in_memory():
     assert same(found, curve_fit(decay, X[keep], y[keep], p0=P0))
 
 
-@pytest.mark.parametrize("options", [dict(mask_values=3), dict(valid_range=5), dict(valid_range=(1, 2, 3))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(mask_values=3),
+        dict(mask_values="max"),
+        dict(valid_range=5),
+        dict(valid_range=(1, 2, 3)),
+        dict(valid_range=("0", 9)),
+    ],
+)
 def test_sentinels_are_checked(options):
     with pytest.raises(ValueError, match="`mask_values` must be"):
         curve_fit(decay, X, Y, p0=P0, **options)
