@@ -28,15 +28,15 @@ from .streaming import READ_AHEAD, SAMPLE_POINTS
 
 logger = logging.getLogger("dask_nlsq")
 
-START_BYTES, START_PER_PARAM = 120e6, 5e6  # measured with 3, 20 and 50 parameters: 97, 129 and 255 to 320 MB
+START_BYTES, START_PER_PARAM = 120e6, 6e6  # measured with 3, 20 and 50 parameters: 97, 129 and 255 to 360 MB
 WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
 CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and connections
-IN_FLIGHT = 2  # times the float64 size of a run: as it comes, and one step of the user's graph between
+IN_FLIGHT = 3  # times the float64 size of a run: as it comes, and what a step of the user's graph makes between
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while it is drawn
 SCRATCH = 8  # times a tile's rows
 STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
-PER_THREAD, MOST_PER_THREAD = 2, 16  # partitions: many small ones even out the workers; each is a task per sweep
+PER_THREAD, MOST_PER_THREAD = 4, 16  # partitions: many small ones even out the workers; each is a task per sweep
 
 
 class MemoryBudgetError(MemoryError):
@@ -180,7 +180,7 @@ def make_plan(
         GiB, the most that this process, or each worker, may take for the fit. None: the share of the memory that
         `effective_fraction` allows, of what is available here or of the limit of each worker.
     per_thread : int, optional
-        Partitions per thread of the workers. None: 2, more where they would not fit.
+        Partitions per thread of the workers. None: 4, more where they would not fit.
 
     Raises
     ------
