@@ -1,6 +1,7 @@
 """The arguments that are not data: checked once, with errors that say what to change."""
 
 import inspect
+from collections.abc import Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
 
@@ -8,7 +9,7 @@ import numpy as np
 from scipy.optimize import Bounds
 
 from .budget import count
-from .model import function_name, parameter_names
+from .model import function_name, intern, parameter_names
 from .trf_jit import LOSSES
 
 
@@ -66,6 +67,128 @@ def parameters(f, p0, bounds, param_names):
             f"Initial guess is outside of provided bounds: {names[k]} = {p0[k]} is not in [{lower[k]}, {upper[k]}]"
         )
     return names, lower, upper, p0
+
+
+def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
+    """Parameters of a map: all names, places of the free ones, start of all, bounds of the free ones, the guess if any.
+
+    A value is a number, or an array of the map's shape.
+    """
+    fixed = {} if fixed is None else fixed
+    signature = parameter_names(f)
+    by_place = None if p0 is None or callable(p0) or isinstance(p0, Mapping) else _over_the_map("p0", p0, map_shape)
+    names = param_names if param_names is not None else signature
+    if names is None and by_place is not None:
+        names = [f"p{k}" for k in range(len(by_place))]
+    if names is None:
+        raise ValueError("Unable to determine number of fit parameters. Give p0 or param_names: the model takes *params.")
+    names = tuple(names)
+    if len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`param_names` must be different names, got {names}")
+    if signature is not None and len(signature) != len(names) and not _takes(f, len(names)):
+        raise ValueError(
+            f"{function_name(f)} takes {len(signature)} parameters, {signature}, and there are names for {names}"
+        )
+    if by_place is not None and len(by_place) != len(names):
+        raise ValueError(f"`p0` has {len(by_place)} values, but {function_name(f)} takes {len(names)} parameters: {names}")
+    given = dict(zip(names, by_place, strict=True)) if by_place is not None else p0 if isinstance(p0, Mapping) else {}
+    pairs = bounds
+    if not isinstance(bounds, Mapping):
+        lower, upper = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
+        ends = [_over_the_map(f"bounds[{k}]", each, map_shape, len(names)) for k, each in enumerate((lower, upper))]
+        pairs = dict(zip(names, zip(*ends, strict=True), strict=True))
+    for what, mapping in (("p0", given), ("bounds", pairs), ("fixed", fixed)):
+        for name in mapping.keys() - set(names):
+            near = get_close_matches(name, names, 1)
+            raise ValueError(
+                f"`{what}` names {name!r}, the parameters are {names}" + f"; did you mean {near[0]!r}?" * bool(near)
+            )
+    free = tuple(k for k, name in enumerate(names) if name not in fixed)
+    if not free:
+        raise ValueError("`fixed` holds all parameters: there is nothing to fit")
+    start, lower, upper = [], [], []
+    for name in names:
+        if name in fixed:
+            start.append(_on_the_map(f"fixed[{name!r}]", fixed[name], map_shape))
+            continue
+        low, high = _pair(pairs.get(name, (None, None)))
+        low = _on_the_map(f"bounds of {name}", -np.inf if low is None else low, map_shape)
+        high = _on_the_map(f"bounds of {name}", np.inf if high is None else high, map_shape)
+        if not any(hasattr(each, "dask") for each in (low, high)) and not np.all(low < high):
+            raise ValueError(f"Each lower bound must be strictly less than each upper bound: {name} has [{low}, {high}]")
+        if isinstance(p0, Mapping) and name not in given:
+            raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
+        value = given.get(name)
+        if value is None:
+            value = _feasible(np.asarray(low), np.asarray(high)) if np.ndim(low) == np.ndim(high) == 0 else (low + high) / 2
+        value = _on_the_map(f"p0 of {name}", value, map_shape)
+        if np.ndim(value) == np.ndim(low) == np.ndim(high) == 0:
+            if not np.isfinite(value):
+                raise ValueError(f"`p0` must be finite: {name} is {value}")
+            if not low <= value <= high:
+                raise ValueError(f"Initial guess is outside of provided bounds: {name} = {value} is not in [{low}, {high}]")
+        start.append(value)
+        lower.append(low)
+        upper.append(high)
+    return names, free, start, lower, upper, intern(p0) if callable(p0) else None
+
+
+def _over_the_map(name, values, map_shape, n=None):
+    """One value for each parameter, of a sequence of them, an array (*map, p), or (``n`` given) one number for all."""
+    if n is not None and np.ndim(values) == 0:
+        return [values] * n
+    if getattr(values, "ndim", 1) == len(map_shape) + 1 and map_shape:
+        return [values[..., k] for k in range(values.shape[-1])]
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(
+            f"`{name}` must be a sequence of one value per parameter, or a dict by name, not {values!r}"
+        ) from None
+    if n is not None and len(values) != n:
+        raise ValueError(f"`{name}` has {len(values)} values: give one number, or one for each of the {n} parameters")
+    return values
+
+
+def _on_the_map(name, value, map_shape):
+    """A number, or an array of the map's shape, NumPy or Dask."""
+    value = getattr(value, "data", value) if hasattr(value, "dims") else value
+    if not hasattr(value, "dask"):
+        value = _numbers(name, value)
+        if value.ndim == 0:
+            return float(value)
+    if value.shape != map_shape:
+        raise ValueError(
+            f"`{name}` must be a number, or an array of the map's shape {map_shape}, not of shape {value.shape}"
+        )
+    return value
+
+
+def coordinates_of(xdata, ydata, axis):
+    """x of an xarray ``ydata`` by the names of coordinates; by default those of the fit axes."""
+    coords = getattr(ydata, "coords", None)
+    if coords is None:
+        return xdata
+    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
+    fitted = [each if isinstance(each, str) else ydata.dims[each] for each in axes]
+    names = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
+    if not all(isinstance(name, str) and name in coords for name in names):
+        return xdata
+    fitted = [dim for dim in ydata.dims if dim in fitted]
+    found = []
+    for name in names:
+        kept = fitted if set(coords[name].dims) <= set(fitted) else ydata.dims
+        found.append(along_dims(coords[name], kept))
+    return (
+        found[0] if len(found) == 1 and found[0].ndim == len(fitted) == 1 else tuple(found) if len(found) > 1 else found[0]
+    )
+
+
+def along_dims(array, dims):
+    """Data of an xarray array with its axes in the order of ``dims``, of size 1 where it lacks one."""
+    present = [dim for dim in dims if dim in array.dims]
+    data, sizes = array.transpose(*present).data, dict(zip(present, array.transpose(*present).shape, strict=True))
+    return data.reshape(tuple(sizes.get(dim, 1) for dim in dims))
 
 
 def _numbers(name, value):

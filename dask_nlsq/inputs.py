@@ -12,7 +12,7 @@ from itertools import product
 from math import prod
 from numbers import Real
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
@@ -282,7 +282,7 @@ def build_problem(
         x_kind=x_kind,
         x_lead=x_lead,
         ndim=y.ndim,
-        invalid=_invalid(*sentinels, y.dtype) if sentinels else None,
+        invalid=invalid_values(*sentinels, y.dtype) if sentinels else None,
     )
     largest = [max(sizes) for sizes in chunks]
     capacities = tuple(
@@ -298,7 +298,7 @@ def build_problem(
     return Problem(operands, chunks, rules)
 
 
-def _invalid(mask_values, valid_range, dtype) -> Invalid | None:
+def invalid_values(mask_values, valid_range, dtype) -> Invalid | None:
     """What a value of y must not be, of what ``dtype`` can hold."""
     try:
         values = [value.item() if hasattr(value, "item") else value for value in mask_values]
@@ -354,6 +354,39 @@ def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
     if x.size == 0 and prod(shape):
         raise ValueError("`xdata` must not be empty!")
     return "single", (), [x]
+
+
+class Coordinates(NamedTuple):
+    """How the model takes x, and x as arrays: over the fit axes of a map, or with y's axes where pixels differ in it."""
+
+    kind: str
+    lead: tuple[int, ...]
+    arrays: list
+
+    @classmethod
+    def of(cls, xdata, shape, fit_axes) -> "Coordinates":
+        fit_shape = tuple(shape[k] for k in fit_axes)
+
+        def own(c):
+            return np.ndim(c) == len(shape) > len(fit_shape)
+
+        parts = xdata if isinstance(xdata, tuple) else (xdata,)
+        if xdata is None or not any(map(own, parts)):
+            kind, lead, arrays = _coordinates(xdata, fit_shape)
+            arrays = [_broadcastable("xdata", c, fit_shape) for c in arrays]
+            return cls(kind, lead, [np.broadcast_to(np.asarray(c), fit_shape) for c in arrays])
+        arrays = []
+        for k, c in enumerate(parts):
+            c = as_array(f"xdata[{k}]", c)
+            if own(c):
+                arrays.append(_broadcastable("xdata", c, shape))
+            else:
+                arrays.append(np.broadcast_to(np.asarray(_broadcastable("xdata", c, fit_shape)), fit_shape))
+        return cls("tuple" if isinstance(xdata, tuple) else "single", (), arrays)
+
+    def shared(self, fit_axes) -> tuple[np.ndarray | None, ...]:
+        """(n,) each; None for one that pixels differ in."""
+        return tuple(np.array(c).ravel() if c.ndim == len(fit_axes) else None for c in self.arrays)
 
 
 def _broadcastable(name, array, shape):

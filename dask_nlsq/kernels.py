@@ -314,24 +314,21 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
     def residual(params):
         return _residual(model, spec, params, block, first, fresh)
 
-    r, J = _with_jacobian(model, spec, residual, params, block, first, fresh)
-    cost = masked_cost(r, fresh, f_scale, loss=spec.loss)
-    if spec.loss != "linear":
-        _, rho1, rho2 = LOSSES[spec.loss]((r / f_scale) ** 2)
-        rescale = jnp.sqrt(jnp.maximum(rho1 + 2 * rho2 * (r / f_scale) ** 2, EPS))
-        J, r = J * rescale, r * rho1 / rescale
-    return jnp.concatenate([J, r[None]]), cost
-
-
-def _with_jacobian(model, spec, residual, params, block, first, fresh):
-    """r (tile,) and J^T (p, tile); columns by the user's jac, or by one linearisation and a pass for each unit vector."""
-    p = len(params)
     if model.jac is not None:
-        tile = _Tile(spec.layouts, block, first, len(fresh))
-        J = evaluate_jac(model, tile.x(), tuple(params)).T
-        return residual(params), _weighted(spec, J, tile, fresh, block)
+        operands = _Tile(spec.layouts, block, first, len(fresh))
+        J = evaluate_jac(model, operands.x(), tuple(params)).T
+        r, J = residual(params), _weighted(spec, J, operands, fresh, block)
+    else:
+        r, J = with_columns(residual, params, spec.jac_mode)
+    cost = masked_cost(r, fresh, f_scale, loss=spec.loss)
+    return robust_rows(r, J, f_scale, spec.loss), cost
+
+
+def with_columns(residual, params, jac_mode: JacMode):
+    """r (n,) and J^T (p, n) of ``residual(params)``, by one linearisation and a pass for each unit vector."""
+    p = len(params)
     r, pushforward = jax.linearize(lambda *each: residual(each), *params)
-    if spec.jac_mode == "columns":
+    if jac_mode == "columns":
         return r, jax.vmap(pushforward)(*jnp.eye(p))
 
     def along(k):  # the other arguments are constants, so that what does not depend on this one vanishes
@@ -341,6 +338,15 @@ def _with_jacobian(model, spec, residual, params, block, first, fresh):
         return jax.jvp(one_argument, (jnp.zeros(()),), (jnp.ones(()),))[1]
 
     return r, jnp.stack([along(k) for k in range(p)])
+
+
+def robust_rows(r, J, f_scale, loss):
+    """[J r]^T (p + 1, n), rescaled for the loss; J^T (p, n)."""
+    if loss != "linear":
+        _, rho1, rho2 = LOSSES[loss]((r / f_scale) ** 2)
+        rescale = jnp.sqrt(jnp.maximum(rho1 + 2 * rho2 * (r / f_scale) ** 2, EPS))
+        J, r = J * rescale, r * rho1 / rescale
+    return jnp.concatenate([J, r[None]])
 
 
 def _residual(model, spec, params, block, first, fresh):

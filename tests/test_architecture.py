@@ -9,19 +9,25 @@ PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
     "config", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
     "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "api",
+    "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "map_step", "map_solver",
+    "map_blocks",
+    "map_result", "maps", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
-    "jax": {"sizes", "trf_jit", "model", "kernels", "demo"},
-    "dask": {"config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress", "demo"},
+    "jax": {"sizes", "trf_jit", "model", "kernels", "map_step", "map_solver", "map_blocks", "demo"},
+    "dask": {
+        "config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress", "map_blocks",
+        "map_result", "maps", "demo",
+    },
     "distributed": {
         "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",
     },
-    "zarr": {"store", "demo"},
+    "zarr": {"store", "map_result", "demo"},
     "bokeh": {"dashboard"},
-    "matplotlib": {"demo"},
+    "matplotlib": {"map_result", "demo"},
+    "xarray": {"map_result"},
     "click": {"cli"},
 }
 # fmt: on

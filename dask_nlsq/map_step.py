@@ -1,0 +1,406 @@
+"""A step of many bounded trust-region fits at once, one in each *lane*.
+
+The method is that of `trust_region`: the same hat space, candidates, radius, acceptance and tolerances, on the gram
+matrix of each pixel's own rows ``[J r]``. Arrays end in the axis of the lanes, ``params`` is (p, lanes), so that each
+operation on small matrices is one on vectors. The subproblem is solved by elimination, which vectorises, in place of the
+SVD: where the data do not determine a direction its pivot is rounding, and no step is taken along it.
+"""
+
+from enum import IntEnum
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from .kernels import JacMode, Layouts, assemble_x, robust_rows, with_columns
+from .model import Model, evaluate
+from .trf_jit import EPS, MORE_ITERATIONS, MORE_RTOL, masked_cost
+from .trust_region import ROUNDING, STALLS
+
+LANES = 256  # pixels that are fitted together, enough to make a vector of each number
+GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
+RUNNING = 255  # status of a pixel that is being fitted
+
+
+class MapStatus(IntEnum):
+    """Why the fit of a pixel ended; from 1 to 5 as in `scipy.optimize.least_squares`."""
+
+    ITERATION_LIMIT = 0
+    GTOL = 1
+    FTOL = 2
+    XTOL = 3
+    FTOL_XTOL = 4
+    ROUNDING = 5  # no step lowers the gradient further
+    AT_BOUND = 6  # converged, with a parameter at its bound
+    SINGULAR = 7  # converged, but the data do not determine all parameters; perr is inf
+    TOO_FEW_POINTS = 8  # fewer than parameters
+    NON_FINITE = 9  # the start, or the model or its derivatives there, are not finite
+    MASKED = 10  # no point at all
+
+
+class Limits(NamedTuple):
+    """Numbers of `trust_region.Options`, which need no compilation."""
+
+    ftol: float
+    xtol: float
+    gtol: float
+    max_nfev: int
+    f_scale: float
+
+
+class MapSpec(NamedTuple):
+    """Everything that needs a compilation of its own."""
+
+    layouts: Layouts
+    free: tuple[int, ...]  # places of the parameters that are fitted, among all
+    bounded: bool
+    jac_mode: JacMode
+    loss: str
+    absolute_sigma: bool
+    guess: Model | None = None  # ``guess(x, y) -> start`` of all parameters
+
+
+class Point(NamedTuple):
+    """Where each lane stands, and the model of its cost around there."""
+
+    params: Any  # (p, lanes)
+    gram: Any  # (p + 1, p + 1, lanes)
+    cost: Any  # (lanes,)
+    scale: Any  # (p, lanes)
+    d: Any  # step = d * step_h
+    gradient: Any  # in hat space
+    hessian: Any  # in hat space, (p, p, lanes)
+    newton: Any  # step in hat space
+    newton_slope: Any  # derivative of its length by the Levenberg-Marquardt parameter
+    decrement: Any
+    optimality: Any
+
+
+class Data(NamedTuple):
+    """Of the pixels in the lanes."""
+
+    y: Any  # (lanes, n)
+    weight: Any  # (lanes, n): 1 / sigma, 0 for points that do not count
+    x: tuple[Any, ...]  # (lanes or 1, n) each
+
+
+class Lanes(NamedTuple):
+    """Pixels that are being fitted; all fields but the data end in the axis of the lanes."""
+
+    data: Data
+    pixel: Any
+    start: Any
+    lower: Any
+    upper: Any
+    n_points: Any
+    here: Point
+    trial: Any  # (p, lanes)
+    predicted: Any
+    step_norm: Any
+    step_h_norm: Any
+    radius: Any
+    alpha: Any
+    stalls: Any
+    nfev: Any
+    status: Any
+
+
+def group_size(n: int, n_params: int) -> int:
+    """Lanes whose rows [J r], of ``n`` points each, fit in the cache: a power of two."""
+    fitting = GROUP_BYTES // (8 * (n_params + 1) * n)
+    return 2 ** int(np.log2(min(LANES, max(FEWEST_TOGETHER, fitting))))
+
+
+def each_or_shared(x):
+    """Coordinates and their axes for `jax.vmap` over the lanes, which may share them."""
+    return tuple(c if len(c) > 1 else c[0] for c in x), tuple(0 if len(c) > 1 else None for c in x)
+
+
+def as_x(spec, coordinates):
+    return assemble_x(spec.layouts, list(coordinates))
+
+
+def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
+    """Evaluate the trial of each lane, accept or refuse it, and propose the next one."""
+    running, first = lanes.status == RUNNING, lanes.nfev == 0
+    gram, cost = _normal_equations(model, spec, limits, lanes)
+    there = _stand(spec, limits, lanes, gram, cost, first)
+    here = lanes.here
+    finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
+
+    actual = here.cost - cost
+    by_gradient = (lanes.predicted >= 0) & (lanes.predicted < ROUNDING * here.cost) & finite
+    lower = there.decrement < here.decrement
+    accepted = finite & jnp.where(by_gradient, lower, actual > 0)
+    stalls = jnp.where(by_gradient, jnp.where(lower, 0, lanes.stalls + 1), lanes.stalls)
+    ratio = jnp.where(
+        lanes.predicted > 0, actual / lanes.predicted, jnp.where((lanes.predicted == 0) & (actual == 0), 1.0, 0.0)
+    )
+    ratio = jnp.where(by_gradient, jnp.where(lower, 1.0, 0.0), ratio)
+    relative = jnp.where(by_gradient, lanes.predicted, actual) / jnp.where(here.cost > 0, here.cost, jnp.inf)
+    measurable = limits.ftol > ROUNDING
+    by_ftol = (relative < jnp.where(by_gradient & ~measurable, 0.0, limits.ftol)) & (ratio > 0.25)
+    by_xtol = lanes.step_norm < limits.xtol * (limits.xtol + _norm(here.params))
+    status = jnp.where(by_ftol, jnp.where(by_xtol, 4, 2), jnp.where(by_xtol, 3, RUNNING))
+    stalled = jnp.where(measurable, jnp.where(stalls >= 1, 2, RUNNING), jnp.where(stalls >= STALLS, 5, RUNNING))
+    status = jnp.where(status == RUNNING, stalled, status)
+    status = jnp.where(finite & ~first, status, RUNNING)
+
+    radius = jnp.where((ratio > 0.75) & (lanes.step_h_norm > 0.95 * lanes.radius), 2 * lanes.radius, lanes.radius)
+    radius = jnp.where(finite & (ratio >= 0.25), radius, 0.25 * lanes.step_h_norm)
+    whole = _norm(there.params / there.d)
+    radius = jnp.where(first, jnp.where(whole > 0, whole, 1.0), radius)
+    alpha = jnp.where(first, 0.0, lanes.alpha * lanes.radius / radius)
+    moves = running & (accepted | first)
+    here = jax.tree.map(lambda new, old: jnp.where(moves, new, old), there, here)
+    nfev = lanes.nfev + running
+
+    status = jnp.where((status == RUNNING) & (nfev >= limits.max_nfev), int(MapStatus.ITERATION_LIMIT), status)
+    status = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), 1, status)
+    status = jnp.where(first & ~finite, int(MapStatus.NON_FINITE), status)
+    status = jnp.where(running, status, lanes.status)
+    step_h, alpha = _solve_subproblem(here, radius, alpha)
+    step_h, predicted = _select_step(spec, here, step_h, radius, lanes.lower, lanes.upper)
+    step = here.d * step_h
+    trial = here.params + step
+    if spec.bounded:
+        trial = jnp.clip(trial, jnp.nextafter(lanes.lower, lanes.upper), jnp.nextafter(lanes.upper, lanes.lower))
+    return lanes._replace(
+        here=here,
+        trial=trial,
+        predicted=predicted,
+        step_norm=_norm(step),
+        step_h_norm=_norm(step_h),
+        radius=radius,
+        alpha=alpha,
+        stalls=jnp.where(first, 0, stalls),
+        nfev=nfev,
+        status=status,
+    )
+
+
+def _normal_equations(model, spec, limits, lanes):
+    """Gram matrices (p + 1, p + 1, lanes) of [J r], and costs."""
+
+    def one(params, start, coordinates, y, weight):
+        valid = weight > 0
+
+        def residual(params):
+            every = [start[k] for k in range(len(start))]
+            for place, value in zip(spec.free, params, strict=True):
+                every[place] = value
+            value = jnp.broadcast_to(evaluate(model, as_x(spec, coordinates), every), y.shape)
+            return jnp.where(valid, (value - y) * weight, 0.0)
+
+        r, J = with_columns(residual, params, spec.jac_mode)
+        rows = robust_rows(r, J, limits.f_scale, spec.loss)
+        return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss)
+
+    x, axes = each_or_shared(lanes.data.x)
+    p, size = len(spec.free), group_size(lanes.data.y.shape[1], len(spec.free))
+    operands = (
+        lanes.trial.T,
+        lanes.start.T,
+        lanes.data.y,
+        lanes.data.weight,
+        *(c for c, a in zip(x, axes, strict=True) if a == 0),
+    )
+
+    def cut(k):
+        return [lax.dynamic_slice_in_dim(each, k * size, size) for each in operands]
+
+    def group(k, state):
+        found, (params, start, y, weight, *own) = state
+        rest = iter(own)
+        coordinates = tuple(next(rest) if axis == 0 else c for c, axis in zip(x, axes, strict=True))
+        parts = jax.vmap(one, in_axes=(0, 0, axes, 0, 0))(params, start, coordinates, y, weight)
+        put = partial(lax.dynamic_update_slice_in_dim, start_index=k * size, axis=0)
+        # cut for the next group, since slices that are cut where they are used keep the loop from being vectorised
+        return jax.tree.map(put, found, parts), cut(k + 1)
+
+    n_groups = jnp.max(jnp.where(lanes.status == RUNNING, jnp.arange(LANES), -1)) // size + 1
+    nothing = jnp.zeros((LANES, p + 1, p + 1)), jnp.zeros(LANES)
+    (gram, cost), _ = lax.fori_loop(0, n_groups, group, (nothing, cut(0)))
+    return gram.transpose(1, 2, 0), cost
+
+
+def _stand(spec, limits, lanes, gram, cost, first) -> Point:
+    """The quadratic model at the trial of each lane; a scale never grows (see `trust_region`)."""
+    p, params = len(spec.free), lanes.trial
+    columns = jnp.sqrt(jnp.stack([gram[k, k] for k in range(p)]))
+    own = 1 / jnp.where(columns > 0, columns, 1.0)
+    scale = jnp.where(first, own, 1 / jnp.maximum(columns, 1 / jnp.where(first, 1.0, lanes.here.scale)))
+    g = gram[:p, p]
+    v = dv = jnp.zeros_like(params)
+    if spec.bounded:
+        to_upper, to_lower = (g < 0) & jnp.isfinite(lanes.upper), (g > 0) & jnp.isfinite(lanes.lower)
+        v = jnp.where(to_upper, lanes.upper - params, jnp.where(to_lower, params - lanes.lower, 1.0))
+        dv = jnp.where(to_upper, -1.0, jnp.where(to_lower, 1.0, 0.0))
+        d = jnp.sqrt(jnp.where(dv != 0, v / scale, 1.0)) * scale
+    else:
+        d, v = scale, jnp.ones_like(params)
+    gradient = d * g
+    hessian = gram[:p, :p] * d[:, None] * d
+    diagonal = g * dv * scale
+    hessian = jnp.stack([jnp.stack([hessian[i, j] + (diagonal[i] if i == j else 0.0) for j in range(p)]) for i in range(p)])
+    inverted, _ = inverse(hessian)
+    newton = -_times(inverted, gradient)
+    newton_slope = -_dot(newton, _times(inverted, newton)) / _norm(newton)
+    decrement = -0.5 * _dot(gradient, newton)
+    optimality = jnp.max(jnp.abs(g * v), axis=0)
+    if not spec.bounded:  # MINPACK's test, a cosine, as in `curve_fit`
+        lengths = columns * jnp.sqrt(2 * cost)
+        optimality = jnp.max(jnp.abs(g) / jnp.where(lengths > 0, lengths, 1.0), axis=0)
+    return Point(params, gram, cost, scale, d, gradient, hessian, newton, newton_slope, decrement, optimality)
+
+
+def _solve_subproblem(here: Point, radius, alpha):
+    """Minimiser in the ball and the Levenberg-Marquardt parameter that belongs to it, by Moré's iteration."""
+    newton_length = _norm(here.newton)
+    inside = newton_length <= radius
+    eye = jnp.eye(len(here.d))[..., None]
+
+    def step_and_slope(alpha):
+        inverted, _ = inverse(here.hessian + alpha * eye)
+        step = -_times(inverted, here.gradient)
+        length = _norm(step)
+        return step, length, -_dot(step, _times(inverted, step)) / length
+
+    lower = -(newton_length - radius) / here.newton_slope
+    upper = _norm(here.gradient) / radius
+
+    def inner_guess(lower, upper):
+        return jnp.maximum(0.001 * upper, jnp.sqrt(lower * upper))
+
+    def unfinished(state):
+        return (state[0] < MORE_ITERATIONS) & ~jnp.all(state[-1])
+
+    def refine(state):
+        count, alpha, lower, upper, step, done = state
+        alpha = jnp.where((alpha < lower) | (alpha > upper), inner_guess(lower, upper), alpha)
+        found, length, slope = step_and_slope(alpha)
+        phi = length - radius
+        upper = jnp.where(phi < 0, alpha, upper)
+        lower = jnp.maximum(lower, alpha - phi / slope)
+        step = jnp.where(done, step, found * (radius / length))  # on the sphere exactly, so that it never leaves it
+        near = jnp.abs(phi) < MORE_RTOL * radius
+        following = alpha - length / radius * phi / slope
+        return count + 1, jnp.where(done | near, alpha, following), lower, upper, step, done | near | ~jnp.isfinite(phi)
+
+    start = jnp.where(alpha > 0, alpha, inner_guess(lower, upper))
+    state = (0, start, lower, upper, here.newton, inside | ~jnp.isfinite(here.newton_slope))
+    _, alpha, _, _, step, _ = lax.while_loop(unfinished, refine, state)
+    return jnp.where(inside, here.newton, step), jnp.where(inside, 0.0, alpha)
+
+
+def _select_step(spec, here: Point, step_h, radius, lower, upper):
+    """The best of: the step up to the bound, its reflection there, the scaled gradient; in hat space, and its reduction."""
+
+    def bend(a, b):
+        return _dot(a, _times(here.hessian, b))
+
+    def reduction(step_h):
+        return -(0.5 * bend(step_h, step_h) + _dot(here.gradient, step_h))
+
+    def along(origin, direction, low, high):
+        """t in [low, high] with the least of the quadratic on ``origin + t direction``."""
+        a, b = bend(direction, direction), bend(origin, direction) + _dot(here.gradient, direction)
+        t = -b / jnp.where(a > 0, a, 1.0)
+        at_low, at_high = (0.5 * a * end**2 + b * end for end in (low, high))
+        return jnp.where((a > 0) & (low < t) & (t < high), t, jnp.where(at_low <= at_high, low, high))
+
+    if not spec.bounded:
+        return step_h, reduction(step_h)
+    params, d = here.params, here.d
+    theta = jnp.maximum(0.995, 1 - here.optimality)
+    step = d * step_h
+    whole = jnp.all((params + step >= lower) & (params + step <= upper), axis=0)
+
+    stride, hits = _to_bound(params, step, lower, upper)
+    reflected_h = jnp.where(hits, -step_h, step_h)
+    shorter_h = step_h * stride  # up to the bound
+    to_sphere = _to_sphere(shorter_h, reflected_h, radius)
+    beyond, _ = _to_bound(params + step * stride, d * reflected_h, lower, upper)
+    reflection = jnp.minimum(beyond, to_sphere)
+    shortest = (1 - theta) * stride / jnp.where(reflection > 0, reflection, 1.0)
+    longest = jnp.where(reflection == beyond, theta * beyond, to_sphere)
+    turned_h = shorter_h + along(shorter_h, reflected_h, shortest, longest) * reflected_h
+    turns = (reflection > 0) & (shortest <= longest)
+
+    down_h = -here.gradient
+    to_edge = radius / _norm(down_h)
+    free, _ = _to_bound(params, d * down_h, lower, upper)
+    t = along(jnp.zeros_like(down_h), down_h, jnp.zeros_like(free), jnp.where(theta * free < to_edge, theta * free, to_edge))
+    candidates = [theta * shorter_h, turned_h, t * down_h]
+    values = [reduction(each) for each in candidates]
+    values[1] = jnp.where(turns, values[1], -jnp.inf)
+    best, value = candidates[0], values[0]
+    for other, its in zip(candidates[1:], values[1:], strict=True):
+        best, value = jnp.where(its > value, other, best), jnp.where(its > value, its, value)
+    return jnp.where(whole, step_h, best), jnp.where(whole, reduction(step_h), value)
+
+
+def _to_bound(params, step, lower, upper):
+    """Largest t with ``params + t step`` inside, and which parameters then hit a bound."""
+    strides = jnp.maximum((lower - params) / step, (upper - params) / step)
+    strides = jnp.where(step == 0, jnp.inf, strides)
+    stride = jnp.min(strides, axis=0)
+    return stride, strides == stride
+
+
+def _to_sphere(start, direction, radius):
+    """t > 0 at which ``start + t direction`` leaves the ball."""
+    a, b, c = _dot(direction, direction), _dot(start, direction), _dot(start, start) - radius**2
+    root = jnp.sqrt(jnp.maximum(b * b - a * c, 0.0))
+    q = -(b + jnp.copysign(root, b))  # without cancellation
+    return jnp.maximum(q / a, jnp.where(q != 0, c / q, 0.0))
+
+
+def off_the_bounds(params, lower, upper, rstep=1e-10):
+    """`trust_region.strictly_feasible` at the start."""
+    inner_lower = lower + rstep * jnp.maximum(1, jnp.where(jnp.isfinite(lower), jnp.abs(lower), 0))
+    inner_upper = upper - rstep * jnp.maximum(1, jnp.where(jnp.isfinite(upper), jnp.abs(upper), 0))
+    inside = jnp.clip(params, inner_lower, inner_upper)
+    return jnp.where(inner_lower > inner_upper, lower + 0.5 * (upper - lower), inside)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# small matrices, (p, p, lanes)
+
+
+def _dot(a, b):
+    return jnp.sum(a * b, axis=0)
+
+
+def _norm(a):
+    return jnp.sqrt(_dot(a, a))
+
+
+def _times(matrix, vector):
+    return jnp.sum(matrix * vector, axis=1)
+
+
+def inverse(matrix):
+    """Inverse of symmetric matrices, and whether the rank is full, by Gauss and Jordan's elimination in place.
+
+    Without pivoting, which positive definite matrices do not need. A pivot that is rounding against its diagonal element
+    leaves its row and column zero.
+    """
+    p = len(matrix)
+    least, place = p * EPS * jnp.stack([matrix[k, k] for k in range(p)]), jnp.arange(p)[:, None]
+
+    def eliminate(k, state):
+        matrix, regular = state
+        row, column = matrix[k], matrix[:, k]
+        sound = row[k] > least[k]
+        pivot = jnp.where(sound, row[k], 1.0)
+        row = jnp.where(sound, jnp.where(place == k, 1.0, row) / pivot, 0.0)
+        column = jnp.where(place == k, -1.0, column)
+        rest = jnp.where((place == k) | (place[:, None] == k), 0.0, matrix)
+        return rest - column[:, None] * row, regular & sound
+
+    # a loop, since each element of the next matrix needs several of this one: fused they would be computed over and over
+    return lax.fori_loop(0, p, eliminate, (matrix, jnp.ones(matrix.shape[-1], bool)))
