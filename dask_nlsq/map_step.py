@@ -279,16 +279,18 @@ def _solve_subproblem(here: Point, radius, alpha):
         return (state[0] < MORE_ITERATIONS) & ~jnp.all(state[-1])
 
     def refine(state):
-        count, alpha, lower, upper, step, done = state
+        count, *before, done = state
+        alpha, lower, upper, _ = before
         alpha = jnp.where((alpha < lower) | (alpha > upper), inner_guess(lower, upper), alpha)
         found, length, slope = step_and_slope(alpha)
         phi = length - radius
         upper = jnp.where(phi < 0, alpha, upper)
         lower = jnp.maximum(lower, alpha - phi / slope)
-        step = jnp.where(done, step, found * (radius / length))  # on the sphere exactly, so that it never leaves it
-        near = jnp.abs(phi) < MORE_RTOL * radius
-        following = alpha - length / radius * phi / slope
-        return count + 1, jnp.where(done | near, alpha, following), lower, upper, step, done | near | ~jnp.isfinite(phi)
+        near = (jnp.abs(phi) < MORE_RTOL * radius) | ~jnp.isfinite(phi)
+        following = jnp.where(near, alpha, alpha - length / radius * phi / slope)
+        after = following, lower, upper, found * (radius / length)  # on the sphere exactly, so that it never leaves it
+        # a lane that is done stays as it is, however many turns the others take
+        return count + 1, *(jnp.where(done, old, new) for old, new in zip(before, after, strict=True)), done | near
 
     start = jnp.where(alpha > 0, alpha, inner_guess(lower, upper))
     state = (0, start, lower, upper, here.newton, inside | ~jnp.isfinite(here.newton_slope))
