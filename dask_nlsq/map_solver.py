@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from .map_step import (
-    LANES,
     RUNNING,
     Data,
     Lanes,
@@ -26,6 +25,7 @@ from .map_step import (
     each_or_shared,
     inverse,
     iterate,
+    n_lanes,
     off_the_bounds,
 )
 from .model import Model
@@ -66,6 +66,8 @@ def map_kernel(model: Model, spec: MapSpec):
 def _build(model: Model, spec: MapSpec):
     def fit(pixels, n_pixels, limits):
         data, n_points = _prepare(spec, pixels)
+        if spec.guess is not None:
+            pixels = pixels._replace(start=_guesses(spec, data, n_points, pixels.start))
 
         def unfinished(state):
             lanes, _, taken = state
@@ -80,7 +82,7 @@ def _build(model: Model, spec: MapSpec):
             lanes = _load(spec, pixels, data, n_points, lanes, pixel, idle)
             taken = jnp.minimum(taken + jnp.sum(idle), n_pixels)
             n_running = jnp.sum(lanes.status == RUNNING)
-            few = jnp.where(taken < n_pixels, int(REFILL * LANES), n_running // NARROWER)
+            few = jnp.where(taken < n_pixels, int(REFILL * n_lanes(pixels.y.shape[1])), n_running // NARROWER)
 
             def busy(lanes):
                 return jnp.sum(lanes.status == RUNNING) > few
@@ -106,15 +108,16 @@ def _compacted(lanes: Lanes) -> Lanes:
 
 def _empty(spec, pixels: Pixels) -> Lanes:
     p, n = len(spec.free), pixels.y.shape[1]
+    width = n_lanes(n)
 
     def zeros(*shape, dtype=jnp.float64):
-        return jnp.zeros((*shape, LANES), dtype)
+        return jnp.zeros((*shape, width), dtype)
 
-    x = tuple(jnp.zeros((LANES if len(c) > 1 else 1, n), _dtype(c)) for c in pixels.x)
+    x = tuple(jnp.zeros((width if len(c) > 1 else 1, n), _dtype(c)) for c in pixels.x)
     shapes = Point((p,), (p + 1, p + 1), (), (p,), (p,), (p,), (p, p), (p,), (), (), ())
     numbers = dict.fromkeys(("predicted", "step_norm", "step_h_norm", "radius", "alpha"), zeros())
     return Lanes(
-        data=Data(*jnp.zeros((2, LANES, n)), x),
+        data=Data(*jnp.zeros((2, width, n)), x),
         pixel=zeros(dtype=int) + len(pixels.y),
         start=zeros(pixels.start.shape[1]),
         here=Point(*(zeros(*shape) for shape in shapes)),
@@ -148,13 +151,11 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
         return array.at[pixel].get(mode="clip")
 
     def vectors(array):  # (pixels or 1, m) -> (m, lanes)
-        return (rows(array) if len(array) > 1 else jnp.broadcast_to(array, (LANES, array.shape[1]))).T
+        return (rows(array) if len(array) > 1 else jnp.broadcast_to(array, (len(pixel), array.shape[1]))).T
 
     data = Data(rows(data.y), rows(data.weight), tuple(rows(c) if len(c) > 1 else c for c in data.x))
     n_points = rows(n_points)
     start, lower, upper = map(vectors, (pixels.start, pixels.lower, pixels.upper))
-    if spec.guess is not None:
-        start = _guesses(spec, data, n_points, start)
     trial = start[jnp.array(spec.free)]
     if spec.bounded:
         trial = off_the_bounds(trial, lower, upper)
@@ -176,17 +177,17 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
 
 
 def _guesses(spec, data: Data, n_points, start):
-    """Start of each lane from the user's guess; points that do not count hold the mean of those that do."""
+    """Start (pixels, all parameters) from the user's guess; points that do not count hold the mean of those that do."""
     mean = jnp.sum(data.y, axis=1) / jnp.maximum(n_points, 1)
     y = jnp.where(data.weight > 0, data.y, mean[:, None])
-
-    def one(coordinates, y, start):
-        found = jnp.stack([jnp.asarray(each, jnp.float64).reshape(()) for each in spec.guess.f(as_x(spec, coordinates), y)])
-        held = jnp.array([k not in spec.free for k in range(len(start))])
-        return jnp.where(held, start, found)
-
+    held = jnp.array([k not in spec.free for k in range(start.shape[1])])
     x, axes = each_or_shared(data.x)
-    return jax.vmap(one, in_axes=(axes, 0, 1), out_axes=1)(x, y, start)
+
+    def one(coordinates, y):
+        found = spec.guess.f(as_x(spec, coordinates), y)
+        return jnp.stack([jnp.asarray(each, jnp.float64).reshape(()) for each in found])
+
+    return jnp.where(held, start, jax.vmap(one, in_axes=(axes, 0))(x, y))
 
 
 def _no_result(spec, pixels: Pixels) -> Fitted:

@@ -20,7 +20,8 @@ from .model import Model, evaluate
 from .trf_jit import EPS, MORE_ITERATIONS, MORE_RTOL, masked_cost
 from .trust_region import ROUNDING, STALLS
 
-LANES = 256  # pixels that are fitted together, enough to make a vector of each number
+MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
+LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
 GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
 RUNNING = 255  # status of a pixel that is being fitted
 
@@ -108,10 +109,15 @@ class Lanes(NamedTuple):
     status: Any
 
 
+def n_lanes(n: int) -> int:
+    """Lanes for spectra of ``n`` points, a power of two."""
+    return 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
+
+
 def group_size(n: int, n_params: int) -> int:
     """Lanes whose rows [J r], of ``n`` points each, fit in the cache: a power of two."""
     fitting = GROUP_BYTES // (8 * (n_params + 1) * n)
-    return 2 ** int(np.log2(min(LANES, max(FEWEST_TOGETHER, fitting))))
+    return 2 ** int(np.log2(min(n_lanes(n), max(FEWEST_TOGETHER, fitting))))
 
 
 def each_or_shared(x):
@@ -200,7 +206,8 @@ def _normal_equations(model, spec, limits, lanes):
         return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss)
 
     x, axes = each_or_shared(lanes.data.x)
-    p, size = len(spec.free), group_size(lanes.data.y.shape[1], len(spec.free))
+    p, (width, n) = len(spec.free), lanes.data.y.shape
+    size = group_size(n, p)
     operands = (
         lanes.trial.T,
         lanes.start.T,
@@ -221,8 +228,8 @@ def _normal_equations(model, spec, limits, lanes):
         # cut for the next group, since slices that are cut where they are used keep the loop from being vectorised
         return jax.tree.map(put, found, parts), cut(k + 1)
 
-    n_groups = jnp.max(jnp.where(lanes.status == RUNNING, jnp.arange(LANES), -1)) // size + 1
-    nothing = jnp.zeros((LANES, p + 1, p + 1)), jnp.zeros(LANES)
+    n_groups = jnp.max(jnp.where(lanes.status == RUNNING, jnp.arange(width), -1)) // size + 1
+    nothing = jnp.zeros((width, p + 1, p + 1)), jnp.zeros(width)
     (gram, cost), _ = lax.fori_loop(0, n_groups, group, (nothing, cut(0)))
     return gram.transpose(1, 2, 0), cost
 
