@@ -69,6 +69,13 @@ class Record(NamedTuple):
     reduction: Reduction  # at the point where the loop now stands
     read: Read | None = None  # what the trial step has read, where the data are not held
 
+    def __repr__(self):
+        verdict = "accepted" if self.accepted else "refused"
+        return (
+            f"<Record {self.nfev}: {verdict}, cost {self.cost:.8g}, predicted {self.predicted:.3g}, "
+            f"step {self.step_norm:.3g}, optimality {self.optimality:.2g}, {self.seconds:.2f} s>"
+        )
+
 
 @dataclass(frozen=True)
 class Options:
