@@ -87,6 +87,12 @@ def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int,
                 f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
                 "leave points out"
             )
+        if census.n_negative:
+            where = f" (first in block {census.index})" if n_chunks > 1 else ""
+            raise ValueError(
+                f"loss='poisson' is for counts: {census.n_negative} values of `ydata` are negative{where}; use mask= to "
+                "leave points out, and give counts before any background is subtracted"
+            )
     n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
     n_points = problem.n_points - n_masked - n_omitted
     n_masked += problem.n_dropped

@@ -30,6 +30,7 @@ from .arguments import (
     finite_policy,
     jacobian,
     known_names,
+    likelihood,
     limit,
     model_first,
     parameters,
@@ -120,9 +121,10 @@ def curve_fit(
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), optional
         Start. None: ones, or the middle of the bounds, for as many parameters as ``f`` has.
-    sigma : scalar, array_like or (M, M) array, optional
+    sigma : scalar, array_like, (M, M) array or "poisson", optional
         Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
-        y (strategy "standard" only).
+        y (strategy "standard" only). "poisson": the root of the model, reweighted until it settles, which is at the
+        parameters of ``loss="poisson"``; cost is half of Pearson's chi-square then, which also scales the covariance.
     absolute_sigma : bool
         False: ``sigma`` is relative, and pcov is scaled so that the reduced chi-square is 1.
     check_finite, nan_policy : bool, {None, "raise", "omit"}
@@ -138,8 +140,10 @@ def curve_fit(
         forward-mode differentiation.
     full_output : bool
         Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
-    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan"}
-        rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier.
+    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}
+        rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier. Or the
+        maximum likelihood for counts, with half the deviance as cost, the inverse of Fisher's information as covariance
+        (never scaled), and a mean of at least 1e-10.
     x_scale : "jac", scalar or array_like, shape (p,)
         Characteristic scale of each parameter; "jac" takes it from the columns of the Jacobian.
     ftol, xtol, gtol : float or None
@@ -226,6 +230,7 @@ def curve_fit(
     """
     given = dict(locals())
     f, xdata, ydata = model_first(f, xdata, ydata)
+    loss, reweighted = likelihood(loss, sigma)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
@@ -255,9 +260,11 @@ def curve_fit(
             raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={strategy!r}")
         strategy = "streaming"
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
+    without = as_given | dict(sigma=None) if reweighted else as_given
     policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = open_data(as_given, policy, mask_values, valid_range)
-    problem = align_data(model, len(start), **data, strategy=strategy, rules=dict(check=check, omit=omit) | rules)
+    data, stored, rules = open_data(without, policy, mask_values, valid_range)
+    rules |= dict(check=check, omit=omit, counts=loss == "poisson")
+    problem = align_data(model, len(start), **data, strategy=strategy, rules=rules)
     if problem.n_points < len(start):
         raise TypeError(too_few(len(start), problem.n_points))
     client = active_client()
@@ -324,11 +331,13 @@ def curve_fit(
         warn_if_changed(each)
     if solution.status == 0:
         raise RuntimeError(not_converged(solution, names))
+    cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
+    known = absolute_sigma or (loss == "poisson" and not reweighted)
     result = FitResult(
         popt=solution.params,
-        pcov=_scaled_covariance(solution, n_points, absolute_sigma, names),
+        pcov=_scaled_covariance(solution, None if known else cost, n_points, names),
         param_names=names,
-        cost=solution.equations.cost,
+        cost=cost,
         n_points=n_points,
         n_masked=n_masked,
         n_omitted=n_omitted,
@@ -464,7 +473,8 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     _, _, _, start = parameters(f, p0, given["bounds"], given["param_names"])
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(f, jacobian(given["jac"]))
-    data = dict(xdata=xdata, ydata=ydata, sigma=given["sigma"], mask=given["mask"])
+    _, reweighted = likelihood(given["loss"], given["sigma"])
+    data = dict(xdata=xdata, ydata=ydata, sigma=None if reweighted else given["sigma"], mask=given["mask"])
     data, _, rules = open_data(data, Policy(), given["mask_values"], given["valid_range"], look=False)
     rules |= dict(check=check, omit=omit)
     problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)
@@ -476,13 +486,14 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
 # after the fit
 
 
-def _scaled_covariance(solution: Solution, n_points: int, absolute_sigma: bool, names):
+def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
+    """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
     p = len(solution.params)
     pcov = covariance(solution.factor)
-    if pcov is not None and absolute_sigma:
+    if pcov is not None and cost is None:
         return pcov
     if pcov is not None and n_points > p:
-        return pcov * (2 * solution.equations.cost / (n_points - p))
+        return pcov * (2 * cost / (n_points - p))
     idle = [name for name, column in zip(names, solution.factor.R.T, strict=True) if not np.any(column)]
     why = f": the model does not change with {', '.join(idle)} there" if idle else ""
     warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)

@@ -10,7 +10,7 @@ from scipy.optimize import Bounds
 
 from .budget import count
 from .model import function_name, intern, parameter_names
-from .trf_jit import LOSSES
+from .trf_jit import LIKELIHOODS, LOSSES
 
 
 def model_first(f, xdata, ydata):
@@ -236,7 +236,7 @@ def _feasible(lower, upper):
 def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose):
     for name, value, allowed in [
         ("method", method, (None, "trf", "lm", "dogbox")),
-        ("loss", loss, tuple(LOSSES)),
+        ("loss", loss, (*LOSSES, *LIKELIHOODS)),
         ("strategy", strategy, ("auto", "standard", "chunked", "streaming")),
         ("reduction", reduction, ("auto", "gram", "qr")),
         ("jac_mode", jac_mode, ("auto", "columns", "arguments")),
@@ -247,6 +247,17 @@ def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad
     ]:
         if value not in allowed:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def likelihood(loss, sigma):
+    """The loss, and whether points are weighted by the model that is fitted."""
+    if isinstance(sigma, str) and sigma == "poisson":
+        if loss not in ("linear", "poisson"):
+            raise ValueError(f"sigma='poisson' is least squares: it does not go with loss={loss!r}")
+        return "poisson", True
+    if loss in LIKELIHOODS and sigma is not None:
+        raise ValueError(f"loss={loss!r} has the weights that belong to it: leave out `sigma`")
+    return loss, False
 
 
 def jacobian(jac):

@@ -158,6 +158,8 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     def keep(name, value):
         if value is None:
             return {"none": True}
+        if name == "sigma" and isinstance(value, str) and value == "poisson":
+            return {"word": value}
         if isinstance(value, tuple):
             parts = [keep(f"{name}[{k}]", each) for k, each in enumerate(value)]
             return None if None in parts else {"tuple": parts}
@@ -213,7 +215,7 @@ def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[s
         match kept:
             case {"tuple": parts}:
                 return tuple(make(f"{name}[{k}]", each) for k, each in enumerate(parts))
-            case {"path": found} | {"paths": found}:
+            case {"path": found} | {"paths": found} | {"word": found}:
                 return found
             case {"array": key}:
                 return arrays[key]

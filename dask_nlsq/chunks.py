@@ -23,6 +23,7 @@ class Census(NamedTuple):
     not_finite: dict[str, int]  # per argument: "xdata", "ydata", "sigma"
     n_omitted: int
     n_sigma_not_positive: int
+    n_negative: int  # of y, where it has to be counts
     damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
 
 
@@ -47,6 +48,7 @@ class Rules(NamedTuple):
     read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
     hides: bool  # points may be left out for their values, or since they cannot be read
     dtypes: tuple[np.dtype, ...]  # of the operands
+    counts: bool = False  # y must not be negative
 
     @property
     def copied(self) -> bool:
@@ -122,7 +124,8 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
     not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
-    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive), pieces, is_invalid
+    negative = int(np.count_nonzero((pieces[0] < 0) & ~hidden)) if rules.counts else 0
+    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative), pieces, is_invalid
 
 
 def _native(piece):

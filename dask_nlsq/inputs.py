@@ -218,6 +218,7 @@ def build_problem(
     split: bool = False,
     hides: bool = False,
     sentinels=(),
+    counts: bool = False,
 ) -> Problem:
     """Check shapes and dtypes and align the operands; reads no data.
 
@@ -235,6 +236,8 @@ def build_problem(
         Whether chunks that cannot be read are left out.
     sentinels : tuple
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
+    counts : bool
+        Whether y must not be negative.
 
     Raises
     ------
@@ -294,7 +297,7 @@ def build_problem(
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
     dtypes = tuple(operand.dtype for operand in operands)
-    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes)
+    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes, counts)
     return Problem(operands, chunks, rules)
 
 

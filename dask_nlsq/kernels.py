@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from .model import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
-from .trf_jit import EPS, LOSSES, float64, masked_cost
+from .trf_jit import EPS, LOSSES, float64, masked_cost, poisson_terms
 
 Reduction = Literal["gram", "qr"]
 JacMode = Literal["columns", "arguments"]
@@ -178,7 +178,10 @@ def sweep_kernel(model: Model, spec: KernelSpec):
 
 
 def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
-    """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful."""
+    """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful.
+
+    With a Poisson likelihood residuals are those of the deviance: half of their squares add up to the cost.
+    """
     return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
 
 
@@ -320,6 +323,8 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
         r, J = residual(params), _weighted(spec, J, operands, fresh, block)
     else:
         r, J = with_columns(residual, params, spec.jac_mode)
+    if spec.loss == "poisson":
+        return poisson_rows(r, J, _counts(spec, block, first, fresh))
     cost = masked_cost(r, fresh, f_scale, loss=spec.loss)
     return robust_rows(r, J, f_scale, spec.loss), cost
 
@@ -340,6 +345,15 @@ def with_columns(residual, params, jac_mode: JacMode):
     return r, jnp.stack([along(k) for k in range(p)])
 
 
+def poisson_rows(r, J, y):
+    """[J r]^T (p + 1, n) of Fisher's scoring for counts ``y``, and the cost; r = f - y, 0 for points that do not count.
+
+    Divided by the root of the mean: J^T J is the information matrix then, and J^T r the gradient of the cost.
+    """
+    mean, half_deviance = poisson_terms(r, y)
+    return jnp.concatenate([J, (mean - y)[None]]) / jnp.sqrt(mean), jnp.sum(half_deviance)
+
+
 def robust_rows(r, J, f_scale, loss):
     """[J r]^T (p + 1, n), rescaled for the loss; J^T (p, n)."""
     if loss != "linear":
@@ -354,6 +368,13 @@ def _residual(model, spec, params, block, first, fresh):
     tile = _Tile(spec.layouts, block, first, len(fresh))
     value = jnp.broadcast_to(evaluate(model, tile.x(), tuple(params)), fresh.shape)
     return _weighted(spec, value - tile.y(), tile, fresh, block)
+
+
+def _counts(spec, block, first, fresh):
+    """y, and 1 for points that do not count: with a residual of 0 that adds nothing."""
+    tile = _Tile(spec.layouts, block, first, len(fresh))
+    hidden = tile.hidden()
+    return jnp.where(fresh if hidden is None else fresh & ~hidden, tile.y(), 1.0)
 
 
 def _weighted(spec, rows, tile, fresh, block):
@@ -449,7 +470,11 @@ def _build_values(model, spec, what):
             if what == "model":
                 piece = jnp.broadcast_to(evaluate(model, operands.x(), tuple(params)), (tile,))
             else:
-                piece = _residual(model, spec, params, block, first, jnp.ones(tile, bool))
+                every = jnp.ones(tile, bool)
+                piece = _residual(model, spec, params, block, first, every)
+                if spec.loss == "poisson":
+                    _, half_deviance = poisson_terms(piece, _counts(spec, block, first, every))
+                    piece = jnp.sign(piece) * jnp.sqrt(2 * jnp.maximum(half_deviance, 0.0))
                 if (hidden := operands.hidden()) is not None:
                     piece = jnp.where(hidden, jnp.nan, piece)
             return lax.dynamic_update_slice(out, piece, (first,))

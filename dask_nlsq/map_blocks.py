@@ -20,6 +20,7 @@ from .admission import open_data
 from .arguments import (
     check_choices,
     coordinates_of,
+    likelihood,
     limit,
     map_parameters,
     model_first,
@@ -153,6 +154,8 @@ class BlockFit:
             raise ValueError(
                 "`sigma` must be positive: there are values that are zero or negative; use mask= to leave out points"
             )
+        if self.spec.loss == "poisson" and np.any((y < 0) & ~mask):
+            raise ValueError("loss='poisson' is for counts: there are negative values in `ydata`; mask= leaves points out")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
                 bad = int(np.sum(~np.isfinite(array) & ~mask))
@@ -282,6 +285,8 @@ def build_map(
     """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
     f, xdata, ydata = model_first(f, xdata, ydata)
     check_choices(None, loss, strategy, "auto", jac_mode, None, "raise", "error", 0)
+    if likelihood(loss, sigma)[1]:
+        raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):
         raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
     dims = getattr(ydata, "dims", None)
@@ -320,7 +325,7 @@ def build_map(
         bounded=any(np.any(np.isfinite(each)) for each in (*lower, *upper)),
         jac_mode="columns" if jac_mode == "auto" else jac_mode,
         loss=loss,
-        absolute_sigma=bool(absolute_sigma),
+        absolute_sigma=bool(absolute_sigma) or loss == "poisson",
         guess=guess,
     )
     limits = Limits(

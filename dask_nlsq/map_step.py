@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .kernels import JacMode, Layouts, assemble_x, robust_rows, with_columns
+from .kernels import JacMode, Layouts, assemble_x, poisson_rows, robust_rows, with_columns
 from .model import Model, evaluate
 from .trf_jit import EPS, MORE_ITERATIONS, MORE_RTOL, masked_cost
 from .trust_region import ROUNDING, STALLS
@@ -202,6 +202,9 @@ def _normal_equations(model, spec, limits, lanes):
             return jnp.where(valid, (value - y) * weight, 0.0)
 
         r, J = with_columns(residual, params, spec.jac_mode)
+        if spec.loss == "poisson":
+            rows, cost = poisson_rows(r, J, jnp.where(valid, y, 1.0))
+            return rows @ rows.T, cost
         rows = robust_rows(r, J, limits.f_scale, spec.loss)
         return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss)
 

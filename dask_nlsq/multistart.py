@@ -27,7 +27,7 @@ from scipy.stats import qmc
 from .kernels import screen_kernel, values_kernel
 from .reduction import Evaluation, NormalEquations, Sweep, factor
 from .sample import Sample
-from .trf_jit import LOSSES, float64
+from .trf_jit import LIKELIHOODS, LOSSES, float64
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
 
 SAMPLE_POINTS = 4096  # of the sample, and
@@ -331,8 +331,9 @@ class _Screen:
 
     def point_costs(self, params):
         """What each point adds to the cost, (k, m)."""
+        rho_of = LOSSES["linear" if self.spec.loss in LIKELIHOODS else self.spec.loss]  # of the deviance's residuals
         with float64():
-            rho = LOSSES[self.spec.loss]((self.residuals(params) / self.evaluation.f_scale) ** 2)[0]
+            rho = rho_of((self.residuals(params) / self.evaluation.f_scale) ** 2)[0]
         return 0.5 * self.evaluation.f_scale**2 * np.asarray(rho)
 
     def _batches(self, kernel, params, *rest):

@@ -58,6 +58,12 @@ class NormalEquations(NamedTuple):
     read: Read | None = None  # where the data are not held
 
     @property
+    def pearson(self) -> float:
+        """r^T r."""
+        last = self.matrix[:, -1]
+        return float(last[-1] if self.reduction == "gram" else last @ last)
+
+    @property
     def finite(self) -> bool:
         return bool(np.isfinite(self.cost) and np.isfinite(self.matrix).all())
 

@@ -107,6 +107,18 @@ LOSSES = {
 }
 
 
+LIKELIHOODS = ("poisson",)  # losses that need more than the residual
+MODEL_FLOOR = 1e-10  # counts: the least mean at which a Poisson likelihood is evaluated
+
+
+def poisson_terms(r, y):
+    """Mean of each point, and half its deviance, ``mean - y + y log(y / mean)``; ``r`` = f - y, counts ``y``, both (n,)."""
+    mean = jnp.maximum(r + y, MODEL_FLOOR)
+    some = jnp.where(y > 0, y, 1.0)
+    t = jnp.where(r + y > MODEL_FLOOR, r, MODEL_FLOOR - y) / some
+    return mean, jnp.where(y > 0, some * (t - jnp.log1p(t)), mean)
+
+
 @partial(jax.jit, static_argnames="loss")
 def masked_cost(residual, valid, f_scale, loss="linear"):
     """``0.5 * f_scale^2 * sum rho((residual / f_scale)^2)`` over the valid points; residual and valid (n,)."""
