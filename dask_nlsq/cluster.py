@@ -7,6 +7,7 @@ back by hand, since the traceback of an error, which a notebook keeps, would hol
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
@@ -16,12 +17,30 @@ from uuid import uuid4
 
 from dask._task_spec import Task, TaskRef
 from distributed import Client, KilledWorker, as_completed, performance_report, rejoin, secede, span
+from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
+from .dashboard import install
 from .loading import Load
 
-SENT_AGAIN = 3  # times that arrays in memory are sent in one round, as often as Dask runs a task whose worker died
+DEATHS = 3  # of workers that work on the same piece, until that is an error
+NAMED = 3  # pieces that such an error names
 SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
+
+
+class Deaths(SchedulerPlugin):
+    """Lets Dask give up a task of a fit after so many `DEATHS`, or fewer where its configuration wants that.
+
+    Dask's own limit holds for all tasks of a scheduler, and is one death more; tasks of a fit begin with deaths to go.
+    """
+
+    name, idempotent = "nlsq-deaths", True
+
+    def update_graph(self, scheduler, *, tasks, **others) -> None:
+        for key in tasks:
+            if str(key).startswith("nlsq-"):
+                state = scheduler.tasks[key]
+                state.suspicious = max(state.suspicious, scheduler.allowed_failures + 1 - DEATHS)
 
 
 class Pieces:
@@ -42,6 +61,7 @@ class Pieces:
         self.client, self.make, self.first, self.graph, self.send, self.size = client, make, first, graph, send, size
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
         self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
+        self.counted = install(client, Deaths())
         self._put(range(len(self.parts)))
 
     def __len__(self):
@@ -71,7 +91,7 @@ class Pieces:
 
     def gather(self, function: Callable, name: str, *args) -> list:
         """``function(piece, *args)`` of all pieces, in order."""
-        columns, tries = [[arg] * len(self) for arg in args], 1 + SENT_AGAIN * self.send
+        columns, lost = [[arg] * len(self) for arg in args], Counter()
         while True:
             try:
                 with self._named():
@@ -80,11 +100,14 @@ class Pieces:
                 self.running = []
                 return results
             except CancelledError as err:
-                tries -= 1
-                if tries == 0 or is_gone(self.client, err):
+                if is_gone(self.client, err):
                     raise
                 self._give_back(self.running)
-                self._put([k for k, future in enumerate(self.futures) if future.cancelled()])
+                gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
+                lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
+                if max(lost.values()) >= DEATHS:
+                    raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+                self._put(gone)
 
     def each(self, function: Callable, name: str, numbers: Sequence[int], *columns, **fixed) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, *its arguments)``, as they become ready; to be closed."""
@@ -113,13 +136,19 @@ class Pieces:
             number = {future.key: k for k, future in enumerate(self.futures)} | self.working
             failed = {future.key for future in [*self.futures, *self.running] if future.status == "error"} | {err.task}
             suspects = sorted({number[key] for key in failed & number.keys()})
-            what = " or ".join(_blocks(self.parts[k]) for k in suspects) or f"the task {err.task}"
-            raise RuntimeError(
-                f"{err.allowed_failures + 1} workers died while they worked on {what}, the last one at "
-                f"{err.last_worker.address}. Its log says why; where it was memory, start workers with more of it or with "
-                "fewer threads, or rechunk the data into smaller chunks; where these data make a library crash, leave them "
-                "out (config distributed.scheduler.allowed-failures says how many may die)"
-            ) from err
+            deaths = err.allowed_failures + 1
+            if self.counted:
+                deaths = min(DEATHS, deaths)
+            raise RuntimeError(self._died(deaths, suspects, f", the last one {err.last_worker.address}")) from err
+
+    def _died(self, n: int, suspects: Sequence[int], last: str = "") -> str:
+        blocks = [_blocks(self.parts[k]) for k in suspects[:NAMED]]
+        more = f", or one of {len(suspects) - NAMED} more tasks" if len(suspects) > NAMED else ""
+        return (
+            f"{n} workers died while they worked on {' or '.join(blocks) or 'the same task'}{more}{last}. Their logs say "
+            "why: if it was memory, start workers with more of it or with fewer threads, or rechunk the data into smaller "
+            "chunks; if these data make a library crash, leave them out"
+        )
 
     def close(self) -> None:
         self._give_back([*self.running, *(future for future in self.futures if future is not None)])

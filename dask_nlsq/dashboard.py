@@ -56,12 +56,12 @@ async def dask_setup(scheduler) -> None:
         await scheduler.register_scheduler_plugin(LivePage(), name=LivePage.name, idempotent=True)
 
 
-def install(client: Client) -> bool:
-    """Bring the page to the scheduler of ``client``; whether that worked."""
+def install(client: Client, plugin: SchedulerPlugin) -> bool:
+    """Bring a plugin to the scheduler of ``client``; whether that worked."""
     try:
-        client.register_plugin(LivePage())
+        client.register_plugin(plugin)
     except ABSENT as err:  # such as a scheduler without this package, or one that takes no plugins
-        logger.warning("the scheduler does not take the live page of fits: %s: %s", type(err).__name__, err)
+        logger.warning("the scheduler does not take the plugin %s: %s: %s", plugin.name, type(err).__name__, err)
         return False
     return True
 

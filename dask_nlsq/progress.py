@@ -9,7 +9,7 @@ import numpy as np
 from distributed import Client
 from tqdm.auto import tqdm
 
-from .dashboard import ABSENT, TOPIC, install, logger
+from .dashboard import ABSENT, TOPIC, LivePage, install, logger
 from .plan import Plan
 from .reduction import Sweep, factor
 from .result import covariance
@@ -74,7 +74,8 @@ class Live:
     """
 
     def __init__(self, client: Client | None, model: str, names, start: np.ndarray, plan: Plan, absolute_sigma: bool):
-        self.client = client if client is not None and dask.config.get("nlsq.dashboard") and install(client) else None
+        wanted = client is not None and dask.config.get("nlsq.dashboard")
+        self.client = client if wanted and install(client, LivePage()) else None
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
         self.sweep: Sweep | None = None  # set as soon as there is one
         self.errors = [float("nan")] * len(start)

@@ -100,24 +100,43 @@ def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
             assert_same(found, alone(kind))
 
 
-@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
-def test_a_chunk_that_kills_its_workers_is_named(strategy):
+@pytest.mark.parametrize("strategy, allowed, deaths", [("chunked", 1, 2), ("chunked", 3, 3), ("streaming", 20, 3)])
+def test_a_chunk_that_kills_three_workers_is_named(strategy, allowed, deaths, tmp_path):
     def deadly(block, block_info=None):
         if block_info[0]["chunk-location"] == (7,) and "DOOMED" in os.environ:
+            with open(tmp_path / "deaths", "a") as file:
+                file.write("x")
             os.kill(os.getpid(), signal.SIGKILL)
         return block
 
     x, y = da.from_array(X, CHUNK), da.from_array(Y, CHUNK)
     y = y.map_blocks(deadly, dtype=y.dtype, meta=np.empty(0))
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        dask.config.set({"distributed.scheduler.allowed-failures": allowed}),
         local(env={"DOOMED": "yes"}) as cluster,
         Client(cluster) as client,
     ):
-        with pytest.raises(RuntimeError, match=r"2 workers died while they worked on .*rechunk") as err:
+        with pytest.raises(RuntimeError, match=rf"{deaths} workers died while they worked on .*rechunk") as err:
             curve_fit(decay, x, y, **TIGHT, strategy=strategy, partitions_per_thread=8)
         assert "(7,)" in str(err.value)
+        assert len((tmp_path / "deaths").read_text()) == deaths
         wait_for(client, 2)
+        assert_nothing_left(client)
+
+
+def test_arrays_from_memory_that_kill_three_workers_are_named(tmp_path):
+    def deadly(x, a, b, c):
+        if "DOOMED" in os.environ:
+            with open(tmp_path / "deaths", "a") as file:
+                file.write("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decay(x, a, b, c)
+
+    with local(1, env={"DOOMED": "yes"}) as cluster, Client(cluster) as client:
+        with pytest.raises(RuntimeError, match=r"3 workers died while they worked on blocks? \(0,\)"):
+            curve_fit(deadly, X, Y, **TIGHT, strategy="chunked")
+        assert len((tmp_path / "deaths").read_text()) == 3
+        wait_for(client, 1)
         assert_nothing_left(client)
 
 
