@@ -268,7 +268,7 @@ def _here(problem, needs, limit):
 def partition_size(n_runs: int, n_threads: int, per_thread: int) -> int:
     """Runs of chunks per partition: a power of two, so that partitions are subtrees of the merge."""
     size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
-    while -(-n_runs // (2 * size)) >= per_thread * n_threads:
+    while size < n_runs and -(-n_runs // (2 * size)) >= per_thread * n_threads:
         size *= 2
     return size
 

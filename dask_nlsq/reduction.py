@@ -5,9 +5,10 @@ else enters it. A partition (the chunks that one task takes) is an aligned run o
 the sum has the same bits for any number of threads, workers and partitions.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 import dask
@@ -177,10 +178,14 @@ def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
     merged, begin = [], 0
     for chunk in chunks:
         end = begin + len(chunk.blocks)
-        matrices, costs = zip(*results[begin:end], strict=True)
-        merged.append(merge(np.stack(matrices), np.array(costs), reduction))
+        merged.append(merge_parts(results[begin:end], reduction))
         begin = end
-    matrices, costs = zip(*merged, strict=True)
+    return merge_parts(merged, reduction)
+
+
+def merge_parts(parts: Sequence[tuple[np.ndarray, float]], reduction: Reduction) -> tuple[np.ndarray, float]:
+    """`merge` of the (matrix, cost) of neighbours."""
+    matrices, costs = zip(*parts, strict=True)
     return merge(np.stack(matrices), np.array(costs), reduction)
 
 
@@ -389,9 +394,8 @@ class ClusterSweep(Sweep):
         self.pieces.close()
 
     def _reduce(self, params, how):
-        parts = self.pieces.gather(sweep_partition, "nlsq-sweep", params, how)
-        matrices, costs = zip(*parts, strict=True)
-        return merge(np.stack(matrices), np.array(costs), how.reduction)
+        merge = partial(merge_parts, reduction=how.reduction)
+        return merge(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how, merge=merge))
 
     def census(self) -> list[Census]:
         return [census for part, _ in self.described for census in part]

@@ -112,23 +112,45 @@ def test_report_keeps_what_dask_saw(client, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
-def test_time_in_jax_is_metered_apart_from_reading(client, strategy):
+def test_time_in_jax_is_metered_apart_from_reading_in_a_span_per_fit_and_sweep(client, strategy):
+    def new_model(x, a, b, c):  # so that a worker has to compile it
+        return a * jnp.exp(-b * x) + c + 0 * len(strategy)
+
     with client.as_current():
-        curve_fit(decay, *data(), **TIGHT, strategy=strategy)
+        found = curve_fit(new_model, *data(), **TIGHT, strategy=strategy)
 
     def metered(dask_scheduler):
         spans = dask_scheduler.extensions["spans"].spans.values()
         last = [span for span in spans if span.name == ("nlsq",)][-1]
-        return {key for key, value in last.cumulative_worker_metrics.items() if value > 0}, {c.name for c in last.children}
+        metrics = last.cumulative_worker_metrics
+        return {key[:3] for key, value in metrics.items() if value > 0 and key[3:] == ("seconds",)}, [
+            c.name for c in last.children
+        ]
 
+    read = "nlsq-load" if strategy == "chunked" else "nlsq-sweep"
+    wanted = {("execute", read, "nlsq-read")} | {("execute", "nlsq-sweep", f"jax-{what}") for what in ("compile", "execute")}
     for _ in range(50):  # heartbeats bring them
         metrics, spans = client.run_on_scheduler(metered)
-        if {("execute", "nlsq-sweep", "jax-execute", "seconds")} <= metrics:
+        if wanted <= metrics:
             break
         time.sleep(0.1)
-    assert "nlsq-read" in {metric[2] for metric in metrics}
-    assert "jax-execute" in {metric[2] for metric in metrics}
-    assert {("nlsq", "nlsq-load"), ("nlsq", "nlsq-sweep")} <= spans
+    assert wanted <= metrics
+    assert spans.count(("nlsq", "nlsq-load")) == 1
+    assert spans.count(("nlsq", "nlsq-sweep")) == found.sweeps
+
+
+def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+    many = [array.rechunk(N // 70) for array in data()]
+    with client.as_current():
+        merged_there = curve_fit(decay, *many, **TIGHT, partitions_per_thread=70)
+        merged_here = curve_fit(decay, *many, **TIGHT, partitions_per_thread=1)
+    assert merged_there.plan.n_partitions == 71 and merged_here.plan.n_partitions <= 2
+    np.testing.assert_array_equal(merged_there.popt, merged_here.popt)
+    np.testing.assert_array_equal(merged_there.pcov, merged_here.pcov)
+    prefixes = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.task_prefixes))
+    ours = {prefix for prefix in prefixes if prefix.startswith("nlsq")}
+    assert ours >= {"nlsq-load", "nlsq-sweep", "nlsq-merge", "nlsq-census"}
 
 
 class Browser:
