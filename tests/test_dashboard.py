@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import time
 import urllib.request
@@ -14,7 +15,7 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from distributed import Client
+from distributed import Client, Security
 from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
@@ -101,6 +102,25 @@ def test_the_preload_lists_the_page_before_any_fit(tmp_path):
         with client.as_current():
             curve_fit(decay, *data(), **TIGHT)
         assert len(fits(client)) == 1
+
+
+def test_a_cluster_secured_by_tls_gives_the_same_bits_and_the_page_by_https(client, tmp_path):
+    security = Security.temporary()
+    (tmp_path / "pem").write_text(security.tls_scheduler_key + security.tls_scheduler_cert)
+    files = {f"distributed.scheduler.dashboard.tls.{name}": str(tmp_path / "pem") for name in ("ca-file", "cert", "key")}
+    with client.as_current():
+        plain = curve_fit(decay, *data(), **TIGHT)
+    with dask.config.set(files), local(protocol="tls://", security=security) as cluster, Client(cluster) as secured:
+        assert secured.scheduler.address.startswith("tls://")
+        found = curve_fit(decay, *data(), **TIGHT)
+        port = secured.scheduler_info(n_workers=-1)["services"]["dashboard"]
+        unsigned = ssl._create_unverified_context()  # nobody but this cluster has signed the certificate
+        with urllib.request.urlopen(f"https://127.0.0.1:{port}/nlsq", context=unsigned) as answer:
+            assert "bokeh.min.js" in answer.read().decode()
+        assert fits(secured)[-1]["status"] == found.message
+    assert found.strategy == plain.strategy == "chunked"
+    np.testing.assert_array_equal(found.popt, plain.popt)
+    np.testing.assert_array_equal(found.pcov, plain.pcov)
 
 
 def test_report_keeps_what_dask_saw(client, tmp_path):

@@ -178,6 +178,7 @@ def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads):
     tasks = -(-n_runs // size)
     assert size & (size - 1) == 0
     assert tasks == n_runs or 2 * n_threads <= tasks <= 4 * n_threads + 1
+    assert partition_size(n_runs, 1, 1) >= n_runs
 
 
 def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
