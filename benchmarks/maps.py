@@ -262,9 +262,8 @@ def fit_energies(path, limit):
 
     array = zarr.open_array(path, mode="r")
     start = [0.1, 0, 1, 0, 2, 0.3, 5]
-    result = dask_nlsq.fit_map(
-        ours(xanes), np.linspace(-60, 90, array.shape[0]), array, start, param_names=list(XANES), axis=0, memory_limit_gb=limit
-    )
+    e = np.linspace(-60, 90, array.shape[0])
+    result = dask_nlsq.fit_map(ours(xanes), e, array, start, param_names=list(XANES), axis=0, memory_limit_gb=limit)
     before = read_so_far()
     begin = time.perf_counter()
     with dask.config.set(num_workers=2):

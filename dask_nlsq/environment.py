@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from math import inf
 from typing import NamedTuple
 
+import dask
 from distributed import Client
 
 from .budget import GB
@@ -70,9 +71,17 @@ def cluster_report(client: Client | None = None) -> Report:
     return Report(tuple(places))
 
 
+def wanted_resources() -> dict[str, float]:
+    """What ``dask.annotate(resources=...)`` around a fit asks of the workers, such as ``{"GPU": 1}``."""
+    return dask.get_annotations().get("resources") or {}
+
+
 def ask_workers(client: Client) -> tuple[dict[str, int], dict[str, dict]]:
-    """By address: threads, and `resources.process_settings`, of all workers that are there."""
-    workers = client.scheduler_info(n_workers=-1)["workers"]
+    """By address: threads, and `resources.process_settings`, of the workers that may have tasks of a fit: of all of them,
+    or of those that have the resources of an annotation around the call, without which Dask gives them none.
+    """
+    workers, wanted = client.scheduler_info(n_workers=-1)["workers"], wanted_resources().items()
+    workers = {a: each for a, each in workers.items() if all(each["resources"].get(key, 0) >= n for key, n in wanted)}
     answers = client.run(process_settings, workers=list(workers), on_error="return") if workers else {}
     found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}  # others have left
     for address, answer in found.items():

@@ -20,7 +20,7 @@ from distributed import Client
 
 from .budget import GB, Strategy, effective_fraction, positive
 from .config import threads
-from .environment import HERE, Place, advice, ask_workers, pjrt, size, table
+from .environment import HERE, Place, advice, ask_workers, pjrt, size, table, wanted_resources
 from .inputs import Problem
 from .kernels import TILE_BYTES
 from .resources import available_memory, process_settings, workers_memory
@@ -325,8 +325,9 @@ def _on_workers(problem, needs, limit, client, per_thread):
         reason = f"{several(len(found), 'worker')} read the data anew in each sweep"
     if not found:
         reason = f"the data take {size(needs.held)}; no worker has come yet, so that nothing is known of their memory"
+        with_ = f" with the resources {wanted}, as `dask worker --resources`" if (wanted := wanted_resources()) else ""
         logger.warning(
-            "the cluster has no workers yet, and the fit waits for one: start it, as with client.cluster.scale(2)"
+            "the cluster has no workers yet%s, and the fit waits for one: start it, as with client.cluster.scale(2)", with_
         )
     here, sent = process_settings(), 0 if problem.lazy else 2 * problem.nbytes
     peak = here["now"] + needs.start + CLIENT_BYTES + sent

@@ -18,8 +18,8 @@ ORDER = [  # from the bottom up: a room imports only from rooms before it
 KNOWS = {
     "jax": {"sizes", "trf_jit", "model", "kernels", "map_step", "map_solver", "map_blocks", "demo"},
     "dask": {
-        "config", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress", "map_blocks",
-        "map_result", "maps", "demo",
+        "config", "environment", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress",
+        "map_blocks", "map_result", "maps", "demo",
     },
     "distributed": {
         "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",

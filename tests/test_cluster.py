@@ -1,4 +1,5 @@
 import asyncio
+import logging
 import os
 import signal
 import threading
@@ -6,12 +7,15 @@ import time
 
 import dask
 import dask.array as da
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dask.utils import key_split
 from distributed import Client, get_client, worker_client
 
-from dask_nlsq import curve_fit, resume
+from dask_nlsq import curve_fit, plan_fit, resume
+from dask_nlsq.kernels import BLOCK_POINTS, tile_size
 
 from .clusters import at_sweep, command_line, local, started, wait_for
 
@@ -236,3 +240,51 @@ def test_workers_of_different_size_share_a_fit(tmp_path):
             found = curve_fit(decay, *lazy(), **TIGHT)
     assert len({place.limit for place in found.plan.places[1:]}) == 2
     assert_same(found, alone("chunked"))
+
+
+def keys_run_there(client):
+    """By worker: what tasks of fits it has had."""
+
+    def names(dask_worker):
+        keys = [str(event.key) for event in dask_worker.state.stimulus_log if hasattr(event, "key")]
+        return {key_split(key) for key in keys if key.startswith("nlsq")}
+
+    return client.run(names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fit_asks_for_resources_by_an_annotation(kind, tmp_path, caplog):
+    expected = alone(kind)
+    file = str(tmp_path / "scheduler.json")
+    scheduler = ["scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file", file]
+    plain = ["worker", "--scheduler-file", file, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
+    with started(scheduler, plain, [*plain, "--resources", "GPU=1"]), Client(scheduler_file=file, timeout=30) as client:
+        wait_for(client, 2)
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        (has_it,) = (address for address, worker in workers.items() if worker["resources"])
+        with dask.annotate(resources={"GPU": 1}):
+            found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], partitions_per_thread=8)
+        assert [place.name for place in found.plan.places[1:]] == [has_it]
+        assert_same(found, expected)
+        ran = keys_run_there(client)
+        assert {"nlsq-load", "nlsq-sweep"} <= ran.pop(has_it)
+        assert not any(ran.values())
+        with dask.annotate(resources={"TPU": 1}), caplog.at_level(logging.WARNING, "dask_nlsq"):
+            plan_fit(decay, *data("chunked"))
+    assert "resources {'TPU': 1}" in caplog.text
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here that JAX can use")
+def test_a_gpu_takes_whole_blocks_and_gives_the_same_fit():
+    assert tile_size(3, BLOCK_POINTS) == BLOCK_POINTS
+    with (
+        local(1, resources={"GPU": 1}, env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) as cluster,
+        Client(cluster) as client,
+    ):
+        assert client.submit(jax.default_backend).result() == "gpu"
+        with dask.annotate(resources={"GPU": 1}):
+            found = curve_fit(decay, *lazy(), **TIGHT)
+    with jax.default_device("cpu"):
+        expected = alone("chunked")
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)
+    np.testing.assert_allclose(found.pcov, expected.pcov, rtol=1e-6)
