@@ -19,18 +19,25 @@ logger = logging.getLogger("dask_nlsq")
 TOPIC = "nlsq"
 PAGES = ("/nlsq", "/individual-nlsq")  # the second one is what JupyterLab's extension lists
 FITS, SWEEPS = 20, 1000  # kept: fits, and sweeps of each
+SLOWEST = 10  # workers that are listed
 REFRESH = 500  # ms
+CELL = "style='padding: 2px 2em 2px 0; text-align: left; border-bottom: 1px solid #ddd'"
 # what a missing or changed part of Dask, bokeh or the scheduler's installation raises
 ABSENT = (ImportError, AttributeError, LookupError, TypeError, ValueError, OSError, RuntimeError)
 
 
 class LivePage(SchedulerPlugin):
-    """Keeps what the last fits have told, and serves the page. ``fits``: by id, what `dask_nlsq.progress.Live` sends."""
+    """Keeps what the last fits have told, and serves the page.
+
+    ``fits``: by id, what `dask_nlsq.progress.Live` sends. ``workers``: by address, how many pieces of data the worker has
+    swept since the newest fit began, and the seconds that its threads were busy with them.
+    """
 
     name, idempotent = "nlsq-page", True
 
     def __init__(self):
         self.fits: dict[str, dict] = {}
+        self.workers: dict[str, tuple[int, float]] = {}
 
     async def start(self, scheduler: Scheduler) -> None:
         try:
@@ -41,13 +48,21 @@ class LivePage(SchedulerPlugin):
     def log_event(self, topic, msg) -> None:
         if topic != TOPIC:
             return
-        fit = self.fits.setdefault(msg["fit"], {"began": time.time(), "sweeps": []})
+        if msg["fit"] not in self.fits:
+            self.fits[msg["fit"]], self.workers = {"began": time.time(), "sweeps": []}, {}
+        fit = self.fits[msg["fit"]]
         if "cost" in msg:
             fit["sweeps"] = [*fit["sweeps"][1 - SWEEPS :], msg]
         else:
             fit.update(msg)
         while len(self.fits) > FITS:
             del self.fits[next(iter(self.fits))]
+
+    def transition(self, key, start, finish, *args, worker=None, startstops=(), **others) -> None:
+        if finish == "memory" and worker is not None and str(key).startswith("nlsq-sweep"):
+            n, seconds = self.workers.get(worker, (0, 0.0))
+            busy = sum(each["stop"] - each["start"] for each in startstops or () if each["action"] == "compute")
+            self.workers[worker] = n + 1, seconds + busy
 
 
 async def dask_setup(scheduler) -> None:
@@ -107,7 +122,7 @@ def _page(live: LivePage, scheduler):
     sweeps = ColumnDataSource({name: [] for name in columns}, name="nlsq_sweeps")
     params = ColumnDataSource({name: [] for name in ("name", "value", "low", "high")}, name="nlsq_params")
     text = Div(text="no fit yet", name="nlsq_progress", sizing_mode="stretch_width")
-    recent = Div(name="nlsq_fits", sizing_mode="stretch_width")
+    workers, recent = (Div(name=name, sizing_mode="stretch_width") for name in ("nlsq_workers", "nlsq_fits"))
     size = dict(height=260, sizing_mode="stretch_width", toolbar_location=None)
 
     def curve(title, name, **options):
@@ -132,7 +147,7 @@ def _page(live: LivePage, scheduler):
         fit = list(live.fits.values())[-1]
         rows = fit["sweeps"]
         text.text = _progress(fit, scheduler)
-        recent.text = _recent(live.fits.values())
+        workers.text, recent.text = _workers(fit, live.workers), _recent(live.fits.values())
         if len(rows) == len(sweeps.data["sweep"]) and (not rows or rows[0]["cost"] == next(iter(sweeps.data["cost"]), None)):
             return
         sweeps.data = {"sweep": [row["nfev"] for row in rows]} | {name: [row[name] for row in rows] for name in columns[1:]}
@@ -149,7 +164,7 @@ def _page(live: LivePage, scheduler):
 
     update()
     grid = gridplot([plots[:2], plots[2:]], sizing_mode="stretch_width", toolbar_location=None)
-    return column(text, grid, values, recent, sizing_mode="stretch_width"), update
+    return column(text, grid, values, workers, recent, sizing_mode="stretch_width"), update
 
 
 def _progress(fit, scheduler) -> str:
@@ -173,11 +188,28 @@ def _progress(fit, scheduler) -> str:
     return f"{about}{len(fit['sweeps'])} sweeps done"
 
 
+def _workers(fit, workers) -> str:
+    """The workers with the lowest speed: of what they have swept, while they were busy with it."""
+    points, gigabytes = (fit[name] / fit["n_partitions"] for name in ("n_points", "sweep_bytes"))
+    speed = sorted((n / seconds, address, n) for address, (n, seconds) in workers.items() if seconds > 0)
+    rows = [
+        (address, f"{n:,}", f"{rate * points / 1e6:.3g}", f"{rate * gigabytes / 1e9:.3g}")
+        for rate, address, n in speed[:SLOWEST]
+    ]
+    slowest = f"the slowest {SLOWEST} of {len(speed)} workers" if len(speed) > SLOWEST else "worker"
+    return _table((slowest, "pieces swept", "million points per second", "GB per second"), rows)
+
+
 def _recent(fits) -> str:
-    rows = [("began", "model", "data", "sweeps", "status")]
+    rows = []
     for fit in reversed(fits):
         began = time.strftime("%H:%M:%S", time.localtime(fit["began"]))
         data = f"{fit['n_points']:,} points in {fit['n_chunks']:,} chunks"
         rows.append((began, fit["model"], data, str(len(fit["sweeps"])), fit.get("status", "running")))
-    cells = ("".join(f"<td style='padding-right: 2em'>{escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table><tr>{'</tr><tr>'.join(cells)}</tr></table>"
+    return _table(("began", "model", "data", "sweeps", "status"), rows)
+
+
+def _table(head, rows) -> str:
+    lines = [f"<tr>{''.join(f'<th {CELL}>{escape(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td {CELL}>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table style='border-collapse: collapse'>{''.join(lines)}</table>"

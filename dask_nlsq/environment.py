@@ -8,9 +8,10 @@ import dask
 from distributed import Client
 
 from .budget import GB
-from .resources import active_client, process_settings, workers_memory
+from .resources import NO_X64, active_client, process_settings, workers_memory
 
 HERE = "this process"
+EVEN = 0.9  # of the largest limit, from which limits count as the same
 VERSIONS = ("dask_nlsq", "jax", "numpy", "python")
 
 
@@ -30,6 +31,7 @@ class Place(NamedTuple):
     x64: str
     pjrt_nproc: str | None
     cores: int
+    limited: bool = True  # whether ``limit`` was set, or is what the machine has
 
 
 class Report:
@@ -93,6 +95,7 @@ def ask_workers(client: Client) -> tuple[dict[str, int], dict[str, dict]]:
             ) from answer
         if isinstance(answer, Exception):
             raise answer
+        answer["limited"] = bool(workers[address]["memory_limit"])
     return {address: workers[address]["nthreads"] for address in found}, found
 
 
@@ -100,14 +103,15 @@ def advice(places: Iterable[Place]) -> list[str]:
     """What to change in the settings of the workers, a line for all workers that it holds for; the first place is ours."""
     ours, *workers = places
     names: dict[str, list[str]] = {}
+    most = max((place.limit for place in workers if place.limited), default=0)
     for place in workers:
-        for what in _mismatches(ours, place):
+        for what in _mismatches(ours, place, most):
             names.setdefault(what, []).append(place.name)
     more = {what: f" and {len(who) - 1} more" if len(who) > 1 else "" for what, who in names.items()}
     return [f"{who[0]}{more[what]}: {what}" for what, who in names.items()]
 
 
-def _mismatches(ours: Place, place: Place):
+def _mismatches(ours: Place, place: Place, most: float):
     for package in VERSIONS[:-1]:
         theirs, version = getattr(place, package), getattr(ours, package)
         if theirs != version:
@@ -118,6 +122,15 @@ def _mismatches(ours: Place, place: Place):
         yield (
             f"each of its {place.n_threads} threads may start {place.pjrt_nproc or place.cores} more: set PJRT_NPROC=1 in "
             "its environment before it starts"
+        )
+    if place.x64 == NO_X64:
+        yield "its device has no float64: set JAX_PLATFORMS=cpu in its environment before it starts"
+    if not place.limited:
+        yield "no memory limit, so that Dask does not write to disk what is too much: `dask worker --memory-limit 8GB`"
+    elif place.limit < EVEN * most:
+        yield (
+            f"memory limit {size(place.limit)}, of others {size(most)}: each thread gets as much data as any other, so the "
+            f"smallest counts: `dask worker --memory-limit`, or fewer `--nthreads`"
         )
 
 

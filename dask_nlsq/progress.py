@@ -15,6 +15,7 @@ from .reduction import Sweep, factor
 from .result import covariance
 from .trust_region import Record
 
+PLANNED = ("n_points", "n_chunks", "n_partitions", "sweep_bytes", "strategy")  # what the dashboard is told of a plan
 PROGRESS_DELAY = 2.0  # seconds: unless asked for, quicker fits show no progress bar
 
 
@@ -79,7 +80,7 @@ class Live:
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
         self.sweep: Sweep | None = None  # set as soon as there is one
         self.errors = [float("nan")] * len(start)
-        about = {name: getattr(plan, name) for name in ("n_points", "n_chunks", "strategy")}
+        about = {name: getattr(plan, name) for name in PLANNED}
         self._tell(model=model, names=list(names), p0=start.tolist(), **about)
 
     def __enter__(self):

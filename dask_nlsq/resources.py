@@ -16,6 +16,7 @@ NO_LIMIT = 2**60  # bytes; cgroup v1 writes "none" as the largest multiple of a 
 # mallopt's names, and values at which a kernel reuses its scratch memory while chunks are still given back at once
 M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**26
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**22
+NO_X64 = "no"  # what Apple's GPUs can do
 Method = Literal["psutil", "sysconf", "cgroup-v1", "cgroup-v2", "workers", "fallback"]
 
 
@@ -156,6 +157,8 @@ def _versions() -> dict[str, str]:
 def process_settings() -> dict:
     """What this process has now, and what it has set that a fit depends on."""
     x64 = "always" if os.environ.get("JAX_ENABLE_X64", "0").lower() in ("1", "true", "yes", "on") else "in each task"
+    if "metal" in os.environ.get("JAX_PLATFORMS", "").lower():
+        x64 = NO_X64
     now, _ = process_memory()
     cores, nproc = os.cpu_count() or 1, os.environ.get("PJRT_NPROC")
     return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc)

@@ -20,6 +20,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
+from dask_nlsq.dashboard import _workers
 
 from .clusters import command_line, local
 
@@ -79,6 +80,18 @@ def test_what_fits_tell_is_what_they_return(client):
     with client.as_current(), pytest.raises(RuntimeError, match="max_nfev"):
         curve_fit(decay, *data(), **TIGHT, max_nfev=2)
     assert "maximum number" in fits(client)[-1]["status"]
+
+
+def test_the_page_knows_how_fast_each_worker_sweeps(client):
+    with client.as_current():
+        found = curve_fit(decay, *data(), **TIGHT)
+    ((address, (n, seconds)),) = client.run_on_scheduler(
+        lambda dask_scheduler: dask_scheduler.plugins["nlsq-page"].workers
+    ).items()
+    assert n == found.sweeps * found.plan.n_partitions and 0 < seconds < 60
+    text = _workers(fits(client)[-1], {address: (4, 2.0)})
+    per_piece = N / found.plan.n_partitions / 1e6
+    assert address in text and f">{2 * per_piece:.3g}<" in text
 
 
 def test_the_page_can_be_turned_off(tmp_path):

@@ -49,6 +49,23 @@ def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
     assert "Python 3.12.1, here 3.11.7" in found[1]
 
 
+def test_memory_limits_that_are_missing_or_uneven_are_named():
+    here = Place(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
+    large = here._replace(name="tcp://large", limit=4 * 2**30)
+    small, none = large._replace(name="tcp://small", limit=2**30), large._replace(name="tcp://none", limited=False)
+    assert advice([here, large, large._replace(limit=3.9 * 2**30)]) == []
+    uneven, missing = advice([here, large, small, none])
+    assert uneven.startswith("tcp://small: memory limit 1.00 GiB, of others 4.00 GiB") and "--memory-limit" in uneven
+    assert missing.startswith("tcp://none: no memory limit") and "--memory-limit" in missing
+    (single,) = advice([here, large._replace(x64="no")])
+    assert "JAX_PLATFORMS=cpu" in single
+
+
+def test_limits_come_from_the_workers_themselves():
+    with local(1, memory_limit=0) as cluster, Client(cluster) as client:
+        assert any("no memory limit" in line for line in cluster_report(client).advice)
+
+
 def test_jax_arrays_have_the_size_of_their_data():
     sizes.register(sizeof)
     assert sizeof(jnp.zeros(10**6, np.float32)) == 4 * 10**6
