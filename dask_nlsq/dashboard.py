@@ -21,7 +21,8 @@ PAGES = ("/nlsq", "/individual-nlsq")  # the second one is what JupyterLab's ext
 FITS, SWEEPS = 20, 1000  # kept: fits, and sweeps of each
 SLOWEST = 10  # workers that are listed
 REFRESH = 500  # ms
-CELL = "style='padding: 2px 2em 2px 0; text-align: left; border-bottom: 1px solid #ddd'"
+HEIGHT = 240  # pixels of a plot
+CELL = "style='padding: 2px 2em 2px 0; white-space: nowrap; text-align: left; border-bottom: 1px solid #ddd'"
 # what a missing or changed part of Dask, bokeh or the scheduler's installation raises
 ABSENT = (ImportError, AttributeError, LookupError, TypeError, ValueError, OSError, RuntimeError)
 
@@ -115,28 +116,26 @@ def _document(live: LivePage, scheduler, extra, doc) -> None:
 def _page(live: LivePage, scheduler):
     """Root of the page, and the function that brings it up to date."""
     from bokeh.layouts import column, gridplot
-    from bokeh.models import ColumnDataSource, Div, Whisker
+    from bokeh.models import BasicTicker, ColumnDataSource, Div, Whisker
     from bokeh.plotting import figure
 
-    columns = ("sweep", "cost", "optimality", "points_per_s", "gb_per_s")
+    columns = ("sweep", "cost", "optimality", "points_per_s")
     sweeps = ColumnDataSource({name: [] for name in columns}, name="nlsq_sweeps")
     params = ColumnDataSource({name: [] for name in ("name", "value", "low", "high")}, name="nlsq_params")
     text = Div(text="no fit yet", name="nlsq_progress", sizing_mode="stretch_width")
     workers, recent = (Div(name=name, sizing_mode="stretch_width") for name in ("nlsq_workers", "nlsq_fits"))
-    size = dict(height=260, sizing_mode="stretch_width", toolbar_location=None)
+    size = dict(height=HEIGHT, sizing_mode="stretch_width", toolbar_location=None)
 
     def curve(title, name, **options):
         plot = figure(title=title, x_axis_label="sweep", **size, **options)
+        plot.xaxis.ticker = BasicTicker(min_interval=1, num_minor_ticks=0)
         plot.line("sweep", name, source=sweeps)
         plot.scatter("sweep", name, source=sweeps, size=5)
         return plot
 
-    plots = [
-        curve("cost", "cost", y_axis_type="log"),
-        curve("gradient (optimality)", "optimality", y_axis_type="log"),
-        curve("million points per second", "points_per_s"),
-        curve("GB per second", "gb_per_s"),
-    ]
+    cost = curve("cost", "cost", y_axis_type="log")
+    gradient = curve("gradient (optimality)", "optimality", y_axis_type="log")
+    speed = curve("million points per second", "points_per_s")
     values = figure(title="parameters, in units of p0, with standard errors", y_range=[""], **size)
     values.scatter("value", "name", source=params, size=7)
     values.add_layout(Whisker(source=params, base="name", lower="low", upper="high", dimension="width"))
@@ -153,6 +152,7 @@ def _page(live: LivePage, scheduler):
         sweeps.data = {"sweep": [row["nfev"] for row in rows]} | {name: [row[name] for row in rows] for name in columns[1:]}
         if rows:
             values.y_range.factors = fit["names"][::-1]
+            values.height = max(HEIGHT, 14 * len(fit["names"]))
             unit = [abs(start) or 1.0 for start in fit["p0"]]
             last = list(zip(rows[-1]["params"], rows[-1]["errors"], unit, strict=True))
             params.data = {
@@ -163,8 +163,8 @@ def _page(live: LivePage, scheduler):
             }
 
     update()
-    grid = gridplot([plots[:2], plots[2:]], sizing_mode="stretch_width", toolbar_location=None)
-    return column(text, grid, values, workers, recent, sizing_mode="stretch_width"), update
+    grid = gridplot([[cost, gradient], [values, speed]], sizing_mode="stretch_width", toolbar_location=None)
+    return column(text, grid, workers, recent, sizing_mode="stretch_width"), update
 
 
 def _progress(fit, scheduler) -> str:
@@ -185,7 +185,8 @@ def _progress(fit, scheduler) -> str:
             eta = f", {spent * (total - done) / done:.0f} s to go" if done and spent > 0 else ""
             verb = "loading" if name.startswith("nlsq-load") else f"sweep {len(fit['sweeps']) + 1}"
             return f"{about}{verb}: {done} of {total} pieces{eta}"
-    return f"{about}{len(fit['sweeps'])} sweeps done"
+    rate = f", {fit['sweeps'][-1]['gb_per_s']:.3g} GB per second" if fit["sweeps"] else ""
+    return f"{about}{len(fit['sweeps'])} sweeps done{rate}"
 
 
 def _workers(fit, workers) -> str:
@@ -205,7 +206,7 @@ def _recent(fits) -> str:
     for fit in reversed(fits):
         began = time.strftime("%H:%M:%S", time.localtime(fit["began"]))
         data = f"{fit['n_points']:,} points in {fit['n_chunks']:,} chunks"
-        rows.append((began, fit["model"], data, str(len(fit["sweeps"])), fit.get("status", "running")))
+        rows.append((began, fit["model"], data, str(len(fit["sweeps"])), fit.get("status", "running").split(":")[0]))
     return _table(("began", "model", "data", "sweeps", "status"), rows)
 
 

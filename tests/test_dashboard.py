@@ -210,7 +210,7 @@ class Browser:
 @contextmanager
 def opened(url, profile):
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
-    command = [CHROMIUM, *options, "--window-size=1100,1300", url]
+    command = [CHROMIUM, *options, "--window-size=1100,900", url]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     loop = IOLoop(make_current=False)
     try:
@@ -231,6 +231,25 @@ def opened(url, profile):
         process.kill()
         process.wait()
         loop.close()
+
+
+def take_picture(browser):
+    """Of the page while a longer fit runs, for the README."""
+
+    def peak(x, height, center, width, background, slope):
+        return height * jnp.exp(-0.5 * ((x - center) / width) ** 2) + background + slope * x
+
+    def callback(record):
+        if record.nfev == 6:
+            time.sleep(2)
+            picture = browser.send("Page.captureScreenshot", format="png")["data"]
+            with open(os.environ["NLSQ_PICTURE"], "wb") as file:
+                file.write(base64.b64decode(picture))
+
+    x = da.linspace(0, 10, 2 * 10**7, chunks=10**6)
+    y = 3 * da.exp(-0.5 * ((x - 5.2) / 0.4) ** 2) + 1 + 0.1 * x
+    y += da.random.default_rng(1).normal(0, 1, x.shape, chunks=x.chunks)
+    curve_fit(peak, x, y, p0=[2, 5, 0.5, 1.2, 0.08], gtol=0.0, ftol=0.0, xtol=0.0, callback=callback)
 
 
 def wait(condition, message, seconds=60):
@@ -256,12 +275,9 @@ def test_the_curves_move_in_a_browser_while_a_fit_runs(client, tmp_path):
                 wait(lambda: browser.value(n_shown) == record.nfev, "the curve does not grow")
                 lengths.append(browser.value(n_shown))
                 assert "decay" in browser.value(text)
-                if record.nfev == 6 and "NLSQ_PICTURE" in os.environ:
-                    time.sleep(1)
-                    picture = browser.send("Page.captureScreenshot", format="png")["data"]
-                    with open(os.environ["NLSQ_PICTURE"], "wb") as file:
-                        file.write(base64.b64decode(picture))
 
             found = curve_fit(decay, *data(), **TIGHT, callback=callback)
             wait(lambda: "Converged" in browser.value(text), "the page does not say that the fit has ended")
+            if "NLSQ_PICTURE" in os.environ:
+                take_picture(browser)
     assert lengths == list(range(1, found.nfev + 1))
