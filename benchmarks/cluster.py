@@ -3,6 +3,9 @@
 ``python -m benchmarks.cluster`` prints all figures; names of functions as arguments choose: ``... overhead kills``.
 """
 
+import asyncio
+import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -20,12 +23,17 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Worker
+from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 import dask_nlsq
+from dask_nlsq.chunks import Chunk
+from dask_nlsq.cluster import Pieces
 from dask_nlsq.inputs import build_problem
+from dask_nlsq.loading import Load
 from dask_nlsq.model import intern
-from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep
+from dask_nlsq.plan import PER_THREAD, partition_size
+from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep, Partition
 
 PARAMS = np.array([2.0, 0.5, 0.3])
 P0 = [5.0, 2.0, -1.0]
@@ -178,7 +186,80 @@ def scaling(n=10**8):
     print(f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times")
 
 
+class NoWork:
+    """An evaluation that gives the same small matrix for each block."""
+
+    def reduce_blocks(self, blocks, params, how):
+        return [(np.eye(len(params) + 1), 1.0) for _ in blocks]
+
+
+class Simulated(ClusterSweep):
+    """Sweeps of chunks that are not there: what is left is their tasks, merge and messages."""
+
+    def __init__(self, client, n_chunks, n_workers):
+        runs = [[Load((k,), (1,), [])] for k in range(n_chunks)]
+        n = -(-n_chunks // partition_size(n_chunks, n_workers, PER_THREAD))
+        self.pieces = Pieces(client, empty_partition, NoWork(), runs, {}, n, False)
+        self.pieces.wait()
+
+
+def empty_partition(evaluation, runs, keys, *values):
+    return Partition(evaluation, [Chunk((None,), (), (), ())])
+
+
+def host(address, n_workers, directory):
+    """Workers of one thread each, in one process and with one thread for all: a thousand threads would wait for the GIL."""
+
+    async def serve():
+        one = ThreadPoolExecutor(1)
+        options = dict(nthreads=1, executor=one, memory_limit=0, dashboard=False, local_directory=directory)
+        await asyncio.gather(*(Worker(address, name=f"{os.getpid()}-{k}", **options) for k in range(n_workers)))
+        await asyncio.Event().wait()
+
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    with dask.config.set(QUIET):
+        asyncio.run(serve())
+
+
+# what each of a thousand workers does on its own core, many times a second
+QUIET = {
+    "distributed.admin.tick.interval": "1 hour",
+    "distributed.admin.system-monitor.interval": "1 hour",
+    "distributed.worker.profile.enabled": False,
+}
+
+
+def simulated_workers(n_workers=1000, n_chunks=10**5, n_processes=2):
+    """Sweeps of chunks of no work: real scheduler, client and TCP; a thousand real workers that share few processes."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
+        LocalCluster(n_workers=0, processes=False, protocol="tcp://", dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        arguments = (client.scheduler.address, n_workers // n_processes, directory)
+        hosts = [spawn.Process(target=host, args=arguments, daemon=True) for _ in range(n_processes)]
+        try:
+            for each in hosts:
+                each.start()
+            client.wait_for_workers(n_workers, timeout=300)
+            with Simulated(client, n_chunks, n_workers) as sweep:
+                n_tasks, began = len(sweep.pieces), time.process_time()
+                least, median = seconds(lambda: sweep(PARAMS, "gram"), 4)
+                cpu = (time.process_time() - began) / sweep.count
+        finally:
+            for each in hosts:
+                each.kill()
+                each.join()
+    print(
+        f"{n_workers} workers in {n_processes} processes, {n_chunks} chunks of no work in {n_tasks} tasks: {least:.2f} s a "
+        f"sweep (median {median:.2f}), of which scheduler and client computed for {cpu:.2f}"
+    )
+
+
 if __name__ == "__main__":
-    figures = dict(overhead=overhead, kills=kills, scheduler_memory=scheduler_memory, scaling=scaling)
+    figures = dict(
+        overhead=overhead, kills=kills, scheduler_memory=scheduler_memory, scaling=scaling, simulated=simulated_workers
+    )
     for name in sys.argv[1:] or figures:
         figures[name]()
