@@ -24,7 +24,6 @@ from .dashboard import install
 from .loading import Load
 
 DEATHS = 3  # of workers that work on the same piece, until that is an error
-FAN_IN = 32  # results that a task merges, where there are more: all of them would have to come through the scheduler
 NAMED = 3  # pieces that such an error names
 SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
 
@@ -90,20 +89,14 @@ class Pieces:
                 if future.status == "error":
                     future.result()
 
-    def gather(self, function: Callable, name: str, *args, merge: Callable | None = None) -> list:
-        """``function(piece, *args)`` of all pieces, in order; ``merge`` of each `FAN_IN` of these, if they are more.
-
-        A run that is merged is an aligned one of ``2^k`` pieces.
-        """
+    def gather(self, function: Callable, name: str, *args) -> list:
+        """``function(piece, *args)`` of all pieces, in order."""
         columns, lost = [[arg] * len(self) for arg in args], Counter()
         while True:
             try:
                 with self._named():
                     self._start(function, name, range(len(self)), columns)
-                    wanted = self.running
-                    if merge is not None and len(self) > FAN_IN:
-                        wanted = self._merge(merge)
-                    results = self.client.gather(wanted)
+                    results = self.client.gather(self.running)
                 self.running = []
                 return results
             except CancelledError as err:
@@ -132,13 +125,6 @@ class Pieces:
         with span(name):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
         self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
-
-    def _merge(self, function):
-        groups = [self.running[k : k + FAN_IN] for k in range(0, len(self), FAN_IN)]
-        with span("nlsq-merge"):
-            merged = self.client.map(function, groups, key="nlsq-merge", pure=False)
-        self.running = self.running + merged
-        return merged
 
     @contextmanager
     def _named(self):

@@ -8,7 +8,6 @@ the sum has the same bits for any number of threads, workers and partitions.
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from typing import Literal, NamedTuple
 
 import dask
@@ -379,7 +378,11 @@ def pick_points(partition: Partition, grid, n: int) -> tuple[np.ndarray, np.ndar
 
 
 class ClusterSweep(Sweep):
-    """Data on the workers of ``client``: one future per partition, one task per partition and sweep."""
+    """Data on the workers of ``client``: one future per partition, one task per partition and sweep.
+
+    The results, a small matrix each, are merged by the client: tasks that merged 32 of them made a sweep of 938 tasks on 300
+    workers take 13 s instead of 1.6, since each had to fetch them from other workers.
+    """
 
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
         super().__init__(problem, evaluation)
@@ -394,8 +397,7 @@ class ClusterSweep(Sweep):
         self.pieces.close()
 
     def _reduce(self, params, how):
-        merge = partial(merge_parts, reduction=how.reduction)
-        return merge(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how, merge=merge))
+        return merge_parts(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how), how.reduction)
 
     def census(self) -> list[Census]:
         return [census for part, _ in self.described for census in part]

@@ -223,7 +223,7 @@ class There:
         places: dict[int, list[int]] = {}
         for run in runs:
             places.setdefault(run >> self.level, []).append(run % (1 << self.level))
-        name = "nlsq-sweep" if work is reduce_chunk else f"nlsq-{work.__name__}"
+        name = "nlsq-sweep" if work is reduce_chunk else f"nlsq-{work.__name__.replace('_', '-')}"
         yield from self.pieces.each(_work_through, name, [*places], [*places.values()], work=work, args=args)
 
     def close(self):
