@@ -141,7 +141,15 @@ def kills(n=KILLS):
 
 
 def scheduler_memory(n_sweeps=200):
-    """Growth of a scheduler process over so many sweeps of 512 chunks."""
+    """Growth of a scheduler process over so many sweeps of 512 chunks: in as many tasks as a fit takes, and in the most.
+
+    Dask keeps the last 1000 messages to each worker (``distributed.admin.low-level-log-length``), with the tasks in them.
+    """
+    for n_partitions in (2 * PER_THREAD, 512):
+        _scheduler_memory(n_sweeps, n_partitions)
+
+
+def _scheduler_memory(n_sweeps, n_partitions):
     with tempfile.TemporaryDirectory() as directory:
         file = str(Path(directory, "scheduler.json"))
         dask_ = [sys.executable, "-m", "dask"]
@@ -157,14 +165,14 @@ def scheduler_memory(n_sweeps=200):
                 client.wait_for_workers(2)
                 problem = build_problem(*lazy(2**21, 4096), check=True, omit=False)
                 evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
-                with ClusterSweep(problem, evaluation, client, 512) as sweep:
+                with ClusterSweep(problem, evaluation, client, n_partitions) as sweep:
+                    n_tasks = len(sweep.pieces)
                     for _ in range(20):
                         sweep(PARAMS, "gram")
                     before = psutil.Process(processes[0].pid).memory_info().rss
                     for _ in range(n_sweeps):
                         sweep(PARAMS, "gram")
                     after = psutil.Process(processes[0].pid).memory_info().rss
-            n_tasks = len(sweep.pieces.parts) or "?"
             print(
                 f"scheduler after {n_sweeps} sweeps of 512 chunks ({n_tasks} tasks each): {(after - before) / 1e6:+.1f} MB"
             )
