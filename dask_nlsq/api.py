@@ -354,7 +354,7 @@ def curve_fit(
         starts=found,
         sample=drawn,
         damage=damage,
-        n_filled=sum(each.n_missing for each in stored) if missing_chunks == "fill" else 0,
+        n_filled=sum(len(each.absent) for each in stored),
         factor=solution.factor,
         _values=partial(map_chunks, problem, evaluation),
         _predict=partial(_predict, evaluation),

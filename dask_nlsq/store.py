@@ -13,9 +13,9 @@ import lzma
 import os
 import stat
 import sys
-import time
 import warnings
 import zlib
+from collections.abc import Awaitable, Callable
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -51,6 +51,30 @@ class Policy(NamedTuple):
     @property
     def masks(self) -> bool:
         return "mask" in self
+
+
+class Patience(NamedTuple):
+    """How long and how often a store is asked for something; a store that stalls is waited for without end otherwise."""
+
+    deadline: float | None  # seconds of one try
+    tries: int
+
+    async def get(self, ask: Callable[[], Awaitable]):
+        """What ``ask()`` gives. What may pass is tried again, with a pause in between; what a codec says is final."""
+        for attempt in range(1, self.tries + 1):
+            try:
+                return await asyncio.wait_for(ask(), self.deadline)
+            except (OSError, *_client_errors()) as err:  # TimeoutError is an OSError
+                if attempt == self.tries or not _may_pass(err):
+                    if isinstance(err, TimeoutError) and not err.args:
+                        raise TimeoutError(f"no answer within {self.deadline:g} s") from None
+                    raise
+                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+        raise AssertionError
+
+
+def patience() -> Patience:
+    return Patience(dask.config.get("nlsq.read-deadline"), 1 + dask.config.get("nlsq.read-retries"))
 
 
 class BadChunkError(RuntimeError):
@@ -107,6 +131,8 @@ def open_array(name: str, source) -> zarr.Array:
         Where nothing is there.
     TypeError
         Where it is a group.
+    OSError
+        Where the store does not answer, or not to us.
     """
     if isinstance(source, zarr.Array):
         return source
@@ -116,13 +142,17 @@ def open_array(name: str, source) -> zarr.Array:
     try:
         with zarr.config.set({"codec_pipeline.path": paths.get(pipeline, pipeline)} if pipeline else {}):
             # consolidated metadata go stale when an array grows
-            found = zarr.open(store=store, path=path, mode="r", use_consolidated=False)
+            opened = sync(
+                patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))
+            )
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
         raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}") from err
-    if not isinstance(found, zarr.Array):
-        members = ", ".join(sorted(found.array_keys())) or "none"
+    except (TimeoutError, *_client_errors()) as err:
+        raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
+    if not isinstance(opened, zarr.AsyncArray):
+        members = ", ".join(sorted(zarr.Group(opened).array_keys())) or "none"
         raise TypeError(f"`{name}`: {str(source)!r} is a group: name one of its arrays as in '{source}/ARRAY' ({members})")
-    return found
+    return zarr.Array(opened)
 
 
 def _store(source):
@@ -202,9 +232,10 @@ class Stored:
         self.name, self.array, self.policy = name, array, policy
         self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
         self.chunks = array.shards or array.chunks
-        self.deadline, self.tries = dask.config.get("nlsq.read-deadline"), 1 + dask.config.get("nlsq.read-retries")
+        self.patience = patience()
         self.damaged: dict[tuple[int, ...], BadChunkError] = {}
-        self.n_missing, self.stamp = 0, 0
+        self.absent: set[tuple[int, ...]] = set()  # known to be, and read as fill values
+        self.stamp = 0
 
     @property
     def place(self) -> str:
@@ -231,40 +262,33 @@ class Stored:
         return BadChunkError(self.place, tuple(index), self.key(index), cause, masked)
 
     def __getitem__(self, item) -> np.ndarray:
-        units = [
-            range(one.start // size, -(-one.stop // size)) if one.stop > one.start else range(0)
-            for one, size in zip(item, self.chunks, strict=True)
-        ]
-        if self.damaged:
-            for index in product(*units):
-                if index in self.damaged:
-                    raise self.damaged[index]
+        """A chunk or a part of one: Dask never asks for more."""
+        index = tuple(one.start // size for one, size in zip(item, self.chunks, strict=True))
+        if index in self.damaged:
+            raise self.damaged[index]
         try:
-            return self._read(item)
+            return sync(self.patience.get(lambda: self._read(index, item)))
         except (*DECODING, OSError, *_client_errors()) as err:
-            index, cause = self._which(units, err)
-            raise self.error(index, f"{type(cause).__name__}: {cause}", self.policy.on_bad_chunk == "mask") from cause
+            raise self.error(index, _said(err), self.policy.on_bad_chunk == "mask") from err
 
-    def _which(self, units, err):
-        """Which of several chunks it is, and its own error."""
-        for index in product(*units):
-            ends = zip(index, self.chunks, self.shape, strict=True)
-            try:
-                self._read(tuple(slice(k * size, min((k + 1) * size, n)) for k, size, n in ends))
-            except (*DECODING, OSError, *_client_errors()) as own:
-                return index, own
-        return next(product(*units)), err
+    async def _read(self, index, item):
+        values = np.asarray(await self.array.async_array.getitem(item))
+        if index in self.absent or not _is_full_of(self.array.fill_value, values):
+            return values
+        if await _size(self.array.store, self.key(index)) is None:
+            raise FileNotFoundError("it was there when the fit began, and is not any more")
+        return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
 
-    def _read(self, item):
-        """One selection. What may pass is tried again, with a pause in between; what a codec says is final."""
-        for attempt in range(1, self.tries + 1):
-            try:
-                return np.asarray(sync(asyncio.wait_for(self.array.async_array.getitem(item), self.deadline)))
-            except (OSError, *_client_errors()) as err:  # TimeoutError is an OSError
-                if attempt == self.tries or not _may_pass(err):
-                    raise
-                time.sleep(BACKOFF * 2 ** (attempt - 1))
-        raise AssertionError
+
+def _said(err) -> str:
+    """Its first line: some clients' errors go on for pages."""
+    return f"{type(err).__name__}: {err}".partition("\n")[0]
+
+
+def _is_full_of(fill_value, values):
+    fill = np.asarray(0 if fill_value is None else fill_value, values.dtype)
+    parts = (values.ravel()[:1], values)  # the first one decides nearly always
+    return all(np.array_equal(part, np.broadcast_to(fill, part.shape), equal_nan=True) for part in parts)
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
@@ -273,10 +297,17 @@ def _client_errors() -> tuple[type[Exception], ...]:
 
 
 def _may_pass(err) -> bool:
-    if isinstance(err, OSError):
+    if not isinstance(err, _client_errors()):
         return isinstance(err, (TimeoutError, ConnectionError)) or err.errno in TRANSIENT
     status = getattr(err, "status", 500)  # of an HTTP response
     return status >= 429 and not any(word in type(err).__name__ for word in NEVER_PASSES)
+
+
+def _is_absent(err: FileNotFoundError) -> bool:
+    """Whether nothing is there: fsspec says so as well where a server gave another answer than 404, or none."""
+    cause = err.__cause__
+    failed = isinstance(cause, (OSError, *_client_errors())) and not isinstance(cause, FileNotFoundError)
+    return not failed or getattr(cause, "status", None) == 404
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,7 +339,6 @@ def look_ahead(stored: Stored) -> None:
         elif isinstance(size, str) or size[0] == 0:
             cause = size if isinstance(size, str) else "it has no bytes"
             stored.damaged[index] = stored.error(index, cause, policy.on_bad_chunk == "mask")
-    stored.n_missing = len(missing)
     if stored.damaged and policy.on_bad_chunk == "raise":
         raise next(iter(stored.damaged.values()))
     if missing and policy.missing_chunks == "error":
@@ -321,17 +351,24 @@ def look_ahead(stored: Stored) -> None:
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
+    else:
+        stored.absent = set(missing)
 
 
 def warn_if_changed(stored: Stored) -> None:
     """Warn where a chunk is not the one, by size and time as far as the store tells, that it was before the fit."""
-    if _stamp(_sizes(stored)) != stored.stamp:
-        warnings.warn(
+    try:
+        if _stamp(_sizes(stored)) == stored.stamp:
+            return
+        text = (
             f"{stored.place} was written to during the fit, so that its sweeps did not all see the same data: fit a copy, "
-            "or fit again when it is complete",
-            RuntimeWarning,
-            stacklevel=3,
+            "or fit again when it is complete"
         )
+    except BadChunkError as err:
+        text = (
+            f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
+        )
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
 
 
 def _stamp(sizes):
@@ -348,7 +385,7 @@ def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:
     if isinstance(store, LocalStore):
         return dict(_local_sizes(stored, Path(store.root)))
     if type(store).getsize is Store.getsize:  # it would read the whole value
-        keys = sync(_listed(store, stored.array.store_path.path))
+        keys = sync(stored.patience.get(lambda: _listed(store, stored.array.store_path.path)))
         return {index: (-1,) for index in stored.grid() if stored.key(index) in keys}
     return sync(_asked(stored, store))
 
@@ -360,7 +397,7 @@ def _local_sizes(stored, root):
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as err:
-            yield index, f"{type(err).__name__}: {err.strerror}"
+            yield index, _said(err)
             continue
         is_file = stat.S_ISREG(found.st_mode)
         yield index, (found.st_size, found.st_mtime_ns) if is_file else "it is not a file"
@@ -370,18 +407,34 @@ async def _listed(store, path):
     return {key async for key in store.list_prefix(f"{path}/" if path else "")}
 
 
+async def _size(store, key):
+    """(bytes,) of what is there, None where nothing is."""
+    try:
+        return (await store.getsize(key),)
+    except FileNotFoundError as err:
+        if _is_absent(err):
+            return None
+        raise err.__cause__ from None
+
+
 async def _asked(stored, store):
     turn = asyncio.Semaphore(KEYS_AT_ONCE)
 
     async def one(index):
         async with turn:
             try:
-                return index, (await asyncio.wait_for(store.getsize(stored.key(index)), stored.deadline),)
-            except FileNotFoundError:
-                return index, None
+                return await stored.patience.get(lambda: _size(store, stored.key(index)))
+            except (OSError, *_client_errors()) as err:
+                if stored.policy.on_bad_chunk == "raise":
+                    raise stored.error(index, _said(err), False) from err
+                return _said(err)
 
-    found = await asyncio.gather(*(one(index) for index in stored.grid()))
-    return {index: size for index, size in found if size is not None}
+    try:
+        async with asyncio.TaskGroup() as group:  # the first error ends the others
+            tasks = {index: group.create_task(one(index)) for index in stored.grid()}
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return {index: task.result() for index, task in tasks.items() if task.result() is not None}
 
 
 def has_checksum(array: zarr.Array) -> bool:

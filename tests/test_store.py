@@ -4,16 +4,20 @@ import logging
 import time
 
 import dask
+import fsspec
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import zarr
 from distributed import Client, LocalCluster
+from obstore.store import HTTPStore
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
-from zarr.storage import LocalStore, MemoryStore, WrapperStore, ZipStore
+from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
 from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit
-from dask_nlsq.store import Policy, Stored, has_checksum, look_ahead
+from dask_nlsq.store import Policy, Stored, has_checksum, look_ahead, open_array
+
+from .served import served
 
 N, CHUNK = 60_000, 4_000
 X = np.linspace(0, 10, N)
@@ -83,7 +87,6 @@ def test_a_path_or_url_is_enough(where, version, tmp_path):
 
 
 def test_an_object_store_of_fsspec_is_a_url():
-    fsspec = pytest.importorskip("fsspec")
     write("memory://bucket/scan.zarr")
     try:
         assert same(curve_fit(decay, X, "memory://bucket/scan.zarr", p0=P0, strategy="streaming"))
@@ -343,33 +346,125 @@ def test_workers_say_which_chunk_it_is(tmp_path):
 
 
 class Flaky(WrapperStore):
-    """A store that loses connections and stalls, at random but the same each time."""
+    """A store that raises an error for each chunk, or stalls where there is none."""
 
-    def __init__(self, store, lost=0.0, stalled=0.0, error=None):
+    def __init__(self, store, error=None):
         super().__init__(store)
-        self.lost, self.stalled, self.rng, self.failed = lost, stalled, np.random.default_rng(0), 0
-        self.error = error or ConnectionResetError("lost")
+        self.error, self.failed = error, 0
 
     async def get(self, key, prototype, byte_range=None):
         if "c/" in key:
-            draw = self.rng.random()
-            if draw < self.lost + self.stalled:
-                self.failed += 1
-            if draw < self.lost:
+            self.failed += 1
+            if self.error is not None:
                 raise self.error
-            if draw < self.lost + self.stalled:
-                await asyncio.sleep(3600)
+            await asyncio.sleep(3600)
         return await super().get(key, prototype, byte_range)
 
 
-def test_a_store_that_fails_and_stalls_gives_the_same_result(tmp_path, monkeypatch):
+def opened(client, url):
+    """A URL as it is, or the array there by obstore."""
+    if client == "fsspec":
+        return url
+    store = HTTPStore.from_url(url, client_options={"allow_http": True}, retry_config={"max_retries": 0})
+    return zarr.open_array(ObjectStore(store), mode="r")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
     monkeypatch.setattr("dask_nlsq.store.BACKOFF", 0.001)
+    with dask.config.set({"nlsq.read-deadline": 0.5}):
+        yield
+
+
+FAULTS = dict(refused=0.03, closed=0.02, stalled=0.01)
+
+
+@pytest.mark.parametrize("shards", [None, (5 * CHUNK,)])
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+def test_a_server_that_fails_and_stalls_gives_the_same_bits(client, shards, tmp_path, impatient):
+    write(tmp_path / "y.zarr", chunks=(500,), shards=shards)
+    expected = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")
+    faults = FAULTS if shards is None else dict(refused=0.2, closed=0.2, stalled=0.1)  # there are few of them
+    with served(tmp_path, metadata=client == "fsspec", **faults) as server:
+        found = curve_fit(decay, X, opened(client, f"{server.url}/y.zarr"), p0=P0, strategy="streaming")
+    assert {"whole", "refused", "closed", "stalled"} <= server.answered.keys()
+    np.testing.assert_array_equal(found.popt, expected.popt)
+    np.testing.assert_array_equal(found.pcov, expected.pcov)
+
+
+def test_workers_read_from_a_server_themselves(tmp_path):
     write(tmp_path / "y.zarr", chunks=(500,))
-    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), lost=0.05, stalled=0.01)
-    with dask.config.set({"nlsq.read-deadline": 0.3}):
-        found = curve_fit(decay, X, zarr.open_array(flaky, mode="r+"), p0=P0, strategy="streaming")
-    assert flaky.failed > 10
-    assert same(found)
+    expected = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")
+    with (
+        served(tmp_path, **FAULTS) as server,
+        dask.config.set({"nlsq.read-deadline": 0.5}),
+        LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster,
+        Client(cluster),
+    ):
+        found = curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0, strategy="streaming")
+    assert server.answered["refused"] > 5
+    np.testing.assert_array_equal(found.popt, expected.popt)
+
+
+@pytest.mark.parametrize("client", ["fsspec", "obstore"])
+@pytest.mark.parametrize(
+    "fault, cause, tries",
+    [
+        ("refused", "503 Service Unavailable|ClientResponseError: 503", 5),
+        ("closed", "ClientPayloadError|GenericError", 5),
+        ("stalled", "TimeoutError: no answer within 0.5 s", 5),
+        ("forbidden", "ClientResponseError: 403|403 Forbidden", 1),
+    ],
+)
+def test_an_answer_that_is_none_is_no_absent_chunk(fault, cause, tries, client, tmp_path, impatient):
+    write(tmp_path / "y.zarr")
+    with served(tmp_path, metadata=False, **{fault: 1.0}) as server, pytest.raises(BadChunkError, match=cause) as raised:
+        stored = Stored("ydata", open_array("ydata", opened(client, f"{server.url}/y.zarr")), Policy())
+        stored[0:CHUNK,]
+    assert (raised.value.index, raised.value.key) == ((0,), "c/0")
+    assert server.answered[fault] == tries
+    if fault != "closed":  # a closed connection ends no answer that has no body
+        with served(tmp_path, metadata=False, **{fault: 1.0}) as server, pytest.raises(BadChunkError, match=cause):
+            curve_fit(decay, X, opened(client, f"{server.url}/y.zarr"), p0=P0, missing_chunks="mask")
+
+
+def test_only_404_says_that_a_chunk_is_absent(tmp_path, impatient):
+    write(tmp_path / "y.zarr")
+    (tmp_path / "y.zarr" / "c" / "9").unlink()
+    with served(tmp_path, refused=0.3, metadata=False) as server:
+        with pytest.raises(MissingChunksError, match=r"1 of 15 chunks .*\(9,\)"):
+            curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0)
+        found = curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0, missing_chunks="mask", strategy="streaming")
+        with pytest.raises(FileNotFoundError, match="no Zarr array"):
+            curve_fit(decay, X, f"{server.url}/nothing.zarr", p0=P0)
+    assert same(found, curve_fit(decay, X, Y, mask=np.arange(N) // CHUNK == 9, p0=P0))
+
+
+def test_a_server_that_is_down_is_named(tmp_path, impatient):
+    write(tmp_path / "y.zarr")
+    with served(tmp_path, refused=1.0) as server, pytest.raises(OSError, match=r"`ydata`: the store of .*y.zarr.*503"):
+        curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0)
+    with pytest.raises(OSError, match=r"`ydata`: the store of .*y.zarr.*ClientConnectorError"):
+        curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0)
+
+
+def test_a_chunk_that_vanishes_during_the_fit_is_no_fill_value(tmp_path):
+    write(tmp_path / "y.zarr")
+
+    def remove(record):
+        (tmp_path / "y.zarr" / "c" / "9").unlink(missing_ok=True)
+
+    with pytest.raises(BadChunkError, match=r"\(9,\) of `ydata`.*it was there when the fit began"):
+        curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=remove)
+
+
+def test_an_answer_of_404_in_between_is_asked_again(tmp_path, impatient):
+    write(tmp_path / "y.zarr", chunks=(500,))
+    expected = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")
+    with served(tmp_path, absent=0.01, metadata=False) as server:
+        found = curve_fit(decay, X, f"{server.url}/y.zarr", p0=P0, strategy="streaming")
+    assert server.answered["absent"] > 2
+    np.testing.assert_array_equal(found.popt, expected.popt)
 
 
 @pytest.mark.parametrize(
@@ -385,16 +480,16 @@ def test_a_store_that_fails_and_stalls_gives_the_same_result(tmp_path, monkeypat
 def test_only_what_may_pass_is_tried_again(error, tries, tmp_path, monkeypatch):
     monkeypatch.setattr("dask_nlsq.store.BACKOFF", 0.001)
     write(tmp_path / "y.zarr")
-    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), lost=1.0, error=error)
+    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), error)
     stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
     with pytest.raises(BadChunkError, match=str(error.args[-1])):
         stored[0:CHUNK,]
-    assert flaky.failed == 2 * tries  # once more to see which chunk it is
+    assert flaky.failed == tries
 
 
 def test_a_stalled_read_ends_at_the_deadline(tmp_path):
     write(tmp_path / "y.zarr")
-    flaky = Flaky(LocalStore(tmp_path / "y.zarr"), stalled=1.0)
+    flaky = Flaky(LocalStore(tmp_path / "y.zarr"))
     with dask.config.set({"nlsq.read-deadline": 0.1, "nlsq.read-retries": 0}):
         stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
     begin = time.perf_counter()
@@ -406,7 +501,7 @@ def test_a_stalled_read_ends_at_the_deadline(tmp_path):
 def test_the_look_ahead_reads_no_chunk(tmp_path):
     for store in (LocalStore(tmp_path / "y.zarr"), MemoryStore()):
         write(store)
-        flaky = Flaky(store, lost=1.0)
+        flaky = Flaky(store, OSError("read"))
         stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())
         look_ahead(stored)
         assert flaky.failed == 0
