@@ -5,6 +5,7 @@ else enters it. A partition (the chunks that one task takes) is an aligned run o
 the sum has the same bits for any number of threads, workers and partitions.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -13,6 +14,7 @@ from typing import Literal, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask.delayed import Delayed
 from dask.sizeof import sizeof
 from distributed import Client
 from distributed.metrics import context_meter
@@ -425,10 +427,12 @@ def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
     return chunk._replace(blocks=tuple(b._replace(buffers=(*b.buffers, factor)) for b in chunk.blocks))
 
 
-def chunk_values(evaluation: Evaluation, factor, params, what, index, pieces) -> np.ndarray:
-    """Residuals or model values of one chunk that has just been read."""
-    chunk = prepare_chunk(evaluation.rules._replace(run=1), [index], [pieces])
+def chunk_values(evaluation: Evaluation, factor, params, what, load: Load, *values) -> np.ndarray:
+    """Residuals or model values of one chunk, NaN where it cannot be read; ``values`` are those of its shared tasks."""
+    chunk = load_chunk(evaluation.rules._replace(run=1), [load], dict(zip(load.shared, values, strict=True)))
     try:
+        if any(census.damage for census in chunk.censuses):
+            return np.full(load.shape, np.nan)
         return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what)
     finally:
         release(chunk)
@@ -436,15 +440,11 @@ def chunk_values(evaluation: Evaluation, factor, params, what, index, pieces) ->
 
 def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model"]):
     """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
-
-    if not problem.lazy:
-        values = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
-        for index in problem.indices():
-            values[index] = chunk_values(evaluation, problem.factor, params, what, index, problem.pieces(index))
-        return np.block(values.tolist())
+    runs, common = plan_loads(problem)
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
-    task = dask.delayed(chunk_values)
-    for index in problem.indices():
-        values = task(evaluation, problem.factor, params, what, index, problem.pieces(index))
-        grid[index] = da.from_delayed(values, problem.chunk_shape(index), dtype=np.float64)
-    return da.block(grid.tolist())
+    task = dask.delayed(chunk_values) if problem.lazy else chunk_values
+    for load in itertools.chain(*runs):
+        shared = [Delayed(key, common) for key in load.shared]
+        values = task(evaluation, problem.factor, params, what, load, *shared)
+        grid[load.index] = da.from_delayed(values, load.shape, dtype=np.float64) if problem.lazy else values
+    return da.block(grid.tolist()) if problem.lazy else np.block(grid.tolist())

@@ -128,14 +128,18 @@ class FitResult:
         return (self.popt, self.pcov)[item]
 
     def residuals(self):
-        """``(f(x, *popt) - y) / sigma`` in y's shape, NaN where masked; a Dask array where the data were Dask or Zarr.
+        """``(f(x, *popt) - y) / sigma`` in y's shape; a Dask array where the data were Dask or Zarr.
 
+        NaN where masked, and in chunks that cannot be read, where ``on_bad_chunk="mask"`` or ``missing_chunks="mask"``.
         With a covariance matrix as sigma: the whitened residuals of the points used.
         """
         return self._at_the_data("residual")
 
     def predict(self, x=None):
-        """``f(x, *popt)``; ``x`` as in the fit, None for the x of the fit. A Dask array where x is one."""
+        """``f(x, *popt)``; ``x`` as in the fit, None for the x of the fit. A Dask array where x is one.
+
+        With None: NaN in chunks of the fit that cannot be read.
+        """
         if x is None:
             return self._at_the_data("model")
         return self._predict(x, self.popt)

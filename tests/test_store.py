@@ -296,6 +296,10 @@ def test_damaged_chunks_are_left_out_and_listed(damage, strategy, tmp_path):
     assert [err.index for err in found.damage] == [(k,) for k in lost]
     assert found.n_masked == hidden.sum()
     assert f"{len(lost)} damaged or absent chunks left out, first c/{lost[0]}" in repr(found)
+    residuals, model = np.asarray(found.residuals()), np.asarray(found.predict())
+    np.testing.assert_array_equal(np.isnan(residuals), hidden)
+    np.testing.assert_array_equal(np.isnan(model), hidden)
+    np.testing.assert_allclose((model - residuals)[~hidden], Y[~hidden], rtol=1e-12)
 
 
 def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
@@ -310,6 +314,7 @@ def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
     hidden = np.isin(np.arange(N) // CHUNK, [2, 14])
     assert same(found, curve_fit(decay, X, Y, sigma=5 + X, mask=hidden, p0=P0))
     assert [err.array.split()[0] for err in found.damage] == ["`sigma`", "`xdata`"]
+    np.testing.assert_array_equal(np.isnan(np.asarray(found.residuals())), hidden)
 
 
 def test_small_chunks_that_are_joined_lose_only_the_damaged_one(tmp_path, monkeypatch):
