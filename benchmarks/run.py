@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from importlib.metadata import version
@@ -402,7 +403,18 @@ def params_rows():
         )
 
 
+def streaming_rows():
+    """Those of `benchmarks.streaming` that are short, at a fifth of the size and less."""
+    from .streaming import overlap_rows, sweep_rows
+
+    n = 2 * 10**7
+    with tempfile.TemporaryDirectory() as directory:
+        yield from sweep_rows(directory, (n, n))
+        yield from overlap_rows(directory, n)
+
+
 GROUPS = (kernel_rows, thread_row, fit_rows, small_fit_row, overhead_rows, compilation_row, growth_rows, params_rows)
+GROUPS += (streaming_rows,)
 
 
 def machine():

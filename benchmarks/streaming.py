@@ -106,10 +106,10 @@ def apart(found, held):
     return f"{np.max(np.abs(found.popt - held.popt) / held.perr):.0e}"
 
 
-def sweep_rows(directory):
+def sweep_rows(directory, sizes=(10**8, 2 * 10**8)):
     import dask_nlsq
 
-    for name, n in (("decay", 10**8), ("peak", 2 * 10**8)):
+    for name, n in zip(MODELS, sizes, strict=True):
         f, truth, _ = MODELS[name]
         fit = partial(dask_nlsq.curve_fit, f, axes_of(name, n), counts(directory, name, n), p0=start(name, truth))
         found, held = fit(strategy="streaming"), fit(strategy="chunked")
@@ -169,11 +169,11 @@ def memory_rows(directory):
     )
 
 
-def overlap_rows(directory):
+def overlap_rows(directory, n=10**8):
     for name in MODELS:
-        best = overlap(directory, name, 10**8)
+        best = overlap(directory, name, n)
         ratio = best["stream"] / max(best["read"], best["kernels"])
-        how = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in best.items()) + "; best of 7, 1e8 points"
+        how = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in best.items()) + f"; best of 7, {n:.0e} points"
         yield Row(f"sweep / max(reading alone, kernels alone), {name}", "1.3 (1.1)", f"{ratio:.2f}", how)
 
 
