@@ -6,10 +6,13 @@ is accepted or not, and nothing is read twice. The method is SciPy's ``trf`` [1]
 space, the best of the trust-region step, its reflection at the first bound, and the scaled gradient as candidates,
 radius and termination as there.
 
-Two things are added. **Reduction:** where the condition of ``R`` says that the gram matrix has lost digits, the next
-sweep uses QR. **The last digits:** once the predicted reduction is below the rounding of the cost, the actual one is
-noise, and SciPy's loop refuses good steps. The gradient is still accurate then, so a step is judged by it: it is
-accepted if it lowers the reduction that a Gauss-Newton step from the new point would still predict,
+Three things are added. **Free steps:** the term that hat space adds to J^T J for the bounds shortens steps even where the
+optimum is far from all of them, and along weakly determined directions most. So the subproblem is solved without it
+first, and that step is taken where it ends well within the bounds (4 sweeps in place of 8 for 53 parameters).
+**Reduction:** where the condition of ``R`` says that the gram matrix has lost digits, the next sweep uses QR. **The last
+digits:** once the predicted reduction is below the rounding of the cost, the actual one is noise, and SciPy's loop
+refuses good steps. The gradient is still accurate then, so a step is judged by it:
+it is accepted if it lowers the reduction that a Gauss-Newton step from the new point would still predict,
 
     decrement = 1/2 ||U^T Q^T r||^2 = 1/2 g^T (J^T J)^-1 g,
 
@@ -239,7 +242,7 @@ def _stand(params, equations, previous_scale, options) -> Point:
             newton_h = np.asarray(solve_cg(parts.R, parts.projected, hat.d, hat.diagonal, np.inf))
             decrement = -0.5 * float(hat.gradient @ newton_h)
         else:
-            spectral = Spectrum(*map(np.asarray, spectrum(parts.R, parts.projected, hat.d, hat.diagonal)))
+            spectral = _spectrum(parts, hat)
             kept = spectral.s > rank_tolerance(equations) * spectral.s[0]
             decrement = 0.5 * float(np.sum(spectral.uf[kept] ** 2))
     optimality = norm(parts.gradient * hat.v, np.inf)
@@ -247,6 +250,11 @@ def _stand(params, equations, previous_scale, options) -> Point:
         lengths = norm(parts.R, axis=0) * np.sqrt(2 * equations.cost)
         optimality = norm(parts.gradient / np.where(lengths > 0, lengths, 1.0), np.inf)
     return Point(params, equations, parts, scale, hat, spectral, float(optimality), decrement)
+
+
+def _spectrum(factor, hat):
+    with float64():
+        return Spectrum(*map(np.asarray, spectrum(factor.R, factor.projected, hat.d, hat.diagonal)))
 
 
 def _lossy(point):
@@ -260,14 +268,26 @@ def _next_reduction(here, options) -> Reduction:
 
 
 def _propose(here: Point, radius: float, alpha: float, options: Options) -> tuple[Step, float]:
+    hat, lower, upper = here.hat, options.lower, options.upper
+    theta = max(0.995, 1 - here.optimality)  # how far towards a bound a step may go
+    if np.any(hat.diagonal):
+        unbounded = hat._replace(diagonal=np.zeros_like(hat.diagonal))
+        free = here._replace(hat=unbounded, spectral=None if here.spectral is None else _spectrum(here.factor, unbounded))
+        step_h, free_alpha = _subproblem(free, radius, alpha, options)
+        if theta * _to_bound(here.params, hat.d * step_h, lower, upper)[0] >= 1:
+            return _select_step(free, step_h, radius, lower, upper, theta), free_alpha
+    step_h, alpha = _subproblem(here, radius, alpha, options)
+    return _select_step(here, step_h, radius, lower, upper, theta), alpha
+
+
+def _subproblem(here: Point, radius: float, alpha: float, options: Options) -> tuple[np.ndarray, float]:
     hat = here.hat
     with float64():
-        if options.solver == "cg":
+        if here.spectral is None:
             step_h = solve_cg(here.factor.R, here.factor.projected, hat.d, hat.diagonal, radius)
         else:
             step_h, alpha = solve_svd(here.spectral, radius, alpha, rank_tolerance(here.equations))
-    theta = max(0.995, 1 - here.optimality)  # how far towards a bound a step may go
-    return _select_step(here, np.asarray(step_h), radius, options.lower, options.upper, theta), float(alpha)
+    return np.asarray(step_h), float(alpha)
 
 
 def _select_step(here: Point, step_h, radius, lower, upper, theta) -> Step:
