@@ -135,10 +135,8 @@ def correlation_rows(directory):
     path = Path(directory) / "two-time.zarr"
     if not path.exists():
         demo.write_measurement(measurement, path, {})
-    truth = measurement.truth
-    p0 = np.clip(
-        truth * np.where(np.arange(len(truth)) % 2, 0.7, 1.3), measurement.lower * 1.0001, measurement.upper * 0.9999
-    )
+    m = measurement
+    p0 = demo.draw_start(np.random.default_rng(0), m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
     axes = np.arange(23)[:, None, None], np.arange(1000)[None, :, None], np.arange(1000)[None, None, :]
     fit = partial(
         dask_nlsq.curve_fit,
