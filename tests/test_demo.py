@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from dask_nlsq import demo
+from dask_nlsq import BadChunkError, MissingChunksError, demo
 
 SMALL = dict(frames=40, n_angles=5, seed=0)
 
@@ -88,7 +88,6 @@ def test_chunks_have_at_most_500_frames(tmp_path):
     measurement = demo.plan_measurement(600, 3, seed=0)
     path = demo.write_measurement(measurement, tmp_path / "two-time.zarr", {})
     assert zarr.open_array(path).chunks == (1, 500, 500)
-    assert demo.open_measurement(measurement, path, {}).chunks[1] == (500, 100)
 
 
 def test_memory_for_writing_does_not_grow_with_the_number_of_angles(tmp_path):
@@ -108,15 +107,15 @@ def test_flipped_bit_in_the_store_is_noticed(written):
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(ValueError, match="checksum"):
-        demo.open_measurement(measurement, path, {})
+    with pytest.raises(BadChunkError, match="checksum"):
+        demo.fit_measurement(measurement, path)
 
 
 def test_lost_chunk_is_noticed(written):
     measurement, path = written
     (path / "c" / "2" / "0" / "0").unlink()
-    with pytest.raises(RuntimeError, match="holds 1,760 NaN, not 200"):
-        demo.open_measurement(measurement, path, {})
+    with pytest.raises(MissingChunksError, match="1 of 5 chunks"):
+        demo.fit_measurement(measurement, path)
 
 
 def test_small_demo_finds_the_truth(small):
@@ -127,7 +126,26 @@ def test_small_demo_finds_the_truth(small):
     assert demo.reduced_chi_square(report.result) == pytest.approx(1, abs=0.05)
     assert report.result.n_points == 5 * 40 * 39
     assert report.result.n_masked == 5 * 40
-    assert set(report.seconds) == {"simulate", "write", "read", "fit", "Thurber", "picture"}
+    assert set(report.seconds) == {"simulate", "write", "fit", "streaming", "Thurber", "picture"}
+
+
+def test_the_fit_that_streams_is_resumed_and_ends_where_the_other_did(small):
+    report, lines = small
+    assert report.streamed.strategy == "streaming"
+    assert report.apart < demo.MAX_APART
+    read = report.streamed.history[0].read
+    assert (read.nbytes, read.n_points) == (5 * 40 * 40 * 4, 5 * 40 * 39)
+    first = [line for line in lines if line.startswith("sweep   1:")]
+    assert len(first) == 3  # held, cut off, resumed
+    assert first[1].split(",")[0] == first[2].split(",")[0]
+    (said,) = (line for line in lines if " MB read" in line)
+    assert said.startswith(f"{report.streamed.sweeps} sweeps of 0.0 MB")
+
+
+def test_two_fits_that_differ_fail(small):
+    report, _ = small
+    with pytest.raises(RuntimeError, match=r"streaming fit ended 1.0e-03 standard errors"):
+        demo.judge(demo.plan_measurement(**SMALL), report._replace(apart=1e-3))
 
 
 def test_small_demo_says_every_parameter_within_100_columns(small):
@@ -141,7 +159,12 @@ def test_small_demo_says_every_parameter_within_100_columns(small):
 
 def test_small_demo_leaves_its_data_and_a_picture(small):
     report, _ = small
-    assert sorted(path.name for path in report.directory.iterdir()) == ["demo.png", "thurber.zarr", "two-time.zarr"]
+    assert sorted(path.name for path in report.directory.iterdir()) == [
+        "demo.png",
+        "streaming.ckpt",
+        "thurber.zarr",
+        "two-time.zarr",
+    ]
     assert report.picture.read_bytes().startswith(b"\x89PNG")
     assert zarr.open_group(report.directory / "thurber.zarr")["y"].nchunks == 3
 
