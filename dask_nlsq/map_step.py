@@ -1,9 +1,10 @@
 """A step of many bounded trust-region fits at once, one in each *lane*.
 
 The method is that of `trust_region`: the same hat space, candidates, radius, acceptance and tolerances, on the gram
-matrix of each pixel's own rows ``[J r]``. Arrays end in the axis of the lanes, ``params`` is (p, lanes), so that each
-operation on small matrices is one on vectors. The subproblem is solved by elimination, which vectorises, in place of the
-SVD: where the data do not determine a direction its pivot is rounding, and no step is taken along it.
+matrix of each pixel's own rows ``[J r]``; its free steps are left out, which cost as much here as they save. Arrays end
+in the axis of the lanes, ``params`` is (p, lanes), so that each operation on small matrices is one on vectors. The
+subproblem is solved by elimination, which vectorises, in place of the SVD: where the data do not determine a direction
+its pivot is rounding, and no step is taken along it.
 """
 
 from enum import IntEnum
