@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds
@@ -13,13 +14,13 @@ from .model import function_name, intern, parameter_names
 from .trf_jit import LIKELIHOODS, LOSSES
 
 
-def model_first(f, xdata, ydata):
+def model_first(f, xdata, ydata, caller="curve_fit"):
     if callable(f):
         return f, xdata, ydata
     if callable(ydata):
         return ydata, f, xdata
     raise TypeError(
-        f"curve_fit needs a model: pass curve_fit(f, xdata, ydata) or curve_fit(xdata, ydata, f), got "
+        f"{caller} needs a model: pass {caller}(f, xdata, ydata) or {caller}(xdata, ydata, f), got "
         f"{type(f).__name__}, {type(xdata).__name__}, {type(ydata).__name__}"
     )
 
@@ -119,9 +120,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
         if isinstance(p0, Mapping) and name not in given:
             raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
         value = given.get(name)
-        if value is None:
-            value = _feasible(np.asarray(low), np.asarray(high)) if np.ndim(low) == np.ndim(high) == 0 else (low + high) / 2
-        value = _on_the_map(f"p0 of {name}", value, map_shape)
+        value = _on_the_map(f"p0 of {name}", _feasible(low, high) if value is None else value, map_shape)
         if np.ndim(value) == np.ndim(low) == np.ndim(high) == 0:
             if not np.isfinite(value):
                 raise ValueError(f"`p0` must be finite: {name} is {value}")
@@ -164,15 +163,36 @@ def _on_the_map(name, value, map_shape):
     return value
 
 
-def coordinates_of(xdata, ydata, axis):
+def axes_of(axis, dims, ndim) -> tuple[int, ...]:
+    """Places of the fit axes."""
+    given = axis if isinstance(axis, (tuple, list)) else (axis,)
+    found = []
+    for each in given:
+        if isinstance(each, str):
+            if dims is None or each not in dims:
+                raise ValueError(f"`axis` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
+            each = dims.index(each)
+        if isinstance(each, bool) or not isinstance(each, Integral) or not -ndim <= each < ndim:
+            raise ValueError(f"`axis` must name axes of `ydata`, which has {ndim}: not {axis!r}")
+        found.append(int(each) % ndim)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"`axis` must name one or several different axes, not {axis!r}")
+    return tuple(sorted(found))
+
+
+def coordinates_of(xdata, ydata, axes):
     """x of an xarray ``ydata`` by the names of coordinates; by default those of the fit axes."""
-    coords = getattr(ydata, "coords", None)
-    if coords is None:
-        return xdata
-    axes = axis if isinstance(axis, (tuple, list)) else (axis,)
-    fitted = [each if isinstance(each, str) else ydata.dims[each] for each in axes]
+    coords = ydata.coords
+    fitted = [ydata.dims[k] for k in axes]
     names = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
     if not all(isinstance(name, str) and name in coords for name in names):
+        for name in names:
+            if xdata is None or (
+                isinstance(name, str) and name not in coords and not Path(name).exists() and "://" not in name
+            ):
+                raise ValueError(
+                    f"`xdata` {xdata!r} names no coordinate: `ydata` has none that is called {name!r}, only {list(coords)}"
+                )
         return xdata
     fitted = [dim for dim in ydata.dims if dim in fitted]
     found = []
@@ -189,6 +209,15 @@ def along_dims(array, dims):
     present = [dim for dim in dims if dim in array.dims]
     data, sizes = array.transpose(*present).data, dict(zip(present, array.transpose(*present).shape, strict=True))
     return data.reshape(tuple(sizes.get(dim, 1) for dim in dims))
+
+
+def map_first(value, dims):
+    """Values over the map, xarray among them with their axes in the order of ``dims`` and that of the parameters last."""
+    if hasattr(value, "dims"):
+        return value.transpose(*(dim for dim in dims if dim in value.dims), ...)
+    if isinstance(value, Mapping):
+        return {name: map_first(each, dims) for name, each in value.items()}
+    return [map_first(each, dims) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _numbers(name, value):

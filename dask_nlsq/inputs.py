@@ -248,7 +248,7 @@ def build_problem(
     """
     if _is_masked(sigma):
         raise TypeError("`sigma` is a masked array: pass its data, and its mask as mask=")
-    ydata, mask = _unmasked(ydata, mask)
+    ydata, mask = unmasked(ydata, mask)
     xdata = _plain(xdata)
     y = as_array("ydata", ydata)
     x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
@@ -328,7 +328,7 @@ def _is_masked(data):
     return isinstance(getattr(data, "_meta", data), np.ma.MaskedArray)
 
 
-def _unmasked(ydata, mask):
+def unmasked(ydata, mask):
     """Data and mask of a masked array, NumPy's or Dask's, joined with ``mask``."""
     if not _is_masked(ydata):
         return ydata, mask

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil, inf, prod
 from typing import Any, NamedTuple
 
@@ -18,22 +19,22 @@ import numpy as np
 
 from .admission import open_data
 from .arguments import (
+    axes_of,
     check_choices,
     coordinates_of,
     likelihood,
     limit,
     map_parameters,
-    model_first,
     tolerance,
 )
 from .budget import GB, effective_fraction, positive
 from .config import threads
 from .environment import size
-from .inputs import Coordinates, as_array, invalid_values
-from .kernels import Layout, Layouts, check_model, check_pointwise, choose_jac_mode
+from .inputs import Coordinates, as_array, invalid_values, unmasked
+from .kernels import Layout, Layouts, assemble_x, check_model, check_pointwise, choose_jac_mode
 from .map_solver import Fitted, Pixels, map_kernel
 from .map_step import Limits, MapSpec
-from .model import Model, intern
+from .model import Model, advice, function_name, intern
 from .plan import MemoryBudgetError, several
 from .resources import active_client, available_memory, workers_memory
 from .store import Policy, Stored
@@ -113,8 +114,8 @@ class BlockFit:
         rest = iter(own)
         x = tuple(self._rows(next(rest), shape) if c is None else c[None] for c in self.x)
         y, sigma, mask = self._rows(y, shape), self._rows(sigma, shape), self._rows(mask, shape)
-        self._check(y, sigma, mask, x)
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
+        self._check(y, sigma, mask, x, *vectors[1:])
         pixels = Pixels(y, sigma, mask, x, *vectors)
         n_pixels = len(y)
         pixels = jax.tree.map(self._filled, pixels)
@@ -149,7 +150,12 @@ class BlockFit:
         missing = self.capacity - len(array)
         return array if len(array) == 1 or not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
-    def _check(self, y, sigma, mask, x):
+    def _check(self, y, sigma, mask, x, lower, upper):
+        if not np.all(lower < upper):
+            raise ValueError(
+                f"Each lower bound must be strictly less than each upper bound: {int(np.sum(~(lower < upper)))} are not, in "
+                "one block; to hold a parameter use fixed="
+            )
         if np.any((sigma <= 0) & ~mask):
             raise ValueError(
                 "`sigma` must be positive: there are values that are zero or negative; use mask= to leave out points"
@@ -211,6 +217,18 @@ class MapProblem:
 
     def with_operands(self, **arrays) -> "MapProblem":
         return replace(self, operands=self.operands | arrays)
+
+    def cut_as(self, blocks) -> "MapProblem":
+        """The same in the blocks of an earlier run, and in bands of whole blocks, if possible no higher than planned."""
+        most = max(band.stop - band.start for band in self.bands)
+        edges, end = [0], 0
+        for n in blocks[0] if blocks else ():
+            if end > edges[-1] and end + n - edges[-1] > most:
+                edges.append(end)
+            end += n
+        bands = tuple(slice(a, b) for a, b in pairwise([*edges, end])) if blocks else self.bands
+        fit = replace(self.fit, capacity=prod(max(sizes) for sizes in blocks))
+        return replace(self, fit=fit, bands=bands, blocks=blocks)
 
     def records(self) -> da.Array:
         """One record for each pixel, chunked like the map."""
@@ -283,20 +301,21 @@ def build_map(
     memory_limit_gb,
 ) -> MapProblem:
     """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
-    f, xdata, ydata = model_first(f, xdata, ydata)
     check_choices(None, loss, strategy, "auto", jac_mode, None, "raise", "error", 0)
     if likelihood(loss, sigma)[1]:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):
         raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
+    ydata, hidden = unmasked(ydata, None)
     dims = getattr(ydata, "dims", None)
-    xdata = coordinates_of(xdata, ydata, axis)
+    if dims is not None and hasattr(ydata, "coords"):
+        xdata = coordinates_of(xdata, ydata, axes_of(axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     data, stored, rules = open_data(as_given, Policy(), mask_values, valid_range)
     y = as_array("ydata", data["ydata"])
     if y.size == 0:
         raise ValueError("`ydata` must not be empty!")
-    fit_axes = _axes(axis, dims, y.ndim)
+    fit_axes = axes_of(axis, dims, y.ndim)
     map_axes = tuple(k for k in range(y.ndim) if k not in fit_axes)
     map_shape, n = tuple(y.shape[k] for k in map_axes), prod(y.shape[k] for k in fit_axes)
 
@@ -314,16 +333,19 @@ def build_map(
         invalid=invalid_values(*rules["sentinels"], y.dtype),
     )
     check_model(model, layouts, n, len(names))
+    if guess is not None:
+        _check_guess(guess, layouts, n, names)
     shared = coordinates.shared(fit_axes)
     if jac_mode == "auto" and not any(each is None for each in shared):
-        check = np.array([np.asarray(v).flat[0] for v in start]) if guess is None else np.ones(len(names))
+        known = [guess is None and not isinstance(each, da.Array) for each in start]
+        check = np.array([np.asarray(v).flat[0] if k else 1.0 for v, k in zip(start, known, strict=True)])
         check_pointwise(model, layouts, tuple(c.astype(float) for c in shared), check)
-        jac_mode = choose_jac_mode(model, layouts, tuple(c.astype(float) for c in shared), check, y.size)
     spec = MapSpec(
         layouts=layouts,
         free=free,
         bounded=any(np.any(np.isfinite(each)) for each in (*lower, *upper)),
-        jac_mode="columns" if jac_mode == "auto" else jac_mode,
+        # not timed: a map that goes on after a break must get the same bits
+        jac_mode=choose_jac_mode(model, layouts, (), np.ones(p), 0) if jac_mode == "auto" else jac_mode,
         loss=loss,
         absolute_sigma=bool(absolute_sigma) or loss == "poisson",
         guess=guess,
@@ -335,9 +357,10 @@ def build_map(
         limit(max_nfev, None) or 100 * p,
         positive("f_scale", f_scale),
     )
+    left_out = along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes) != 0
     operands = {
         "sigma": Operand(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], y.shape, fit_axes)),
-        "mask": Operand(along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes) != 0),
+        "mask": Operand(left_out if hidden is None else left_out | hidden),
         "start": over_the_map(start, y.shape, fit_axes),
         "lower": over_the_map(lower, y.shape, fit_axes),
         "upper": over_the_map(upper, y.shape, fit_axes),
@@ -357,21 +380,17 @@ def build_map(
     return MapProblem(fit, y, operands, bands, blocks, plan, names, tuple(stored))
 
 
-def _axes(axis, dims, ndim) -> tuple[int, ...]:
-    """Places of the fit axes."""
-    given = axis if isinstance(axis, (tuple, list)) else (axis,)
-    found = []
-    for each in given:
-        if isinstance(each, str):
-            if dims is None or each not in dims:
-                raise ValueError(f"`axis` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
-            each = dims.index(each)
-        if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or not -ndim <= each < ndim:
-            raise ValueError(f"`axis` must name axes of `ydata`, which has {ndim}: not {axis!r}")
-        found.append(int(each) % ndim)
-    if not found or len(set(found)) < len(found):
-        raise ValueError(f"`axis` must name one or several different axes, not {axis!r}")
-    return tuple(sorted(found))
+def _check_guess(guess: Model, layouts: Layouts, n: int, names) -> None:
+    """Trace the user's guess of p0, without data."""
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if each.integer else np.float64) for each in layouts.x]
+    with float64(), advice(guess):
+        found = jax.eval_shape(lambda x, y: guess.f(assemble_x(layouts, x), y), x, jax.ShapeDtypeStruct((n,), np.float64))
+    count = sum(prod(each.shape) for each in jax.tree.leaves(found))
+    if count != len(names):
+        raise ValueError(
+            f"`p0` is the function {function_name(guess.f)}, which returned {count} values: it must return one for each of "
+            f"the {len(names)} parameters, {names}"
+        )
 
 
 def along(name, array, shape, fit_axes):

@@ -53,7 +53,7 @@ class MapResult:
 
     record: Any  # (*map) of `map_blocks.record_dtype`
     problem: MapProblem = field(repr=False)
-    labels: dict[str, Any]  # dims, coords, name and attrs of an xarray ``ydata``
+    labels: dict[str, Any]  # dims, coords and attrs of an xarray ``ydata``
 
     @property
     def param_names(self) -> tuple[str, ...]:
@@ -115,21 +115,17 @@ class MapResult:
 
     def to_xarray(self):
         """An `xarray.Dataset` with the dimensions and coordinates of the data along the map, and ``param``."""
+        variables = {
+            name: ((*self._dims, *_inner(name)), self.record[name], _attributes(name)) for name in self.record.dtype.names
+        }
+        attrs = self.labels.get("attrs", {}) | {"model": self._provenance["model"]}
+        return self._coordinates.assign(variables).assign_attrs(attrs)
+
+    @property
+    def _coordinates(self):
         import xarray as xr
 
-        dims = self._dims
-        variables = {
-            name: ((*dims, *_inner(name)), self.record[name], {"units": "1"} if name in ("nfev", "n_points") else {})
-            for name in self.record.dtype.names
-        }
-        coords = {"param": list(self.param_names), **self.labels.get("coords", {})}
-        found = xr.Dataset(
-            variables, coords=coords, attrs=self.labels.get("attrs", {}) | {"model": self._provenance["model"]}
-        )
-        found["status"].attrs = dict(
-            flag_values=[s.value for s in MapStatus], flag_meanings=" ".join(s.name for s in MapStatus)
-        )
-        return found
+        return xr.Dataset(coords={"param": list(self.param_names), **self.labels.get("coords", {})})
 
     @property
     def _dims(self):
@@ -150,8 +146,8 @@ class MapResult:
             absolute_sigma=spec.absolute_sigma,
             limits=fit.limits._asdict(),
             fit_axes=list(fit.fit_axes),
-            data=[list(y.shape), str(y.dtype)],
-            blocks=[[len(sizes), max(sizes)] for sizes in self.problem.blocks],
+            data=_describe(y),
+            blocks=self.problem.blocks,
             operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
             coordinates=[None if c is None else _describe(c) for c in fit.x],
             stores={each.name: each.describe() for each in self.problem.sources},
@@ -175,17 +171,22 @@ class MapResult:
         FileExistsError
             Where ``path`` has something and ``resume`` is false.
         ValueError
-            Where it has a map of another fit; the message says what differs.
+            Where it has a map of another fit; the message says what differs. Values of Dask arrays are not compared.
+        OSError
+            Where ``path`` cannot be written; nothing has been fitted then.
         """
         if not self.lazy:
             raise ValueError(
                 "this map is computed already: call to_zarr on what fit_map returned, or to_xarray().to_zarr(path)"
             )
-        path, identity = Path(path), self._provenance
+        path, identity = Path(path).absolute(), self._provenance
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not resume:
                 raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
-            _compare(path, identity)
+            blocks = _compare(path, identity)
+            if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
+                problem = self.problem.cut_as(blocks)
+                return replace(self, problem=problem, record=problem.records()).to_zarr(path, True, progress, **options)
         if not (path / "done").exists():
             self._create(path, identity)
         done = zarr.open_array(path / "done", mode="r")[...].astype(bool)
@@ -213,15 +214,19 @@ class MapResult:
             base, inner = record[name].subdtype or (record[name], ())
             group.create_array(
                 name, shape=(*shape, *inner), chunks=(*chunks, *inner), dtype=base, dimension_names=(*dims, *_inner(name)),
-                fill_value=np.nan if base.kind == "f" else 0,
+                fill_value=np.nan if base.kind == "f" else 0, attributes=_attributes(name),
             )  # fmt: skip
-        for name, (along, values) in {k: v for k, v in self.labels.get("coords", {}).items() if np.ndim(v[1]) == 1}.items():
-            values = np.asarray(values)
-            if values.dtype.kind in "buif":
-                group.create_array(name, data=values, dimension_names=tuple(along))
+        if self.labels:
+            named = self._coordinates.assign_attrs(group.attrs)  # which it would else take away
+            texts = {name: each.astype(object) for name, each in named.coords.items() if each.dtype.kind == "U"}
+            # as objects they become Zarr's type of text, which has no fixed length, and a specification
+            named.assign_coords(texts).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
         numbers = tuple(map(len, blocks))
         # the last that is made: a group without it was not begun
-        group.create_array("done", shape=numbers, chunks=(1,) * len(numbers), dtype="u1", fill_value=0)
+        group.create_array(
+            "done", shape=numbers, chunks=(1,) * len(numbers), dtype="u1", fill_value=0,
+            dimension_names=[f"blocks_of_{dim}" for dim in dims],
+        )  # fmt: skip
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -241,7 +246,11 @@ class MapResult:
         before = self.compute()
         skipped = np.isin(before.status, [MapStatus.MASKED, MapStatus.TOO_FEW_POINTS])
         failed = ~before.success & ~skipped
-        starts = before._medians_around() if p0 is None else np.broadcast_to(np.asarray(p0, float), before.popt.shape)
+        starts = before._medians_around() if p0 is None else np.asarray(p0, float)
+        try:
+            starts = np.broadcast_to(starts, before.popt.shape)
+        except ValueError:
+            raise ValueError(f"`p0` must be of shape {before.popt.shape}, or broadcast to it, not {starts.shape}") from None
         failed &= np.isfinite(starts).all(axis=-1)
         if not failed.any():
             return before
@@ -317,6 +326,12 @@ def _inner(name):
     return {"popt": ("param",), "perr": ("param",), "at_bound": ("param",), "pcov": ("param", "param_")}.get(name, ())
 
 
+def _attributes(name):
+    if name == "status":
+        return dict(flag_values=[s.value for s in MapStatus], flag_meanings=" ".join(s.name for s in MapStatus))
+    return {"units": "1"} if name in ("nfev", "n_points") else {}
+
+
 def _describe(array):
     if isinstance(array, da.Array):
         return [list(array.shape), str(array.dtype)]
@@ -328,14 +343,16 @@ def _plain(attrs):
 
 
 def _compare(path, identity):
+    """Blocks of the map that was begun at ``path``; an error where it is not the same fit."""
     try:
         known = dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]
-    except (KeyError, FileNotFoundError, zarr.errors.GroupNotFoundError):
+    except (KeyError, OSError, zarr.errors.GroupNotFoundError):
         raise ValueError(f"{path} is not a map that to_zarr has begun: give another path") from None
     changed = [name for name in known.keys() | identity.keys() if known.get(name) != identity.get(name)]
-    if changed:
+    if changed and changed != ["blocks"]:
         was = "; ".join(f"{name}: {known.get(name)} then, {identity.get(name)} now" for name in sorted(changed))
         raise ValueError(f"{path} is a map of another fit. Changed: {was[:500]}. Give another path")
+    return tuple(map(tuple, known["blocks"]))
 
 
 def _write(record, path, index, place):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import dask.array as da
 import numpy as np
 
-from .arguments import along_dims, model_first
+from .arguments import along_dims, map_first, model_first
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
 from .map_step import MapStatus
@@ -105,16 +105,17 @@ def fit_map(
     goes on to QR there. See `dask_nlsq.map_solver` for the method.
     """
     given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
-    f, xdata, ydata = model_first(f, xdata, ydata)
+    f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     if guess not in (None, "coarse-to-fine"):
         raise ValueError(f"`guess` must be None or 'coarse-to-fine', not {guess!r}; a function that guesses is p0=")
     labels: dict[str, Any] = {}
-    if hasattr(ydata, "dims") and hasattr(ydata, "coords"):
+    if labelled := hasattr(ydata, "dims") and hasattr(ydata, "coords"):
         for name in ("sigma", "mask"):
             if hasattr(given[name], "dims"):
                 given[name] = along_dims(given[name], ydata.dims)
+        p0, given["bounds"], given["fixed"] = (map_first(each, ydata.dims) for each in (p0, bounds, fixed))
     problem = build_map(f, xdata, ydata, p0, **given)
-    if hasattr(ydata, "dims") and hasattr(ydata, "coords"):
+    if labelled:
         dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
         kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
         labels = dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))
@@ -184,7 +185,7 @@ def _of_all(operand: Operand, axes) -> Operand:
         return operand
     if array.dtype == bool:
         return Operand(np.zeros((1,) * array.ndim, bool))
-    return Operand(array.mean(axis=axes, keepdims=True), last)
+    return Operand((da if isinstance(array, da.Array) else np).nanmean(array, axis=axes, keepdims=True), last)
 
 
 def _spread(bins, block_info=None):

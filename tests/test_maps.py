@@ -1,0 +1,441 @@
+"""`fit_map`: SciPy's answers, whatever the blocks and neighbours; statuses; how the data are read; errors at the door."""
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import xarray as xr
+import zarr
+from distributed import Client
+
+from dask_nlsq import MapStatus, MemoryBudgetError, fit_map
+from dask_nlsq.arguments import map_parameters
+from tests import clusters
+from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, digits, required
+from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
+
+TIGHT = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
+BOUNDS = ([0, -3, 0.2, -1], [20, 3, 3, 5])
+NEAR = 1e-4  # standard errors
+Y, TRUTH = spectra()
+SLOW = pytest.mark.slow
+
+
+def peak_np(x, area, center, width, offset):
+    return area * np.exp(-0.5 * ((x - center) / width) ** 2) + offset
+
+
+def by_scipy(sigma=None, p0=P0, **options):
+    """popt (*map, p) and pcov (*map, p, p), pixel by pixel."""
+    popt, pcov = np.empty((*BLOCK, 4)), np.empty((*BLOCK, 4, 4))
+    for place in np.ndindex(BLOCK):
+        its = None if sigma is None else np.broadcast_to(sigma, Y.shape)[place]
+        start = p0[place] if np.ndim(p0) > 1 else p0
+        popt[place], pcov[place] = scipy.optimize.curve_fit(
+            peak_np, X, Y[place], start, its, method="trf", x_scale="jac", max_nfev=5000, **TIGHT | options
+        )
+    return popt, pcov
+
+
+def assert_near(found, popt, pcov):
+    perr = np.sqrt(np.diagonal(pcov, axis1=-2, axis2=-1))
+    assert np.max(np.abs(found.popt - popt) / perr) < NEAR
+    assert np.max(np.abs(found.pcov - pcov) / (perr[..., None] * perr[..., None, :])) < NEAR
+    np.testing.assert_allclose(found.perr, perr, rtol=NEAR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same answers as SciPy's
+
+RNG = np.random.default_rng(1)
+SIGMAS = {
+    "none": None,
+    "per point": 0.1 + 0.1 * RNG.random(N),
+    "per pixel": 0.1 + 0.1 * RNG.random(BLOCK),
+    "full": 0.1 + 0.1 * RNG.random((*BLOCK, N)),
+}
+QUICK = {("none", False), ("none", True), ("per pixel", True), ("full", False)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounded"),
+    [pytest.param(k, b, marks=() if (k, b) in QUICK else SLOW) for k in SIGMAS for b in (False, True)],
+)
+def test_each_pixel_has_scipys_answer(kind, bounded):
+    sigma = SIGMAS[kind]
+    options = TIGHT | (dict(bounds=BOUNDS) if bounded else {})
+    found = fitted(Y, sigma=sigma, full_covariance=True, **options)
+    assert found.success.all()
+    assert (found.n_points == N).all()
+    assert_near(found, *by_scipy(sigma=sigma[..., None] if kind == "per pixel" else sigma, **options))
+
+
+@pytest.mark.parametrize(
+    ("loss", "absolute_sigma"),
+    [
+        ("soft_l1", True),
+        *(pytest.param(*each, marks=SLOW) for each in [("linear", True), ("huber", False), ("cauchy", False)]),
+    ],
+)
+def test_losses_are_scipys(loss, absolute_sigma):
+    options = dict(loss=loss, f_scale=1.3, absolute_sigma=absolute_sigma, bounds=BOUNDS, **TIGHT)
+    found = fitted(Y, sigma=0.15, full_covariance=True, **options)
+    assert found.success.all()
+    assert_near(found, *by_scipy(sigma=0.15, **options))
+
+
+@pytest.mark.slow
+def test_a_loss_with_many_minima_ends_where_scipy_stays():
+    options = dict(loss="arctan", f_scale=1.3, bounds=BOUNDS, **TIGHT)
+    found = fitted(Y, sigma=0.15, full_covariance=True, **options)
+    assert found.success.all()
+    assert_near(found, *by_scipy(sigma=0.15, p0=found.popt, **options))
+
+
+def test_active_bounds_are_scipys_and_told():
+    bounds = ([0, -3, 0.2, 0.5], [5, 3, 1.2, 0.9])
+    found = fit_map(peak, X, Y, bounds=bounds, **TIGHT).compute()
+    popt, pcov = by_scipy(p0=None, bounds=bounds)
+    at = np.where(popt - bounds[0] < 1e-9, -1, np.where(bounds[1] - popt < 1e-9, 1, 0))
+    assert found.success.all()
+    assert set(at.ravel()) == {-1, 0, 1}
+    assert np.max(np.abs(found.popt - popt) / np.sqrt(np.diagonal(pcov, axis1=-2, axis2=-1))) < NEAR
+    np.testing.assert_array_equal(found.at_bound, at)
+    np.testing.assert_array_equal(found.status == MapStatus.AT_BOUND, at.any(axis=-1))
+
+
+def test_fixed_parameters_are_held_and_the_others_are_scipys():
+    held, free = TRUTH[..., 1], [0, 2, 3]
+    found = fitted_by_name(dict(area=4, width=1, offset=0.5), fixed=dict(center=held))
+    assert found.success.all()
+    np.testing.assert_array_equal(found.popt[..., 1], held)
+    assert (found.perr[..., 1] == 0).all()
+    for place in np.ndindex(BLOCK):
+        popt, pcov = scipy.optimize.curve_fit(
+            lambda x, area, width, offset, center=held[place]: peak_np(x, area, center, width, offset),
+            X, Y[place], [4, 1, 0.5], method="trf", x_scale="jac", **TIGHT,
+        )  # fmt: skip
+        assert np.max(np.abs(found.popt[place][free] - popt) / np.sqrt(np.diag(pcov))) < NEAR
+        np.testing.assert_allclose(found.perr[place][free], np.sqrt(np.diag(pcov)), rtol=NEAR)
+
+
+def fitted_by_name(p0, **options):
+    return fit_map(peak, X, Y, p0, **TIGHT | options).compute()
+
+
+def test_a_masked_point_is_one_that_scipy_does_not_get():
+    mask = np.random.default_rng(2).random(Y.shape) < 0.2
+    found = fitted(Y, mask=mask, **TIGHT)
+    assert found.success.all()
+    np.testing.assert_array_equal(found.n_points, N - mask.sum(axis=-1))
+    same_bits(fitted(np.where(mask, np.nan, Y), **TIGHT), found)
+    same_bits(fitted(np.ma.array(Y, mask=mask), **TIGHT), found)
+    for place in [(0, 0), (2, 3)]:
+        keep = ~mask[place]
+        popt, pcov = scipy.optimize.curve_fit(peak_np, X[keep], Y[place][keep], P0, method="trf", x_scale="jac", **TIGHT)
+        assert np.max(np.abs(found.popt[place] - popt) / np.sqrt(np.diag(pcov))) < NEAR
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [p if name in ("Misra1a", "MGH09") else pytest.param(p, marks=SLOW) for name, p in PROBLEMS.items()],
+    ids=lambda problem: problem.name,
+)
+def test_both_starts_reach_the_certified_digits(problem):
+    tight = dict(ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=5000)
+    found = fit_map(problem.model, problem.x, np.stack([problem.y] * 2), problem.starts, **tight).compute()
+    wanted = required(problem)
+    for k in range(2):
+        errors, certified = found.perr[k], problem.errors
+        if problem.name in ERRORS_IN_RESIDUALS:
+            errors, certified = errors / np.sqrt(found.chi2[k] / problem.dof), certified / np.sqrt(problem.rss / problem.dof)
+        near_singular = wanted.params < 9 and found.status[k] in (MapStatus.SINGULAR, MapStatus.ITERATION_LIMIT)
+        assert found.success[k] or near_singular
+        assert digits(found.popt[k], problem.certified) >= wanted.params or near_singular
+        assert digits(errors, certified) >= wanted.errors or near_singular
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same bits whatever the blocks, the neighbours and the workers
+
+WIDE, _ = spectra((10, 6), seed=5)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return fitted(blocks_of(WIDE))
+
+
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=SLOW), 4, pytest.param(10, marks=SLOW)])
+def test_bits_do_not_depend_on_the_blocks(wide, rows):
+    same_bits(fitted(da.from_array(WIDE, chunks=(rows, 3, N))), wide)
+
+
+def test_bits_do_not_depend_on_neighbours_or_order(wide):
+    order = np.random.default_rng(1).permutation(30)
+    first = (slice(0, 5),)
+    pixels = WIDE[first].reshape(30, N)
+    shuffled = fitted(pixels[order].reshape(Y.shape))
+    for name in ("popt", "perr", "nfev", "status"):
+        values = getattr(wide, name)[first].reshape(30, -1)[order]
+        np.testing.assert_array_equal(getattr(shuffled, name).reshape(30, -1), values)
+    mixed = WIDE[first].copy()
+    mixed[::2] = 1e3 * np.random.default_rng(3).random((3, 6, N))  # other neighbours, that take other numbers of steps
+    same_bits(fitted(mixed), wide, where=(slice(1, 5, 2),))
+
+
+def test_bits_do_not_depend_on_the_turn_in_which_a_pixel_comes(wide):
+    """More pixels than lanes: they are compacted, and lanes given new pixels, at places that depend on all others."""
+    many = spectra((700,), seed=6)[0].copy()
+    places = np.random.default_rng(4).choice(700, 60, replace=False)
+    many[places] = WIDE.reshape(60, N)
+    found = fitted(many)
+    for name in ("popt", "perr", "chi2", "nfev", "status"):
+        values = getattr(found, name)[places]
+        np.testing.assert_array_equal(values, getattr(wide, name).reshape(values.shape))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_bits_do_not_depend_on_the_threads(wide, n_threads):
+    with dask.config.set(num_workers=n_threads):
+        same_bits(fitted(blocks_of(WIDE)), wide)
+
+
+def test_bits_do_not_depend_on_the_place_of_the_fit_axis(wide, tmp_path):
+    turned = np.ascontiguousarray(np.moveaxis(WIDE, -1, 0))
+    same_bits(fitted(da.from_array(turned, chunks=(-1, *BLOCK)), axis=0), wide)
+    for name, chunks in dict(whole=(N, *BLOCK), cut=(7, *BLOCK)).items():
+        zarr.create_array(tmp_path / name, shape=turned.shape, chunks=chunks, dtype="f8")[...] = turned
+        same_bits(fitted(tmp_path / name, axis=0), wide)
+    middle = np.moveaxis(WIDE, -1, 1)
+    same_bits(fitted(da.from_array(middle, chunks=(5, -1, 6)), axis=1), wide)
+
+
+def test_two_fit_axes_are_one_longer_one(wide):
+    folded = WIDE.reshape(10, 6, 4, N // 4)
+    found = fit_map(peak, X.reshape(4, -1), da.from_array(folded, chunks=(*BLOCK, -1, -1)), P0, axis=(2, -1)).compute()
+    same_bits(found, wide)
+
+
+@pytest.mark.slow
+def test_bits_do_not_depend_on_the_workers(wide):
+    with clusters.local(2) as cluster, Client(cluster):
+        same_bits(fitted(blocks_of(WIDE)), wide)
+
+
+def test_a_single_spectrum_is_a_map_without_axes(wide):
+    found = fitted(WIDE[3, 2])
+    assert found.popt.shape == (4,)
+    np.testing.assert_array_equal(found.popt, wide.popt[3, 2])
+    assert found.status == wide.status[3, 2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pixels that cannot be fitted
+
+
+def test_spoiled_pixels_have_statuses_and_spoil_no_other():
+    sound = fitted(Y)
+    spoiled = Y.copy()
+    spoiled[0, 0] = np.nan
+    spoiled[0, 1, 7] = np.inf
+    spoiled[0, 2] = 0
+    spoiled[0, 3] = 2.5
+    spoiled[0, 4, 3:] = np.nan
+    spoiled[0, 5] = 1e300
+    spoiled[1, 0, 5:] = -np.inf
+    found = fitted(spoiled)
+    same_bits(found, sound, where=(slice(2, 5),))
+    same_bits(found, sound, where=(1, slice(1, 6)))
+    status = dict(zip(("nan", "inf", "zero", "constant", "few", "huge"), found.status[0], strict=True))
+    assert status["nan"] == MapStatus.MASKED
+    assert status["inf"] in range(1, 6)
+    assert found.n_points[0, 1] == N - 1
+    assert status["zero"] == status["constant"] == MapStatus.SINGULAR
+    assert status["few"] == MapStatus.TOO_FEW_POINTS
+    assert found.n_points[0, 4] == 3
+    assert status["huge"] in (MapStatus.NON_FINITE, MapStatus.SINGULAR, MapStatus.ITERATION_LIMIT)
+    assert found.n_points[1, 0] == 5
+    for place in [(0, 0), (0, 4)]:
+        assert np.isnan(found.popt[place]).all()
+        assert np.isnan(found.perr[place]).all()
+        assert np.isnan(found.chi2[place])
+    np.testing.assert_array_equal(found.popt[0, 2:4, 3], [0, 2.5])
+    assert np.isinf(found.perr[0, 2:4, 1:3]).all()
+    assert not found.success[0, [0, 2, 3, 4, 5]].any()
+
+
+def test_saturated_values_of_a_store_do_not_count(tmp_path):
+    counts = np.random.default_rng(7).poisson(np.clip(300 * Y, 0, None)).astype("u2")
+    counts[1, 2] = 65535
+    counts[2, 2, :10] = 65535
+    zarr.create_array(tmp_path / "y", shape=counts.shape, chunks=counts.shape, dtype="u2")[...] = counts
+    found = fit_map(peak, X, tmp_path / "y", [1200, 0.3, 1, 150]).compute()
+    assert found.status[1, 2] == MapStatus.MASKED
+    assert found.n_points[2, 2] == N - 10
+    others = np.ones(BLOCK, bool)
+    others[1, 2] = others[2, 2] = False
+    assert found.success[others].all()
+    whole = fit_map(peak, X, np.where(counts == 65535, np.nan, counts), [1200, 0.3, 1, 150]).compute()
+    np.testing.assert_allclose(found.popt[others], whole.popt[others], rtol=1e-5)
+
+
+def test_fewer_points_than_free_parameters_is_a_status():
+    mask = np.ones(Y.shape, bool)
+    mask[1:, :, [10, 20, 30]] = False
+    found = fitted(Y, mask=mask)
+    assert (found.status[0] == MapStatus.MASKED).all()
+    assert (found.status[1:] == MapStatus.TOO_FEW_POINTS).all()
+
+
+def test_starts_that_are_not_finite_are_a_status():
+    starts = np.broadcast_to(P0, TRUTH.shape).copy()
+    starts[2, 3, 0] = np.nan
+    found = fit_map(peak, X, Y, starts).compute()
+    assert found.status[2, 3] == MapStatus.NON_FINITE
+    assert np.sum(~found.success) == 1
+    assert np.isnan(found.popt[2, 3]).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fit axis in many chunks: each is read once where it fits
+
+STACK = np.ascontiguousarray(np.moveaxis(spectra((20, 6), seed=8)[0], -1, 0))
+
+
+def test_one_chunk_per_energy_is_read_once(tmp_path):
+    y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
+    found = fit_map(peak, X, y, P0, axis=0)
+    assert not reads
+    assert found.plan.n_bands == 1
+    assert found.plan.read_bytes == STACK.nbytes
+    expected = fitted(da.from_array(STACK, chunks=(-1, 20, 6)), axis=0)
+    same_bits(found.compute(), expected)
+    assert len(reads) == N
+    assert set(reads.values()) == {1}
+
+
+def test_bands_read_each_chunk_once_each(tmp_path):
+    y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
+    with dask.config.set({"nlsq.threads": 1}):
+        found = fit_map(peak, X, y, P0, axis=0, memory_limit_gb=1.2e5 / 2**30)
+    n_bands = found.plan.n_bands
+    assert 1 < n_bands < 20
+    assert f"in {n_bands} bands" in str(found.plan)
+    assert found.plan.read_bytes == n_bands * STACK.nbytes
+    assert found.plan.peak_bytes <= 1.2e5
+    computed = found.compute()
+    assert set(reads.values()) == {n_bands}
+    same_bits(computed, fitted(da.from_array(STACK, chunks=(-1, 20, 6)), axis=0))
+
+
+def test_what_cannot_be_joined_in_memory_is_refused():
+    stack = da.from_array(STACK, chunks=(1, -1, -1))
+    with pytest.raises(MemoryBudgetError, match='strategy="auto"'):
+        fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=1.2e5 / 2**30, strategy="chunked")
+    with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
+        fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=1e3 / 2**30)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# errors at the door
+
+DX = xr.DataArray(Y, dims=("row", "column", "energy"), coords=dict(energy=X))
+
+
+def by_branch(x, area, center, width, offset):
+    return area if x > 0 else offset
+
+
+def with_numpy(x, area, center, width, offset):
+    return area * np.exp(-x) + offset
+
+
+def not_pointwise(x, area, center, width, offset):
+    return area * x / jnp.sum(x**2) + offset
+
+
+BAD = {
+    "axis too large": (dict(axis=3), ValueError, "`axis`.*3"),
+    "axis twice": (dict(axis=(2, -1)), ValueError, "`axis`.*different"),
+    "axis by name": (dict(axis="energy"), ValueError, "`axis` 'energy'.*no named"),
+    "axis is no number": (dict(axis=1.5), ValueError, "`axis`.*1.5"),
+    "axis of xarray": (dict(ydata=DX, axis="energie"), ValueError, "`axis` 'energie'.*row"),
+    "axis of xarray, too large": (dict(ydata=DX, axis=5), ValueError, "`axis`.*5"),
+    "x too short": (dict(xdata=X[:-1]), ValueError, r"`xdata`.*39"),
+    "x by an unknown name": (dict(ydata=DX, axis="energy", xdata="enrgy"), ValueError, "`xdata` 'enrgy'.*energy"),
+    "x of no coordinate": (dict(ydata=DX, axis="column", xdata=None), ValueError, "`xdata` None.*'column'.*energy"),
+    "p0 map": (dict(p0=np.ones((6, 5, 4))), ValueError, r"`p0 of area`.*\(5, 6\).*\(6, 5\)"),
+    "p0 too long": (dict(p0=[1, 2, 3, 4, 5]), ValueError, "`p0` has 5 values.*takes 4"),
+    "p0 a number": (dict(p0=3.0), ValueError, "`p0`.*3.0"),
+    "p0 text": (dict(p0="abcd"), TypeError, "`p0 of area`.*'a'"),
+    "p0 unknown name": (dict(p0=dict(aera=1)), ValueError, "`p0` names 'aera'.*did you mean 'area'"),
+    "p0 lacks a name": (dict(p0=dict(area=1)), ValueError, "`p0` has no 'center'"),
+    "p0 not finite": (dict(p0=[1, np.nan, 1, 1]), ValueError, "`p0` must be finite: center"),
+    "p0 outside": (dict(bounds=([5, -3, 0, 0], 9)), ValueError, "outside.*area = 4.0"),
+    "p0 dict map": (dict(p0=dict(area=np.ones(5), center=0, width=1, offset=0)), ValueError, r"`p0 of area`.*\(5, 6\)"),
+    "bounds crossed": (dict(bounds=dict(width=(2, 1))), ValueError, "width has"),
+    "bounds crossed in a pixel": (dict(bounds=dict(width=(0, TRUTH[..., 1]))), ValueError, "Each lower bound.*width"),
+    "bounds unknown name": (dict(bounds=dict(widht=(0, 1))), ValueError, "`bounds` names 'widht'.*'width'"),
+    "bounds too short": (dict(bounds=([0, 0], [1, 1])), ValueError, r"`bounds\[0\]` has 2 values"),
+    "bounds map": (dict(bounds=dict(width=(0, np.ones(6)))), ValueError, r"`bounds of width`.*\(6,\)"),
+    "bounds no pair": (dict(bounds=3), ValueError, "`bounds` must be a pair"),
+    "fixed unknown": (dict(fixed=dict(widht=1)), ValueError, "`fixed` names 'widht'"),
+    "fixed all": (dict(fixed=dict.fromkeys(NAMES, 1.0)), ValueError, "`fixed` holds all"),
+    "fixed map": (dict(fixed=dict(width=np.ones(7))), ValueError, r"`fixed\['width'\]`.*\(7,\)"),
+    "names": (dict(param_names=["a", "b"]), ValueError, "takes 4 parameters"),
+    "names twice": (dict(param_names=["a", "b", "c", "a"]), ValueError, "`param_names` must be different"),
+    "sigma shape": (dict(sigma=np.ones(7)), ValueError, r"`sigma` of shape \(7,\) does not fit"),
+    "sigma ambiguous": (dict(ydata=np.ones((N, N)), sigma=np.ones(N)), ValueError, "`sigma`.*several ways.*as many axes"),
+    "mask shape": (dict(mask=np.ones((6, 5), bool)), ValueError, r"`mask` of shape \(6, 5\)"),
+    "sigma text": (dict(sigma="wide"), (TypeError, FileNotFoundError), "`sigma`.*wide"),
+    "guess wrong name": (dict(guess="neighbours"), ValueError, "`guess`.*coarse-to-fine"),
+    "guess of two": (dict(p0=lambda x, y: (y.max(), 0.0)), ValueError, "`p0` is the function.*2 values.*4 parameters"),
+    "guess with NumPy": (dict(p0=lambda x, y: [float(y.max()), 0, 1, 0]), TypeError, "jax.numpy"),
+    "guess on own x": (dict(xdata=np.broadcast_to(X, Y.shape), guess="coarse-to-fine"), ValueError, "xdata that all"),
+    "no model": (dict(f=3), TypeError, "fit_map needs a model"),
+    "model branches": (dict(f=by_branch), TypeError, "by_branch.*jnp.where"),
+    "model with NumPy": (dict(f=with_numpy), TypeError, "with_numpy.*jax.numpy"),
+    "model not pointwise": (dict(f=not_pointwise), ValueError, "not_pointwise is not pointwise"),
+    "empty": (dict(ydata=np.ones((0, 4, N))), ValueError, "`ydata` must not be empty"),
+    "complex": (dict(ydata=Y + 0j), TypeError, "`ydata` has dtype complex"),
+    "loss": (dict(loss="quadratic"), ValueError, "`loss`.*'quadratic'"),
+    "nan_policy": (dict(nan_policy="propagate"), ValueError, "`nan_policy`"),
+    "max_nfev": (dict(max_nfev=0), ValueError, "`max_nfev`"),
+    "ftol": (dict(ftol=-1), ValueError, "`ftol`"),
+    "strategy": (dict(strategy="fast"), ValueError, "`strategy`.*'fast'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_are_one_error_that_names_them(name):
+    changed, error, message = BAD[name]
+    arguments = dict(f=peak, xdata=X, ydata=Y, p0=P0) | changed
+    with pytest.raises(error, match=message):
+        fit_map(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(sigma=np.where(np.arange(N) == 3, 0.0, 1.0)), "`sigma` must be positive"),
+        (dict(ydata=np.where(Y > 4, np.nan, Y), nan_policy="raise"), "nan or infinity.*`ydata`"),
+        (dict(bounds=dict(width=(0, da.from_array(TRUTH[..., 1])))), "Each lower bound"),
+    ],
+    ids=["sigma", "nan", "lazy bounds"],
+)
+def test_bad_values_are_an_error_when_they_are_met(changed, message):
+    found = fit_map(**dict(f=peak, xdata=X, ydata=Y, p0=P0) | changed)
+    with pytest.raises(ValueError, match=message):
+        found.compute()
+
+
+def test_bounds_over_the_map_have_a_start_within():
+    bounds = dict(area=(0, None), center=(-2, TRUTH[..., 0]), width=(None, da.from_array(TRUTH[..., 2])))
+    start = map_parameters(peak, None, bounds, None, None, BLOCK)[2]
+    assert start[0] == 1
+    np.testing.assert_allclose(start[1], (TRUTH[..., 0] - 2) / 2)
+    np.testing.assert_array_equal(start[2].compute(), TRUTH[..., 2] - 1)
+    assert start[3] == 1
