@@ -256,8 +256,8 @@ def _per_parameter(name, value, n):
 
 def _feasible(lower, upper):
     """SciPy's start within the bounds: 1, the middle, or 1 away from the only bound."""
-    with np.errstate(invalid="ignore"):
-        middle = lower + 0.5 * (upper - lower)
+    low, high = (np.where(np.isfinite(each), each, 0.0) for each in (lower, upper))
+    middle = low + 0.5 * (high - low)
     inside = np.where(np.isfinite(lower), lower + 1, np.where(np.isfinite(upper), upper - 1, 1.0))
     return np.where(np.isfinite(lower) & np.isfinite(upper), middle, inside)
 

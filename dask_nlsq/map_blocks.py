@@ -254,9 +254,9 @@ class MapProblem:
     def part(self, operand: Operand, rows: slice) -> tuple[Any, tuple[int, ...] | None]:
         """An operand on some rows of the map, in its blocks, and its axes as `blockwise` counts them."""
         array, last = operand
-        if array.ndim == last:  # the same for all pixels
-            return array, None
         axes, want = self.map_axes, {}
+        if array.ndim == last or (isinstance(array, np.ndarray) and all(array.shape[k] == 1 for k in axes) and axes):
+            return array, None  # the same for all pixels
         for place, (k, sizes) in enumerate(zip(axes, self.blocks, strict=True)):
             if array.shape[k] == 1:
                 want[k] = (1,)
@@ -343,7 +343,7 @@ def build_map(
     spec = MapSpec(
         layouts=layouts,
         free=free,
-        bounded=any(np.any(np.isfinite(each)) for each in (*lower, *upper)),
+        bounded=any(isinstance(each, da.Array) or np.any(np.isfinite(each)) for each in (*lower, *upper)),
         # not timed: a map that goes on after a break must get the same bits
         jac_mode=choose_jac_mode(model, layouts, (), np.ones(p), 0) if jac_mode == "auto" else jac_mode,
         loss=loss,

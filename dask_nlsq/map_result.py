@@ -87,10 +87,17 @@ class MapResult:
         if not self.lazy:
             return self
         with _bar(progress):
-            parts = [
-                dask.compute(self.record[band] if self.record.ndim else self.record, **options)[0] for band in self._bands
-            ]
+            record = self._settled(options).record
+            parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self._bands]
         return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
+
+    def _settled(self, options) -> "MapResult":
+        """The same with starts computed, where there are several bands, each of which would compute all of them."""
+        start, last = self.problem.operands["start"]
+        if len(self._bands) == 1 or not isinstance(start, da.Array):
+            return self
+        problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
+        return replace(self, problem=problem, record=problem.records())
 
     @property
     def _bands(self):
@@ -192,8 +199,8 @@ class MapResult:
         done = zarr.open_array(path / "done", mode="r")[...].astype(bool)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
         with _bar(progress):
+            blocks = None if done.all() else self._settled(options).record.to_delayed()
             for band in self._bands:
-                blocks = self.record.to_delayed()
                 tasks = []
                 for index in product(*(range(len(sizes)) for sizes in self.problem.blocks)):
                     place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))
@@ -300,9 +307,9 @@ class MapResult:
         """
         import matplotlib.pyplot as plt
 
+        if self.record.ndim not in (1, 2):
+            raise ValueError(f"plot draws maps with one or two axes, this one has {self.record.ndim}: take a slice of popt")
         found = self.compute()
-        if found.record.ndim not in (1, 2):
-            raise ValueError(f"plot draws maps with one or two axes, this one has {found.record.ndim}: take a slice of popt")
         names, good = self.param_names, found.success
         if axes is None:
             _, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), layout="constrained", squeeze=False)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
+from dask.graph_manipulation import clone
 
 from .arguments import along_dims, map_first, model_first
 from .map_blocks import MapProblem, Operand, build_map
@@ -129,9 +130,10 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     axes, fit, last = problem.map_axes, problem.fit, problem.y.ndim
     if any(c is None for c in fit.x) or not axes:
         raise ValueError("guess='coarse-to-fine' takes means of spectra: it needs a map, and xdata that all pixels share")
-    bins = da.concatenate([_binned(problem, band) for band in problem.bands], axis=axes[0])
+    own = {name: Operand(_read_apart(each.array), each.last) for name, each in problem.operands.items()}
+    bins = _binned(replace(problem, y=_read_apart(problem.y), operands=own))
     mean = da.nanmean(bins, axis=axes, keepdims=True)
-    operands = {name: _of_all(operand, axes) for name, operand in problem.operands.items()}
+    operands = {name: _of_all(operand, axes) for name, operand in own.items()}
 
     def coarse(y, blocks, spec, **starts):
         """Records of a smaller map."""
@@ -149,23 +151,30 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     popt = da.where(good[..., None], found["popt"], first)
     popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
     shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))
-    fine = replace(problem, fit=replace(fit, spec=unguessed))
+    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + problem.y.nbytes)
+    fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan)
     return fine.with_operands(start=Operand(popt.reshape(*shape, popt.shape[-1]), 1))
 
 
-def _binned(problem: MapProblem, rows: slice) -> da.Array:
-    """Means of the points that count over bins of the map, of some of its rows, with y's axes."""
-    axes = problem.map_axes
-    y, mask = (problem.part(operand, rows) for operand in (Operand(problem.y), problem.operands["mask"]))
-    return da.blockwise(
+def _read_apart(array):
+    """The same with tasks of its own: else all that is read for the coarse fits would be kept for those of the pixels."""
+    return clone(array) if isinstance(array, da.Array) else array
+
+
+def _binned(problem: MapProblem) -> da.Array:
+    """Means of the points that count over bins of the map, with y's axes; chunks along the fit axes are not joined."""
+    axes, y, mask = problem.map_axes, problem.y, problem.operands["mask"].array
+    blocks = dict(zip(axes, problem.blocks, strict=True))
+    chunks = tuple(blocks.get(k, y.chunks[k] if isinstance(y, da.Array) else n) for k, n in enumerate(y.shape))
+    y = y.rechunk(chunks) if isinstance(y, da.Array) else da.from_array(y, chunks=chunks, name=False)
+    mask = da.asarray(mask).rechunk(tuple(c if n > 1 else 1 for n, c in zip(mask.shape, y.chunks, strict=True)))
+    return da.map_blocks(
         partial(_bin_block, axes=axes, invalid=problem.fit.spec.layouts.invalid),
-        tuple(range(problem.y.ndim)),
-        *y,
-        *mask,
+        y,
+        mask,
         dtype=np.float64,
-        meta=np.empty((0,) * problem.y.ndim),
-        align_arrays=False,
-        adjust_chunks={k: lambda n: -(-n // BIN) for k in axes},
+        meta=np.empty((0,) * y.ndim),
+        chunks=tuple(tuple(-(-n // BIN) for n in c) if k in axes else c for k, c in enumerate(y.chunks)),
     )
 
 
