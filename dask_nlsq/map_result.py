@@ -125,7 +125,7 @@ class MapResult:
         variables = {
             name: ((*self._dims, *_inner(name)), self.record[name], _attributes(name)) for name in self.record.dtype.names
         }
-        attrs = self.labels.get("attrs", {}) | {"model": self._provenance["model"]}
+        attrs = self.labels.get("attrs", {}) | {"model": function_name(self.problem.fit.model.f)}
         return self._coordinates.assign(variables).assign_attrs(attrs)
 
     @property
