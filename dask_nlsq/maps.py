@@ -76,7 +76,7 @@ def fit_map(
         Values of parameters that are not fitted, by name; numbers or arrays of the map's shape.
     guess : {None, "coarse-to-fine"}
         Fit the mean spectrum from p0, means of bins of 8 pixels to each side from there, and pixels from their bin's; that
-        reads the data once more.
+        reads the data once more. Bins end where blocks do, so other chunks of the map are other starts.
     full_covariance : bool
         Whether the result has ``pcov``.
     strategy : {"auto", "standard", "chunked", "streaming"}

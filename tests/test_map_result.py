@@ -209,17 +209,17 @@ def test_sigma_and_mask_of_xarray_are_aligned_by_name():
 
 
 def test_starts_of_xarray_are_aligned_by_name():
-    square, truth = spectra((5, 5), seed=3)
-    data = xr.DataArray(square, dims=("row", "column", "energy"))
+    y, truth = spectra(BLOCK, seed=3)
+    data = xr.DataArray(y, dims=("row", "column", "energy"))
     starts = dict(zip(NAMES, P0, strict=True)) | dict(center=truth[..., 1])
     turned = starts | dict(center=xr.DataArray(truth[..., 1].T, dims=("column", "row")))
     found = [fit_map(peak, X, data, p0, axis="energy").compute() for p0 in (starts, turned)]
     same_bits(*found)
-    every = xr.DataArray(np.moveaxis(truth, 2, 0), dims=("param", "column", "row"))
-    np.testing.assert_array_equal(
-        fit_map(peak, X, data, every.transpose("row", "param", "column"), axis="energy").compute().popt,
-        fit_map(peak, X, data, truth.swapaxes(0, 1), axis="energy").compute().popt,
-    )
+    every = xr.DataArray(truth, dims=("row", "column", "param"))
+    by_name = [
+        fit_map(peak, X, data, p0, axis="energy").compute() for p0 in (truth, every.transpose("param", "column", "row"))
+    ]
+    same_bits(*by_name)
 
 
 def test_a_map_in_a_store_opens_with_xarray(whole, tmp_path):
@@ -301,9 +301,9 @@ def test_another_fit_does_not_go_on(tmp_path):
         changed = fit_map(**dict(f=peak, xdata=X, ydata=tmp_path / "y", p0=P0) | change)
         with pytest.raises(ValueError, match=f"map of another fit. Changed: .*{what}: "):
             changed.to_zarr(tmp_path / "m", resume=True)
-    fit_map(peak, X, Y, P0).to_zarr(tmp_path / "n")
+    fit_map(peak, X, Y[:5], P0).to_zarr(tmp_path / "n")
     with pytest.raises(ValueError, match="Changed: data"):
-        fit_map(peak, X, Y + 1e-9, P0).to_zarr(tmp_path / "n", resume=True)
+        fit_map(peak, X, Y[:5] + 1e-9, P0).to_zarr(tmp_path / "n", resume=True)
 
 
 def test_a_map_goes_on_where_there_is_another_amount_of_memory(tmp_path):
@@ -337,10 +337,10 @@ def n_done(path):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_map_goes_on_with_the_same_bits_and_fits_no_block_twice(tmp_path, kills):
-    y, _ = spectra((40, 18), seed=11)
+    rows = 40 if kills == 1 else 100
+    y, _ = spectra((rows, 18), seed=11)
     zarr.create_array(tmp_path / "y", shape=y.shape, chunks=(*BLOCK, N), dtype="f8")[...] = y
-    n_blocks, rng = 24, np.random.default_rng()
-    kept, log = [], tmp_path / "log"
+    n_blocks, rng, log = rows // 5 * 3, np.random.default_rng(), tmp_path / "log"
     for k in range(kills):
         process = run_mapped(tmp_path / "y", tmp_path / "m", log, *["resume"] * (k > 0))
         goal = 2 + int(rng.integers(8)) if kills == 1 else min(n_done(tmp_path / "m") + 1 + int(rng.integers(2)), n_blocks)
@@ -349,9 +349,7 @@ def test_a_killed_map_goes_on_with_the_same_bits_and_fits_no_block_twice(tmp_pat
         time.sleep(0.1 * rng.random())
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        done = zarr.open_array(tmp_path / "m" / "done", mode="r")[...].ravel()
-        kept.append((done.sum(), len(log.read_text().split())))
-    before = set(log.read_text().split())
+    done = zarr.open_array(tmp_path / "m" / "done", mode="r")[...].ravel()
     finished = {f"c/{k // 3}/{k % 3}/0" for k in np.flatnonzero(done)}
     assert 0 < len(finished) < n_blocks
     n_before = len(log.read_text().split())
@@ -359,7 +357,7 @@ def test_a_killed_map_goes_on_with_the_same_bits_and_fits_no_block_twice(tmp_pat
     again = log.read_text().split()[n_before:]
     assert not set(again) & finished
     assert len(again) == len(set(again)) == n_blocks - len(finished)
-    assert len(before - finished) <= 2 * kills  # those in flight, on two threads
+    assert len(log.read_text().split()) <= n_blocks + 2 * kills  # only those in flight, on two threads, are read again
     same_bits(stored(tmp_path / "m"), fitted(blocks_of(y)))
 
 
