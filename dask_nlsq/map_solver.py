@@ -29,6 +29,7 @@ from .map_step import (
     off_the_bounds,
 )
 from .model import Model
+from .trust_region import ROUNDING
 
 REFILL = 0.75  # share of the lanes that work, below which the others are given new pixels
 NARROWER = 4  # times fewer of the last pixels, whenever they are gathered in front
@@ -213,9 +214,11 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     popt = lanes.start.at[free].set(here.params)
     popt = jnp.where(fitted, popt, jnp.nan)
     lengths = jnp.sqrt(jnp.stack([here.gram[k, k] for k in range(p)]))
+    faded = jnp.any(lengths * here.scale < ROUNDING, axis=0)  # of a peak without height the place is rounding
     lengths = jnp.where(lengths > 0, lengths, 1.0)
     lengths = lengths[:, None] * lengths
     pcov, regular = inverse(here.gram[:p, :p] / lengths)
+    regular &= ~faded
     pcov = pcov / lengths
     if not spec.absolute_sigma:
         dof = lanes.n_points - p

@@ -262,7 +262,6 @@ def test_spoiled_pixels_have_statuses_and_spoil_no_other():
     np.testing.assert_allclose(found.popt[0, 2:4, 3], [0, 2.5], atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="a height of rounding noise counts as one, so that its place seems determined")
 def test_the_place_of_a_peak_without_height_is_not_determined():
     flat = Y.copy()
     flat[0, 2], flat[0, 3] = 0, 2.5
