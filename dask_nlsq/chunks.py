@@ -116,16 +116,20 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
     for name, piece in zip(names, pieces, strict=True):
         if rules.check and name != "mask" and _may_spoil(piece):
             bad = ~np.isfinite(piece)
-            count = int(np.count_nonzero(np.broadcast_to(bad & ~hidden, shape)))
-            not_finite[name] = not_finite.get(name, 0) + count
+            not_finite[name] = not_finite.get(name, 0) + _count(bad & ~hidden, shape)
             spoiled = spoiled | bad
-    n_masked = int(np.count_nonzero(np.broadcast_to(hidden, shape)))
-    n_omitted = int(np.count_nonzero(np.broadcast_to(spoiled & ~hidden, shape))) if rules.omit else 0
+    n_masked = _count(hidden, shape)
+    n_omitted = _count(spoiled & ~hidden, shape) if rules.omit else 0
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
-    not_positive = int(np.count_nonzero(np.broadcast_to((pieces[1] <= 0) & ~hidden, shape)))
-    negative = int(np.count_nonzero((pieces[0] < 0) & ~hidden)) if rules.counts else 0
+    not_positive = _count((pieces[1] <= 0) & ~hidden, shape)
+    negative = _count((pieces[0] < 0) & ~hidden, shape) if rules.counts else 0
     return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative), pieces, is_invalid
+
+
+def _count(flags, shape):
+    """Of ``flags`` that broadcast against ``shape``: each one stands for as many points as any other."""
+    return int(np.count_nonzero(flags)) * (prod(shape) // flags.size)
 
 
 def _native(piece):
