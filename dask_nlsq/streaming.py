@@ -507,4 +507,5 @@ def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Soluti
     NotFiniteAtStart
         Where on all data cost or derivatives are not finite at ``start``.
     """
-    return solve(sweep, sweep.warm_start(start, options), options)
+    # what the sample has determined is near its optimum, what it has not seen is most of the cost: steps are free at once
+    return solve(sweep, sweep.warm_start(start, options), replace(options, free_below=np.inf))

@@ -7,8 +7,8 @@ space, the best of the trust-region step, its reflection at the first bound, and
 radius and termination as there.
 
 Three things are added. **Free steps:** the term that hat space adds to J^T J for the bounds shortens steps even where the
-optimum is far from all of them, and along weakly determined directions most. So the subproblem is solved without it
-first, and that step is taken where it ends well within the bounds (4 sweeps in place of 8 for 53 parameters).
+optimum is far from all of them, and along weakly determined directions most. So near the optimum, where a Gauss-Newton
+step without it stays within the trust region and well within the bounds, and little is left to gain, that one is taken.
 **Reduction:** where the condition of ``R`` says that the gram matrix has lost digits, the next sweep uses QR. **The last
 digits:** once the predicted reduction is below the rounding of the cost, the actual one is noise, and SciPy's loop
 refuses good steps. The gradient is still accurate then, so a step is judged by it:
@@ -39,6 +39,7 @@ from .trf_jit import EPS, HatSpace, Spectrum, float64, hat_space, solve_cg, solv
 CG_ABOVE = 500  # parameters: beyond, an SVD of (2p, p) in each step is slower than conjugate gradients
 GRAM_CONDITION_LIMIT = 1e4  # eps * 1e4^2 = 2e-8: the digits of the covariance that the gram matrix then costs
 ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and blocks, generously
+WITHIN = 0.999  # of the radius: the step is the unconstrained one
 STALLS = 3  # rejected steps, each a quarter of the one before, after which the gradient counts as rounding too
 
 MESSAGES = {
@@ -95,6 +96,7 @@ class Options:
     reduction: Literal["gram", "qr", "auto"] = "auto"
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters
     callback: Callable[[Record], None] | None = None
+    free_below: float = 0.1  # predicted share of the cost from which free steps are taken; from farther off they go astray
 
     @property
     def solver(self) -> Literal["exact", "cg"]:
@@ -273,9 +275,11 @@ def _propose(here: Point, radius: float, alpha: float, options: Options) -> tupl
     if np.any(hat.diagonal):
         unbounded = hat._replace(diagonal=np.zeros_like(hat.diagonal))
         free = here._replace(hat=unbounded, spectral=None if here.spectral is None else _spectrum(here.factor, unbounded))
-        step_h, free_alpha = _subproblem(free, radius, alpha, options)
-        if theta * _to_bound(here.params, hat.d * step_h, lower, upper)[0] >= 1:
-            return _select_step(free, step_h, radius, lower, upper, theta), free_alpha
+        step_h, _ = _subproblem(free, radius, 0.0, options)
+        if norm(step_h) < WITHIN * radius and theta * _to_bound(here.params, hat.d * step_h, lower, upper)[0] >= 1:
+            step = _select_step(free, step_h, radius, lower, upper, theta)
+            if step.predicted < options.free_below * here.equations.cost:
+                return step, 0.0
     step_h, alpha = _subproblem(here, radius, alpha, options)
     return _select_step(here, step_h, radius, lower, upper, theta), alpha
 
