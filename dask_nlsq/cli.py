@@ -14,7 +14,7 @@ def nlsq():
 @nlsq.command()
 @click.option("--frames", default=200, show_default=True, help="Frames n per angle; 1000 give 23 million points.")
 @click.option("--angles", default=23, show_default=True, help="Angles between -90 and 90 degrees.")
-@click.option("--seed", default=3, show_default=True, help="Of the truth per angle, the start and the noise.")
+@click.option("--seed", default=0, show_default=True, help="Of the truth per angle, the start and the noise.")
 @click.option(
     "--directory",
     type=click.Path(file_okay=False),

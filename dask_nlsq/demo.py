@@ -128,7 +128,7 @@ class Report(NamedTuple):
 def run(
     frames: int = 200,
     n_angles: int = 23,
-    seed: int = 3,
+    seed: int = 0,
     directory: str | Path | None = None,
     echo: Callable[[str], None] = print,
 ) -> Report:
