@@ -40,10 +40,11 @@ class Observers:
 
     def reading(self, share: float, gb_per_s: float, left: float):
         """While a sweep reads the data anew: how much of it is done, how fast, and the seconds that are left."""
-        if self.bar is None and time.perf_counter() - self.started > self.bar_after:
+        new = self.bar is None and time.perf_counter() - self.started > self.bar_after
+        if new:
             self.bar = tqdm(desc="curve_fit", unit=" sweeps")
         if self.bar is not None:
-            self.bar.set_postfix_str(f"reading {share:.0%}, {gb_per_s:.2g} GB/s, {left:.0f} s left", refresh=False)
+            self.bar.set_postfix_str(f"reading {share:.0%}, {gb_per_s:.2g} GB/s, {left:.0f} s left", refresh=new)
             self.bar.update(0)
 
     def __call__(self, record: Record):
