@@ -19,7 +19,8 @@ bench: .venv/ready          ## time everything against SciPy, optimistix and pla
 	$(BIN)/python -m pip install --quiet optimistix
 	$(BIN)/python -m benchmarks.run
 
-bench-long: .venv/ready     ## peak memory against its prediction, stores of up to 2 GB: half an hour, 3 GB of disk
+bench-long: .venv/ready     ## maps against xarray, peak memory against its prediction, stores of 2 GB: 45 minutes, 3 GB of disk
+	$(BIN)/python -m benchmarks.maps
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.streaming
 
