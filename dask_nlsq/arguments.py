@@ -76,6 +76,8 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
     A value is a number, or an array of the map's shape.
     """
     fixed = {} if fixed is None else fixed
+    if not isinstance(fixed, Mapping):
+        raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
     signature = parameter_names(f)
     by_place = None if p0 is None or callable(p0) or isinstance(p0, Mapping) else _over_the_map("p0", p0, map_shape)
     names = param_names if param_names is not None else signature
@@ -101,9 +103,8 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
     for what, mapping in (("p0", given), ("bounds", pairs), ("fixed", fixed)):
         for name in mapping.keys() - set(names):
             near = get_close_matches(name, names, 1)
-            raise ValueError(
-                f"`{what}` names {name!r}, the parameters are {names}" + f"; did you mean {near[0]!r}?" * bool(near)
-            )
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"`{what}` names {name!r}, the parameters are {names}{hint}")
     free = tuple(k for k, name in enumerate(names) if name not in fixed)
     if not free:
         raise ValueError("`fixed` holds all parameters: there is nothing to fit")

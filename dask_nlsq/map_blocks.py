@@ -206,6 +206,7 @@ class MapProblem:
     plan: MapPlan
     names: tuple[str, ...]
     sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
+    coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
 
     @property
     def map_axes(self) -> tuple[int, ...]:

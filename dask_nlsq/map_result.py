@@ -6,6 +6,7 @@ import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from importlib.util import find_spec
 from itertools import product
 from math import gcd
 from pathlib import Path
@@ -156,6 +157,7 @@ class MapResult:
             data=_describe(y),
             blocks=self.problem.blocks,
             operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
+            coarse=None if self.problem.coarse is None else _describe(self.problem.coarse.array),
             coordinates=[None if c is None else _describe(c) for c in fit.x],
             stores={each.name: each.describe() for each in self.problem.sources},
         )
@@ -223,7 +225,7 @@ class MapResult:
                 name, shape=(*shape, *inner), chunks=(*chunks, *inner), dtype=base, dimension_names=(*dims, *_inner(name)),
                 fill_value=np.nan if base.kind == "f" else 0, attributes=_attributes(name),
             )  # fmt: skip
-        if self.labels:
+        if find_spec("xarray"):
             named = self._coordinates.assign_attrs(group.attrs)  # which it would else take away
             texts = {name: each.astype(object) for name, each in named.coords.items() if each.dtype.kind == "U"}
             # as objects they become Zarr's type of text, which has no fixed length, and a specification

@@ -76,7 +76,8 @@ def fit_map(
         Values of parameters that are not fitted, by name; numbers or arrays of the map's shape.
     guess : {None, "coarse-to-fine"}
         Fit the mean spectrum from p0, means of bins of 8 pixels to each side from there, and pixels from their bin's; that
-        reads the data once more. Bins end where blocks do, so other chunks of the map are other starts.
+        reads the data once more. Bins end where blocks do, so other chunks of the map are other starts. A pixel that is far
+        too bright can lead its bin astray: mask it.
     full_covariance : bool
         Whether the result has ``pcov``.
     strategy : {"auto", "standard", "chunked", "streaming"}
@@ -152,7 +153,7 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
     shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))
     plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + problem.y.nbytes)
-    fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan)
+    fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan, coarse=problem.operands["start"])
     return fine.with_operands(start=Operand(popt.reshape(*shape, popt.shape[-1]), 1))
 
 

@@ -445,3 +445,12 @@ def test_a_summary_counts_statuses_and_shows_medians(whole):
     assert "10 x 6" in text
     assert "area: median" in text
     assert Counter(whole.status.ravel()).most_common(1)[0][0] in {s.value for s in MapStatus}
+
+
+def test_coarse_fits_from_another_start_are_another_map(tmp_path):
+    def lazy(p0):
+        return fit_map(peak, X, Y, p0, guess="coarse-to-fine")
+
+    lazy(P0).to_zarr(tmp_path / "maps.zarr")
+    with pytest.raises(ValueError, match=r"another fit\. Changed: coarse"):
+        lazy([2 * P0[0], *P0[1:]]).to_zarr(tmp_path / "maps.zarr", resume=True)

@@ -457,3 +457,12 @@ def test_bounds_over_the_map_have_a_start_within():
     np.testing.assert_allclose(start[1], (TRUTH[..., 0] - 2) / 2)
     np.testing.assert_array_equal(start[2].compute(), TRUTH[..., 2] - 1)
     assert start[3] == 1
+
+
+@pytest.mark.parametrize(
+    "options, error",
+    [(dict(fixed={"bg": 3}), "`fixed` names 'bg', the parameters are"), (dict(fixed=["base"]), "must be a dict of values")],
+)
+def test_fixed_parameters_that_are_none_are_refused(options, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        fit_map(peak, X, np.ones((2, N)), P0, **options)
