@@ -429,12 +429,13 @@ async def _asked(stored, store):
                     raise stored.error(index, _said(err), False) from err
                 return _said(err)
 
+    tasks = {index: asyncio.create_task(one(index)) for index in stored.grid()}
     try:
-        async with asyncio.TaskGroup() as group:  # the first error ends the others
-            tasks = {index: group.create_task(one(index)) for index in stored.grid()}
-    except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return {index: task.result() for index, task in tasks.items() if task.result() is not None}
+        sizes = await asyncio.gather(*tasks.values())
+    finally:  # the first error ends the others
+        for task in tasks.values():
+            task.cancel()
+    return {index: size for index, size in zip(tasks, sizes, strict=True) if size is not None}
 
 
 def has_checksum(array: zarr.Array) -> bool:
