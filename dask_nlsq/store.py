@@ -263,7 +263,7 @@ class Stored:
 
     def __getitem__(self, item) -> np.ndarray:
         """A chunk or a part of one: Dask never asks for more."""
-        index = tuple(one.start // size for one, size in zip(item, self.chunks, strict=True))
+        index = tuple(getattr(one, "start", one) // size for one, size in zip(item, self.chunks, strict=True))
         if index in self.damaged:
             raise self.damaged[index]
         try:

@@ -102,6 +102,16 @@ def test_whole_shards_are_read(shards, tmp_path):
     assert result.residuals().chunks == (((shards or (CHUNK,))[0],) * (N // (shards or (CHUNK,))[0]),)
 
 
+def test_stacked_coordinates_in_a_store_are_taken_one_by_one(tmp_path):
+    zarr.create_array(tmp_path / "x.zarr", data=np.stack([X - 1, X + 1]), chunks=(1, CHUNK))
+
+    def middle_decay(x, a, b, c):
+        return decay((x[0] + x[1]) / 2, a, b, c)
+
+    found = curve_fit(middle_decay, str(tmp_path / "x.zarr"), Y, p0=P0, ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    np.testing.assert_allclose(found.popt, EXPECTED.popt, rtol=1e-9)
+
+
 @pytest.mark.parametrize("as_path", [True, False])
 def test_a_list_of_stores_is_one_array(as_path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the workflow keeps its checkpoint
