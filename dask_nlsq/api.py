@@ -48,7 +48,7 @@ from .model import function_name, intern
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Live, Observers
-from .reduction import Evaluation, map_chunks, open_sweep
+from .reduction import Evaluation, Grouping, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
 from .store import Policy, warn_if_changed
@@ -275,7 +275,7 @@ def curve_fit(
         check_sendable(**data)
         for line in plan.advice:
             logger.warning("%s", line)
-    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale))
+    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Grouping.of(problem, len(start)))
 
     started = time.perf_counter()
     streaming = plan.strategy == "streaming"

@@ -24,7 +24,7 @@ from .kernels import fingerprint
 from .model import Model
 from .store import is_stored
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
 KEPT = ("p0", "absolute_sigma", "check_finite", "bounds", "method", "nan_policy", "loss", "f_scale", "x_scale")

@@ -59,6 +59,7 @@ class Pieces:
     def __init__(self, client: Client, make: Callable, first: Any, runs: list[list[Load]], graph, n: int, send: bool):
         size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n >= len(runs))
         self.client, self.make, self.first, self.graph, self.send, self.size = client, make, first, graph, send, size
+        self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
         self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
         self.counted = install(client, Deaths())

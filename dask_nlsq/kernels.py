@@ -39,10 +39,6 @@ MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
 REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
 HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
-LINEAR_STEPS = 2  # of a screening: one to solve for the linear parameters, one for those that a bound then leaves
-DAMPING_START, DAMPING_END = 1e-2, 1e12  # of the unit diagonal, K. Madsen et al. 2004, section 3.2
-DAMPING_CUT, DAMPING_RISE = 5.0, 4.0
-SETTLED = 1e-8  # relative reduction of the cost at which a screened start has arrived
 TIMING_RUNS = 5
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 
@@ -113,6 +109,7 @@ class KernelSpec(NamedTuple):
     loss: str
     tile: int | None
     whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
+    parts: int = 0  # at most so many runs of consecutive points, whose sums are told beside those of the block
 
 
 def tile_size(n_params: int, capacity: int) -> int:
@@ -152,7 +149,7 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
         block = Block(np.array([tile, 0, *[0, 1] * len(buffers)]), np.array([float(tile)]), buffers)
         seconds = {}
         for mode in ("columns", "arguments"):
-            kernel = jax.jit(_build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
+            kernel = jax.jit(build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
             times = []
             for _ in range(1 + TIMING_RUNS):
                 begin = time.perf_counter()
@@ -169,12 +166,12 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
-    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost`` of one block.
+    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts (k, part_size(p))`` of one block.
 
-    ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor. To be called
-    inside ``float64()``.
+    ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
+    `Parts` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
     """
-    return model.get(("sweep", spec), lambda: jax.jit(_build_sweep(model, spec)))
+    return model.get(("sweep", spec), lambda: jax.jit(build_sweep(model, spec)))
 
 
 def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
@@ -183,16 +180,6 @@ def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "mode
     With a Poisson likelihood residuals are those of the deviance: half of their squares add up to the cost.
     """
     return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
-
-
-def screen_kernel(model: Model, spec: KernelSpec):
-    """Compiled ``(starts, f_scale, block, lower, upper, linear, steps) -> params (k, p), costs (k,), grams (k, p+1, p+1)``.
-
-    A bounded Levenberg-Marquardt iteration from each of the ``starts`` (k, p) at once, on one small block: ``steps``
-    trials at most, the first of which on the ``linear`` (p,) parameters alone. The cost is inf where the model is not
-    finite at the start.
-    """
-    return model.get(("screen", spec), lambda: jax.jit(_build_screen(model, spec)))
 
 
 def values_kernel(model: Model, spec: KernelSpec):
@@ -204,75 +191,59 @@ def values_kernel(model: Model, spec: KernelSpec):
     return model.get(("values", spec), build)
 
 
-def _build_screen(model, spec):
-    sweep = jax.vmap(_build_sweep(model, spec), in_axes=(0, None, None))
-    propose = jax.vmap(_damped_step, in_axes=(0, 0, 0, None, None, None))
+class Parts(NamedTuple):
+    """Sums over runs of consecutive points, along the first axis: those that the uncertainty of a fit is taken from.
 
-    def screen(starts, f_scale, block, lower, upper, linear, steps):
-        k, p = starts.shape
-        linear_steps = jnp.where(jnp.any(linear), LINEAR_STEPS, 0)
+    ``gram`` (k, p+1, p+1) is that of ``[J r]``, rescaled for the loss, and ``spread`` the sum of ``c c^T`` over tiles, c
+    the last column of a tile's gram matrix. The rest is (k,), if not told otherwise.
+    """
 
-        def unfinished(state):
-            i, settled = state[0], state[-1]
-            return (i < steps) & ~jnp.all(settled)
-
-        def advance(state):
-            i, trial, params, costs, grams, damping, settled = state
-            trial_grams, trial_costs = sweep(trial, f_scale, block)
-            finite = jnp.isfinite(trial_costs) & jnp.all(jnp.isfinite(trial_grams), axis=(1, 2))
-            trial_costs = jnp.where(finite, trial_costs, jnp.inf)
-            better = (trial_costs < costs) & ~settled
-            small = better & (costs - trial_costs <= SETTLED * costs)
-            params = jnp.where(better[:, None], trial, params)
-            grams = jnp.where(better[:, None, None], trial_grams, grams)
-            costs = jnp.where(better, trial_costs, costs)
-            separate = i < linear_steps  # the linear parameters alone, undamped: exact in one step
-            damping = jnp.where(better, damping / DAMPING_CUT, damping * DAMPING_RISE)
-            damping = jnp.where(i <= linear_steps, DAMPING_START, damping)
-            settled = settled | ((i > linear_steps) & (small | (damping > DAMPING_END))) | jnp.isinf(costs)
-            used = jnp.where(separate, jnp.full(k, EPS**0.75), damping)
-            trial = propose(params, grams, used, lower, upper, linear | ~separate)
-            return i + 1, trial, params, costs, grams, damping, settled
-
-        grams = jnp.zeros((k, p + 1, p + 1))
-        start = (0, starts, starts, jnp.full(k, jnp.inf), grams, jnp.full(k, DAMPING_START), jnp.zeros(k, bool))
-        return lax.while_loop(unfinished, advance, start)[2:5]
-
-    return screen
+    gram: np.ndarray
+    spread: np.ndarray
+    cost: np.ndarray
+    residual: np.ndarray  # sum of residuals, not rescaled; with a Poisson likelihood over the root of the mean
+    squares: np.ndarray  # of the same
+    n: np.ndarray  # points used
+    weights: np.ndarray  # (3,) of all: w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
 
 
-def _damped_step(params, gram, damping, lower, upper, movable):
-    """Levenberg-Marquardt step on the parameters (p,) that may move and that no bound holds, cut off at the bounds."""
-    p = len(params)
-    g = gram[:p, p]
-    held = ((params <= lower) & (g > 0)) | ((params >= upper) & (g < 0))
-    free = movable & ~held
-    D = jnp.sqrt(jnp.diag(gram)[:p])
-    D = jnp.where(D > 0, D, 1.0)
-    normal = jnp.where(free[:, None] & free, gram[:p, :p] / jnp.outer(D, D), 0.0) + jnp.diag(jnp.where(free, damping, 1.0))
-    step = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(normal), True), jnp.where(free, -g / D, 0.0)) / D
-    return jnp.clip(params + step, lower, upper)
+def part_size(n_params: int) -> int:
+    return 2 * (n_params + 1) ** 2 + 7
 
 
-def _build_sweep(model, spec):
-    def sweep(params, f_scale, block):
+def take_apart(parts: np.ndarray, n_params: int) -> Parts:
+    """`Parts` of the rows (k, part_size) that sweeps add up."""
+    m = n_params + 1
+    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 4], axis=1)
+    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights.sum(axis=0))
+
+
+def build_sweep(model, spec):
+    def sweep(params, f_scale, block, weigh=False):
         p = len(params)
         capacity = block.buffers[0].shape[0]
         tile = spec.tile or capacity
         n = block.geometry[0]
-        accumulate = {"gram": _add_gram, "qr": _update_factor}[spec.reduction]
+        tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
+        n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
 
         def add_tile(i, state):
-            matrix, cost = state
+            matrix, cost, parts = state
             begin = i * tile
             # the last tile of a ragged block starts early and leaves out what the one before has counted
             first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
             point = first + jnp.arange(tile)
             fresh = (point >= begin) & (point < n)
-            rows, tile_cost = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
-            return accumulate(matrix, rows), cost + tile_cost
+            rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
+            gram = _gram(rows) if spec.parts or spec.reduction == "gram" else None
+            matrix = matrix + gram if spec.reduction == "gram" else _update_factor(matrix, rows)
+            if spec.parts:
+                weights = lax.cond(weigh, lambda: _weights(spec, block, first, fresh), lambda: jnp.zeros(3))
+                part = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums, weights])
+                parts = parts.at[i // tiles_per_part].add(part)
+            return matrix, cost + sums[0], parts
 
-        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()))
+        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()), jnp.zeros((n_parts, part_size(p))))
         if spec.tile is None:
             return add_tile(0, start)
         return lax.fori_loop(0, (n + tile - 1) // tile, add_tile, start)
@@ -280,14 +251,14 @@ def _build_sweep(model, spec):
     return sweep
 
 
-def _add_gram(gram, rows):
-    """Add ``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
+def _gram(rows):
+    """``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
     half = len(rows) // 2
     if len(rows) < HALVED_FROM:
-        return gram + rows @ rows.T
+        return rows @ rows.T
     above, below = rows[:half], rows[half:]
     upper = above @ rows.T
-    return gram + jnp.block([[upper], [upper[:, half:].T, below @ below.T]])
+    return jnp.block([[upper], [upper[:, half:].T, below @ below.T]])
 
 
 def _update_factor(factor, rows):
@@ -312,21 +283,33 @@ def _update_factor(factor, rows):
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
-    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and its cost."""
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first four sums of `Parts`."""
+    tile = _Tile(spec.layouts, block, first, len(fresh))
 
     def residual(params):
         return _residual(model, spec, params, block, first, fresh)
 
     if model.jac is not None:
-        operands = _Tile(spec.layouts, block, first, len(fresh))
-        J = evaluate_jac(model, operands.x(), tuple(params)).T
-        r, J = residual(params), _weighted(spec, J, operands, fresh, block)
+        J = evaluate_jac(model, tile.x(), tuple(params)).T
+        r, J = residual(params), _weighted(spec, J, tile, fresh, block)
     else:
         r, J = with_columns(residual, params, spec.jac_mode)
     if spec.loss == "poisson":
-        return poisson_rows(r, J, _counts(spec, block, first, fresh))
-    cost = masked_cost(r, fresh, f_scale, loss=spec.loss)
-    return robust_rows(r, J, f_scale, spec.loss), cost
+        rows, cost = poisson_rows(r, J, _counts(spec, block, first, fresh))
+        r = rows[-1]
+    else:
+        rows, cost = robust_rows(r, J, f_scale, spec.loss), masked_cost(r, fresh, f_scale, loss=spec.loss)
+    hidden = tile.hidden()
+    n = jnp.sum(fresh if hidden is None else fresh & ~hidden, dtype=jnp.int32).astype(jnp.float64)
+    squares = 2 * cost if spec.loss == "linear" else r @ r
+    return rows, jnp.stack([cost, jnp.sum(r), squares, n])
+
+
+def _weights(spec, block, first, fresh):
+    """Sums over a tile of w, w y and w y^2."""
+    tile = _Tile(spec.layouts, block, first, len(fresh))
+    one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
+    return jnp.stack([one @ one, one @ y, y @ y])
 
 
 def with_columns(residual, params, jac_mode: JacMode):

@@ -24,9 +24,10 @@ import numpy as np
 from numpy.linalg import lstsq
 from scipy.stats import qmc
 
-from .kernels import screen_kernel, values_kernel
-from .reduction import Evaluation, NormalEquations, Sweep, factor
+from .kernels import values_kernel
+from .reduction import Evaluation, How, NormalEquations, Sweep, factor
 from .sample import Sample
+from .screening import screen_kernel
 from .trf_jit import LIKELIHOODS, LOSSES, float64
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
 
@@ -307,7 +308,9 @@ class _Screen:
         capacity = len(sample.block.buffers[0])
         tile = None if sample.whole else min(TILE, capacity)
         rules = evaluation.rules._replace(layouts=sample.layouts)
-        self.spec = evaluation._replace(rules=rules).spec(sample.block, p, ("gram", "columns"))._replace(tile=tile)
+        self.spec = (
+            evaluation._replace(rules=rules).spec(sample.block, p, How("gram", "columns"))._replace(tile=tile, parts=0)
+        )
         self.batch = max(1, min(BATCH, BATCH_BYTES // (8 * (p + 1) * (tile or capacity))))
         self.first_points = sample.n_points if sample.whole else min(FIRST_POINTS, sample.n_points)
 

@@ -23,7 +23,18 @@ from .chunks import Census, Chunk, Rules, prepare_chunk, release
 from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
-from .kernels import Block, JacMode, KernelSpec, Reduction, sweep_kernel, tile_size, value_kernel
+from .kernels import (
+    BLOCK_POINTS,
+    Block,
+    JacMode,
+    KernelSpec,
+    Reduction,
+    part_size,
+    sweep_kernel,
+    take_apart,
+    tile_size,
+    value_kernel,
+)
 from .loading import Load, compute_shared, plan_loads
 from .memory import get_memory_manager
 from .model import Model
@@ -35,6 +46,10 @@ from .trf_jit import EPS, float64, gradient, inherit_device
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
+PARTS = 64  # of data that are a few blocks: their scatter is then known to a tenth
+PART_POINTS = 4  # at least
+MOST_PARTS = 256
+FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
 READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
 
@@ -57,6 +72,7 @@ class NormalEquations(NamedTuple):
     matrix: np.ndarray
     cost: float
     reduction: Reduction
+    parts: np.ndarray | None = None  # (k, part_size(p)) sums over consecutive runs of points, see `kernels.Parts`
     read: Read | None = None  # where the data are not held
 
     @property
@@ -127,11 +143,36 @@ def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tupl
     return matrices[0], costs[0]
 
 
+def fold(parts: np.ndarray, times: int) -> np.ndarray:
+    """Add neighbouring rows (k, m), pair by pair, so many times."""
+    for _ in range(times):
+        even = len(parts) // 2 * 2
+        parts = np.concatenate([parts[0:even:2] + parts[1:even:2], parts[even:]])
+    return parts
+
+
+class Grouping(NamedTuple):
+    """Which runs of consecutive points have sums of their own, beside those of all data."""
+
+    per_block: int = 1
+    per_run: int = MOST_PARTS  # at most, of a run of chunks
+    level: int = 0  # so many times neighbouring runs of chunks are joined
+
+    @classmethod
+    def of(cls, problem: Problem, n_params: int) -> "Grouping":
+        """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
+        most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
+        n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
+        per_block = min(-(-PARTS // n_blocks), -(-problem.n_points // (n_blocks * PART_POINTS)))
+        return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
+
+
 class How(NamedTuple):
     """How a sweep forms the rows [J r] and condenses them."""
 
     reduction: Reduction
     jac_mode: JacMode
+    weigh: bool = False  # sum the weights too, and y with them
 
 
 class Evaluation(NamedTuple):
@@ -141,16 +182,19 @@ class Evaluation(NamedTuple):
     rules: Rules
     loss: str
     f_scale: float
+    grouping: Grouping = Grouping()
 
     def spec(self, block: Block, n_params: int, how: How) -> KernelSpec:
         layouts = self.rules.layouts
         if block.clean:
             layouts = layouts._replace(invalid=None)  # axis vectors: half the time of a sweep
-        tile = None if self.rules.whole else tile_size(n_params, len(block.buffers[0]))
-        return KernelSpec(layouts, *how, self.loss, tile, len(block.buffers) > len(layouts.operands))
+        capacity, n_parts = len(block.buffers[0]), self.grouping.per_block
+        tile = None if self.rules.whole else min(tile_size(n_params, capacity), -(-capacity // max(n_parts, 1)))
+        whitened = len(block.buffers) > len(layouts.operands)
+        return KernelSpec(layouts, how.reduction, how.jac_mode, self.loss, tile, whitened, n_parts)
 
     def reduce_blocks(self, blocks: Iterable[Block], params: np.ndarray, how: How):
-        """[(matrix, cost)] of each block."""
+        """[(matrix, cost, parts)] of each block."""
         kernels, results = {}, []
         with float64():
             for block in blocks:
@@ -160,8 +204,8 @@ class Evaluation(NamedTuple):
                     kernels[capacity] = sweep_kernel(self.model, self.spec(block, len(params), how))
                     label = "jax-execute" if n_known == len(self.model.compiled) else "jax-compile"  # by the first call
                 with context_meter.meter(label):  # else Dask counts it as idle
-                    matrix, cost = kernels[capacity](params, self.f_scale, block)
-                    results.append((np.asarray(matrix), float(cost)))
+                    matrix, cost, parts = kernels[capacity](params, self.f_scale, block, how.weigh)
+                    results.append((np.asarray(matrix), float(cost), np.asarray(parts)))
         return results
 
     def values(self, chunk: Chunk, params: np.ndarray, what: str) -> np.ndarray:
@@ -174,20 +218,23 @@ class Evaluation(NamedTuple):
         return np.concatenate(flat).reshape(chunk.blocks[0].shape.astype(int))
 
 
-def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction):
+def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction, grouping: Grouping):
     """Merge the results of consecutive blocks, first within each chunk."""
     merged, begin = [], 0
     for chunk in chunks:
         end = begin + len(chunk.blocks)
-        merged.append(merge_parts(results[begin:end], reduction))
+        matrix, cost, parts = merge_results(results[begin:end], reduction)
+        times = max(0, -(-len(parts) // grouping.per_run) - 1).bit_length()
+        merged.append((matrix, cost, fold(parts, times)))
         begin = end
-    return merge_parts(merged, reduction)
+    matrix, cost, parts = merge_results(merged, reduction)
+    return matrix, cost, fold(parts, grouping.level)
 
 
-def merge_parts(parts: Sequence[tuple[np.ndarray, float]], reduction: Reduction) -> tuple[np.ndarray, float]:
-    """`merge` of the (matrix, cost) of neighbours."""
-    matrices, costs = zip(*parts, strict=True)
-    return merge(np.stack(matrices), np.array(costs), reduction)
+def merge_results(results: Sequence[tuple[np.ndarray, float, np.ndarray]], reduction: Reduction):
+    """`merge` of the (matrix, cost) of neighbours, and their parts one after the other."""
+    matrices, costs, parts = zip(*results, strict=True)
+    return *merge(np.stack(matrices), np.array(costs), reduction), np.concatenate(parts)
 
 
 class Sweep:
@@ -198,6 +245,7 @@ class Sweep:
 
     count = 0  # sweeps so far
     latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
+    weights: np.ndarray | None = None  # sums of w, w y and w y^2 of all data, from the first sweep
     drawn = None  # what a sweep that does not hold the data knows beforehand
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
@@ -207,10 +255,15 @@ class Sweep:
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         self.count += 1
         params = np.asarray(params, dtype=np.float64)
-        matrix, cost = self._reduce(params, How(reduction, self.jac_mode))
-        equations = NormalEquations(np.asarray(matrix), float(cost), reduction)
+        matrix, cost, parts = self._reduce(params, How(reduction, self.jac_mode, self.weights is None))
+        equations = NormalEquations(np.asarray(matrix), float(cost), reduction, parts)
+        self._keep_weights(equations)
         self.latest = params, equations
         return equations
+
+    def _keep_weights(self, equations):
+        if self.weights is None:
+            self.weights = take_apart(equations.parts, len(equations.matrix) - 1).weights
 
     def points(self, n: int) -> Sample:
         """About ``n`` of the points that count, spread evenly over all data; no sweep.
@@ -260,7 +313,8 @@ class LocalSweep(Sweep):
     def _reduce(self, params, how):
         share = self.pool.map if self.pool is not None else map
         runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, how), self.groups)
-        return merge_chunks(self.chunks, [result for run in runs for result in run], how.reduction)
+        results = [result for run in runs for result in run]
+        return merge_chunks(self.chunks, results, how.reduction, self.evaluation.grouping)
 
     def census(self) -> list[Census]:
         return [census for chunk in self.chunks for census in chunk.censuses]
@@ -342,9 +396,10 @@ def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *
 
 
 def sweep_partition(partition: Partition, params: np.ndarray, how: How):
-    """The task of a sweep: merged matrix and cost of one partition."""
+    """The task of a sweep: merged matrix, cost and parts of one partition."""
     blocks = [block for chunk in partition.chunks for block in chunk.blocks]
-    return merge_chunks(partition.chunks, partition.evaluation.reduce_blocks(blocks, params, how), how.reduction)
+    results = partition.evaluation.reduce_blocks(blocks, params, how)
+    return merge_chunks(partition.chunks, results, how.reduction, partition.evaluation.grouping)
 
 
 def describe_partition(partition: Partition):
@@ -399,7 +454,8 @@ class ClusterSweep(Sweep):
         self.pieces.close()
 
     def _reduce(self, params, how):
-        return merge_parts(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how), how.reduction)
+        matrix, cost, parts = merge_results(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how), how.reduction)
+        return matrix, cost, fold(parts, max(0, self.evaluation.grouping.level - self.pieces.level))
 
     def census(self) -> list[Census]:
         return [census for part, _ in self.described for census in part]

@@ -36,6 +36,7 @@ from .loading import Load, compute_shared, plan_loads
 from .multistart import promised_cost, sample_size
 from .reduction import (
     Evaluation,
+    Grouping,
     How,
     NormalEquations,
     Partition,
@@ -43,10 +44,11 @@ from .reduction import (
     Reduction,
     Sweep,
     count_not_finite,
+    fold,
     load_chunk,
     longest,
-    merge,
     merge_chunks,
+    merge_results,
 )
 from .resources import keep_freed_memory
 from .sample import Sample, as_sample, pick, spread
@@ -84,30 +86,31 @@ class Drawn(NamedTuple):
 class Tree:
     """Results of ``n`` runs of chunks, merged in pairs as soon as both are there: the order of `reduction.merge`.
 
-    ``nodes[level, k]`` is the (matrix, cost) of the runs from ``k 2^level`` on, ``2^level`` of them or up to the end.
+    ``nodes[level, k]`` is the (matrix, cost, parts) of the runs from ``k 2^level`` on, ``2^level`` of them or up to the
+    end. Their parts are added up to the level ``joined``.
     """
 
-    def __init__(self, n: int, reduction: Reduction):
-        self.n, self.reduction, self.nodes = n, reduction, {}
+    def __init__(self, n: int, reduction: Reduction, joined: int = 0):
+        self.n, self.reduction, self.joined, self.nodes = n, reduction, joined, {}
 
-    def add(self, level: int, k: int, matrix: np.ndarray, cost: float) -> None:
+    def add(self, level: int, k: int, matrix: np.ndarray, cost: float, parts: np.ndarray) -> None:
         while (count := -(-self.n >> level)) > 1:
             if k ^ 1 < count:  # the last one of an odd number goes up as it is
                 if (level, k ^ 1) not in self.nodes:
                     break
-                pair = [self.nodes.pop((level, k ^ 1)), (matrix, cost)][:: -1 if k % 2 == 0 else 1]
-                matrices, costs = zip(*pair, strict=True)
-                matrix, cost = merge(np.stack(matrices), np.array(costs), self.reduction)
+                pair = [self.nodes.pop((level, k ^ 1)), (matrix, cost, parts)][:: -1 if k % 2 == 0 else 1]
+                matrix, cost, parts = merge_results(pair, self.reduction)
+                parts = fold(parts, int(level < self.joined))
             level, k = level + 1, k // 2
-        self.nodes[level, k] = (matrix, cost)
+        self.nodes[level, k] = (matrix, cost, parts)
 
     def covers(self, level: int, k: int) -> bool:
         """Whether all runs of a node are in one that is there."""
         return any((high, k >> (high - level)) in self.nodes for high in range(level, self.n.bit_length() + 1))
 
-    def root(self) -> tuple[np.ndarray, float]:
-        ((matrix, cost),) = self.nodes.values()
-        return matrix, cost
+    def root(self) -> tuple[np.ndarray, float, np.ndarray]:
+        (found,) = self.nodes.values()
+        return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,13 +158,15 @@ class Reduced(NamedTuple):
 
     matrix: np.ndarray
     cost: float
+    parts: np.ndarray
     censuses: list[Census]
     sample: tuple[np.ndarray, ...]
 
 
 def reduce_chunk(evaluation: Evaluation, chunk: Chunk, params: np.ndarray, how: How) -> Reduced:
-    matrix, cost = merge_chunks([chunk], evaluation.reduce_blocks(chunk.blocks, params, how), how.reduction)
-    return Reduced(matrix, cost, summarize(chunk.censuses, evaluation.rules.omit), chunk.sample)
+    results = evaluation.reduce_blocks(chunk.blocks, params, how)
+    found = merge_chunks([chunk], results, how.reduction, evaluation.grouping)
+    return Reduced(*found, summarize(chunk.censuses, evaluation.rules.omit), chunk.sample)
 
 
 def draw_points(evaluation: Evaluation, chunk: Chunk, n: int) -> list[tuple[tuple[int, ...], np.ndarray]]:
@@ -216,7 +221,7 @@ class There:
     def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
         runs, graph = plan_loads(problem)
         self.pieces = Pieces(client, _lay_out, evaluation, runs, graph, n_partitions, False)
-        self.n_runs, self.level = len(runs), self.pieces.size.bit_length() - 1
+        self.n_runs, self.level = len(runs), self.pieces.level
 
     def each(self, work: Callable, runs: Sequence[int], *args) -> Iterator[tuple[int, Any]]:
         """Number of a unit and the results of its runs together, in the order in which they are ready."""
@@ -243,9 +248,9 @@ def _work_through(unread: Unread, places, work, args):
 
 
 def merge_reduced(unread: Unread, results: Iterable[Reduced], reduction: Reduction) -> Reduced:
-    tree, censuses, samples = Tree(len(unread.runs), reduction), [], [()]
+    tree, censuses, samples = Tree(len(unread.runs), reduction, unread.evaluation.grouping.level), [], [()]
     for k, found in enumerate(results):
-        tree.add(0, k, found.matrix, found.cost)
+        tree.add(0, k, found.matrix, found.cost, found.parts)
         censuses += found.censuses
         samples.append(found.sample)
     return Reduced(*tree.root(), summarize(censuses, unread.evaluation.rules.omit), longest(samples))
@@ -308,6 +313,7 @@ class StreamingSweep(Sweep):
             if found is None:
                 found = self._read(params, reduction)
             self.count += 1
+            self._keep_weights(found)
             self.known = dict([*self.known.items()][-1:]) | {key: found}
         self.latest = params, self.known[key]
         return self.known[key]
@@ -315,15 +321,15 @@ class StreamingSweep(Sweep):
     def _read(self, params, reduction) -> NormalEquations:
         began, reader, begun = time.perf_counter(), self.reader, self.begun
         if begun is None or not begun.is_at(params, reduction, reader.level):
-            begun = Begun(params, Tree(reader.n_runs, reduction), reader.level, [])
+            begun = Begun(params, Tree(reader.n_runs, reduction, self.evaluation.grouping.level), reader.level, [])
         tree, self.begun = begun.tree, None
         saved, every = began, dask.config.get("nlsq.checkpoint-seconds")
         todo = [run for run in range(reader.n_runs) if not tree.covers(reader.level, run >> reader.level)]
         n_units = len({run >> reader.level for run in todo})
-        how = How(reduction, self.jac_mode)
+        how = How(reduction, self.jac_mode, self.weights is None)
         with closing(reader.each(reduce_chunk, todo, params, how)) as results:
             for done, (unit, found) in enumerate(results, 1):
-                tree.add(reader.level, unit, found.matrix, found.cost)
+                tree.add(reader.level, unit, found.matrix, found.cost, found.parts)
                 begun.censuses.extend(found.censuses)
                 if not self.coordinates:
                     self.coordinates = found.sample
@@ -338,11 +344,11 @@ class StreamingSweep(Sweep):
                 if leaving:
                     raise Interrupted(self.leave.signal)
         self._count(summarize(begun.censuses, self.evaluation.rules.omit))
-        matrix, cost = tree.root()
+        matrix, cost, parts = tree.root()
         total = self.censuses[0]
         left_out = total.n_masked + total.n_omitted
         read = Read(self.nbytes, total.n_points - left_out, left_out, time.perf_counter() - began)
-        equations = NormalEquations(np.asarray(matrix), float(cost), reduction, read)
+        equations = NormalEquations(np.asarray(matrix), float(cost), reduction, parts, read)
         if self.checkpoint is not None:
             self.finished.append((params, equations))
             self._save()
@@ -367,12 +373,18 @@ class StreamingSweep(Sweep):
                 params=np.stack(params),
                 matrices=np.stack([each.matrix for each in equations]),
                 costs=np.array([each.cost for each in equations]),
+                parts=np.stack([each.parts for each in equations]),
             )
             values |= dict(reductions=[each.reduction for each in equations], reads=[each.read for each in equations])
         if begun is not None and begun.tree.nodes:
-            matrices, costs = zip(*begun.tree.nodes.values(), strict=True)
+            matrices, costs, parts = zip(*begun.tree.nodes.values(), strict=True)
             arrays |= dict(
-                at=begun.params, nodes=np.array([*begun.tree.nodes]), parts=np.stack(matrices), sums=np.array(costs)
+                at=begun.params,
+                nodes=np.array([*begun.tree.nodes]),
+                node_matrices=np.stack(matrices),
+                node_costs=np.array(costs),
+                node_parts=np.concatenate(parts),
+                node_lengths=np.array([len(each) for each in parts]),
             )
             own = summarize(begun.censuses, self.evaluation.rules.omit)
             values |= dict(begun=begun.tree.reduction, level=begun.level, own=_listed(own))
@@ -389,13 +401,17 @@ class StreamingSweep(Sweep):
         self.jac_mode, self.censuses = values["jac_mode"], _censuses(values["censuses"])
         for k, reduction in enumerate(values.get("reductions", [])):
             read = Read(*values["reads"][k])
-            equations = NormalEquations(arrays["matrices"][k], float(arrays["costs"][k]), reduction, read)
+            equations = NormalEquations(
+                arrays["matrices"][k], float(arrays["costs"][k]), reduction, arrays["parts"][k], read
+            )
+            self._keep_weights(equations)
             self.finished.append((arrays["params"][k], equations))
             self.recorded[arrays["params"][k].tobytes() + reduction.encode()] = equations
         if "begun" in values:
-            tree = Tree(self.reader.n_runs, values["begun"])
-            for node, matrix, cost in zip(arrays["nodes"], arrays["parts"], arrays["sums"], strict=True):
-                tree.nodes[tuple(node.tolist())] = (matrix, cost)
+            tree = Tree(self.reader.n_runs, values["begun"], self.evaluation.grouping.level)
+            parts = np.split(arrays["node_parts"], np.cumsum(arrays["node_lengths"])[:-1])
+            for node, *found in zip(arrays["nodes"], arrays["node_matrices"], arrays["node_costs"], parts, strict=True):
+                tree.nodes[tuple(node.tolist())] = tuple(found)
             self.begun = Begun(arrays["at"], tree, values["level"], _censuses(values["own"]))
         return True
 
@@ -476,7 +492,8 @@ class SampleSweep:
 
     def __init__(self, evaluation: Evaluation, sample: Sample, jac_mode):
         rules = evaluation.rules._replace(layouts=sample.layouts)
-        self.evaluation, self.jac_mode = evaluation._replace(rules=rules), jac_mode
+        self.evaluation = evaluation._replace(rules=rules, grouping=Grouping(per_block=0))
+        self.jac_mode = jac_mode
         n, n_operands = sample.n_points, len(sample.block.buffers)
         edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
         self.pieces = [
@@ -494,8 +511,7 @@ class SampleSweep:
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         how = How(reduction, self.jac_mode)
         parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
-        matrices, costs = zip(*(part for (part,) in parts), strict=True)
-        matrix, cost = merge(np.stack(matrices), np.array(costs), reduction)
+        matrix, cost, _ = merge_results([found for (found,) in parts], reduction)
         return NormalEquations(matrix, float(cost), reduction)
 
 

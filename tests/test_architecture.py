@@ -9,14 +9,14 @@ PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
     "config", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
     "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "map_step", "map_solver",
+    "screening", "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "map_step", "map_solver",
     "map_blocks",
     "map_result", "maps", "api",
     "__init__", "demo", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
-    "jax": {"sizes", "trf_jit", "model", "kernels", "map_step", "map_solver", "map_blocks", "demo"},
+    "jax": {"sizes", "trf_jit", "model", "kernels", "screening", "map_step", "map_solver", "map_blocks", "demo"},
     "dask": {
         "config", "environment", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress",
         "map_blocks", "map_result", "maps", "demo",

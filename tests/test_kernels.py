@@ -12,7 +12,7 @@ from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.kernels import REFLECTED_UP_TO, TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
 from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, How, merge
+from dask_nlsq.reduction import Evaluation, How, merge_results
 from dask_nlsq.trf_jit import LOSSES, float64
 
 PARAMS = np.array([2.0, 0.7, 0.3])
@@ -38,8 +38,8 @@ def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
 def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):
     rules, chunk = chunk_of(xdata, ydata, **operands)
     results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(chunk.blocks, params, How(reduction, jac_mode))
-    matrices, costs = zip(*results, strict=True)
-    return merge(np.stack(matrices), np.array(costs), reduction)
+    matrix, cost, _ = merge_results(results, reduction)
+    return matrix, cost
 
 
 def dense_rows(f, x, y, params, sigma=1.0):

@@ -1,7 +1,12 @@
+import dask.array as da
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
-from dask_nlsq.reduction import NormalEquations, factor, merge
+from dask_nlsq.inputs import build_problem
+from dask_nlsq.kernels import take_apart
+from dask_nlsq.model import intern
+from dask_nlsq.reduction import Evaluation, Grouping, NormalEquations, factor, merge, open_sweep
 
 
 def random_rows(n=400, p=4, condition=1.0, seed=0):
@@ -53,3 +58,56 @@ def test_partitions_do_not_change_a_bit(reduction, n_blocks, size):
     again = merge(np.stack([m for m, _ in parts]), np.array([c for _, c in parts]), reduction)
     np.testing.assert_array_equal(again[0], whole[0])
     assert again[1] == whole[1]
+
+
+def line(x, a, b):
+    return a * x + b
+
+
+def swept_parts(x, y, client=None, n_partitions=1, **options):
+    options = dict(reduction="gram", sigma=None, mask=None, loss="linear") | options
+    problem = build_problem(x, y, options["sigma"], options["mask"], check=True, omit=False)
+    grouping = options.get("grouping") or Grouping.of(problem, 2)
+    evaluation = Evaluation(intern(line), problem.rules, options["loss"], 1.0, grouping)
+    with open_sweep(problem, evaluation, client, n_partitions) as sweep:
+        found = sweep(np.array([1.1, 0.2]), options["reduction"])
+        return found, take_apart(found.parts, 2), sweep.weights
+
+
+@pytest.mark.parametrize("reduction", ["gram", "qr"])
+@pytest.mark.parametrize("n", [7, 1000, 700_001])
+def test_sums_over_parts_of_the_data_add_up_to_those_of_all(n, reduction):
+    rng = np.random.default_rng(n)
+    x, sigma, mask = rng.random(n), 0.5 + rng.random(n), rng.random(n) < 0.1
+    y = x + rng.normal(size=n) * sigma
+    found, parts, weights = swept_parts(x, y, reduction=reduction, sigma=sigma, mask=mask)
+    gram = found.matrix if reduction == "gram" else found.matrix.T @ found.matrix
+    np.testing.assert_allclose(parts.gram.sum(axis=0), gram, rtol=1e-9)
+    use = ~mask
+    r, w = ((1.1 * x + 0.2 - y) / sigma)[use], sigma[use] ** -2
+    assert min(64, n // 4) <= len(parts.n) <= 256 and parts.n.sum() == use.sum()
+    np.testing.assert_allclose(parts.cost.sum(), found.cost, rtol=1e-12)
+    np.testing.assert_allclose(parts.squares.sum(), r @ r, rtol=1e-12)
+    np.testing.assert_allclose(parts.residual.sum(), r.sum(), rtol=1e-9, atol=1e-9 * n)
+    np.testing.assert_allclose(weights, [w.sum(), w @ y[use], w @ y[use] ** 2], rtol=1e-11)
+
+
+def test_the_spread_of_parts_is_that_of_the_gradient_over_points_where_these_are_independent():
+    n = 400_000
+    rng = np.random.default_rng(1)
+    x = rng.random(n)
+    y = 1.1 * x + 0.2 + rng.normal(size=n) * (0.1 + x)
+    _, parts, _ = swept_parts(x, y)
+    rows = np.stack([x, np.ones(n)]) * (1.1 * x + 0.2 - y)
+    np.testing.assert_allclose(parts.spread.sum(axis=0)[:2, :2], rows @ rows.T, rtol=0.35)
+
+
+@pytest.mark.parametrize("grouping", [Grouping(4, 2, 0), Grouping(1, 1, 2), Grouping(2, 1, 5)])
+def test_parts_have_the_same_bits_on_workers_however_many_tasks_there_are(grouping):
+    x = da.linspace(0, 1, 6_000_000, chunks=200_000)
+    y = x + da.sin(1e3 * x)
+    here = swept_parts(x, y, grouping=grouping)[0].parts
+    assert len(here) == -(-30 // 2**grouping.level) * grouping.per_run
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+        for n_partitions in (2, 5, 30):
+            np.testing.assert_array_equal(swept_parts(x, y, client, n_partitions, grouping=grouping)[0].parts, here)

@@ -15,7 +15,7 @@ from distributed import Client, LocalCluster
 from dask_nlsq import curve_fit, plan_fit
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, LocalSweep, merge
+from dask_nlsq.reduction import Evaluation, LocalSweep, fold, merge
 from dask_nlsq.sample import spread
 from dask_nlsq.streaming import StreamingSweep, Tree
 
@@ -88,24 +88,25 @@ def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduct
     rng = np.random.default_rng(n)
     rows = rng.normal(size=(n, 9, 4))
     matrices = rows.swapaxes(1, 2) @ rows if reduction == "gram" else np.linalg.qr(rows, mode="r")
-    costs = rng.random(n)
+    costs, parts = rng.random(n), rng.random((n, 1, 5))
     expected = merge(matrices, costs, reduction)
     for order in (range(n), rng.permutation(n)):
-        tree = Tree(n, reduction)
+        tree = Tree(n, reduction, joined=1)
         for done, k in enumerate(order):
             assert not tree.covers(0, k)
-            tree.add(0, int(k), matrices[k], costs[k])
+            tree.add(0, int(k), matrices[k], costs[k], parts[k])
             assert tree.covers(0, int(k))
             assert len(tree.nodes) <= done + 1
         np.testing.assert_array_equal(tree.root()[0], expected[0])
         assert tree.root()[1] == expected[1]
+        np.testing.assert_array_equal(tree.root()[2], fold(parts[:, 0], 1))
 
 
 def test_a_tree_keeps_few_matrices():
     tree = Tree(1000, "gram")
     most = 0
     for k in range(1000):
-        tree.add(0, k, np.ones((2, 2)), 1.0)
+        tree.add(0, k, np.ones((2, 2)), 1.0, np.ones((1, 3)))
         most = max(most, len(tree.nodes))
     assert most <= 10
     assert tree.root()[1] == 1000
@@ -125,6 +126,7 @@ def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, client, tmp_path)
             found = sweep(params, reduction)
             np.testing.assert_array_equal(found.matrix, expected.matrix)
             assert found.cost == expected.cost
+            np.testing.assert_array_equal(found.parts, expected.parts)
             assert found.read.n_points == N
 
 
