@@ -33,6 +33,7 @@ _ROOMS = {
     "resume": "api",
     "detect_total_system_memory": "resources",
     "estimate_peak_memory_gb": "budget",
+    "load": "result",
     "get_adaptive_memory_threshold": "budget",
     "get_memory_manager": "memory",
     "get_memory_stats": "memory",

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,7 @@ from .arguments import (
 from .budget import positive
 from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
-from .inputs import build_problem, check_sendable
+from .inputs import check_sendable
 from .kernels import choose_jac_mode
 from .model import function_name, intern
 from .multistart import polish, sample_size, search
@@ -51,6 +51,7 @@ from .progress import Live, Observers
 from .reduction import Evaluation, Grouping, map_chunks, open_sweep
 from .resources import active_client
 from .result import FitResult, covariance
+from .statistics import Noise, Totals
 from .store import Policy, warn_if_changed
 from .streaming import StreamingSweep, hybrid
 from .trust_region import Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
@@ -355,9 +356,13 @@ def curve_fit(
         sample=drawn,
         damage=damage,
         n_filled=sum(len(each.absent) for each in stored),
+        fixed={},
+        bounds=np.stack([lower, upper]),
+        noise=Noise(loss, known, reweighted, _one_sigma(problem)),
+        totals=_totals(problem, evaluation, solution.params, cost, n_points),
         factor=solution.factor,
-        _values=partial(map_chunks, problem, evaluation),
-        _predict=partial(_predict, evaluation),
+        _evaluation=evaluation,
+        _problem=problem,
     )
     logger.info("%s", result.summary())
     if verbose:
@@ -500,14 +505,16 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
     return np.full((p, p), np.inf)
 
 
-def _predict(evaluation: Evaluation, x, params):
-    layouts = evaluation.rules.layouts
-    match layouts.x_kind:
-        case "tuple":
-            shape = np.broadcast_shapes(*(np.shape(c) for c in x))
-        case "stacked":
-            shape = np.shape(x)[len(layouts.x_lead) :]
-        case _:
-            shape = np.shape(x)
-    problem = build_problem(x, np.broadcast_to(0.0, shape), check=False, omit=False, whole=evaluation.rules.whole)
-    return map_chunks(problem, evaluation._replace(rules=problem.rules), params, "model")
+def _one_sigma(problem):
+    """Sigma, where it is the same for all points."""
+    sigma = problem.operands[1]
+    return float(np.asarray(sigma).item()) if sigma.size == 1 and problem.factor is None else None
+
+
+def _totals(problem, evaluation, params, cost, n):
+    """Stands in for the sums of the last sweep."""
+    r = np.asarray(map_chunks(problem, evaluation, params, "residual"))
+    y, sigma = (np.broadcast_to(np.asarray(each, float), r.shape) for each in problem.operands[:2])
+    counted = ~np.isnan(r)
+    r, y, w = r[counted], y[counted], sigma[counted] ** -2.0
+    return Totals(cost, r.sum(), n, w.sum(), (w * y).sum(), (w * y**2).sum())

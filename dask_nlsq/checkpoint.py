@@ -3,22 +3,19 @@
 A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
 ``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
 the same sweeps it takes the same steps, so a resumed fit runs from its start, and finds its first sweeps done.
-
-A file is written under another name, forced to disk and renamed, so that there is always a whole one.
 """
 
 import json
-import os
 import signal
 import threading
 import zlib
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .files import import_by, import_name, read_arrays, write_arrays, write_whole
 from .inputs import Problem
 from .kernels import fingerprint
 from .model import Model
@@ -69,7 +66,7 @@ class Checkpoint:
             if arrays:
                 self.save("data", arrays)
             text = json.dumps(dict(version=VERSION, identity=identity, call=call), indent=1)
-            self._write("fit.json", lambda file: file.write(text.encode()))
+            write_whole(self.path / "fit.json", lambda file: file.write(text.encode()))
 
     def _compare(self, identity):
         known = _read_fit(self.path)["identity"]
@@ -87,34 +84,11 @@ class Checkpoint:
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
         """Write arrays and JSON values as ``name.npz``, all or nothing."""
-        text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-        self._write(f"{name}.npz", lambda file: np.savez(file, __json__=text, **arrays))
+        write_arrays(self.path / f"{name}.npz", arrays, **values)
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """What `save` has written under ``name``; None where it has not."""
-        return _load(self.path / f"{name}.npz")
-
-    def _write(self, name, write):
-        temporary = self.path / f".{name}.{os.getpid()}"
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
-        if hasattr(os, "O_DIRECTORY"):  # the name is on disk when the directory is
-            directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-
-
-def _load(file):
-    if not file.exists():
-        return None
-    with np.load(file, allow_pickle=False) as found:
-        arrays = {name: found[name] for name in found.files}
-    return arrays, json.loads(arrays.pop("__json__").tobytes())
+        return read_arrays(self.path / f"{name}.npz")
 
 
 def _read_fit(path):
@@ -175,10 +149,8 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
         arrays[name] = array
         return {"array": name}
 
-    module, qualname = getattr(f, "__module__", None), getattr(f, "__qualname__", "<>")
-    named = None if module in (None, "__main__") or "<" in qualname else [module, qualname]
     kept = {name: keep(name, value) for name, value in data.items()}
-    return dict(model=named, data=kept, options=_plain(options)), arrays
+    return dict(model=import_name(f), data=kept, options=_plain(options)), arrays
 
 
 def _absolute(path):
@@ -204,7 +176,7 @@ def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[s
     """
     path = Path(path)
     call = _read_fit(path)["call"]
-    arrays, _ = _load(path / "data.npz") or ({}, {})
+    arrays, _ = read_arrays(path / "data.npz") or ({}, {})
 
     def make(name, kept):
         if kept is None:
@@ -224,9 +196,7 @@ def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[s
     if f is None and call["model"] is None:
         raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
     if f is None:
-        f = import_module(call["model"][0])
-        for name in call["model"][1].split("."):
-            f = getattr(f, name)
+        f = import_by(call["model"])
     data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
     return f, data, call["options"]
 

@@ -28,7 +28,7 @@ import numpy as np
 from jax import lax
 
 from .model import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
-from .trf_jit import EPS, LOSSES, float64, masked_cost, poisson_terms
+from .trf_jit import EPS, LOSSES, MODEL_FLOOR, float64, masked_cost, poisson_terms
 
 Reduction = Literal["gram", "qr"]
 JacMode = Literal["columns", "arguments"]
@@ -40,6 +40,7 @@ REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 param
 HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
 TIMING_RUNS = 5
+VALUES_LEAD = {"residual": (), "model": (), "band": (2,)}  # axes before that of the points
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 
 
@@ -174,10 +175,13 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     return model.get(("sweep", spec), lambda: jax.jit(build_sweep(model, spec)))
 
 
-def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
+def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model", "band"]):
     """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful.
 
     With a Poisson likelihood residuals are those of the deviance: half of their squares add up to the cost.
+
+    "band" takes two more arguments, ``root`` (p, m) with ``root root^T = pcov``, and ``noise``, and gives (2, capacity):
+    model values and their standard errors, ``sqrt(J pcov J^T + noise sigma^2)``, with the mean as sigma^2 of counts.
     """
     return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
 
@@ -447,16 +451,19 @@ class _Tile:
 
 
 def _build_values(model, spec, what):
-    def values(params, f_scale, block):
+    def values(params, f_scale, block, *spread):
         capacity = block.buffers[0].shape[0]
         tile = spec.tile or capacity
         n = block.geometry[0]
+        lead = VALUES_LEAD[what]
 
         def one_tile(i, out):
             first = jnp.maximum(jnp.minimum(i * tile, n - tile), 0)
             operands = _Tile(spec.layouts, block, first, tile)
             if what == "model":
                 piece = jnp.broadcast_to(evaluate(model, operands.x(), tuple(params)), (tile,))
+            elif what == "band":
+                piece = _band(model, spec, params, operands, *spread)
             else:
                 every = jnp.ones(tile, bool)
                 piece = _residual(model, spec, params, block, first, every)
@@ -465,11 +472,28 @@ def _build_values(model, spec, what):
                     piece = jnp.sign(piece) * jnp.sqrt(2 * jnp.maximum(half_deviance, 0.0))
                 if (hidden := operands.hidden()) is not None:
                     piece = jnp.where(hidden, jnp.nan, piece)
-            return lax.dynamic_update_slice(out, piece, (first,))
+            return lax.dynamic_update_slice(out, piece, (*(0 for _ in lead), first))
 
-        return lax.fori_loop(0, (n + tile - 1) // tile, one_tile, jnp.zeros(capacity))
+        return lax.fori_loop(0, (n + tile - 1) // tile, one_tile, jnp.zeros((*lead, capacity)))
 
     return values
+
+
+def _band(model, spec, params, tile, root, noise):
+    """Model values and their standard errors, (2, tile.length)."""
+    x, length = tile.x(), tile.length
+
+    def value(*params):
+        return jnp.broadcast_to(evaluate(model, x, params), (length,))
+
+    if model.jac is not None:
+        mean, rows = value(*params), root.T @ evaluate_jac(model, x, tuple(params)).T
+    else:  # along the columns of the root, so that J itself is not needed
+        mean, pushforward = jax.linearize(value, *params)
+        rows = jax.vmap(lambda column: pushforward(*column))(root.T)
+    scatter = jnp.maximum(mean, MODEL_FLOOR) if spec.loss == "poisson" else tile.sigma() ** 2
+    variance = jnp.sum(rows**2, axis=0) + jnp.where(noise > 0, noise * scatter, 0.0)
+    return jnp.stack([mean, jnp.sqrt(variance)])
 
 
 def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:

@@ -25,6 +25,7 @@ from .config import threads
 from .inputs import Problem
 from .kernels import (
     BLOCK_POINTS,
+    VALUES_LEAD,
     Block,
     JacMode,
     KernelSpec,
@@ -208,14 +209,14 @@ class Evaluation(NamedTuple):
                     results.append((np.asarray(matrix), float(cost), np.asarray(parts)))
         return results
 
-    def values(self, chunk: Chunk, params: np.ndarray, what: str) -> np.ndarray:
-        """Residuals or model values of a chunk, in its shape; residuals are NaN where the mask is true."""
+    def values(self, chunk: Chunk, params: np.ndarray, what: str, *spread) -> np.ndarray:
+        """What `value_kernel` computes, for a chunk, in its shape; residuals are NaN where the mask is true."""
         flat = []
         with float64():
             for block in chunk.blocks:
                 kernel = value_kernel(self.model, self.spec(block, len(params), How("gram", "columns")), what)
-                flat.append(np.asarray(kernel(params, self.f_scale, block))[: block.geometry[0]])
-        return np.concatenate(flat).reshape(chunk.blocks[0].shape.astype(int))
+                flat.append(np.asarray(kernel(params, self.f_scale, block, *spread))[..., : block.geometry[0]])
+        return np.concatenate(flat, axis=-1).reshape(*VALUES_LEAD[what], *chunk.blocks[0].shape.astype(int))
 
 
 def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction, grouping: Grouping):
@@ -483,24 +484,29 @@ def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
     return chunk._replace(blocks=tuple(b._replace(buffers=(*b.buffers, factor)) for b in chunk.blocks))
 
 
-def chunk_values(evaluation: Evaluation, factor, params, what, load: Load, *values) -> np.ndarray:
-    """Residuals or model values of one chunk, NaN where it cannot be read; ``values`` are those of its shared tasks."""
+def chunk_values(evaluation: Evaluation, factor, params, what, spread, load: Load, *values) -> np.ndarray:
+    """What `value_kernel` computes, of one chunk, NaN where it cannot be read; ``values`` are those of its shared tasks."""
     chunk = load_chunk(evaluation.rules._replace(run=1), [load], dict(zip(load.shared, values, strict=True)))
     try:
         if any(census.damage for census in chunk.censuses):
-            return np.full(load.shape, np.nan)
-        return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what)
+            return np.full((*VALUES_LEAD[what], *load.shape), np.nan)
+        return evaluation.values(chunk if factor is None else with_factor(chunk, factor), params, what, *spread)
     finally:
         release(chunk)
 
 
-def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model"]):
-    """Residuals or model values in y's shape: lazy (Dask) where the problem is, else NumPy."""
+def map_chunks(
+    problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model", "band"], *spread
+):
+    """What `value_kernel` computes, in y's shape, "band" with an axis before: lazy (Dask) where the problem is, else NumPy."""
     runs, common = plan_loads(problem)
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
     task = dask.delayed(chunk_values) if problem.lazy else chunk_values
     for load in itertools.chain(*runs):
         shared = [Delayed(key, common) for key in load.shared]
-        values = task(evaluation, problem.factor, params, what, load, *shared)
-        grid[load.index] = da.from_delayed(values, load.shape, dtype=np.float64) if problem.lazy else values
+        values, shape = (
+            task(evaluation, problem.factor, params, what, spread, load, *shared),
+            (*VALUES_LEAD[what], *load.shape),
+        )
+        grid[load.index] = da.from_delayed(values, shape, dtype=np.float64) if problem.lazy else values
     return da.block(grid.tolist()) if problem.lazy else np.block(grid.tolist())

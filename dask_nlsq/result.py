@@ -1,16 +1,39 @@
 """What a fit returns."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .chunks import Rules
+from .environment import Place
+from .files import import_by, import_name, load_record, save_record
+from .inputs import Problem, build_problem
+from .kernels import Invalid, Layout, Layouts, fingerprint
+from .model import Model, intern
 from .multistart import Search
-from .plan import Plan
-from .reduction import Factor
+from .plan import Plan, several
+from .reduction import Evaluation, Factor, Read, map_chunks
+from .statistics import (
+    Noise,
+    Statistics,
+    Totals,
+    at_bounds,
+    correlation,
+    largest_correlations,
+    quantile,
+    root,
+    statistics,
+)
 from .store import BadChunkError
 from .streaming import Drawn
 from .trust_region import Record
+
+MOST_CORRELATIONS = 5  # in a summary
 
 
 def covariance(factor: Factor) -> np.ndarray | None:
@@ -20,6 +43,37 @@ def covariance(factor: Factor) -> np.ndarray | None:
     norms = np.linalg.norm(factor.R, axis=0)
     _, s, Vt = np.linalg.svd(factor.R / norms)
     return (Vt.T / s**2) @ Vt / np.outer(norms, norms)
+
+
+class NamedModel(NamedTuple):
+    """What a result that was loaded knows of its model."""
+
+    name: list[str] | None  # module and name, where it can be imported
+    fingerprint: str  # of what it computes
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, n_params: int) -> "NamedModel":
+        f = evaluation.model.f
+        return cls(import_name(f), fingerprint(intern(f), evaluation.rules.layouts, n_params))
+
+    def find(self, layouts: Layouts, n_params: int) -> Model:
+        """Import it.
+
+        Raises
+        ------
+        ValueError
+            Where it cannot be imported, or computes something else now.
+        """
+        way_out = "call the function with popt: f(x, *result.popt)"
+        if self.name is None:
+            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
+        try:
+            model = intern(import_by(self.name))
+        except (ImportError, AttributeError) as err:
+            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
+        if fingerprint(model, layouts, n_params) != self.fingerprint:
+            raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
+        return model
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -64,6 +118,14 @@ class FitResult:
         Chunks that could not be read, or were absent, and were left out; their points are in ``n_masked``.
     n_filled : int
         Chunks that were absent and were read as fill values.
+    fixed : dict
+        Name and value of the parameters that were held; their error is 0.
+    bounds : ndarray, shape (2, p)
+        Lower and upper bounds of the parameters.
+    noise : Noise
+        The loss, whether the size of the noise was known, and whether the model gave the weights.
+    totals : Totals
+        Sums over all points of the last sweep, from which the statistics are made.
     """
 
     popt: np.ndarray
@@ -87,9 +149,13 @@ class FitResult:
     sample: Drawn | None
     damage: tuple[BadChunkError, ...]
     n_filled: int
+    fixed: dict[str, float]
+    bounds: np.ndarray
+    noise: Noise
+    totals: Totals
     factor: Factor = field(repr=False)
-    _values: Any = field(repr=False)  # (params, what) -> array of y's shape; None where the data are not at hand
-    _predict: Any = field(repr=False)  # (x, params) -> array
+    _evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
+    _problem: Problem | None = field(repr=False)  # None where the data are not at hand
 
     @property
     def strategy(self) -> str:
@@ -110,13 +176,50 @@ class FitResult:
 
     @property
     def dof(self) -> int:
-        """Degrees of freedom: points used less parameters."""
-        return self.n_points - len(self.popt)
+        """Degrees of freedom: points used less parameters that were fitted."""
+        return self.n_points - len(self.popt) + len(self.fixed)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """All of the statistics below; `dask_nlsq.statistics` has their formulas, and says when one of them is nan."""
+        return statistics(self.totals, self.n_points - self.dof, self.noise)
+
+    chi_square = property(
+        attrgetter("statistics.chi_square"),
+        doc="X: sum of squared residuals, in units of sigma; of a likelihood the deviance",
+    )
+    reduced_chi_square = property(attrgetter("statistics.reduced_chi_square"), doc="X / dof")
+    r_squared = property(attrgetter("statistics.r_squared"), doc="1 - X / sum w (y - mean)^2, weighted as the mean is")
+    adjusted_r_squared = property(attrgetter("statistics.adjusted_r_squared"), doc="1 - (1 - R^2) (n - 1) / dof")
+    rmse = property(attrgetter("statistics.rmse"), doc="sqrt(X / sum w): weighted, in the units of y")
+    aic = property(attrgetter("statistics.aic"), doc="n log(X / n) + 2 k (Akaike); of a likelihood X + 2 k")
+    aicc = property(attrgetter("statistics.aicc"), doc="AIC + 2 k (k + 1) / (n - k - 1), for few points")
+    bic = property(attrgetter("statistics.bic"), doc="n log(X / n) + k log(n) (Schwarz); of a likelihood X + k log(n)")
 
     @property
-    def reduced_chi_square(self) -> float:
-        """``2 cost / dof``; nan without degrees of freedom."""
-        return 2 * self.cost / self.dof if self.dof > 0 else np.nan
+    def correlation(self) -> np.ndarray:
+        """Correlation of the parameters (p, p); nan for those held, and those that the data do not determine."""
+        return correlation(self.pcov)
+
+    @property
+    def at_bound(self) -> np.ndarray:
+        """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (p,)."""
+        return at_bounds(self.popt, self.perr, *self.bounds)
+
+    def confidence_intervals(self, level: float = 0.95) -> np.ndarray:
+        """Lower and upper end for each parameter, (p, 2): ``popt -+ q perr``.
+
+        q is the quantile of Student's t, or of the normal distribution where the noise was known (``absolute_sigma=True``,
+        a likelihood). Exact for a model that is linear, in its parameters, within a few standard errors. A parameter held
+        has no width; one that the data do not determine has no ends (inf); without degrees of freedom they are nan.
+
+        Raises
+        ------
+        ValueError
+            A level that is no probability.
+        """
+        half = quantile(level, self.dof, self.noise) * self.perr
+        return np.stack([self.popt - half, self.popt + half], axis=1)
 
     def __iter__(self):
         return iter((self.popt, self.pcov))
@@ -127,56 +230,229 @@ class FitResult:
     def __getitem__(self, item):
         return (self.popt, self.pcov)[item]
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # at the points of the data, and elsewhere
+
     def residuals(self):
         """``(f(x, *popt) - y) / sigma`` in y's shape; a Dask array where the data were Dask or Zarr.
 
         NaN where masked, and in chunks that cannot be read, where ``on_bad_chunk="mask"`` or ``missing_chunks="mask"``.
         With a covariance matrix as sigma: the whitened residuals of the points used.
         """
-        return self._at_the_data("residual")
+        return self._values(self._points(None), "residual")
 
     def predict(self, x=None):
         """``f(x, *popt)``; ``x`` as in the fit, None for the x of the fit. A Dask array where x is one.
 
         With None: NaN in chunks of the fit that cannot be read.
         """
-        if x is None:
-            return self._at_the_data("model")
-        return self._predict(x, self.popt)
+        return self._values(self._points(x), "model")
 
-    def _at_the_data(self, what):
-        if self._values is None:
-            raise ValueError("a result that was pickled does not hold the data: use predict(x)")
-        return self._values(self.popt, what)
+    def confidence_band(self, x=None, level: float = 0.95):
+        """Lower and upper end of an interval for the mean of y at each point: ``f -+ q sqrt(J pcov J^T)``.
+
+        By propagation of the parameters' errors through the derivatives J (p,) at popt (the delta method); q as in
+        `confidence_intervals`. Each interval is for its point alone, not for all of them together.
+
+        Parameters
+        ----------
+        x : array_like, optional
+            As in the fit; None for the x of the fit.
+        level : float
+            Probability of each interval.
+
+        Returns
+        -------
+        lower, upper : arrays of y's shape
+            Lazy Dask arrays, chunked like the data, where the data, or x, are Dask or Zarr.
+
+        Raises
+        ------
+        ValueError
+            Where the data do not determine the parameters, or the level is no probability.
+        """
+        return self._band(self._points(x), level, 0.0)
+
+    def prediction_band(self, x=None, level: float = 0.95, sigma=None):
+        """Lower and upper end of an interval for one more measurement at each point: ``f -+ q sqrt(J pcov J^T + s^2)``.
+
+        s is ``sigma``, times the root of the reduced chi-square unless ``absolute_sigma``; of counts, the root of the mean,
+        and the interval that of a normal distribution, which is poor for less than some ten counts.
+
+        Parameters
+        ----------
+        x, level
+            As in `confidence_band`.
+        sigma : scalar or array_like, optional
+            Standard deviation at the points ``x``, where the fit had an array as sigma.
+
+        Returns
+        -------
+        lower, upper : arrays of y's shape
+            As in `confidence_band`.
+
+        Raises
+        ------
+        ValueError
+            As in `confidence_band`; where sigma is not known; after a fit with a robust loss, which says nothing about the
+            noise of a single point.
+        """
+        noise = self.noise
+        if not noise.squares:
+            raise ValueError(f"there is no prediction band with loss={noise.loss!r}: it does not say how far points scatter")
+        if sigma is not None and (x is None or noise.loss == "poisson"):
+            raise ValueError("`sigma` is for points given as `x`, and not for counts, whose mean it is: leave it out")
+        if sigma is None and noise.sigma is None and (x is not None or self._evaluation.rules.whole):
+            raise ValueError(
+                "the fit had an array as sigma: give `x`, and as `sigma` the standard deviation at these points"
+            )
+        points = self._points(x, noise.sigma if sigma is None else sigma)
+        return self._band(points, level, 1.0 if noise.absolute else self.reduced_chi_square)
+
+    def _band(self, points, level, noise):
+        q = quantile(level, self.dof, self.noise)
+        if not np.isfinite(self.pcov).all():
+            raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no band")
+        middle_and_error = self._values(points, "band", root(self.pcov), noise)
+        middle, half = middle_and_error[0], q * middle_and_error[1]
+        return middle - half, middle + half
+
+    def _points(self, x, sigma=None) -> Problem:
+        """Of the fit where x is None."""
+        rules = self._evaluation.rules
+        if x is not None:
+            match rules.layouts.x_kind:
+                case "tuple":
+                    shape = np.broadcast_shapes(*(np.shape(c) for c in x))
+                case "stacked":
+                    shape = np.shape(x)[len(rules.layouts.x_lead) :]
+                case _:
+                    shape = np.shape(x)
+            return build_problem(x, np.broadcast_to(0.0, shape), sigma, check=False, omit=False, whole=rules.whole)
+        if self._problem is None:
+            raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
+        return self._problem
+
+    def _values(self, points, what, *spread):
+        model = self._evaluation.model
+        if isinstance(model, NamedModel):
+            model = model.find(self._evaluation.rules.layouts, len(self.popt))
+        return map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), self.popt, what, *spread)
 
     def __getstate__(self):
-        return self.__dict__ | {"_values": None}  # the data may be larger than any file
+        return self.__dict__ | {"_problem": None}  # the data may be larger than any file
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # as text, and on disk
+
+    def save(self, path: str | Path) -> None:
+        """Keep the result, without the data, as a directory of JSON and arrays; `dask_nlsq.load` gives it back.
+
+        A result that is at ``path`` already is replaced, all at once.
+        """
+        evaluation, path = self._evaluation, Path(path)
+        if not isinstance(evaluation.model, NamedModel):
+            evaluation = evaluation._replace(model=NamedModel.of(evaluation, len(self.popt)))
+        save_record(path, replace(self, _evaluation=evaluation, _problem=None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
+        ends = self.confidence_intervals()
+        columns = zip(self.param_names, self.popt, self.perr, ends, self.bounds.T, self.at_bound, strict=True)
+        parameters = {
+            name: dict(
+                value=value, error=error, interval_95=interval, bounds=bounds, at_bound=place, fixed=name in self.fixed
+            )
+            for name, value, error, interval, bounds, place in columns
+        }
+        names = ("status", "success", "message", "cost", "n_points", "n_masked", "n_omitted", "nfev", "sweeps", "optimality")
+        names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
+        return _jsonable(
+            dict(parameters=parameters, statistics=self.statistics._asdict(), noise=self.noise._asdict())
+            | dict(covariance=self.pcov, correlation=self.correlation)
+            | {name: getattr(self, name) for name in names}
+            | dict(damage=[str(each) for each in self.damage])
+        )
+
+    def to_xarray(self):
+        """Dataset of popt, perr (param), pcov and correlation (cov_i, cov_j); statistics and message as attributes.
+
+        Its dimensions are named as by `xarray.DataArray.curvefit`.
+        """
+        import xarray
+
+        names = list(self.param_names)
+        attrs = self.statistics._asdict() | dict(message=self.message, success=int(self.success), n_points=self.n_points)
+        one, two = ("param",), ("cov_i", "cov_j")
+        return xarray.Dataset(
+            dict(popt=(one, self.popt), perr=(one, self.perr), pcov=(two, self.pcov), correlation=(two, self.correlation)),
+            dict.fromkeys((*one, *two), names),
+            attrs,
+        )
 
     def summary(self) -> str:
-        """The fit as text: parameters with standard errors, and how the solver got there."""
-        width = max(len(name) for name in self.param_names)
+        """The fit as text: how the solver got there, statistics, parameters with standard errors, largest correlations."""
         points = f"{self.n_points:,} points"
         points += f", {self.n_masked:,} masked" if self.n_masked else ""
         points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
-            f"{points}; {len(self.popt)} parameter{'s' * (len(self.popt) > 1)}; cost {self.cost:.6g}; reduced chi-square"
-            f" {self.reduced_chi_square:.6g}",
-            f"{self.sweeps} sweep{'s' * (self.sweeps != 1)} in {self.seconds['solve']:.2f} s, data loaded in "
-            f'{self.seconds["load"]:.2f} s; strategy "{self.strategy}"; reduction "{self.reduction}"; condition '
-            f"{self.condition:.1e}",
+            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}",
+            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, data loaded in {self.seconds['load']:.2f} s; "
+            f'strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
         if self.damage:
             lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")
         if self.n_filled:
             lines.append(f"{self.n_filled} absent chunks read as fill values")
-        for name, value, error in zip(self.param_names, self.popt, self.perr, strict=True):
-            relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
-            lines.append(f"  {name:<{width}}  {value: .9g} +- {error:.3g} {relative}".rstrip())
+        if known := self._known_statistics():
+            lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
+        lines += ["  " + line.rstrip() for line in _aligned(self._rows())]
+        pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
+        if pairs:
+            names = self.param_names
+            lines.append("correlations: " + "; ".join(f"{names[j]}, {names[i]} {value:+.3f}" for i, j, value in pairs))
         return "\n".join(lines)
+
+    def _known_statistics(self) -> dict[str, str]:
+        """Those that exist, as text."""
+        found = self.statistics
+        name = "deviance" if self.noise.likelihood else "chi-square"
+        values = {
+            name: found.chi_square,
+            f"reduced {name}": found.reduced_chi_square,
+            "R^2": found.r_squared,
+            "RMSE": found.rmse,
+            "AIC": found.aic,
+            "BIC": found.bic,
+        }
+        return {name: f"{value:.6g}" for name, value in values.items() if not np.isnan(value)}
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Of a table of the parameters: name, value, error, relative error, remark."""
+        remarks = {-1: "at its lower bound", 1: "at its upper bound", 0: ""}
+        rows = []
+        for name, value, error, place in zip(self.param_names, self.popt, self.perr, self.at_bound, strict=True):
+            if name in self.fixed:
+                rows.append((name, f"{value: .9g}", "", "", "fixed"))
+                continue
+            relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
+            rows.append((name, f"{value: .9g}", f"+- {error:.3g}", relative, remarks[int(place)]))
+        return rows
 
     def __repr__(self):
         return f"<FitResult>\n{self.summary()}"
+
+    def _repr_html_(self):
+        """A table of the parameters for notebooks, with the statistics below."""
+        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self._rows())
+        known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
+        verdict = "converged" if self.success else "NOT CONVERGED"
+        return (
+            f"<p>{verdict}: {escape(self.message)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{self.n_points:,} points; {escape(known)}</p>"
+        )
 
     def scipy_output(self) -> tuple:
         """SciPy's ``(popt, pcov, infodict, mesg, ier)``.
@@ -189,3 +465,37 @@ class FitResult:
         p = len(self.popt)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
         return self.popt, self.pcov, info, self.message, min(self.status, 4)
+
+
+def _aligned(rows):
+    """Rows of cells as lines in which columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _jsonable(value):
+    """With lists for arrays, and None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _jsonable(each) for name, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_jsonable(each) for each in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+RECORDS = (Read, Record, Search, Drawn, Plan, Place, Factor, Totals, Noise, NamedModel, BadChunkError)
+RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, FitResult)
+
+
+def load(path: str | Path) -> FitResult:
+    """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
+
+    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Raises
+    ------
+    ValueError
+        Where there is no result, or one of another version.
+    """
+    return load_record(Path(path), {each.__name__: each for each in RECORDS})

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
+    "config", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
     "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "screening", "multistart", "streaming", "plan", "result", "progress", "arguments", "admission", "map_step", "map_solver",
+    "screening", "multistart", "streaming", "plan", "statistics", "result", "progress", "arguments", "admission", "map_step", "map_solver",
     "map_blocks",
     "map_result", "maps", "api",
     "__init__", "demo", "cli",
@@ -27,7 +27,7 @@ KNOWS = {
     "zarr": {"store", "map_result", "demo"},
     "bokeh": {"dashboard"},
     "matplotlib": {"map_result", "demo"},
-    "xarray": {"map_result"},
+    "xarray": {"map_result", "result"},
     "click": {"cli"},
 }
 # fmt: on

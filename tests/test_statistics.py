@@ -1,0 +1,193 @@
+"""Statistics against lmfit, SciPy, and numbers worked out by hand."""
+
+import inspect
+
+import dask.array as da
+import jax
+import jax.numpy as jnp
+import lmfit
+import numpy as np
+import pytest
+import scipy.optimize
+from scipy import stats
+
+import dask_nlsq
+from dask_nlsq.statistics import Noise, Totals, at_bounds, correlation, largest_correlations, quantile, root, statistics
+from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, TIGHT
+
+PLAIN = Noise("linear", False, False)
+COMPARED = [problem for problem in PROBLEMS.values() if problem.name not in ERRORS_IN_RESIDUALS]
+
+
+def lmfit_result(problem, start, weights=None):
+    """lmfit's result from ``start`` with exact derivatives, since forward differences have half of the digits only."""
+    f, names = problem.model, list(inspect.signature(problem.model).parameters)[1:]
+
+    def value(**given):
+        with jax.enable_x64(True):
+            return np.asarray(f(**given))
+
+    value.__signature__ = inspect.signature(f)  # where lmfit finds the names
+    columns = jax.jacfwd(lambda params: f(problem.x, *params))
+
+    def jacobian(params, y, weights=None, **_):
+        with jax.enable_x64(True):
+            J = np.array(columns(jnp.asarray([params[name].value for name in names])))  # lmfit writes into it
+        return J if weights is None else J * weights[:, None]
+
+    model = lmfit.Model(value, ["x"], names)
+    options = dict(Dfun=jacobian, ftol=1e-15, xtol=1e-15, gtol=1e-15)
+    start = model.make_params(**dict(zip(names, start, strict=True)))
+    return model.fit(problem.y, start, x=problem.x, weights=weights, fit_kws=options, max_nfev=100_000)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("problem", COMPARED, ids=lambda problem: problem.name)
+def test_statistics_are_those_of_lmfit(problem, weighted):
+    sigma = np.random.default_rng(0).uniform(0.5, 2, problem.y.size) if weighted else None
+    found = dask_nlsq.curve_fit(problem.model, problem.x, problem.y, p0=problem.starts[1], sigma=sigma, **TIGHT)
+    theirs = lmfit_result(problem, found.popt, None if sigma is None else 1 / sigma)
+    assert (found.dof, found.n_points) == (theirs.nfree, theirs.ndata)
+    for ours, name in [
+        (found.chi_square, "chisqr"),
+        (found.reduced_chi_square, "redchi"),
+        (found.aic, "aic"),
+        (found.bic, "bic"),
+    ]:
+        assert ours == pytest.approx(getattr(theirs, name), rel=1e-6), name
+    if not weighted:  # lmfit's has no weights
+        assert 1 - found.r_squared == pytest.approx(1 - theirs.rsquared, rel=1e-6, abs=1e-14)
+    errors = np.sqrt(np.diag(theirs.covar))
+    np.testing.assert_allclose(found.correlation, theirs.covar / np.outer(errors, errors), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found.perr, errors, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def weighted_data():
+    rng = np.random.default_rng(0)
+    x = np.linspace(0, 5, 300)
+    sigma = rng.uniform(0.02, 0.1, x.size)
+    return x, 2 * np.exp(-0.7 * x) + 0.5 + sigma * rng.standard_normal(x.size), sigma
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+@pytest.mark.parametrize("chunks", [None, 70])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_statistics_of_weighted_data_follow_their_formulas(weighted_data, chunks, absolute):
+    x, y, sigma = weighted_data
+    arrays = weighted_data if chunks is None else [da.from_array(each, chunks=chunks) for each in weighted_data]
+    mask = x > 4
+    found = dask_nlsq.curve_fit(
+        decay, *arrays[:2], p0=[1, 1, 0], sigma=arrays[2], absolute_sigma=absolute, mask=mask, ftol=1e-15, xtol=1e-15
+    )
+    popt, pcov = scipy.optimize.curve_fit(
+        lambda x, a, b, c: a * np.exp(-b * x) + c,
+        x[~mask],
+        y[~mask],
+        [1, 1, 0],
+        sigma=sigma[~mask],
+        absolute_sigma=absolute,
+        ftol=1e-15,
+    )
+    y, w, model = y[~mask], sigma[~mask] ** -2.0, popt[0] * np.exp(-popt[1] * x[~mask]) + popt[2]
+    n, k = y.size, 3
+    chi_square = np.sum(w * (y - model) ** 2)
+    r_squared = 1 - chi_square / np.sum(w * (y - np.average(y, weights=w)) ** 2)
+    aic = n * np.log(chi_square / n) + 2 * k
+    expected = dict(
+        chi_square=chi_square,
+        dof=n - k,
+        reduced_chi_square=chi_square / (n - k),
+        r_squared=r_squared,
+        adjusted_r_squared=1 - (1 - r_squared) * (n - 1) / (n - k),
+        rmse=np.sqrt(np.average((y - model) ** 2, weights=w)),
+        aic=aic,
+        aicc=aic + 2 * k * (k + 1) / (n - k - 1),
+        bic=n * np.log(chi_square / n) + k * np.log(n),
+    )
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-9), name
+    q = (stats.norm if absolute else stats.t(n - k)).ppf(0.975)
+    half = q * np.sqrt(np.diag(pcov))
+    np.testing.assert_allclose(found.confidence_intervals(), np.stack([popt - half, popt + half], 1), rtol=1e-4)
+
+
+def test_statistics_of_counts_are_those_of_the_deviance():
+    x = np.linspace(0, 5, 300)
+    y = np.random.default_rng(0).poisson(4 * np.exp(-0.7 * x) + 0.5)
+    found = dask_nlsq.curve_fit(decay, x, y, p0=[1, 1, 1], loss="poisson")
+    deviance = np.sum(found.residuals() ** 2)
+    assert found.chi_square == pytest.approx(deviance)
+    assert found.aic == pytest.approx(deviance + 2 * 3)
+    assert found.aicc == pytest.approx(deviance + 2 * 3 + 24 / 296)
+    assert found.bic == pytest.approx(deviance + 3 * np.log(300))
+    half = np.diff(found.confidence_intervals(0.6827), axis=1)[:, 0] / 2
+    np.testing.assert_allclose(half, found.perr, rtol=1e-4)
+    # a difference of AIC is one of log likelihoods
+    flat = dask_nlsq.curve_fit(lambda x, c: c + 0 * x, x, y, p0=[1], loss="poisson")
+    mean = [np.asarray(each.predict()) for each in (found, flat)]
+    likelihoods = [np.sum(stats.poisson.logpmf(y, each)) for each in mean]
+    assert found.aic - flat.aic == pytest.approx(-2 * (likelihoods[0] - likelihoods[1]) + 2 * (3 - 1))
+
+
+@pytest.mark.parametrize(
+    "options, missing",
+    [
+        (dict(loss="huber"), {"chi_square", "reduced_chi_square", "r_squared", "adjusted_r_squared", "rmse", "aic", "aicc", "bic"}),
+        (dict(loss="poisson"), {"r_squared", "adjusted_r_squared", "rmse"}),
+        (dict(sigma="poisson"), {"r_squared", "adjusted_r_squared", "rmse", "aic", "aicc", "bic"}),
+    ],
+)  # fmt: skip
+def test_statistics_that_do_not_exist_are_nan(options, missing):
+    x = np.linspace(0, 5, 300)
+    y = np.random.default_rng(0).poisson(4 * np.exp(-0.7 * x) + 0.5)
+    found = dask_nlsq.curve_fit(decay, x, y, p0=[1, 1, 1], **options)
+    assert {name for name, value in found.statistics._asdict().items() if np.isnan(value)} == missing
+
+
+def test_statistics_by_hand():
+    """y = 1, 2, 3, 6 with the mean 3 as model: X = 4 + 1 + 0 + 9."""
+    found = statistics(Totals(7.0, 0.0, 4, 4.0, 12.0, 50.0), 1, PLAIN)
+    assert found.chi_square == 14 and found.dof == 3 and found.reduced_chi_square == pytest.approx(14 / 3)
+    assert found.r_squared == 0 and found.adjusted_r_squared == 0
+    assert found.rmse == pytest.approx(3.5**0.5)
+    assert found.aic == pytest.approx(4 * np.log(3.5) + 2) and found.aicc == pytest.approx(found.aic + 4 / 2)
+
+
+def test_without_degrees_of_freedom_or_spread_nothing_is_made_up():
+    found = statistics(Totals(0.0, 0.0, 2, 2.0, 2e8, 2e16), 2, PLAIN)
+    assert found.chi_square == 0 and found.rmse == 0
+    assert np.isnan([found.reduced_chi_square, found.r_squared, found.adjusted_r_squared, found.aic, found.aicc]).all()
+    assert np.isnan(quantile(0.95, 0, PLAIN))
+
+
+@pytest.mark.parametrize("level", [0, 1, 95, -0.5, np.nan, True, "95 %"])
+def test_a_level_is_a_probability(level):
+    with pytest.raises(ValueError, match="`level` must be a probability"):
+        quantile(level, 10, PLAIN)
+
+
+def test_quantiles_are_of_student_where_the_noise_was_estimated():
+    assert quantile(0.95, 2, PLAIN) == pytest.approx(4.302653, rel=1e-6)
+    assert quantile(0.95, 2, PLAIN._replace(absolute=True)) == pytest.approx(1.959964, rel=1e-6)
+
+
+def test_correlations_are_nan_where_a_parameter_is_held_or_not_determined():
+    pcov = np.array([[4.0, -3.0, 0.0], [-3.0, 9.0, 0.0], [0.0, 0.0, 0.0]])
+    found = correlation(pcov)
+    np.testing.assert_array_equal(found, [[1, -0.5, np.nan], [-0.5, 1, np.nan], [np.nan] * 3])
+    assert largest_correlations(found, 5) == [(1, 0, -0.5)]
+    assert np.isnan(correlation(np.full((2, 2), np.inf))).all()
+
+
+def test_the_root_of_a_covariance_gives_it_back_whatever_the_units():
+    pcov = np.array([[4e-20, -3e-8, 0.0], [-3e-8, 9e4, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(root(pcov) @ root(pcov).T, pcov, rtol=1e-12)
+
+
+def test_bounds_are_hit_within_a_small_part_of_the_error():
+    params, lower, upper = np.array([1e-12, 1e-12, 5.0, 5.0]), np.zeros(4), np.array([1.0, 1.0, 5.0, np.inf])
+    assert at_bounds(params, np.array([1e-13, 1e-3, 0.0, np.inf]), lower, upper).tolist() == [0, -1, 1, 0]
