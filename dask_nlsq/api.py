@@ -359,7 +359,7 @@ def curve_fit(
         fixed={},
         bounds=np.stack([lower, upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=_totals(problem, evaluation, solution.params, cost, n_points),
+        totals=_totals(problem, evaluation, solution.params, cost, n_points, streaming),
         factor=solution.factor,
         _evaluation=evaluation,
         _problem=problem,
@@ -511,8 +511,10 @@ def _one_sigma(problem):
     return float(np.asarray(sigma).item()) if sigma.size == 1 and problem.factor is None else None
 
 
-def _totals(problem, evaluation, params, cost, n):
+def _totals(problem, evaluation, params, cost, n, streaming):
     """Stands in for the sums of the last sweep."""
+    if streaming:
+        return Totals(cost, np.nan, n, np.nan, np.nan, np.nan)
     r = np.asarray(map_chunks(problem, evaluation, params, "residual"))
     y, sigma = (np.broadcast_to(np.asarray(each, float), r.shape) for each in problem.operands[:2])
     counted = ~np.isnan(r)

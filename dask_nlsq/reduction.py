@@ -498,15 +498,13 @@ def chunk_values(evaluation: Evaluation, factor, params, what, spread, load: Loa
 def map_chunks(
     problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model", "band"], *spread
 ):
-    """What `value_kernel` computes, in y's shape, "band" with an axis before: lazy (Dask) where the problem is, else NumPy."""
+    """What `value_kernel` computes, in y's shape ("band": (2, *shape)): lazy (Dask) where the problem is, else NumPy."""
     runs, common = plan_loads(problem)
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)
     task = dask.delayed(chunk_values) if problem.lazy else chunk_values
     for load in itertools.chain(*runs):
         shared = [Delayed(key, common) for key in load.shared]
-        values, shape = (
-            task(evaluation, problem.factor, params, what, spread, load, *shared),
-            (*VALUES_LEAD[what], *load.shape),
-        )
+        values = task(evaluation, problem.factor, params, what, spread, load, *shared)
+        shape = (*VALUES_LEAD[what], *load.shape)
         grid[load.index] = da.from_delayed(values, shape, dtype=np.float64) if problem.lazy else values
     return da.block(grid.tolist()) if problem.lazy else np.block(grid.tolist())

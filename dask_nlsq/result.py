@@ -184,14 +184,11 @@ class FitResult:
         """All of the statistics below; `dask_nlsq.statistics` has their formulas, and says when one of them is nan."""
         return statistics(self.totals, self.n_points - self.dof, self.noise)
 
-    chi_square = property(
-        attrgetter("statistics.chi_square"),
-        doc="X: sum of squared residuals, in units of sigma; of a likelihood the deviance",
-    )
+    chi_square = property(attrgetter("statistics.chi_square"), doc="X = sum r^2; of a likelihood the deviance")
     reduced_chi_square = property(attrgetter("statistics.reduced_chi_square"), doc="X / dof")
-    r_squared = property(attrgetter("statistics.r_squared"), doc="1 - X / sum w (y - mean)^2, weighted as the mean is")
+    r_squared = property(attrgetter("statistics.r_squared"), doc="1 - X / sum w (y - mean)^2, with the weighted mean")
     adjusted_r_squared = property(attrgetter("statistics.adjusted_r_squared"), doc="1 - (1 - R^2) (n - 1) / dof")
-    rmse = property(attrgetter("statistics.rmse"), doc="sqrt(X / sum w): weighted, in the units of y")
+    rmse = property(attrgetter("statistics.rmse"), doc="sqrt(X / sum w), in the units of y")
     aic = property(attrgetter("statistics.aic"), doc="n log(X / n) + 2 k (Akaike); of a likelihood X + 2 k")
     aicc = property(attrgetter("statistics.aicc"), doc="AIC + 2 k (k + 1) / (n - k - 1), for few points")
     bic = property(attrgetter("statistics.bic"), doc="n log(X / n) + k log(n) (Schwarz); of a likelihood X + k log(n)")
@@ -303,9 +300,7 @@ class FitResult:
         if sigma is not None and (x is None or noise.loss == "poisson"):
             raise ValueError("`sigma` is for points given as `x`, and not for counts, whose mean it is: leave it out")
         if sigma is None and noise.sigma is None and (x is not None or self._evaluation.rules.whole):
-            raise ValueError(
-                "the fit had an array as sigma: give `x`, and as `sigma` the standard deviation at these points"
-            )
+            raise ValueError("the fit had an array as sigma: give `x`, and as `sigma` the standard deviation there")
         points = self._points(x, noise.sigma if sigma is None else sigma)
         return self._band(points, level, 1.0 if noise.absolute else self.reduced_chi_square)
 
@@ -398,8 +393,8 @@ class FitResult:
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
             f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}",
-            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, data loaded in {self.seconds['load']:.2f} s; "
-            f'strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
+            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, data loaded in {self.seconds['load']:.2f} s;"
+            f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
         if self.damage:
             lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")

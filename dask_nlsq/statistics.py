@@ -126,7 +126,7 @@ def quantile(level: float, dof: int, noise: Noise) -> float:
 
 
 def correlation(pcov: np.ndarray) -> np.ndarray:
-    """``pcov_ij / (perr_i perr_j)`` (p, p), 1 on the diagonal; nan for parameters held, or that the data do not determine."""
+    """``pcov_ij / (perr_i perr_j)`` (p, p), 1 on the diagonal; nan for parameters held or not determined."""
     perr = np.sqrt(np.diag(pcov))
     perr = np.where((perr > 0) & np.isfinite(perr), perr, np.nan)
     found = np.clip(np.where(np.isfinite(pcov), pcov, np.nan) / np.outer(perr, perr), -1, 1)
