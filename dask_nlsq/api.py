@@ -44,6 +44,7 @@ from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
 from .inputs import check_sendable
 from .kernels import choose_jac_mode
+from .labels import by_name
 from .model import function_name, intern
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
@@ -231,6 +232,7 @@ def curve_fit(
     """
     given = dict(locals())
     f, xdata, ydata = model_first(f, xdata, ydata)
+    xdata, sigma, mask = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
     names, lower, upper, start = parameters(f, p0, bounds, param_names)
     method = None if method == "auto" else method
@@ -479,7 +481,8 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(f, jacobian(given["jac"]))
     _, reweighted = likelihood(given["loss"], given["sigma"])
-    data = dict(xdata=xdata, ydata=ydata, sigma=None if reweighted else given["sigma"], mask=given["mask"])
+    xdata, sigma, mask = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
+    data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     data, _, rules = open_data(data, Policy(), given["mask_values"], given["valid_range"], look=False)
     rules |= dict(check=check, omit=omit)
     problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)

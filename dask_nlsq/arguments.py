@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
-from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds
@@ -58,7 +57,7 @@ def parameters(f, p0, bounds, param_names):
             f"{names[k]} has [{lower[k]}, {upper[k]}]; to hold a parameter, leave it out of the model"
         )
     if p0 is None:
-        return names, lower, upper, _feasible(lower, upper)
+        return names, lower, upper, feasible(lower, upper)
     if not np.isfinite(p0).all():
         k = int(np.argmin(np.isfinite(p0)))
         raise ValueError(f"`p0` must be finite: {names[k]} is {p0[k]}")
@@ -121,7 +120,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
         if isinstance(p0, Mapping) and name not in given:
             raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
         value = given.get(name)
-        value = _on_the_map(f"p0 of {name}", _feasible(low, high) if value is None else value, map_shape)
+        value = _on_the_map(f"p0 of {name}", feasible(low, high) if value is None else value, map_shape)
         if np.ndim(value) == np.ndim(low) == np.ndim(high) == 0:
             if not np.isfinite(value):
                 raise ValueError(f"`p0` must be finite: {name} is {value}")
@@ -181,46 +180,6 @@ def axes_of(axis, dims, ndim) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def coordinates_of(xdata, ydata, axes):
-    """x of an xarray ``ydata`` by the names of coordinates; by default those of the fit axes."""
-    coords = ydata.coords
-    fitted = [ydata.dims[k] for k in axes]
-    names = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
-    if not all(isinstance(name, str) and name in coords for name in names):
-        for name in names:
-            if xdata is None or (
-                isinstance(name, str) and name not in coords and not Path(name).exists() and "://" not in name
-            ):
-                raise ValueError(
-                    f"`xdata` {xdata!r} names no coordinate: `ydata` has none that is called {name!r}, only {list(coords)}"
-                )
-        return xdata
-    fitted = [dim for dim in ydata.dims if dim in fitted]
-    found = []
-    for name in names:
-        kept = fitted if set(coords[name].dims) <= set(fitted) else ydata.dims
-        found.append(along_dims(coords[name], kept))
-    return (
-        found[0] if len(found) == 1 and found[0].ndim == len(fitted) == 1 else tuple(found) if len(found) > 1 else found[0]
-    )
-
-
-def along_dims(array, dims):
-    """Data of an xarray array with its axes in the order of ``dims``, of size 1 where it lacks one."""
-    present = [dim for dim in dims if dim in array.dims]
-    data, sizes = array.transpose(*present).data, dict(zip(present, array.transpose(*present).shape, strict=True))
-    return data.reshape(tuple(sizes.get(dim, 1) for dim in dims))
-
-
-def map_first(value, dims):
-    """Values over the map, xarray among them with their axes in the order of ``dims`` and that of the parameters last."""
-    if hasattr(value, "dims"):
-        return value.transpose(*(dim for dim in dims if dim in value.dims), ...)
-    if isinstance(value, Mapping):
-        return {name: map_first(each, dims) for name, each in value.items()}
-    return [map_first(each, dims) for each in value] if isinstance(value, (list, tuple)) else value
-
-
 def _numbers(name, value):
     try:
         return np.asarray(value, dtype=np.float64)
@@ -255,7 +214,7 @@ def _per_parameter(name, value, n):
     return np.broadcast_to(value, (n,))
 
 
-def _feasible(lower, upper):
+def feasible(lower, upper):
     """SciPy's start within the bounds: 1, the middle, or 1 away from the only bound."""
     low, high = (np.where(np.isfinite(each), each, 0.0) for each in (lower, upper))
     middle = low + 0.5 * (high - low)

@@ -21,7 +21,6 @@ from .admission import open_data
 from .arguments import (
     axes_of,
     check_choices,
-    coordinates_of,
     likelihood,
     limit,
     map_parameters,
@@ -32,6 +31,7 @@ from .config import threads
 from .environment import size
 from .inputs import Coordinates, as_array, invalid_values, unmasked
 from .kernels import Layout, Layouts, assemble_x, check_model, check_pointwise, choose_jac_mode
+from .labels import coordinates_of, labelled
 from .map_solver import Fitted, Pixels, map_kernel
 from .map_step import Limits, MapSpec
 from .model import Model, advice, function_name, intern
@@ -309,7 +309,7 @@ def build_map(
         raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
     ydata, hidden = unmasked(ydata, None)
     dims = getattr(ydata, "dims", None)
-    if dims is not None and hasattr(ydata, "coords"):
+    if labelled(ydata):
         xdata = coordinates_of(xdata, ydata, axes_of(axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     data, stored, rules = open_data(as_given, Policy(), mask_values, valid_range)

@@ -10,7 +10,8 @@ import dask.array as da
 import numpy as np
 from dask.graph_manipulation import clone
 
-from .arguments import along_dims, map_first, model_first
+from .arguments import axes_of, model_first
+from .labels import along_dims, labelled, map_values
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
 from .map_step import MapStatus
@@ -54,8 +55,8 @@ def fit_map(
         Model ``f(x, *params) -> y`` as in `dask_nlsq.curve_fit`: pointwise, written with `jax.numpy`.
     xdata : array_like, tuple or None
         Coordinates that all pixels share: an array of the shape of the fit axes, or a tuple of arrays that broadcast against
-        them. An array with as many axes as ``ydata`` differs from pixel to pixel. With an xarray ``ydata`` the name of a
-        coordinate, or names; None is those of the fit axes.
+        them. An array with as many axes as ``ydata`` differs from pixel to pixel. With an xarray ``ydata`` as in
+        `dask_nlsq.curve_fit` the name of a coordinate, names, or DataArrays; None is the coordinates of the fit axes.
     ydata : array_like, N-D
         NumPy, Dask, a Zarr array or its path, or xarray. All axes but the fit axes are the map.
     p0 : optional
@@ -111,13 +112,12 @@ def fit_map(
     if guess not in (None, "coarse-to-fine"):
         raise ValueError(f"`guess` must be None or 'coarse-to-fine', not {guess!r}; a function that guesses is p0=")
     labels: dict[str, Any] = {}
-    if labelled := hasattr(ydata, "dims") and hasattr(ydata, "coords"):
-        for name in ("sigma", "mask"):
-            if hasattr(given[name], "dims"):
-                given[name] = along_dims(given[name], ydata.dims)
-        p0, given["bounds"], given["fixed"] = (map_first(each, ydata.dims) for each in (p0, bounds, fixed))
+    if labelled(ydata):
+        fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]
+        given |= {name: along_dims(name, given[name], ydata) for name in ("sigma", "mask")}
+        p0, given["bounds"], given["fixed"] = map_values(p0, bounds, fixed, ydata, fitted)
     problem = build_map(f, xdata, ydata, p0, **given)
-    if labelled:
+    if labelled(ydata):
         dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
         kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
         labels = dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))

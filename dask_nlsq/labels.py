@@ -1,0 +1,131 @@
+"""xarray data become plain arrays: coordinates by name, axes by name and never by place, dates as seconds.
+
+Nothing here imports xarray: its arrays are known by their ``dims`` and ``coords``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+
+def labelled(data) -> bool:
+    """Whether it is an xarray DataArray."""
+    return hasattr(data, "dims") and hasattr(data, "coords")
+
+
+def by_name(xdata, ydata, sigma, mask):
+    """x, sigma and mask of one fit of all of an xarray ``ydata``, as plain arrays with its axes."""
+    if not labelled(ydata):
+        return xdata, sigma, mask
+    matrix = labelled(sigma) and sigma.shape == (ydata.size,) * 2 != ydata.shape  # a covariance
+    sigma = sigma if matrix else along_dims("sigma", sigma, ydata)
+    return coordinates_of(xdata, ydata, range(ydata.ndim)), sigma, along_dims("mask", mask, ydata)
+
+
+def coordinates_of(xdata, ydata, axes):
+    """x of an xarray ``ydata``: names of coordinates and DataArrays as plain arrays; by default those of the fit axes.
+
+    Axes are those of the fit, or all of ydata's where x differs from pixel to pixel. A stacked x has further ones in front.
+    """
+    coords, fitted = ydata.coords, [ydata.dims[k] for k in axes]
+    given = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
+    named = [isinstance(each, str) and each in coords for each in given]
+    for each, known in zip(given, named, strict=True):
+        lost = isinstance(each, str) and not known and not Path(each).exists() and "://" not in each
+        if lost or (xdata is None and not known):
+            raise ValueError(
+                f"`xdata` {xdata!r} names no coordinate: `ydata` has none that is called {each!r}, only {list(coords)}"
+            )
+    if not any(known or labelled(each) for each, known in zip(given, named, strict=True)):
+        return xdata
+    fitted = [dim for dim in ydata.dims if dim in fitted]
+    found = []
+    for each, known in zip(given, named, strict=True):
+        if known or labelled(each):
+            each = seconds(coords[each] if known else each)
+            lead = [dim for dim in each.dims if dim not in ydata.dims] if set(fitted) <= set(each.dims) else []
+            kept = fitted if set(each.dims) <= {*fitted, *lead} else list(ydata.dims)
+            each = along_dims("xdata", each, ydata, [*lead, *kept])
+        found.append(each)
+    alone = len(found) == 1 and (named[0] or not isinstance(xdata, tuple))
+    return found[0] if alone else tuple(found)
+
+
+def seconds(array):
+    """Dates as float seconds since the earliest one, durations as float seconds."""
+    if array.dtype.kind == "M":
+        array = array - array.min()
+    return array / np.timedelta64(1, "s") if array.dtype.kind == "m" else array
+
+
+def along_dims(name, array, ydata, dims=None):
+    """Plain data of an xarray array with its axes in the order of ``dims``, by default ydata's, of size 1 where it lacks one.
+
+    Raises
+    ------
+    ValueError
+        Dimensions that ydata does not have, or has with other labels.
+    """
+    if not labelled(array):
+        return array
+    dims = ydata.dims if dims is None else dims
+    if unknown := [dim for dim in array.dims if dim not in dims]:
+        raise ValueError(
+            f"`{name}` has the dimensions {array.dims}, `ydata` {ydata.dims} has no {unknown[0]!r}: rename it, or pass "
+            f"{name}.data, whose axes go by place"
+        )
+    _check_labels(name, array, ydata)
+    array = array.transpose(*(dim for dim in dims if dim in array.dims))
+    return array.data.reshape(tuple(array.sizes.get(dim, 1) for dim in dims))
+
+
+def _check_labels(name, array, ydata):
+    for dim in array.dims:
+        if dim not in array.coords or dim not in ydata.coords or array[dim].variable.equals(ydata[dim].variable):
+            continue
+        mine, others = array[dim].values, ydata[dim].values
+        how = f"{len(mine)} and {len(others)} of them"
+        if len(mine) == len(others):
+            k = int(np.argmax(mine != others))
+            how = f"{mine[k]} and {others[k]} at place {k}, first"
+        raise ValueError(
+            f"`{name}` and `ydata` have different labels along {dim!r}: {how}. Bring them together beforehand, as with "
+            f"xarray.align or reindex_like, or pass {name}.data, whose axes go by place"
+        )
+
+
+def map_values(p0, bounds, fixed, ydata, fitted):
+    """``p0``, ``bounds`` and ``fixed`` of a map with the xarray arrays among them as plain ones of the map's shape.
+
+    An array of starts, or of bounds, of all parameters keeps their axis, as the last.
+    """
+    dims = [dim for dim in ydata.dims if dim not in fitted]
+    shape = tuple(ydata.sizes[dim] for dim in dims)
+
+    def plain(what, value, inner=0):
+        if isinstance(value, Mapping):
+            return {name: plain(f"{what} for {name!r}", each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(what, each) for each in value]
+        if not labelled(value):
+            return value
+        unexpected = [dim for dim in value.dims if dim not in dims]
+        if len(unexpected) > inner or set(unexpected) & set(fitted):
+            raise ValueError(
+                f"{what} has unexpected dimensions {tuple(unexpected)}. It should only have dimensions that are in data "
+                f"dimensions {dims}, those of the map."
+            )
+        array = along_dims(what, value, ydata, [*dims, *unexpected])
+        return np.broadcast_to(array, (*shape, *(value.sizes[dim] for dim in unexpected)))
+
+    if isinstance(bounds, Mapping):
+        bounds = {
+            name: [plain(f"{('Lower', 'Upper')[k % 2]} bound for {name!r}", each) for k, each in enumerate(pair)]
+            if isinstance(pair, (list, tuple))
+            else pair
+            for name, pair in bounds.items()
+        }
+    elif isinstance(bounds, (list, tuple)):
+        bounds = [plain(f"bounds[{k}]", each, 1) for k, each in enumerate(bounds)]
+    return plain("Initial guess", p0, 1), bounds, plain("Fixed value", fixed)
