@@ -1,7 +1,7 @@
 """``data.nlsq.curvefit``: `xarray.DataArray.curvefit` in the same words, on Dask and JAX, for data of any size.
 
-``import dask_nlsq.accessor`` registers it, before or after xarray. ``import dask_nlsq`` alone does not: xarray knows no
-entry points for accessors, so it would have to be imported, which takes longer than all else that is imported there.
+``import dask_nlsq.accessor`` registers it, before or after xarray. ``import dask_nlsq`` alone does not: xarray has no entry
+points for accessors, so it would have to be imported, and each process that imports Dask would wait for that.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -98,8 +98,8 @@ class Accessor:
         reduced |= {dim for dim in data.dims for each in coords if each.equals(data[dim])}
         if not reduced:
             raise ValueError(
-                "No arguments to `coords` were identified as a dimension on the calling object, and no dims were supplied to "
-                f"`reduce_dims`. This would result in fitting on scalar data. The dimensions are {tuple(data.dims)}"
+                "No arguments to `coords` were identified as a dimension on the calling object, and no dims were supplied "
+                f"to `reduce_dims`. This would result in fitting on scalar data. The dimensions are {tuple(data.dims)}"
             )
         if not isinstance(bounds or {}, Mapping):
             raise TypeError(f"`bounds` must be a dict {{name: (lower, upper)}}, not {bounds!r}")
@@ -107,7 +107,7 @@ class Accessor:
         if not names:
             raise ValueError("`param_names` must be provided because `func` takes variable length arguments.")
         arrays = data.data_vars if isinstance(data, xr.Dataset) else {None: data}
-        result = xr.Dataset()
+        result = xr.Dataset(attrs=data.attrs if isinstance(data, xr.Dataset) else None)
         for variable, array in arrays.items():
             if missing := reduced - set(array.dims):
                 raise ValueError(f"{variable or '`data`'} has no dimension {missing} to fit along, only {array.dims}")
@@ -127,7 +127,7 @@ class Accessor:
             )
             prefix = "" if variable is None else f"{variable}_"
             result[f"{prefix}curvefit_coefficients"], result[f"{prefix}curvefit_covariance"] = popt, pcov
-        return result.assign_coords(param=names, cov_i=names, cov_j=names).assign_attrs(data.attrs)
+        return result.assign_coords(param=names, cov_i=names, cov_j=names)
 
 
 def _map_of_fits(func, coords, array, fitted, p0, bounds, errors, options):

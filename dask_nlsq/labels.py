@@ -60,7 +60,7 @@ def seconds(array):
 
 
 def along_dims(name, array, ydata, dims=None):
-    """Plain data of an xarray array with its axes in the order of ``dims``, by default ydata's, of size 1 where it lacks one.
+    """Plain data of an xarray array with axes in the order of ``dims``, by default ydata's, of size 1 where it lacks one.
 
     Raises
     ------
