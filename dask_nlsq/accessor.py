@@ -170,11 +170,14 @@ def _one_fit(func, coords, array, fitted, p0, bounds, errors, options):
     names = options["param_names"]
     start, bounds, _ = map_values(p0, bounds, None, array, fitted)
     start = start_of(func, names, start, bounds)
-    ends = [bounds.get(name, (None, None)) for name in names]
+    own = dict(zip(names, getattr(func, "bounds", {}).values(), strict=False))  # of a ready model
+    ends = [bounds.get(name, own.get(name, (None, None))) for name in names]
     bounds = [[inf if end[k] is None else float(end[k]) for end in ends] for k, inf in enumerate((-np.inf, np.inf))]
+    if isinstance(start, Mapping):
+        start = [float(start[name]) for name in names]
     x = coords[0] if len(coords) == 1 else tuple(coords)
     try:
-        popt, pcov = curve_fit(func, x, array, [float(start[name]) for name in names], bounds=bounds, **options)
+        popt, pcov = curve_fit(func, x, array, start, bounds=bounds, **options)
     except (RuntimeError, ValueError) as err:
         failed = errors == "ignore" and isinstance(err, RuntimeError)
         empty = options["nan_policy"] == "omit" and isinstance(err, ValueError) and bool(array.isnull().all())
@@ -185,8 +188,11 @@ def _one_fit(func, coords, array, fitted, p0, bounds, errors, options):
 
 
 def start_of(func, names, p0, bounds):
-    """xarray's start: what is given, else the default in the signature, else 1, both moved into the bounds."""
-    if p0 is not None and not isinstance(p0, Mapping):
+    """xarray's start: what is given, else the default in the signature, else 1, both moved into the bounds.
+
+    None for a ready model, which guesses.
+    """
+    if (p0 is None and hasattr(func, "guess")) or not isinstance(p0, (Mapping, type(None))):
         return p0
     try:
         defaults = {name: each.default for name, each in signature(func).parameters.items()}
