@@ -10,6 +10,7 @@ from scipy.optimize import Bounds
 
 from .budget import count
 from .model import function_name, intern, parameter_names
+from .models import ReadyModel
 from .trf_jit import LIKELIHOODS, LOSSES
 
 
@@ -22,6 +23,26 @@ def model_first(f, xdata, ydata, caller="curve_fit"):
         f"{caller} needs a model: pass {caller}(f, xdata, ydata) or {caller}(xdata, ydata, f), got "
         f"{type(f).__name__}, {type(xdata).__name__}, {type(ydata).__name__}"
     )
+
+
+def ready_model(f, p0, bounds, param_names, method=None):
+    """p0, bounds, and whether the model guesses p0: what a ready model has instead where nothing is given."""
+    if isinstance(p0, str) and (p0 != "guess" or not isinstance(f, ReadyModel)):
+        if p0 != "guess":
+            raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
+        raise ValueError(
+            f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is a function. Give p0 as numbers, or take "
+            "a model, or a sum of models, of dask_nlsq.models"
+        )
+    if not isinstance(f, ReadyModel):
+        return p0, bounds, False
+    own = dict(zip(f.param_names if param_names is None else param_names, f.bounds.values(), strict=False))
+    if isinstance(bounds, Mapping):
+        bounds = own | bounds
+    elif isinstance(bounds, tuple) and all(np.ndim(each) == 0 for each in bounds) and bounds == (-np.inf, np.inf):
+        bounds = bounds if method == "lm" else tuple(zip(*own.values(), strict=True))  # "lm" knows no bounds
+    guesses = p0 is None or isinstance(p0, str)
+    return None if guesses else p0, bounds, guesses
 
 
 def parameters(f, p0, bounds, param_names):

@@ -24,6 +24,7 @@ from .arguments import (
     likelihood,
     limit,
     map_parameters,
+    ready_model,
     tolerance,
 )
 from .budget import GB, effective_fraction, positive
@@ -320,6 +321,8 @@ def build_map(
     map_axes = tuple(k for k in range(y.ndim) if k not in fit_axes)
     map_shape, n = tuple(y.shape[k] for k in map_axes), prod(y.shape[k] for k in fit_axes)
 
+    p0, bounds, guesses = ready_model(f, p0, bounds, param_names)
+    p0 = f.guess if guesses else p0
     names, free, start, lower, upper, guess = map_parameters(f, p0, bounds, param_names, fixed, map_shape)
     model, p = intern(f), len(free)
     coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)

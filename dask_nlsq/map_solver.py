@@ -178,9 +178,10 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
 
 
 def _guesses(spec, data: Data, n_points, start):
-    """Start (pixels, all parameters) from the user's guess; points that do not count hold the mean of those that do."""
+    """Start (pixels, all parameters) from a guess; points that do not count hold nan, or the mean of those that do."""
     mean = jnp.sum(data.y, axis=1) / jnp.maximum(n_points, 1)
-    y = jnp.where(data.weight > 0, data.y, mean[:, None])
+    instead = jnp.nan if hasattr(spec.guess.f, "leaves_out_nan") else mean[:, None]
+    y = jnp.where(data.weight > 0, data.y, instead)
     held = jnp.array([k not in spec.free for k in range(start.shape[1])])
     x, axes = each_or_shared(data.x)
 

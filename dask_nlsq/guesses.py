@@ -1,0 +1,273 @@
+"""A start from the data: few candidates for what a model is not linear in, and linear least squares for the rest.
+
+Amplitudes and offsets enter a model linearly, so of a sum of parts only places, widths and rates have to be guessed
+(variable projection [1]_). Each part proposes candidates for its own from the data: a peak those of the boxcar windows,
+one for each length, that lower the sum of squares most, which cumulative sums tell for all windows at once; an
+exponential a ladder of rates. The candidate is taken with which the columns of the part, beside those of all other
+parts, fit the data best. Parts are chosen one after the other, the linear ones always being there, and then each once
+more beside the final others (backfitting [2]_).
+
+All is written in `jax.numpy` with shapes that depend on the number of points alone, so that it runs under `jax.vmap`:
+one guess for each pixel of a map. A point where x or y is not finite does not count.
+
+References
+----------
+.. [1] G. Golub, V. Pereyra, "Separable nonlinear least squares", Inverse Problems 19 (2003) R1-R26.
+.. [2] J. Friedman, W. Stuetzle, "Projection Pursuit Regression", J. Am. Stat. Assoc. 76 (1981) 817-823.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+ROUNDS = 2  # in which every part is chosen
+RIDGE = 1e-10  # relative: columns closer to each other than its root count as the same
+WINDOWS_PER_OCTAVE = 2
+STEP_WIDTHS = 10
+RATES = 28
+OVERSAMPLING = 4  # of frequencies: at most an eighth of a period is lost over all data
+
+
+class View(NamedTuple):
+    """Data as a part sees them when it proposes candidates: sorted by x, points that do not count last."""
+
+    x: Any  # (n,)
+    weight: Any  # (n,) 1 or 0
+    count: Any  # points that count
+    left: Any  # (n,) of y, what the columns of the other parts leave
+    others: Any  # (n, m) orthonormal columns of the other parts
+
+
+class Part(NamedTuple):
+    """What the guess of a part needs. ``shape(x, *params)`` is linear in the ``linear`` ones of them, together."""
+
+    shape: Callable
+    n_params: int
+    linear: tuple[int, ...]  # places
+    ends: tuple[tuple[float, float], ...]  # bounds of these
+    candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None where there are none
+    finish: Callable  # params of ``shape`` -> params of the model
+
+    def params(self, coefficients, others):
+        places = [k for k in range(self.n_params) if k not in self.linear]
+        found = dict(zip(self.linear, coefficients, strict=True)) | dict(zip(places, others, strict=True))
+        return [found[k] for k in range(self.n_params)]
+
+    def columns(self, view: View, others):
+        """(n, linear parameters): what the part adds to the model for one unit of each."""
+        units = np.eye(len(self.linear))
+        columns = jnp.stack([self.shape(view.x, *self.params(unit, others)) for unit in units], axis=1)
+        return jnp.where(view.weight[:, None] > 0, columns, 0.0)
+
+
+def guess(parts: Sequence[Part], x, y):
+    """Parameters (p,) of the sum of ``parts``, those of each after those of the one before, from x (n,) and y (n,)."""
+    x, y, weight, count = _sorted(x, y)
+    scale = jnp.maximum(jnp.max(jnp.abs(y)), jnp.finfo(y.dtype).tiny)
+    y = y / scale
+    view = View(x, weight, count, y, jnp.zeros((len(x), 0)))
+    chosen: dict[int, Any] = {k: jnp.zeros(0) for k, part in enumerate(parts) if part.candidates is None}
+    for _ in range(ROUNDS):
+        for k, part in enumerate(parts):
+            if part.candidates is not None:
+                others = [parts[j].columns(view, chosen[j]) for j in chosen if j != k]
+                chosen[k] = _choose(part, _beside(view, y, others))
+    columns = [part.columns(view, chosen[k]) for k, part in enumerate(parts)]
+    coefficients = _solve(jnp.concatenate(columns, axis=1), y) * scale
+    found, begin = [], 0
+    for k, part in enumerate(parts):
+        own = coefficients[begin : begin + len(part.linear)]
+        begin += len(part.linear)
+        found += part.finish(part.params(_inside(part, own, scale), chosen[k]))
+    return jnp.stack([jnp.asarray(each, y.dtype) for each in found])
+
+
+def _sorted(x, y):
+    x, y = (jnp.asarray(each, jnp.result_type(float)) for each in (x, y))
+    counts = jnp.isfinite(x) & jnp.isfinite(y)
+    order = jnp.argsort(jnp.where(counts, x, jnp.inf))
+    count = jnp.sum(counts)
+    weight = (jnp.arange(len(x)) < count).astype(x.dtype)
+    x, y = x[order], y[order]
+    last = x[jnp.maximum(count - 1, 0)]
+    return jnp.where(weight > 0, x, last), jnp.where(weight > 0, y, 0.0), weight, count
+
+
+def _beside(view: View, y, columns) -> View:
+    if not columns:
+        return view
+    columns = jnp.concatenate(columns, axis=1)
+    norms = jnp.linalg.norm(columns, axis=0)
+    others = jnp.linalg.qr(columns / jnp.where(norms > 0, norms, 1.0))[0]
+    return view._replace(left=y - others @ (others.T @ y), others=others)
+
+
+def _choose(part: Part, view: View):
+    """The candidate (q,) whose columns take most of what is left."""
+    candidates = part.candidates(view)
+
+    def gain(others):
+        columns = part.columns(view, others)
+        norms = jnp.max(jnp.abs(columns), axis=0)
+        columns = columns / jnp.where(norms > 0, norms, 1.0)
+        whole = jnp.sum(columns**2, axis=0)
+        columns = columns - view.others @ (view.others.T @ columns)
+        gram, slope = columns.T @ columns, columns.T @ view.left
+        regular = gram + jnp.diag(RIDGE * whole + jnp.where(whole > 0, 0.0, 1.0))
+        coefficients = jnp.linalg.solve(regular, slope)
+        found = 2 * coefficients @ slope - coefficients @ gram @ coefficients
+        signs = [(coefficient >= 0) | (low < 0) for coefficient, (low, _) in zip(coefficients, part.ends, strict=True)]
+        allowed = jnp.all(jnp.stack(signs))
+        return jnp.where(jnp.isfinite(found), found, -1.0) - jnp.where(allowed, 0.0, 2.0 * jnp.sum(view.left**2))
+
+    return candidates[jnp.argmax(lax.map(gain, candidates))]
+
+
+def _solve(columns, y):
+    """Linear least squares; columns that are not finite count as zero."""
+    columns = jnp.where(jnp.isfinite(columns), columns, 0.0)
+    norms = jnp.max(jnp.abs(columns), axis=0)
+    norms = jnp.where(norms > 0, norms, 1.0)
+    return jnp.linalg.lstsq(columns / norms, y)[0] / norms
+
+
+def _inside(part: Part, coefficients, scale):
+    """Moved into the bounds, and off them: a start at a bound hardly leaves it."""
+    found = []
+    for value, (low, high) in zip(coefficients, part.ends, strict=True):
+        off = 0.01 * (high - low if np.isfinite(high - low) else scale)
+        found.append(jnp.clip(value, low + off, high - off))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# candidates
+
+
+def peaks(rows: Sequence[Sequence[float]], n_widths: int = 1) -> Callable[[View], Any]:
+    """Of a place and shapes: for the best window of each length its middle, and each of ``rows``.
+
+    The first ``n_widths`` values of a row count in half lengths of the window, the others are as they are.
+    """
+    shapes = np.array(rows, dtype=float)
+
+    def candidates(view: View):
+        center, half = _windows(view)
+        own = jnp.where(np.arange(shapes.shape[1]) < n_widths, half[:, None, None] * shapes, shapes)
+        center = jnp.broadcast_to(center[:, None, None], (*own.shape[:2], 1))
+        return jnp.concatenate([center, own], axis=2).reshape(-1, 1 + shapes.shape[1])
+
+    return candidates
+
+
+def _windows(view: View):
+    """Middle and half length, (S,) each, of the window of each number of points that takes most of what is left."""
+    n = len(view.x)
+    half = np.unique(np.round(2 ** np.arange(0, np.log2(max(n, 2)), 1 / WINDOWS_PER_OCTAVE)).astype(int))
+    k, last = jnp.arange(n), jnp.maximum(view.count - 1, 0)
+    low = jnp.clip(k - half[:, None], 0, last)
+    high = jnp.clip(k + half[:, None], 0, last)
+    gain = _gain_of_runs(view, low, high + 1)
+    best = jnp.argmax(jnp.where(k <= last, gain, -1.0), axis=1)
+    center = view.x[best]
+    low, high = (jnp.take_along_axis(each, best[:, None], axis=1)[:, 0] for each in (low, high))
+    reach = jnp.maximum(view.x[high] - center, center - view.x[low])
+    least = (view.x[last] - view.x[0]) / jnp.maximum(view.count, 1)
+    return center, jnp.maximum(reach, jnp.where(least > 0, least, 1.0))
+
+
+def _gain_of_runs(view: View, low, high):
+    """By how much the sum of squares falls with a column that is 1 from ``low`` to before ``high``, and 0 elsewhere."""
+
+    def over(values):
+        total = jnp.concatenate([jnp.zeros((1, *values.shape[1:])), jnp.cumsum(values, axis=0)])
+        return total[high] - total[low]
+
+    points = over(view.weight)
+    own = points - jnp.sum(over(view.others) ** 2, axis=-1)  # of the column, what the others do not have
+    return jnp.where(own > 1e-3 * points, over(view.left) ** 2 / jnp.where(own > 0, own, 1.0), 0.0)
+
+
+def steps(view: View):
+    """Of a place and a width: the best place of a sudden step and places all over the data, with widths from narrow to wide."""
+    k, last = jnp.arange(len(view.x)), jnp.maximum(view.count - 1, 0)
+    gain = _gain_of_runs(view, k, jnp.maximum(view.count, k))
+    best = jnp.argmax(jnp.where((k > 0) & (k <= last), gain, -1.0))
+    spread = jnp.linspace(0.02, 0.98, 25) * last
+    center = jnp.concatenate([view.x[best][None], view.x[spread.astype(int)]])
+    length = _length(view)
+    width = length * jnp.geomspace(1.0 / len(view.x), 0.5, STEP_WIDTHS)
+    return _product(center, width)
+
+
+def rates(*others: Sequence[float], both_signs: bool = False) -> Callable[[View], Any]:
+    """Of a rate and shapes: a ladder of rates from the length of the data to their first points, and values of others."""
+
+    def candidates(view: View):
+        rate = _ladder(view, RATES)
+        return _product(jnp.concatenate([rate, -rate[: RATES // 2]]) if both_signs else rate, *map(jnp.asarray, others))
+
+    return candidates
+
+
+def _ladder(view: View, n):
+    """``n`` rates, from those that are hardly seen over all data to those of the first few points."""
+    short = jnp.maximum(view.x[jnp.minimum(2, jnp.maximum(view.count - 1, 0))] - view.x[0], 1e-6 * _length(view))
+    slow, fast = 0.1 / _length(view), 3.0 / short
+    return slow * (fast / slow) ** jnp.linspace(0, 1, n)
+
+
+def two_rates(n: int, *others: Sequence[float]) -> Callable[[View], Any]:
+    """Of two different rates, the higher one first, each followed by its exponent 1, and values of others."""
+    fast, slow = np.tril_indices(n, -1)
+
+    def candidates(view: View):
+        ladder = _ladder(view, n)
+        shapes = _product(*map(jnp.asarray, others))
+        pair = jnp.stack([ladder[fast], jnp.ones(len(fast)), ladder[slow], jnp.ones(len(fast))], axis=1)
+        both = jnp.repeat(pair, len(shapes), axis=0), jnp.tile(shapes, (len(pair), 1))
+        return jnp.concatenate(both, axis=1)
+
+    return candidates
+
+
+def exponents(low: float, high: float, n: int) -> Callable[[View], Any]:
+    return lambda view: jnp.linspace(low, high, n)[:, None]
+
+
+def frequencies(view: View):
+    """Of a frequency and a damping rate: up to one period for two points, and from none to fast.
+
+    The best frequencies are those of periodograms with each damping, since fast damping makes their peaks wide.
+    """
+    n = len(view.x)
+    length, last = _length(view), jnp.maximum(view.count - 1, 0)
+    damping = jnp.array([0.0, 1.0, 3.0, 9.0, 27.0]) / length
+
+    def power(frequency, rate):
+        since = view.x - view.x[0]
+        decay = jnp.exp(-rate * since) * view.weight
+        turn = 2 * jnp.pi * frequency * since
+        pair = jnp.stack([decay * jnp.sin(turn), decay * jnp.cos(turn)], axis=1)
+        pair = pair - view.others @ (view.others.T @ pair)
+        gram, slope = pair.T @ pair, pair.T @ view.left
+        gram = gram + (1e-6 * jnp.trace(gram) + jnp.finfo(slope.dtype).tiny) * jnp.eye(2)
+        return slope @ jnp.linalg.solve(gram, slope)
+
+    grid = jnp.arange(1, OVERSAMPLING * n // 2 + 1) / (OVERSAMPLING * length)
+    grid = jnp.where(grid <= (last + 1) / (2 * length), grid, grid[0])
+    best = grid[jnp.argmax(lax.map(lambda f: jnp.stack([power(f, rate) for rate in damping]), grid), axis=0)]
+    fine = (best[:, None] + jnp.array([-0.5, 0.0, 0.5]) / (OVERSAMPLING * length)).ravel()
+    return _product(fine, damping)
+
+
+def _length(view: View):
+    length = view.x[jnp.maximum(view.count - 1, 0)] - view.x[0]
+    return jnp.where(length > 0, length, 1.0)
+
+
+def _product(*values):
+    return jnp.stack([each.ravel() for each in jnp.meshgrid(*values, indexing="ij")], axis=1)
