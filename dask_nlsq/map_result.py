@@ -22,11 +22,11 @@ from .kernels import fingerprint
 from .map_blocks import MapPlan, MapProblem, Operand
 from .map_step import MapStatus
 from .model import function_name
+from .plots import maps
 from .resources import active_client
 
 PROGRESS_DELAY = 2.0  # seconds
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
-COLOURED = (2, 98)  # percentiles of a parameter between which its map is coloured
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -295,40 +295,9 @@ class MapResult:
         found[wanted] = medians
         return found
 
-    def plot(self, axes=None):
-        """Maps of the parameters, white where there is no success; for maps with one or two axes.
-
-        Parameters
-        ----------
-        axes : sequence of matplotlib axes, optional
-            One for each parameter.
-
-        Returns
-        -------
-        ndarray of matplotlib axes
-        """
-        import matplotlib.pyplot as plt
-
-        if self.record.ndim not in (1, 2):
-            raise ValueError(f"plot draws maps with one or two axes, this one has {self.record.ndim}: take a slice of popt")
-        found = self.compute()
-        names, good = self.param_names, found.success
-        if axes is None:
-            _, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3), layout="constrained", squeeze=False)
-        axes = np.ravel(axes)
-        for k, (ax, name) in enumerate(zip(axes, names, strict=True)):
-            values = np.where(good, found.popt[..., k], np.nan)
-            low, high = np.nanpercentile(values, COLOURED) if good.any() else (0, 1)
-            if values.ndim == 1:
-                ax.errorbar(np.arange(len(values)), values, found.perr[..., k], fmt=".", markersize=3, linewidth=0.5)
-                ax.set_xlabel(self._dims[0])
-            else:
-                image = ax.imshow(values, vmin=low, vmax=high, interpolation="nearest", aspect="auto")
-                ax.figure.colorbar(image, ax=ax, extend="both")
-                ax.set_xlabel(self._dims[1])
-                ax.set_ylabel(self._dims[0])
-            ax.set_title(name)
-        return axes
+    def plot(self, axes=None, names=None):
+        """Maps of the parameters: `dask_nlsq.plots.maps`."""
+        return maps(self, names, axes)
 
 
 def _inner(name):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import plots
 from .chunks import Rules
 from .environment import Place
 from .files import import_by, import_name, load_record, save_record
@@ -460,6 +461,11 @@ class FitResult:
         p = len(self.popt)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
         return self.popt, self.pcov, info, self.message, min(self.status, 4)
+
+
+    def plot(self, ax=None, **options):
+        """Data and model against a coordinate: `dask_nlsq.plots.fit`."""
+        return plots.fit(self, ax, **options)
 
 
 def _aligned(rows):

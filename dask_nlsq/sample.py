@@ -53,10 +53,11 @@ def pick(rules: Rules, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np
     layouts, values = rules.layouts, []
     begins = [block.geometry[1] for block in chunk.blocks]
     number = np.searchsorted(begins, places, side="right") - 1
+    present = np.flatnonzero(np.bincount(number))
     counts = np.ones(len(places), bool)
     for k, layout in enumerate(layouts.operands):
         found = np.empty(len(places))
-        for b in np.unique(number):
+        for b in present:
             block, here = chunk.blocks[b], number == b
             offset, *strides = block.geometry[2 + k * (1 + layouts.ndim) : 2 + (k + 1) * (1 + layouts.ndim)]
             if layout.dense:

@@ -1,0 +1,395 @@
+"""What pictures show, by the numbers that are drawn, and what it costs to draw them."""
+
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+from collections import Counter
+from itertools import pairwise
+
+import dask
+import dask.array as da
+import jax.numpy as jnp
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from distributed import Client, get_task_stream
+
+from dask_nlsq import curve_fit, fit_map, plots
+from dask_nlsq.binning import FEW, FINE, _exponent, _merged, _profile, binned
+
+from .clusters import local
+from .spectra import P0, X, counted, fitted, peak, spectra
+from .spectra import N as N_SPECTRUM
+
+matplotlib.use("agg")
+
+START = [1.0, 1.0, 0.0]
+N = 30_000
+
+
+def decay(t, amplitude, rate, offset):
+    return amplitude * jnp.exp(-rate * t) + offset
+
+
+def data(n=N, seed=3, low=0.0, high=10.0):
+    rng = np.random.default_rng(seed)
+    t = rng.uniform(low, high, n)
+    return t, 2 * np.exp(-0.5 * t) + 0.3 + rng.normal(0, 0.05, n)
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def large():
+    return curve_fit(decay, *data(), p0=START)
+
+
+def drawn(container):
+    """x and y of an errorbar, and the half lengths of its bars."""
+    points, _, bars = container
+    halves = [(stop - start)[1] / 2 for start, stop in bars[0].get_segments()] if bars else None
+    return *points.get_data(), halves
+
+
+def in_bins(found, t, *rows):
+    """For each bin of ``found`` the rows of its points; bins hold consecutive values of t."""
+    order = np.argsort(t)
+    parts = [np.split(row[order], np.cumsum(found.n)[:-1]) for row in (t, *rows)]
+    return list(zip(*parts, strict=True))
+
+
+def test_bins_hold_what_numpy_finds_in_them(large):
+    t, y = data()
+    seen = binned(large, bins=50)
+    residual = np.asarray(large.residuals())
+    parts = in_bins(seen, t, y, residual)
+    assert seen.n.sum() == N and 25 < len(seen.x) <= 50
+    widths = [part[0].max() for part in parts[:-1]], [part[0].min() for part in parts[1:]]
+    assert np.ptp(np.mean(widths, axis=0)[1:] - np.mean(widths, axis=0)[:-1]) < 0.02  # of equal width
+    np.testing.assert_allclose(seen.x, [part[0].mean() for part in parts], rtol=1e-12)
+    np.testing.assert_allclose(seen.y, [part[1].mean() for part in parts], rtol=1e-12)
+    np.testing.assert_allclose(seen.model - seen.y, [part[2].mean() for part in parts], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(seen.error, [part[2].std(ddof=1) / len(part[2]) ** 0.5 for part in parts], rtol=1e-9)
+    np.testing.assert_allclose(seen.residual, [part[2].mean() for part in parts], rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(seen.spread, [part[2].std(ddof=1) for part in parts], rtol=1e-9)
+
+
+def test_bins_weigh_points_by_sigma():
+    t, y = data()
+    sigma = np.where(np.arange(N) % 3, 0.05, 0.2)
+    found = curve_fit(decay, t, y, p0=START, sigma=sigma)
+    seen = binned(found, bins=20)
+    for part, x, mean, error in zip(in_bins(seen, t, y, sigma), seen.x, seen.y, seen.error, strict=True):
+        assert x == pytest.approx(np.average(part[0], weights=part[2] ** -2.0))
+        assert mean == pytest.approx(np.average(part[1], weights=part[2] ** -2.0))
+        scatter = (2 / 3 + 1 / 3 / 16) ** 0.5  # of residuals: a third of the noise is four times smaller than its sigma
+        assert error == pytest.approx(np.sum(part[2] ** -2.0) ** -0.5 * scatter, rel=0.15)
+    assert seen.weighted and seen.scale == 1
+
+
+@pytest.mark.parametrize("chunks", [N, 7001, 501])
+def test_bins_do_not_depend_on_chunks(large, chunks):
+    t, y = data()
+    order = np.argsort(t)  # so that chunks cover different parts of the axis
+    found = curve_fit(decay, da.from_array(t[order], chunks), da.from_array(y[order], chunks), p0=START)
+    one, other = binned(large), binned(found)
+    np.testing.assert_array_equal(one.n, other.n)
+    for field in ("x", "y", "error", "model", "residual", "spread"):
+        np.testing.assert_allclose(getattr(one, field), getattr(other, field), rtol=1e-7, atol=1e-7)
+    assert abs(one.histogram - other.histogram).sum() <= 4  # within rounding of an edge
+
+
+def test_merged_bins_are_those_of_all_points_at_once():
+    rng = np.random.default_rng(0)
+    for scale, offset in ((1.0, 0.0), (1e-30, 0.0), (1e-3, 1e9), (1e200, -1e200)):
+        x = offset + scale * rng.standard_normal(5000)
+        x[:10] = offset  # a block of one value
+        ones = np.ones_like(x)
+        whole = _profile(x, x, x, ones, ones)
+        cuts = [0, 10, 11, 700, 5000]
+        parts = [_profile(*[row[lo:hi] for row in (x, x, x, ones, ones)]) for lo, hi in pairwise(cuts)]
+        merged = _merged([_merged(parts[:2]), _merged(parts[2:])])
+        assert (merged.k, merged.first) == (whole.k, whole.first)
+        np.testing.assert_array_equal(merged.sums[0], whole.sums[0])
+        assert FINE / 4 < whole.sums.shape[1] <= FINE or offset == 1e9  # where float64 has few values between
+    assert _profile(*[np.zeros(3)] * 3, np.ones(3), np.ones(3)).sums.shape[1] == 1
+    assert _exponent(0.0, 1.0) == -10  # [0, 1] takes 1025 bins, and 2049 one finer
+
+
+def test_what_does_not_count_is_not_drawn():
+    t, y = data()
+    y[5:50] = np.nan
+    y[7000:7100] = 1e9
+    mask = np.zeros(N, bool)
+    mask[7000:7100] = True
+    found = curve_fit(decay, da.from_array(t, 4000), da.from_array(y, 4000), p0=START, mask=mask, nan_policy="omit")
+    seen = binned(found)
+    assert seen.n.sum() == seen.histogram.sum() + seen.beyond == N - 145
+    assert seen.y.max() < 3
+    few = curve_fit(decay, t[:60], y[:60], p0=START, nan_policy="omit")
+    assert binned(few).points.shape == (5, 15)
+    assert len(drawn(plots.fit(few).containers[0])[0]) == 15
+
+
+def test_few_points_are_drawn_each_with_the_model_between_them():
+    t, y = data(200)
+    found = curve_fit(decay, t, y, p0=START, sigma=np.full(200, 0.05))
+    ax = plots.fit(found)
+    x, height, bars = drawn(ax.containers[0])
+    order = np.argsort(t)
+    np.testing.assert_array_equal(x, t[order])
+    np.testing.assert_array_equal(height, y[order])
+    np.testing.assert_allclose(bars, 0.05)
+    curve = next(line for line in ax.lines if line.get_label() == "model")
+    np.testing.assert_allclose(curve.get_ydata(), found.predict(curve.get_xdata()))
+    assert len(curve.get_xdata()) == 500 and ax.get_xlabel() == "t"
+    unweighted = curve_fit(decay, t, y, p0=START)
+    assert drawn(plots.fit(unweighted).containers[0])[2] is None
+    given = plots.fit(found, x=[1.0, 2.0])
+    np.testing.assert_allclose(given.lines[-1].get_ydata(), found.predict(np.array([1.0, 2.0])))
+
+
+def test_many_points_are_drawn_as_means(large):
+    seen = binned(large)
+    top, below = plots.fit(large, residuals=True)
+    x, y, bars = drawn(top.containers[0])
+    np.testing.assert_array_equal(x, seen.x)
+    np.testing.assert_array_equal(y, seen.y)
+    np.testing.assert_allclose(bars, seen.error, rtol=1e-6)
+    np.testing.assert_array_equal(top.lines[-1].get_ydata(), seen.model)
+    np.testing.assert_array_equal(drawn(below.containers[0])[1], seen.residual)
+    assert (below.get_xlabel(), below.get_ylabel()) == ("t", seen.measure)
+    assert f"{len(seen.x)} bins" in top.get_ylabel()
+
+
+def test_pictures_come_where_they_are_wanted(large):
+    figure, axes = plt.subplots(2, 3)
+    assert plots.fit(large, axes[0, 0]) is large.plot(axes[0, 0]) is axes[0, 0]
+    assert plots.residuals(large, axes[0, 1]) is axes[0, 1]
+    assert plots.residual_histogram(large, ax=axes[0, 2]) is axes[0, 2]
+    assert plots.convergence(large, axes[1, 0]) is axes[1, 0]
+    assert plots.correlation(large, axes[1, 1]) is axes[1, 1]
+    top, below = plots.fit(large, axes[:, 2], residuals=True)
+    assert top is axes[0, 2] and below is axes[1, 2]
+    assert plt.get_fignums() == [figure.number]
+    with pytest.raises(ValueError, match="needs 2 axes, not 1"):
+        plots.fit(large, axes[0, 0], residuals=True)
+    assert plots.fit(large).figure is not figure
+
+
+def test_a_logarithmic_axis_has_logarithmic_bins(large):
+    t, _ = data()
+    seen = binned(large, log=True)
+    parts = in_bins(seen, t)
+    np.testing.assert_allclose(np.log10(seen.x), [np.log10(part[0]).mean() for part in parts])
+    assert plots.fit(large, log=True).get_xscale() == "log"
+    negative = curve_fit(decay, *data(3000, low=-1.0, high=1.0), p0=START)
+    assert binned(negative, log=True).n.sum() == np.sum(data(3000, low=-1.0, high=1.0)[0] > 0)
+
+
+def surface(x, height, slope):
+    i, q = x
+    return height * jnp.exp(-(q**2)) + slope * i
+
+
+def test_any_coordinate_of_several_can_be_drawn():
+    i, q = np.arange(40.0)[:, None], np.linspace(-2, 2, 90)
+    y = 3 * np.exp(-(q**2)) + 0.1 * i + np.random.default_rng(1).normal(0, 0.1, (40, 90))
+    found = curve_fit(surface, (i, q), da.from_array(y, (7, 50)), p0=[1, 1])
+    fitted = np.asarray(found.predict())
+    for coordinate, x, other in ((0, i.ravel(), 1), (1, q, 0), (None, i.ravel(), 1)):
+        ax = plots.fit(found, coordinate=coordinate)
+        np.testing.assert_allclose(drawn(ax.containers[0])[0], x, atol=1e-12)
+        np.testing.assert_allclose(drawn(ax.containers[0])[1], y.mean(axis=other), atol=1e-12)
+        np.testing.assert_allclose(ax.lines[-1].get_ydata(), fitted.mean(axis=other), atol=1e-12)
+        assert ax.get_xlabel() == {0: "x[0]", 1: "x[1]", None: "place along axis 0"}[coordinate]
+    with pytest.raises(ValueError, match=r"`coordinate` must be from 0 to 1.*not 2"):
+        plots.fit(found, coordinate=2)
+    with pytest.raises(ValueError, match="one coordinate"):
+        plots.fit(found, x=[1.0])
+
+
+def test_a_model_without_coordinates_is_drawn_along_the_data():
+    axis = jnp.linspace(0, 10, 300)
+
+    def closed(_, a, b):
+        return a * jnp.exp(-b * axis)
+
+    y = 2 * np.exp(-0.3 * np.asarray(axis)) + np.random.default_rng(0).normal(0, 0.05, 300)
+    found = curve_fit(closed, None, y, p0=[1, 1], strategy="standard", sigma=np.diag(np.full(300, 0.0025)))
+    ax = plots.fit(found)
+    np.testing.assert_array_equal(drawn(ax.containers[0])[0], np.arange(300))
+    np.testing.assert_allclose(drawn(ax.containers[0])[2], 0.05)
+    np.testing.assert_allclose(ax.lines[-1].get_ydata(), found.predict())
+    assert ax.get_xlabel() == "point"
+
+
+def test_the_histogram_counts_all_residuals_in_units_of_the_noise(large):
+    residual = np.asarray(large.residuals())
+    z = residual / large.reduced_chi_square**0.5
+    ax = plots.residual_histogram(large)
+    (bars,) = ax.patches
+    density, edges, _ = bars.get_data()
+    np.testing.assert_allclose(density, np.histogram(z, edges)[0] / N / np.diff(edges), atol=2 / N / np.diff(edges)[0])
+    np.testing.assert_allclose(ax.lines[0].get_ydata()[120], (2 * np.pi) ** -0.5)
+    assert np.sum(density * np.diff(edges)) == pytest.approx(1)
+    t, y = data(500)
+    y[0] += 10
+    outlier = plots.residual_histogram(curve_fit(decay, t, y, p0=START, sigma=np.full(500, 0.05)))
+    assert "1 beyond ±6" in outlier.get_legend().get_texts()[0].get_text()
+
+
+def test_poisson_residuals_are_those_of_the_deviance():
+    t, _ = data()
+    y = np.random.default_rng(2).poisson(20 * np.exp(-0.5 * t) + 3)
+    found = curve_fit(decay, t, y, p0=[15, 1, 1], loss="poisson")
+    seen = binned(found)
+    assert seen.scale == 1
+    residual = np.asarray(found.residuals())
+    np.testing.assert_allclose(seen.residual, [part[1].mean() for part in in_bins(seen, t, residual)], atol=1e-9)
+    assert plots.residuals(found).get_ylabel() == "residual of the deviance"
+
+
+def test_convergence_shows_the_cost_above_the_least_and_the_gradient(large):
+    ax = plots.convergence(large)
+    above, gradient = ax.lines
+    cost = np.array([record.cost for record in large.history])
+    relative = (cost - cost.min()) / (cost[0] - cost.min())
+    np.testing.assert_array_equal(above.get_xdata(), np.arange(1, len(cost) + 1))
+    np.testing.assert_allclose(above.get_ydata(), np.where(relative > 0, relative, np.nan))
+    first = large.history[0].optimality
+    np.testing.assert_allclose(gradient.get_ydata(), [record.optimality / first for record in large.history])
+    assert ax.get_yscale() == "log"
+
+
+def test_correlations_are_drawn_with_the_names_of_the_parameters(large):
+    ax = plots.correlation(large)
+    expected = large.pcov / np.outer(large.perr, large.perr)
+    np.testing.assert_allclose(ax.images[0].get_array(), expected)
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["amplitude", "rate", "offset"]
+    assert ax.texts[1].get_text() == f"{expected[0, 1]:.2f}"
+    assert ax.images[0].get_clim() == (-1, 1)
+
+
+def test_a_picture_reads_a_store_once(tmp_path):
+    t, y = data()
+    stored, reads = counted(tmp_path / "y.zarr", y, (1000,))
+    found = curve_fit(decay, t, stored, p0=START)
+    for draw in (plots.fit, plots.residuals, plots.residual_histogram):
+        reads.clear()
+        draw(found)
+        assert set(reads.values()) == {1} and len(reads) == 30
+    reads.clear()
+    seen = binned(found)
+    for draw in (plots.fit, plots.residuals, plots.residual_histogram):
+        draw(found, seen=seen)
+    assert sum(reads.values()) == 30
+
+
+def test_no_large_array_comes_to_the_client():
+    t = da.linspace(0, 10, 2_000_000, chunks=100_000)
+    y = 2 * da.exp(-0.5 * t) + 0.3 + da.random.default_rng(1).normal(0, 0.05, t.shape, chunks=t.chunks)
+    with local(2) as cluster, Client(cluster) as client:
+        found = curve_fit(decay, t, y, p0=START, strategy="chunked")
+        with get_task_stream(client) as stream:
+            there = binned(found)
+        sizes = {task["key"]: task["nbytes"] for task in stream.data}
+    assert len(sizes) == 20 + 2 + 1  # chunks, merged by sixteen
+    assert max(sizes.values()) < 8 * 8 * FINE + 4096  # a chunk of y has 800 kB
+    with dask.config.set(scheduler="threads"):
+        here = binned(found)
+    assert all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))  # by the same merge
+
+
+@pytest.mark.slow
+def test_a_hundred_million_points_are_drawn_in_bounded_memory():
+    script = """
+        import dask.array as da, jax.numpy as jnp, matplotlib, sys
+        matplotlib.use("agg")
+        from dask_nlsq import curve_fit, plots
+        from dask_nlsq.resources import process_memory
+
+        def line(x, a, b):
+            return a + b * x
+
+        def data(n):
+            x = da.linspace(0, 1, n, chunks=10**6)
+            return x, 1 + 2 * x + da.random.default_rng(1).normal(0, 1, n, chunks=10**6)
+
+        for n in (10**6 * 4, 10**8):
+            found = curve_fit(line, *data(n), p0=[1, 1], strategy="streaming")
+            axes = plots.fit(found, residuals=True)
+            print(process_memory()[1])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    small, large = map(int, done.stdout.split())
+    assert large - small < 200e6  # x and y have 1600 MB
+
+
+def test_data_that_are_gone_are_told_of(large):
+    found = pickle.loads(pickle.dumps(large))
+    with pytest.raises(ValueError, match="does not hold the data"):
+        plots.fit(found)
+    assert plots.convergence(found).lines and plots.correlation(found).images
+    assert plots.fit(found, seen=binned(large)).lines
+
+
+def test_nothing_to_draw_and_wrong_bins_are_told_of(large):
+    below = curve_fit(decay, *data(3000, low=-2.0, high=-1.0), p0=START)
+    with pytest.raises(ValueError, match="no point counts at a positive coordinate"):
+        plots.fit(below, log=True)
+    with pytest.raises(ValueError, match="`bins` must be a number from 1 to 1024, not 0"):
+        plots.fit(large, bins=0)
+
+
+def test_missing_matplotlib_is_told_with_the_way_out(large, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (plots.fit, plots.convergence, plots.correlation):
+        with pytest.raises(ModuleNotFoundError, match=r'pip install "dask_nlsq\[plot\]"'):
+            draw(large)
+
+
+def test_maps_of_chosen_parameters_are_drawn():
+    y, _ = spectra()
+    found = fitted(y)
+    axes = plots.maps(found, ["width", "area"])
+    for ax, k in zip(axes, (2, 0), strict=True):
+        values = np.where(found.success, found.popt[..., k], np.nan)
+        np.testing.assert_array_equal(ax.images[0].get_array().filled(np.nan), values)
+    assert [ax.get_title() for ax in axes] == ["width", "area"]
+    with pytest.raises(ValueError, match="no parameter height; there are area, center, width, offset"):
+        plots.maps(found, ["height"])
+
+
+def test_a_large_map_is_not_computed_for_a_picture_alone():
+    y = da.zeros((3000, 3000, N_SPECTRUM), chunks=(500, 500, -1))
+    with pytest.raises(ValueError, match=r"9,000,000 pixels is not computed.*compute\(\)"):
+        plots.maps(fit_map(peak, X, y, P0))
+
+
+def test_pictures_in_threads_do_not_disturb_each_other(large):
+    seen, results = binned(large), Counter()
+
+    def draw():
+        results[binned(large).y.tobytes() == seen.y.tobytes()] += 1
+
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {True: 4}
+
+
+def test_the_few_are_few():
+    t, y = data(FEW + 1)
+    assert binned(curve_fit(decay, t, y, p0=START)).points is None
+    assert binned(curve_fit(decay, t[1:], y[1:], p0=START)).points.shape == (5, FEW)
