@@ -4,12 +4,10 @@
 is reached where the cost is not above that of the fit which starts at the true parameters, within 1e-6 of it.
 """
 
-import sys
 from math import pi
 
 import numpy as np
 
-from dask_nlsq import fit_map
 from dask_nlsq.models import (
     arctan_edge,
     damped_sine,
@@ -116,7 +114,11 @@ ANYWHERE = lambda d: None  # noqa: E731
 CASES = {
     "line": (line, "any", lambda d: d.background(d.decade(0.1, 1e4))),
     "polynomial(3)": (polynomial(3), "any", lambda d: [*d.parabola(d.decade(0.1, 1e4)), 0.0]),
-    "exponential": (exponential, "positive", lambda d: [d.decade(0.1, 1e4) * d.sign(), d.sign() * d.decade(0.5, 30) / d.length]),
+    "exponential": (
+        exponential,
+        "positive",
+        lambda d: [d.decade(0.1, 1e4) * d.sign(), d.sign() * d.decade(0.5, 30) / d.length],
+    ),
     "stretched_exponential": (
         stretched_exponential,
         "positive",
@@ -129,7 +131,11 @@ CASES = {
     "voigt": (voigt, "any", voigt_of),
     "moffat": (moffat, "any", lambda d: scaled_peak(d, 1.8, d.between(1, 5))),
     "sigmoid": (sigmoid, "any", lambda d: [d.decade(0.1, 1e4) * d.sign(), d.place(), d.length * d.decade(0.003, 0.15)]),
-    "arctan_edge": (arctan_edge, "any", lambda d: [d.decade(0.1, 1e4) * d.sign(), d.place(), d.length * d.decade(0.003, 0.1)]),
+    "arctan_edge": (
+        arctan_edge,
+        "any",
+        lambda d: [d.decade(0.1, 1e4) * d.sign(), d.place(), d.length * d.decade(0.003, 0.1)],
+    ),
     "damped_sine": (damped_sine, "positive", sine_of),
     "g2_single": (g2_single, "log", g2_of),
     "g2_double": (g2_double, "log", g2_two),

@@ -21,7 +21,7 @@ from .kernels import Block, value_kernel
 from .loading import Load, compute_shared, plan_loads
 from .reduction import Evaluation, How, load_chunk, with_factor
 from .sample import pick
-from .trf_jit import float64, inherit_device
+from .trf_jit import MODEL_FLOOR, float64, inherit_device
 
 FINE = 2048  # bins while data are merged; then neighbours are joined until there are as many as asked for
 FEW = 2000  # points up to which all are shown
@@ -52,8 +52,8 @@ class Binned(NamedTuple):
 
     ``x``, ``y`` and ``model`` are means over the points of a bin, weighted by ``1 / sigma^2`` as in the fit (with ``log``
     the geometric mean of x); ``error`` is the standard error of y, by the scatter of its points around the model, nan for
-    a single point. ``residual`` and ``spread`` are mean and standard deviation of ``(model - y) / sigma``, with a Poisson
-    likelihood of the root of the deviance.
+    a single point. ``residual`` and ``spread`` are mean and standard deviation of ``(model - y) / sigma``, of counts of
+    ``(model - y) / sqrt(model)``.
     """
 
     name: str  # of the coordinate
@@ -124,7 +124,7 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     sigma = problem.operands[1]
     weighted = problem.factor is not None or sigma.size > 1 or not isinstance(sigma, np.ndarray) or sigma.item() != 1
     known = weighted or evaluation.loss == "poisson"
-    scale = 1.0 if known or not result.dof > 0 else float(np.sqrt(result.reduced_chi_square)) or 1.0
+    scale = 1.0 if known or not result.dof > 0 else float(np.sqrt(2 * result.cost / result.dof)) or 1.0
     ask = _Ask(
         evaluation=evaluation,
         factor=problem.factor,
@@ -139,14 +139,14 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     found = (_by_dask if problem.lazy else _here)(ask, problem)
     if found.profile is None:
         raise ValueError("nothing to show: no point counts" + (" at a positive coordinate" if log else ""))
-    measure = r"(model $-$ y) / $\sigma$" if weighted else "model $-$ y"
+    unit = r"\sqrt{\mathrm{model}}" if evaluation.loss == "poisson" else r"\sigma"
     return _result(
         ask,
         found,
         bins,
         name=_name(evaluation.model.f, layouts, coordinate, problem.shape),
         weighted=weighted,
-        measure="residual of the deviance" if evaluation.loss == "poisson" else measure,
+        measure=f"(model $-$ y) / ${unit}$" if known else "model $-$ y",
     )
 
 
@@ -230,6 +230,8 @@ def _tally_block(ask: _Ask, chunk: Chunk, along, block: Block) -> Tally:
     with float64():
         kernels = (value_kernel(evaluation.model, spec, what) for what in ("model", "residual"))
         model, r = (np.asarray(kernel(ask.params, evaluation.f_scale, block))[:n] for kernel in kernels)
+    if evaluation.loss == "poisson":  # of the deviance they have no mean of 0 where counts are few
+        r = (model - y) / np.sqrt(np.maximum(model, MODEL_FLOOR))
     if ask.factor is not None:
         sigma = np.linalg.norm(ask.factor, axis=1)
     if ask.log:

@@ -10,6 +10,7 @@ from .binning import BEYOND, Binned, binned, data_of
 
 DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colour-blind eyes too
 CURVE_POINTS = 500  # of a model between few points of data
+PANELS = (5, 2)  # heights of a fit and of its residuals
 LABELLED = 12  # parameters up to which each correlation is written as a number
 COLOURED = (2, 98)  # percentiles of a parameter between which its map is coloured
 MOST_PIXELS = 2**22  # of a map that is computed to be drawn
@@ -63,7 +64,7 @@ def fit(
         raise ValueError("`x` is for models of one coordinate and data of one axis")
     seen = seen or binned(result, coordinate, bins, log)
     if residuals:
-        axes = _axes(ax, 2, figsize=(6.4, 5.6), sharex=True, height_ratios=(3, 1))
+        axes = _axes(ax, 2, figsize=(6.4, 5.6), sharex=True, height_ratios=PANELS)
         _draw_residuals(seen, axes[1])
         top = axes[0]
     else:
@@ -149,7 +150,7 @@ def correlation(result, ax=None):
     values = result.pcov[np.ix_(which, which)] / np.outer(errors[which], errors[which])
     side = min(2.4 + 0.4 * max(p, 2), 9.0)
     axes = _axes(ax, figsize=(side + 0.8, side))
-    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+    image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     every = -(-p // 40) or 1  # else names would lie on each other
     axes.set_xticks(range(0, p, every), names[::every], rotation=45 if p > 4 else 0, ha="right" if p > 4 else "center")
     axes.set_yticks(range(0, p, every), names[::every])

@@ -19,6 +19,7 @@ from .model import Model, intern
 from .multistart import Search
 from .plan import Plan, several
 from .reduction import Evaluation, Factor, Read, map_chunks
+from .report import report
 from .statistics import (
     Noise,
     Statistics,
@@ -462,10 +463,13 @@ class FitResult:
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
         return self.popt, self.pcov, info, self.message, min(self.status, 4)
 
-
     def plot(self, ax=None, **options):
         """Data and model against a coordinate: `dask_nlsq.plots.fit`."""
         return plots.fit(self, ax, **options)
+
+    def report(self, path, **options) -> Path:
+        """Write one self-contained HTML page about the fit: `dask_nlsq.report.report`."""
+        return report(self, path, **options)
 
 
 def _aligned(rows):

@@ -7,27 +7,29 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow", "trf_jit", "model",
-    "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster", "sample", "reduction", "trust_region",
-    "screening", "multistart", "streaming", "plan", "statistics", "result", "progress", "arguments", "admission", "map_step", "map_solver",
-    "map_blocks",
-    "map_result", "maps", "api",
-    "__init__", "demo", "cli",
+    "config", "labels", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow",
+    "trf_jit", "model", "guesses", "models", "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster",
+    "sample", "reduction", "binning", "plots", "trust_region", "screening", "multistart", "streaming", "plan", "report",
+    "statistics", "uncertainty", "diagnostics", "result", "progress", "arguments", "admission", "map_step", "map_solver",
+    "map_blocks", "map_result", "maps", "api", "accessor", "__init__", "demo", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
-    "jax": {"sizes", "trf_jit", "model", "kernels", "screening", "map_step", "map_solver", "map_blocks", "demo"},
+    "jax": {
+        "sizes", "trf_jit", "model", "guesses", "models", "kernels", "screening", "map_step", "map_solver", "map_blocks",
+        "demo",
+    },
     "dask": {
-        "config", "environment", "store", "inputs", "loading", "cluster", "reduction", "streaming", "plan", "progress",
-        "map_blocks", "map_result", "maps", "demo",
+        "config", "environment", "store", "inputs", "loading", "cluster", "reduction", "binning", "streaming", "plan",
+        "progress", "map_blocks", "map_result", "maps", "demo",
     },
     "distributed": {
         "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",
     },
     "zarr": {"store", "map_result", "demo"},
     "bokeh": {"dashboard"},
-    "matplotlib": {"map_result", "demo"},
-    "xarray": {"map_result", "result"},
+    "matplotlib": {"plots", "report", "demo"},
+    "xarray": {"map_result", "result", "accessor"},
     "click": {"cli"},
 }
 # fmt: on

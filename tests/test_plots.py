@@ -246,15 +246,16 @@ def test_the_histogram_counts_all_residuals_in_units_of_the_noise(large):
     assert "1 beyond ±6" in outlier.get_legend().get_texts()[0].get_text()
 
 
-def test_poisson_residuals_are_those_of_the_deviance():
+def test_residuals_of_counts_are_in_units_of_what_the_model_expects():
     t, _ = data()
-    y = np.random.default_rng(2).poisson(20 * np.exp(-0.5 * t) + 3)
-    found = curve_fit(decay, t, y, p0=[15, 1, 1], loss="poisson")
-    seen = binned(found)
-    assert seen.scale == 1
-    residual = np.asarray(found.residuals())
-    np.testing.assert_allclose(seen.residual, [part[1].mean() for part in in_bins(seen, t, residual)], atol=1e-9)
-    assert plots.residuals(found).get_ylabel() == "residual of the deviance"
+    y = np.random.default_rng(2).poisson(2 * np.exp(-0.5 * t) + 0.5)  # of the deviance they would be 0.2 too low
+    found = curve_fit(decay, t, y, p0=[1.5, 1, 1], loss="poisson")
+    seen, model = binned(found), np.asarray(found.predict())
+    pearson = [part[1].mean() for part in in_bins(seen, t, (model - y) / np.sqrt(model))]
+    np.testing.assert_allclose(seen.residual, pearson, atol=1e-9)
+    assert seen.scale == 1 and abs(np.average(seen.residual, weights=seen.n)) < 0.01
+    assert np.average(seen.spread, weights=seen.n) == pytest.approx(1, abs=0.02)
+    assert "sqrt" in plots.residuals(found).get_ylabel()
 
 
 def test_convergence_shows_the_cost_above_the_least_and_the_gradient(large):

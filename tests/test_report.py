@@ -1,0 +1,182 @@
+"""The page about a fit: what it says, in a browser too, and what it needs from elsewhere: nothing."""
+
+import pickle
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import dask.array as da
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+from dask_nlsq import curve_fit
+from dask_nlsq.report import _places, page
+
+from .spectra import counted
+from .test_dashboard import CHROMIUM, opened, wait
+
+matplotlib.use("agg")
+N = 30_000
+NAMES = ("amplitude", "<b>rate</b>", "offset")
+
+
+def decay(t, a, b, c):
+    """A decay: a exp(-b t) + c, t < 10 & more."""
+    return a * jnp.exp(-b * t) + c
+
+
+def data(n=N):
+    t = np.linspace(0, 10, n)
+    return t, 2 * np.exp(-0.5 * t) + 0.3 + np.random.default_rng(3).normal(0, 0.05, n)
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts, by the heading above; sources of pictures; tags, and open ones."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.sources, self.tags, self.open, self.heading, self.preformatted = {}, [], set(), [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        attrs = dict(attrs)
+        self.sources += [attrs[name] for name in ("src", "href", "action", "data", "poster", "srcset") if name in attrs]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.tables.setdefault(self.heading, []).append([])
+        if tag in ("td", "th"):
+            self.tables[self.heading][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        if "h2" in self.open:
+            self.heading = text
+        if {"td", "th"} & set(self.open):
+            self.tables[self.heading][-1][-1] += text
+        if "pre" in self.open:
+            self.preformatted += text
+
+
+@pytest.fixture(scope="module")
+def found():
+    return curve_fit(decay, *data(), p0=[1, 1, 0], param_names=NAMES)
+
+
+def test_the_page_says_what_the_result_says(found, tmp_path):
+    path = found.report(tmp_path / "fit.html")
+    read = Page(path.read_text())
+    assert read.open == [] and path.parent == tmp_path
+    rows = {row[0]: row for row in read.tables["Parameters"]}
+    for name, value, error in zip(NAMES, found.popt, found.perr, strict=True):
+        assert float(rows[name][1]) == pytest.approx(value, rel=1e-8)
+        assert float(rows[name][2]) == pytest.approx(error, rel=1e-2)
+    statistics = dict(read.tables["Statistics"])
+    assert statistics["points used"] == "30,000"
+    assert float(statistics["reduced chi-square"]) == pytest.approx(found.reduced_chi_square, rel=1e-8)
+    assert [float(row[1]) for row in read.tables["Sweeps"][1:]] == pytest.approx([r.cost for r in found.history], rel=1e-8)
+    assert str(found.plan) in read.preformatted
+    assert "return a * jnp.exp(-b * t) + c" in read.preformatted
+    assert dict(read.tables["Provenance"])["jax"] in sys.modules["jax"].__version__
+    assert [row[0] for row in read.tables["Data"]] == ["", "ydata", "xdata"]
+
+
+def test_nothing_on_the_page_comes_from_elsewhere_or_runs(found):
+    read = Page(page(found))
+    assert read.tags.isdisjoint({"script", "link", "iframe", "object"})
+    assert len(read.sources) == 4 and all(source.startswith("data:image/svg+xml;base64,") for source in read.sources)
+    assert not re.search(r"@import|url\(", page(found))
+
+
+def test_what_users_name_is_text_and_not_markup(found):
+    text = page(found)
+    assert "<b>" not in text and "&lt;b&gt;rate&lt;/b&gt;" in text
+    assert "t &lt; 10 &amp; more" in text
+
+
+def test_a_page_reads_the_data_once_and_names_the_store(tmp_path):
+    t, y = data()
+    stored, reads = counted(tmp_path / "y.zarr", y, (1000,))
+    found = curve_fit(decay, t, stored, p0=[1, 1, 0], strategy="streaming")
+    reads.clear()
+    read = Page(found.report(tmp_path / "fit.html").read_text())
+    assert set(reads.values()) == {1} and len(reads) == 30
+    row = read.tables["Data"][1]
+    assert row[:4] == ["ydata", "30000", "float64", "Dask, 30 of up to 1000"] and row[4].endswith("y.zarr")
+    assert read.tables["Sweeps"][0][-1] == "GB/s"
+
+
+def test_passwords_of_addresses_are_left_out():
+    class Opened:
+        shape, dtype, ndim, store_path = (3,), np.dtype(float), 1, "https://me:secret@host/data.zarr"
+
+        def __getitem__(self, item):
+            return np.zeros(3)[item]
+
+    assert _places(da.from_array(Opened(), chunks=-1, asarray=False)) == ["https://host/data.zarr"]
+    assert _places(np.zeros(3)) == []
+
+
+def test_a_report_is_there_as_a_whole_or_not_at_all(found, tmp_path, monkeypatch):
+    path = tmp_path / "fit.html"
+    path.write_text("what was there")
+    monkeypatch.setattr("dask_nlsq.report.os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        found.report(path)
+    assert path.read_text() == "what was there"
+    monkeypatch.undo()
+    found.report(str(path))
+    assert path.read_text().startswith("<!doctype html>")
+    with pytest.raises(FileNotFoundError, match=r"no directory .*none.* create it"):
+        found.report(tmp_path / "none" / "fit.html")
+
+
+def test_a_result_without_the_data_has_a_page_without_their_pictures(found):
+    read = Page(page(pickle.loads(pickle.dumps(found))))
+    assert len(read.sources) == 2 and "Data" not in read.tables
+    assert [row[0] for row in read.tables["Parameters"][1:]] == list(NAMES)
+
+
+def test_models_without_source_and_many_sweeps_have_a_page():
+    class Line:
+        """Straight."""
+
+        def __call__(self, x, a, b):
+            return a + b * x
+
+        def __repr__(self):
+            return "Line()"
+
+    t, y = data(300)
+    found = curve_fit(Line(), t, y, p0=[1, 1])
+    assert "Line()\n\nStraight." in Page(page(found)).preformatted
+    many = replace(found, history=found.history * 40)
+    assert f"<details><summary>{40 * len(found.history)} sweeps</summary>" in page(many)
+    assert "<details>" not in page(found)
+
+
+def test_missing_matplotlib_is_told_before_anything_is_read(found, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "dask_nlsq\[plot\]"'):
+        found.report(tmp_path / "fit.html")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_path):
+    path = found.report(tmp_path / "nlsq.html")
+    with opened(path.as_uri(), tmp_path / "profile") as browser:
+        wait(lambda: browser.value("document.readyState") == "complete", "the page did not load")
+        pictures = "[...document.images].map(i => i.complete && i.naturalWidth > 200 && i.clientWidth > 200)"
+        assert browser.value(pictures) == [True] * 4
+        assert browser.value("document.querySelector('table').innerText").count("\n") >= 3
+        assert browser.value("document.querySelectorAll('td')[4].innerText") == NAMES[1]
+        asked = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
+        assert all(name.startswith("data:") for name in asked)
+        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
