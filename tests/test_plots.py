@@ -190,6 +190,8 @@ def test_a_logarithmic_axis_has_logarithmic_bins(large):
     parts = in_bins(seen, t)
     np.testing.assert_allclose(np.log10(seen.x), [np.log10(part[0]).mean() for part in parts])
     assert plots.fit(large, log=True).get_xscale() == "log"
+    few = curve_fit(decay, *data(100), p0=START)
+    np.testing.assert_allclose(np.ptp(np.diff(np.log(plots.fit(few, log=True).lines[-1].get_xdata()))), 0, atol=1e-9)
     negative = curve_fit(decay, *data(3000, low=-1.0, high=1.0), p0=START)
     assert binned(negative, log=True).n.sum() == np.sum(data(3000, low=-1.0, high=1.0)[0] > 0)
 
@@ -256,6 +258,8 @@ def test_residuals_of_counts_are_in_units_of_what_the_model_expects():
     assert seen.scale == 1 and abs(np.average(seen.residual, weights=seen.n)) < 0.01
     assert np.average(seen.spread, weights=seen.n) == pytest.approx(1, abs=0.02)
     assert "sqrt" in plots.residuals(found).get_ylabel()
+    masked = curve_fit(decay, t, y, p0=[1.5, 1, 1], loss="poisson", mask=t < 5)
+    assert binned(masked).n.sum() == np.sum(t >= 5)
 
 
 def test_convergence_shows_the_cost_above_the_least_and_the_gradient(large):
