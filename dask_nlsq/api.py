@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
@@ -42,20 +42,22 @@ from .arguments import (
 from .budget import positive
 from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
+from .diagnostics import combinations
 from .inputs import check_sendable
-from .kernels import choose_jac_mode
+from .kernels import choose_jac_mode, take_apart
 from .labels import by_name
-from .model import function_name, intern
+from .model import function_name, held, intern
 from .multistart import polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Live, Observers
-from .reduction import Evaluation, Grouping, map_chunks, open_sweep
+from .reduction import Evaluation, Grouping, open_sweep
 from .resources import active_client
-from .result import FitResult, covariance
+from .result import FitResult
 from .statistics import Noise, Totals
 from .store import Policy, warn_if_changed
 from .streaming import StreamingSweep, hybrid
 from .trust_region import Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
+from .uncertainty import covariance, spread_out
 from .workflow import OptimizationGoal, create_checkpoint_directory, workflow_options
 
 logger = logging.getLogger("dask_nlsq")
@@ -89,6 +91,7 @@ def curve_fit(
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     param_names=None,
+    fixed: Mapping[str, float] | None = None,
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     reduction: Literal["auto", "gram", "qr"] = "auto",
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
@@ -121,7 +124,7 @@ def curve_fit(
         is one array, joined along the first axis.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
-    p0 : array_like, shape (p,), optional
+    p0 : array_like, shape (p,), or dict by name, optional
         Start. None: ones, or the middle of the bounds, for as many parameters as ``f`` has.
     sigma : scalar, array_like, (M, M) array or "poisson", optional
         Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
@@ -132,8 +135,8 @@ def curve_fit(
     check_finite, nan_policy : bool, {None, "raise", "omit"}
         By default, and with "raise", values of x, y or sigma that are not finite raise ValueError. "omit" leaves their
         points out and counts them. ``check_finite=False`` alone skips the check.
-    bounds : 2-tuple of array_like, or `scipy.optimize.Bounds`
-        Lower and upper bounds; scalars for all parameters.
+    bounds : 2-tuple of array_like, `scipy.optimize.Bounds`, or dict of pairs by name
+        Lower and upper bounds; scalars for all parameters. In a dict None is no bound.
     method : {None, "auto", "trf", "lm", "dogbox"}
         For SciPy's sake: all are solved by the one trust-region reflective method of `dask_nlsq.trust_region`. "lm" with
         bounds is an error, as in SciPy.
@@ -168,6 +171,8 @@ def curve_fit(
         What becomes of chunks that are absent: an error before anything is read, left out, or read as fill values.
     param_names : sequence of str, optional
         Names for messages and tables; from the signature of ``f`` by default.
+    fixed : dict, optional
+        Values of parameters, by name, that are not fitted. They are in the result, with error 0.
     strategy : {"auto", "standard", "chunked", "streaming"}
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
         in this process where there is none. "streaming": nothing is held, each sweep reads the data anew, here or on the
@@ -234,7 +239,8 @@ def curve_fit(
     f, xdata, ydata = model_first(f, xdata, ydata)
     xdata, sigma, mask = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
-    names, lower, upper, start = parameters(f, p0, bounds, param_names)
+    all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed)
+    names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
     check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose)
@@ -244,11 +250,11 @@ def curve_fit(
         raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
-    model = intern(f, jacobian(jac))
+    model = intern(*held(f, jacobian(jac), all_start, free))
     options = Options(
         lower=lower,
         upper=upper,
-        x_scale=scale(x_scale, len(start)),
+        x_scale=scale(x_scale, len(all_start), free),
         ftol=tolerance("ftol", ftol),
         xtol=tolerance("xtol", xtol),
         gtol=tolerance("gtol", gtol),
@@ -295,9 +301,9 @@ def curve_fit(
             return counts
 
         if checkpoint is not None:
-            bounds = (lower, upper)
+            bounds = (all_lower, all_upper)
             path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
-            kept = open_checkpoint(path, model, as_given, problem, stored, given | dict(p0=start, bounds=bounds))
+            kept = open_checkpoint(path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds))
             if sweep.go_on(kept):
                 jac_mode = sweep.jac_mode
             sweep.leave = stack.enter_context(Leave())
@@ -336,10 +342,14 @@ def curve_fit(
         raise RuntimeError(not_converged(solution, names))
     cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
     known = absolute_sigma or (loss == "poisson" and not reweighted)
+    pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
+    popt = all_start.copy()
+    popt[free] = solution.params
+    parts = take_apart(solution.equations.parts, len(free))
     result = FitResult(
-        popt=solution.params,
-        pcov=_scaled_covariance(solution, None if known else cost, n_points, names),
-        param_names=names,
+        popt=popt,
+        pcov=spread_out(pcov, free, len(popt)),
+        param_names=all_names,
         cost=cost,
         n_points=n_points,
         n_masked=n_masked,
@@ -358,10 +368,11 @@ def curve_fit(
         sample=drawn,
         damage=damage,
         n_filled=sum(len(each.absent) for each in stored),
-        fixed={},
-        bounds=np.stack([lower, upper]),
+        fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
+        bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=_totals(problem, evaluation, solution.params, cost, n_points, streaming),
+        totals=Totals(cost, float(parts.residual.sum()), n_points, *map(float, sweep.weights)),
+        parts=parts,
         factor=solution.factor,
         _evaluation=evaluation,
         _problem=problem,
@@ -477,9 +488,10 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
-    _, _, _, start = parameters(f, p0, given["bounds"], given["param_names"])
+    _, _, _, every, free = parameters(f, p0, given["bounds"], given["param_names"], given["fixed"])
+    start = every[free]
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
-    model = intern(f, jacobian(given["jac"]))
+    model = intern(*held(f, jacobian(given["jac"]), every, free))
     _, reweighted = likelihood(given["loss"], given["sigma"])
     xdata, sigma, mask = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
     data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
@@ -502,8 +514,7 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
         return pcov
     if pcov is not None and n_points > p:
         return pcov * (2 * cost / (n_points - p))
-    idle = [name for name, column in zip(names, solution.factor.R.T, strict=True) if not np.any(column)]
-    why = f": the model does not change with {', '.join(idle)} there" if idle else ""
+    why = "".join(f": {each}" for each in combinations(solution.factor, names))
     warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
     return np.full((p, p), np.inf)
 
@@ -512,14 +523,3 @@ def _one_sigma(problem):
     """Sigma, where it is the same for all points."""
     sigma = problem.operands[1]
     return float(np.asarray(sigma).item()) if sigma.size == 1 and problem.factor is None else None
-
-
-def _totals(problem, evaluation, params, cost, n, streaming):
-    """Stands in for the sums of the last sweep."""
-    if streaming:
-        return Totals(cost, np.nan, n, np.nan, np.nan, np.nan)
-    r = np.asarray(map_chunks(problem, evaluation, params, "residual"))
-    y, sigma = (np.broadcast_to(np.asarray(each, float), r.shape) for each in problem.operands[:2])
-    counted = ~np.isnan(r)
-    r, y, w = r[counted], y[counted], sigma[counted] ** -2.0
-    return Totals(cost, r.sum(), n, w.sum(), (w * y).sum(), (w * y**2).sum())

@@ -45,20 +45,28 @@ def ready_model(f, p0, bounds, param_names, method=None):
     return None if guesses else p0, bounds, guesses
 
 
-def parameters(f, p0, bounds, param_names):
-    """Names, bounds and start of the parameters."""
-    signature = parameter_names(f)
+def parameters(f, p0, bounds, param_names, fixed=None):
+    """Names, bounds and start of all parameters, values of those held at the start among them, and places of the others."""
+    signature, fixed = parameter_names(f), _held(fixed)
+    known = param_names if param_names is not None else signature
+    if isinstance(p0, Mapping):
+        names = tuple(known if known is not None else {**p0, **fixed})
+        _check_names(names, p0=p0, fixed=fixed)
+        if missing := [name for name in names if name not in p0 and name not in fixed]:
+            raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed, {names}")
+        param_names, p0 = names, [p0.get(name, fixed.get(name)) for name in names]
     if p0 is None:
-        if not signature:
+        if not known:
             raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
-        n = len(signature)
+        n = len(known)
     else:
         p0 = np.atleast_1d(_numbers("p0", p0))
         if p0.ndim != 1 or not len(p0):
             raise ValueError(f"`p0` must be a vector with one value per parameter, not of shape {p0.shape}")
         n = len(p0)
-        if signature is not None and len(signature) != n and not _takes(f, n):
-            raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
+    if signature is not None and len(signature) != n and not _takes(f, n):
+        what = "`param_names`" if p0 is None else "`p0`"
+        raise ValueError(f"{what} has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
     names = tuple(
         param_names
         if param_names is not None
@@ -66,28 +74,58 @@ def parameters(f, p0, bounds, param_names):
     )
     if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`param_names` must be {n} different names, got {len(names)}: {names}")
+    _check_names(names, fixed=fixed)
+    free = [k for k, name in enumerate(names) if name not in fixed]
+    if not free:
+        raise ValueError("`fixed` holds all parameters: there is nothing to fit")
 
+    if isinstance(bounds, Mapping):
+        _check_names(names, bounds=bounds)
+        pairs = [_pair(bounds.get(name, (None, None))) for name in names]
+        bounds = (
+            [-np.inf if low is None else low for low, _ in pairs],
+            [np.inf if high is None else high for _, high in pairs],
+        )
     lower, upper = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
     lower, upper = (_per_parameter(f"bounds[{k}]", b, n).copy() for k, b in enumerate((lower, upper)))
     if np.isnan(lower).any() or np.isnan(upper).any():
         raise ValueError("`bounds` must not contain nan: use -inf and inf where there is none")
-    if np.any(lower >= upper):
-        k = int(np.argmax(lower >= upper))
-        raise ValueError(
-            "Each lower bound must be strictly less than each upper bound: "
-            f"{names[k]} has [{lower[k]}, {upper[k]}]; to hold a parameter, leave it out of the model"
-        )
-    if p0 is None:
-        return names, lower, upper, feasible(lower, upper)
-    if not np.isfinite(p0).all():
-        k = int(np.argmin(np.isfinite(p0)))
-        raise ValueError(f"`p0` must be finite: {names[k]} is {p0[k]}")
-    if np.any((p0 < lower) | (p0 > upper)):
-        k = int(np.argmax((p0 < lower) | (p0 > upper)))
-        raise ValueError(
-            f"Initial guess is outside of provided bounds: {names[k]} = {p0[k]} is not in [{lower[k]}, {upper[k]}]"
-        )
-    return names, lower, upper, p0
+    for k in free:
+        if lower[k] >= upper[k]:
+            raise ValueError(
+                "Each lower bound must be strictly less than each upper bound: "
+                f"{names[k]} has [{lower[k]}, {upper[k]}]; to hold a parameter, name it in `fixed`"
+            )
+    start = feasible(lower, upper) if p0 is None else p0.copy()
+    for name, value in fixed.items():
+        value = _numbers(f"fixed[{name!r}]", value)
+        if value.ndim or not np.isfinite(value):
+            raise ValueError(f"`fixed` must hold a finite number for {name}, not {fixed[name]!r}")
+        start[names.index(name)] = value
+    if not np.isfinite(start).all():
+        k = int(np.argmin(np.isfinite(start)))
+        raise ValueError(f"`p0` must be finite: {names[k]} is {start[k]}")
+    for k in free:
+        if not lower[k] <= start[k] <= upper[k]:
+            raise ValueError(
+                f"Initial guess is outside of provided bounds: {names[k]} = {start[k]} is not in [{lower[k]}, {upper[k]}]"
+            )
+    return names, lower, upper, start, free
+
+
+def _held(fixed) -> Mapping:
+    fixed = {} if fixed is None else fixed
+    if not isinstance(fixed, Mapping):
+        raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
+    return fixed
+
+
+def _check_names(names, **mappings):
+    for what, mapping in mappings.items():
+        for name in mapping.keys() - set(names):
+            near = get_close_matches(str(name), names, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"`{what}` names {name!r}, the parameters are {names}{hint}")
 
 
 def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
@@ -95,10 +133,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
 
     A value is a number, or an array of the map's shape.
     """
-    fixed = {} if fixed is None else fixed
-    if not isinstance(fixed, Mapping):
-        raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
-    signature = parameter_names(f)
+    signature, fixed = parameter_names(f), _held(fixed)
     by_place = None if p0 is None or callable(p0) or isinstance(p0, Mapping) else _over_the_map("p0", p0, map_shape)
     names = param_names if param_names is not None else signature
     if names is None and by_place is not None:
@@ -120,11 +155,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
         lower, upper = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
         ends = [_over_the_map(f"bounds[{k}]", each, map_shape, len(names)) for k, each in enumerate((lower, upper))]
         pairs = dict(zip(names, zip(*ends, strict=True), strict=True))
-    for what, mapping in (("p0", given), ("bounds", pairs), ("fixed", fixed)):
-        for name in mapping.keys() - set(names):
-            near = get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"`{what}` names {name!r}, the parameters are {names}{hint}")
+    _check_names(names, p0=given, bounds=pairs, fixed=fixed)
     free = tuple(k for k, name in enumerate(names) if name not in fixed)
     if not free:
         raise ValueError("`fixed` holds all parameters: there is nothing to fit")
@@ -278,7 +309,7 @@ def jacobian(jac):
     return None
 
 
-def scale(x_scale, n):
+def scale(x_scale, n, free):
     if isinstance(x_scale, str):
         if x_scale != "jac":
             raise ValueError(f"`x_scale` must be 'jac' or positive numbers, not {x_scale!r}")
@@ -286,7 +317,7 @@ def scale(x_scale, n):
     scale = _per_parameter("x_scale", x_scale, n)
     if not np.all(np.isfinite(scale) & (scale > 0)):
         raise ValueError(f"`x_scale` must be 'jac' or positive numbers, got {scale}")
-    return scale
+    return scale[free]
 
 
 def tolerance(name, value):

@@ -208,17 +208,18 @@ class Parts(NamedTuple):
     residual: np.ndarray  # sum of residuals, not rescaled; with a Poisson likelihood over the root of the mean
     squares: np.ndarray  # of the same
     n: np.ndarray  # points used
+    n_tiles: np.ndarray  # with any of them
     weights: np.ndarray  # (3,) of all: w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
 
 
 def part_size(n_params: int) -> int:
-    return 2 * (n_params + 1) ** 2 + 7
+    return 2 * (n_params + 1) ** 2 + 8
 
 
 def take_apart(parts: np.ndarray, n_params: int) -> Parts:
     """`Parts` of the rows (k, part_size) that sweeps add up."""
     m = n_params + 1
-    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 4], axis=1)
+    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 5], axis=1)
     return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights.sum(axis=0))
 
 
@@ -287,7 +288,7 @@ def _update_factor(factor, rows):
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
-    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first four sums of `Parts`."""
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first five sums of `Parts`."""
     tile = _Tile(spec.layouts, block, first, len(fresh))
 
     def residual(params):
@@ -306,7 +307,7 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
     hidden = tile.hidden()
     n = jnp.sum(fresh if hidden is None else fresh & ~hidden, dtype=jnp.int32).astype(jnp.float64)
     squares = 2 * cost if spec.loss == "linear" else r @ r
-    return rows, jnp.stack([cost, jnp.sum(r), squares, n])
+    return rows, jnp.stack([cost, jnp.sum(r), squares, n, jnp.sign(n)])
 
 
 def _weights(spec, block, first, fresh):

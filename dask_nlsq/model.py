@@ -13,7 +13,7 @@ import sysconfig
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import cloudpickle
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from .config import compilation_cache
@@ -84,6 +85,7 @@ def _by_value(function):
 
     Installed packages are pickled by name, as everywhere.
     """
+    function = function.f if isinstance(function, Held) else function
     module = sys.modules.get(getattr(function, "__module__", None))
     file = getattr(module, "__file__", None)
     installed = file is None or any(Path(file).is_relative_to(root) for root in _INSTALLED)
@@ -133,6 +135,28 @@ def _store(model):
         while len(_registry) > REGISTRY_SIZE:
             _registry.popitem(last=False)
     return model
+
+
+class Held:
+    """``f(x, *params)`` as a function of some of its parameters, with numbers for the others; of a Jacobian its columns."""
+
+    def __init__(self, f: Callable, values: Sequence[float], free: Sequence[int], jacobian: bool = False):
+        self.f, self.values, self.free, self.jacobian = f, [*map(float, values)], [*free], jacobian
+        self.__name__ = function_name(f)
+
+    def __call__(self, x, *params):
+        every = [*self.values]
+        for k, value in zip(self.free, params, strict=True):
+            every[k] = value
+        found = self.f(x, *every)
+        return found[:, np.array(self.free)] if self.jacobian else found
+
+
+def held(f: Callable, jac: Callable | None, values: Sequence[float], free: Sequence[int]):
+    """The model and its Jacobian as functions of the parameters at the places ``free``."""
+    if len(free) == len(values):
+        return f, jac
+    return Held(f, values, free), jac and Held(jac, values, free, jacobian=True)
 
 
 def function_name(f: Callable) -> str:
@@ -205,6 +229,7 @@ _CONCRETE = (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTyp
 
 def _place(err, function):
     """The line of the user's file at which an error was raised, as text."""
+    function = function.f if isinstance(function, Held) else function
     code = getattr(function, "__code__", None)
     frames = [frame for frame in traceback.extract_tb(err.__traceback__) if code and frame.filename == code.co_filename]
     return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""

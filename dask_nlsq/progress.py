@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from .dashboard import ABSENT, TOPIC, LivePage, install, logger
 from .plan import Plan
 from .reduction import Sweep, factor
-from .result import covariance
 from .trust_region import Record
+from .uncertainty import covariance
 
 PLANNED = ("n_points", "n_chunks", "n_partitions", "sweep_bytes", "strategy")  # what the dashboard is told of a plan
 PROGRESS_DELAY = 2.0  # seconds: unless asked for, quicker fits show no progress bar

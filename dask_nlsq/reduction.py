@@ -47,9 +47,8 @@ from .trf_jit import EPS, float64, gradient, inherit_device
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
-PARTS = 64  # of data that are a few blocks: their scatter is then known to a tenth
-PART_POINTS = 4  # at least
-MOST_PARTS = 256
+MOST_PARTS = 256  # the standard errors that are taken from their scatter are then good to 5 to 10 %
+PART_POINTS = 16  # at least
 FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
 READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
@@ -164,7 +163,7 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = min(-(-PARTS // n_blocks), -(-problem.n_points // (n_blocks * PART_POINTS)))
+        per_block = min(-(-most // n_blocks), -(-problem.n_points // (n_blocks * PART_POINTS)))
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 

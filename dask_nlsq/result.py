@@ -11,14 +11,15 @@ import numpy as np
 
 from . import plots
 from .chunks import Rules
+from .diagnostics import Diagnostics, diagnose
 from .environment import Place
 from .files import import_by, import_name, load_record, save_record
 from .inputs import Problem, build_problem
-from .kernels import Invalid, Layout, Layouts, fingerprint
-from .model import Model, intern
+from .kernels import Invalid, Layout, Layouts, Parts, fingerprint
+from .model import Held, Model, intern
 from .multistart import Search
 from .plan import Plan, several
-from .reduction import Evaluation, Factor, Read, map_chunks
+from .reduction import Evaluation, Factor, Grouping, Read, map_chunks
 from .report import report
 from .statistics import (
     Noise,
@@ -34,17 +35,9 @@ from .statistics import (
 from .store import BadChunkError
 from .streaming import Drawn
 from .trust_region import Record
+from .uncertainty import jackknife, sandwich, spread_out
 
 MOST_CORRELATIONS = 5  # in a summary
-
-
-def covariance(factor: Factor) -> np.ndarray | None:
-    """``(J^T J)^-1`` (p, p) from R; None where R is singular."""
-    if not np.isfinite(factor.condition):
-        return None
-    norms = np.linalg.norm(factor.R, axis=0)
-    _, s, Vt = np.linalg.svd(factor.R / norms)
-    return (Vt.T / s**2) @ Vt / np.outer(norms, norms)
 
 
 class NamedModel(NamedTuple):
@@ -52,11 +45,16 @@ class NamedModel(NamedTuple):
 
     name: list[str] | None  # module and name, where it can be imported
     fingerprint: str  # of what it computes
+    values: list[float]  # of all parameters, where some are held, else of none
+    free: list[int]
 
     @classmethod
     def of(cls, evaluation: Evaluation, n_params: int) -> "NamedModel":
-        f = evaluation.model.f
-        return cls(import_name(f), fingerprint(intern(f), evaluation.rules.layouts, n_params))
+        f, values, free = evaluation.model.f, [], []
+        found = fingerprint(intern(f), evaluation.rules.layouts, n_params)
+        if isinstance(f, Held):
+            f, values, free = f.f, f.values, f.free
+        return cls(import_name(f), found, values, free)
 
     def find(self, layouts: Layouts, n_params: int) -> Model:
         """Import it.
@@ -70,7 +68,8 @@ class NamedModel(NamedTuple):
         if self.name is None:
             raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
         try:
-            model = intern(import_by(self.name))
+            f = import_by(self.name)
+            model = intern(Held(f, self.values, self.free) if self.values else f)
         except (ImportError, AttributeError) as err:
             raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
         if fingerprint(model, layouts, n_params) != self.fingerprint:
@@ -128,6 +127,10 @@ class FitResult:
         The loss, whether the size of the noise was known, and whether the model gave the weights.
     totals : Totals
         Sums over all points of the last sweep, from which the statistics are made.
+    parts : Parts
+        The same sums, and condensed matrices of the parameters that were fitted, over up to 256 runs of consecutive points.
+    factor : Factor
+        Of the parameters that were fitted: R with ``R^T R = J^T J``, Q^T r and J^T r.
     """
 
     popt: np.ndarray
@@ -155,6 +158,7 @@ class FitResult:
     bounds: np.ndarray
     noise: Noise
     totals: Totals
+    parts: Parts = field(repr=False)
     factor: Factor = field(repr=False)
     _evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
     _problem: Problem | None = field(repr=False)  # None where the data are not at hand
@@ -194,6 +198,32 @@ class FitResult:
     aic = property(attrgetter("statistics.aic"), doc="n log(X / n) + 2 k (Akaike); of a likelihood X + 2 k")
     aicc = property(attrgetter("statistics.aicc"), doc="AIC + 2 k (k + 1) / (n - k - 1), for few points")
     bic = property(attrgetter("statistics.bic"), doc="n log(X / n) + k log(n) (Schwarz); of a likelihood X + k log(n)")
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Places of the parameters that were fitted."""
+        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed)
+
+    @property
+    def sandwich(self) -> np.ndarray:
+        """Covariance (p, p) that allows for noise which is not alike everywhere; see `dask_nlsq.uncertainty`.
+
+        From sums of the last sweep. Nan where the data do not determine the parameters, and for few points.
+        """
+        return spread_out(sandwich(self.factor, self.parts), self.free, len(self.popt))
+
+    @property
+    def jackknife(self) -> np.ndarray:
+        """Covariance (p, p) by leaving out each of up to 256 parts of the data in turn; see `dask_nlsq.uncertainty`.
+
+        From sums of the last sweep. Nan where one part alone determines a parameter, and for few points.
+        """
+        return spread_out(jackknife(self.factor, self.parts), self.free, len(self.popt))
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """What is remarkable about the fit, in words; see `dask_nlsq.diagnostics`. Nothing is read."""
+        return diagnose(self)
 
     @property
     def correlation(self) -> np.ndarray:
@@ -310,7 +340,7 @@ class FitResult:
         q = quantile(level, self.dof, self.noise)
         if not np.isfinite(self.pcov).all():
             raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no band")
-        middle_and_error = self._values(points, "band", root(self.pcov), noise)
+        middle_and_error = self._values(points, "band", root(self.pcov[np.ix_(self.free, self.free)]), noise)
         middle, half = middle_and_error[0], q * middle_and_error[1]
         return middle - half, middle + half
 
@@ -333,8 +363,9 @@ class FitResult:
     def _values(self, points, what, *spread):
         model = self._evaluation.model
         if isinstance(model, NamedModel):
-            model = model.find(self._evaluation.rules.layouts, len(self.popt))
-        return map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), self.popt, what, *spread)
+            model = model.find(self._evaluation.rules.layouts, len(self.free))
+        params = self.popt[list(self.free)]
+        return map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), params, what, *spread)
 
     def __getstate__(self):
         return self.__dict__ | {"_problem": None}  # the data may be larger than any file
@@ -349,7 +380,7 @@ class FitResult:
         """
         evaluation, path = self._evaluation, Path(path)
         if not isinstance(evaluation.model, NamedModel):
-            evaluation = evaluation._replace(model=NamedModel.of(evaluation, len(self.popt)))
+            evaluation = evaluation._replace(model=NamedModel.of(evaluation, len(self.free)))
         save_record(path, replace(self, _evaluation=evaluation, _problem=None))
 
     def to_dict(self) -> dict[str, Any]:
@@ -489,8 +520,8 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-RECORDS = (Read, Record, Search, Drawn, Plan, Place, Factor, Totals, Noise, NamedModel, BadChunkError)
-RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, FitResult)
+RECORDS = (Read, Record, Search, Drawn, Plan, Place, Factor, Totals, Parts, Noise, NamedModel, BadChunkError)
+RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, Grouping, FitResult)
 
 
 def load(path: str | Path) -> FitResult:

@@ -1,0 +1,192 @@
+"""What the condensed matrices of the last sweep tell about a fit, in words; nothing is read.
+
+Parts are runs of consecutive points of the data (chunks in C order), up to 256 of them. Their mean residuals are tested
+for the order of their signs [1]_ and for a trend, their chi-squares for outliers by the median absolute deviation.
+
+References
+----------
+.. [1] A. Wald, J. Wolfowitz, "On a test whether two samples are from the same population", Ann. Math. Statist. 11 (1940)
+       147-162.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .reduction import Factor
+from .statistics import correlation
+
+HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
+NEAR_ONE = 0.99  # correlation that is worth a word
+IN_WORDS = 3  # of a kind
+LEAST = 0.05  # share of a parameter in a combination, below which it is left out
+FEWEST_PARTS = 10  # for tests along the data
+SIGNIFICANT = 4.0  # standard deviations
+WORSE = 1.2  # chi-square of a part, relative to the median
+LARGER = 1.5  # standard errors by the sandwich relative to the usual ones
+NOT_THERE = 0.1  # standard errors from the optimum
+
+
+class Blocks(NamedTuple):
+    """Of each part of the data, in order, (G,): points used, reduced chi-square, mean residual."""
+
+    n: np.ndarray
+    chi_square: np.ndarray
+    mean_residual: np.ndarray
+
+
+class Diagnostics(NamedTuple):
+    """``str()`` gives the sentences.
+
+    ``singular_values`` (p,) are those of the Jacobian with its columns scaled to norm 1; ``correlated`` pairs of names with
+    their correlation; ``at_bounds`` names; ``runs`` of mean residuals with the same sign, and the number and standard
+    deviation that are expected of independent ones (nan for few parts); ``distance`` to the optimum in standard errors.
+    """
+
+    lines: tuple[str, ...]
+    singular_values: np.ndarray
+    condition: float
+    reduction: str
+    correlated: tuple[tuple[str, str, float], ...]
+    at_bounds: tuple[str, ...]
+    blocks: Blocks
+    runs: tuple[float, float, float]
+    distance: float
+
+    def __str__(self):
+        return "\n".join(self.lines)
+
+    def __repr__(self):
+        return f"<Diagnostics>\n{self}"
+
+
+def diagnose(result) -> Diagnostics:
+    """Diagnostics of a `FitResult`."""
+    parts, noise, factor = result.parts, result.noise, result.factor
+    names = [result.param_names[k] for k in result.free]
+    used = parts.n > 0
+    n = parts.n[used]
+    blocks = Blocks(n, parts.squares[used] / n, parts.residual[used] / n)
+    norms = np.linalg.norm(factor.R, axis=0)
+    values = np.linalg.svd(factor.R / np.where(norms > 0, norms, 1.0), compute_uv=False)
+    pairs = correlation(result.pcov)
+    near = [(i, j, float(pairs[i, j])) for i in range(len(pairs)) for j in range(i) if abs(pairs[i, j]) >= NEAR_ONE]
+    near.sort(key=lambda each: -abs(each[2]))
+    correlated = tuple((result.param_names[j], result.param_names[i], value) for i, j, value in near)
+    ends = {-1: "lower", 1: "upper"}
+    sides = {name: ends[int(side)] for name, side in zip(result.param_names, result.at_bound, strict=True) if side}
+    at_bounds = tuple(name for name in sides if name not in result.fixed)
+    free = [k for k, name in enumerate(names) if name not in at_bounds]
+    scale = 1.0 if noise.absolute else max(2 * result.cost / max(result.dof, 1), 0.0)
+    distance = _distance(factor, free, scale) if noise.squares else np.nan
+    runs = _runs(blocks.mean_residual)
+
+    lines = [f"condition {result.condition:.1e} of the Jacobian, columns of norm 1; condensed by {result.reduction!r}"]
+    lines += combinations(factor, names)
+    lines += [f"{name} is at its {sides[name]} bound: its error, which knows no bounds, says little" for name in at_bounds]
+    if np.isfinite(result.condition) and result.condition < HARDLY:
+        lines += [
+            f"{a} and {b} are correlated to {value:+.4f}: the data determine one combination of them far better than each"
+            for a, b, value in correlated[:IN_WORDS]
+        ]
+    if noise.absolute and noise.loss == "linear" and result.dof > 0:
+        excess = (result.chi_square - result.dof) / np.sqrt(2 * result.dof)
+        if abs(excess) > SIGNIFICANT:
+            why = "the model misses something, or sigma is too small" if excess > 0 else "sigma is too large"
+            off = f"{excess:+.0f} standard deviations from 1"
+            lines.append(f"reduced chi-square {result.reduced_chi_square:.4g}, {off}: {why}")
+    along = _along_the_data(blocks, runs, noise)
+    lines += along or _compared(result, names)
+    if distance > NOT_THERE:
+        lines.append(f"the optimum is still {distance:.2g} standard errors away: smaller ftol, xtol and gtol lead there")
+    return Diagnostics(
+        tuple(lines), values, result.condition, result.reduction, correlated, at_bounds, blocks, runs, float(distance)
+    )
+
+
+def combinations(factor: Factor, names) -> list[str]:
+    """A sentence for each combination of parameters that the data do not, or hardly, determine."""
+    norms = np.linalg.norm(factor.R, axis=0)
+    lines = [f"the model does not change with {name}" for name, norm in zip(names, norms, strict=True) if norm == 0]
+    moving = np.flatnonzero(norms)
+    if not len(moving):
+        return lines
+    _, s, Vt = np.linalg.svd(factor.R[:, moving] / norms[moving])
+    singular = not np.isfinite(factor.condition) and not lines
+    for k in range(len(s) - 1, 0, -1):
+        undetermined = (singular and k == len(s) - 1) or s[k] == 0
+        if len(lines) == IN_WORDS or not (undetermined or s[k] * HARDLY < s[0]):
+            break
+        step = Vt[k] / norms[moving]
+        shares = np.abs(Vt[k]) / np.abs(Vt[k]).max()
+        step = step / np.abs(step[shares >= LEAST]).max()
+        taking_part = [(names[m], value) for m, value, share in zip(moving, step, shares, strict=True) if share >= LEAST]
+        words = ", ".join(f"{name} {value:+.3g}" for name, value in taking_part)
+        verb = "do not" if undetermined else "hardly"
+        lines.append(f"the data {verb} determine one combination: ({words}) leaves the model as it is")
+    return lines
+
+
+def _distance(factor, free, scale):
+    """Length of the step to the minimum of the quadratic model, in standard errors, along the parameters off bounds."""
+    R = factor.R[:, free]
+    if not free or not scale:
+        return 0.0
+    U, s, _ = np.linalg.svd(R / np.maximum(np.linalg.norm(R, axis=0), np.finfo(float).tiny), full_matrices=False)
+    U = U[:, s > s[0] / HARDLY**2]
+    return np.linalg.norm(U.T @ factor.projected) / np.sqrt(scale)
+
+
+def _runs(mean):
+    if len(mean) < FEWEST_PARTS:
+        return (np.nan,) * 3
+    up = mean > 0
+    n, n_up = len(up), np.count_nonzero(up)
+    both = 2 * n_up * (n - n_up)
+    expected = 1 + both / n
+    deviation = np.sqrt(both * (both - n) / (n**2 * (n - 1)))
+    return float(1 + np.count_nonzero(up[1:] != up[:-1])), float(expected), float(deviation)
+
+
+def _along_the_data(blocks, runs, noise):
+    lines, n = [], blocks.n
+    if len(n) < FEWEST_PARTS or not noise.squares:
+        return lines
+    chi = blocks.chi_square
+    middle = np.median(chi)
+    worst = int(np.argmax(chi))
+    spread = max(1.4826 * np.median(np.abs(chi - middle)), middle * np.sqrt(2 / n[worst]))
+    if chi[worst] > WORSE * middle and chi[worst] - middle > 2 * SIGNIFICANT * spread:
+        bad = np.count_nonzero((chi > WORSE * middle) & (chi - middle > 2 * SIGNIFICANT * spread))
+        ends = np.cumsum(n)
+        lines.append(
+            f"chi-square is larger than elsewhere in {bad} of {len(n)} parts of the data, most in part {worst + 1} (points "
+            f"{ends[worst] - n[worst]:,.0f} to {ends[worst]:,.0f} of those used): {chi[worst] / middle:.3g} times the median"
+        )
+    count, expected, deviation = runs
+    if deviation > 0 and expected - count > SIGNIFICANT * deviation:
+        lines.append(
+            f"neighbouring parts of the data have residuals of the same sign: {count:.0f} runs where {expected:.0f} +- "
+            f"{deviation:.0f} are expected; the model misses something that changes slowly along them"
+        )
+    place = np.linspace(-1, 1, len(n))
+    slope = np.polynomial.polynomial.polyfit(place, blocks.mean_residual, 1, w=np.sqrt(n))
+    error = np.sqrt(np.average(chi, weights=n) / (n @ (place - np.average(place, weights=n)) ** 2))
+    if abs(slope[1]) > SIGNIFICANT * error:
+        lines.append(
+            f"residuals drift along the data, from {slope[0] - slope[1]:+.2g} to {slope[0] + slope[1]:+.2g} on average"
+        )
+    return lines
+
+
+def _compared(result, names):
+    errors = result.perr[list(result.free)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.sqrt(np.diag(result.sandwich)[list(result.free)]) / errors
+    k = int(np.argmax(np.nan_to_num(ratio)))
+    if not np.nan_to_num(ratio[k]) > LARGER:
+        return []
+    return [
+        f"the residuals scatter so that errors are up to {ratio[k]:.2g} times as large ({names[k]}): `result.sandwich` "
+        "has the covariance for noise that is not alike everywhere"
+    ]
