@@ -303,7 +303,9 @@ def curve_fit(
         if checkpoint is not None:
             bounds = (all_lower, all_upper)
             path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
-            kept = open_checkpoint(path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds))
+            kept = open_checkpoint(
+                path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds, param_names=all_names)
+            )
             if sweep.go_on(kept):
                 jac_mode = sweep.jac_mode
             sweep.leave = stack.enter_context(Leave())

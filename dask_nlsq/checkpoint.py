@@ -18,7 +18,7 @@ import numpy as np
 from .files import import_by, import_name, read_arrays, write_arrays, write_whole
 from .inputs import Problem
 from .kernels import fingerprint
-from .model import Model
+from .model import Held, Model
 from .store import is_stored
 
 VERSION = 2  # of the files
@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
 KEPT = ("p0", "absolute_sigma", "check_finite", "bounds", "method", "nan_policy", "loss", "f_scale", "x_scale")
 KEPT += ("ftol", "xtol", "gtol", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
-KEPT += ("reduction", "jac_mode", "tr_solver", "n_starts")
+KEPT += ("fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
 LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
@@ -115,9 +115,11 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
 
     What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
     """
-    call, arrays = describe_call(model.f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
+    f = model.f.f if isinstance(model.f, Held) else model.f
+    call, arrays = describe_call(f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
     identity = {name: call["options"][name] for name in KEPT}
-    identity["model"] = fingerprint(model, problem.rules.layouts, len(options["p0"]))
+    n_free = len(options["p0"]) - len(options["fixed"] or ())
+    identity["model"] = fingerprint(model, problem.rules.layouts, n_free)
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}

@@ -25,6 +25,7 @@ from .config import threads
 from .inputs import Problem
 from .kernels import (
     BLOCK_POINTS,
+    MAX_TILE,
     VALUES_LEAD,
     Block,
     JacMode,
@@ -48,7 +49,7 @@ COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of th
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
 MOST_PARTS = 256  # the standard errors that are taken from their scatter are then good to 5 to 10 %
-PART_POINTS = 16  # at least
+PART_POINTS = 4  # at least: the loop over 256 parts takes 0.3 ms, a sweep over 1000 points otherwise 0.1 ms
 FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
 READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
@@ -163,7 +164,7 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = min(-(-most // n_blocks), -(-problem.n_points // (n_blocks * PART_POINTS)))
+        per_block = -(-min(most, -(-problem.n_points // PART_POINTS)) // n_blocks)
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 
@@ -189,7 +190,9 @@ class Evaluation(NamedTuple):
         if block.clean:
             layouts = layouts._replace(invalid=None)  # axis vectors: half the time of a sweep
         capacity, n_parts = len(block.buffers[0]), self.grouping.per_block
-        tile = None if self.rules.whole else min(tile_size(n_params, capacity), -(-capacity // max(n_parts, 1)))
+        tile = None if self.rules.whole else tile_size(n_params, capacity)
+        if tile is not None and tile <= MAX_TILE:  # longer ones are a GPU's, which has no use for short ones
+            tile = min(tile, -(-capacity // max(n_parts, 1)))
         whitened = len(block.buffers) > len(layouts.operands)
         return KernelSpec(layouts, how.reduction, how.jac_mode, self.loss, tile, whitened, n_parts)
 

@@ -85,7 +85,7 @@ def test_sums_over_parts_of_the_data_add_up_to_those_of_all(n, reduction):
     np.testing.assert_allclose(parts.gram.sum(axis=0), gram, rtol=1e-9)
     use = ~mask
     r, w = ((1.1 * x + 0.2 - y) / sigma)[use], sigma[use] ** -2
-    assert min(128, n // 16) <= len(parts.n) <= 256 and parts.n.sum() == use.sum()
+    assert min(128, n // 4) <= len(parts.n) <= 256 and parts.n.sum() == use.sum()
     np.testing.assert_allclose(parts.cost.sum(), found.cost, rtol=1e-12)
     np.testing.assert_allclose(parts.squares.sum(), r @ r, rtol=1e-12)
     np.testing.assert_allclose(parts.residual.sum(), r.sum(), rtol=1e-9, atol=1e-9 * n)

@@ -1,0 +1,180 @@
+"""What a fit says about itself, and covariances that do not take the noise for alike everywhere."""
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import OptimizeWarning
+
+from dask_nlsq import curve_fit
+from dask_nlsq.uncertainty import covariance
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def decay_data(n, noise=0.05, seed=0):
+    rng = np.random.default_rng(seed)
+    x = np.linspace(0, 10, n)
+    return x, 2 * np.exp(-0.5 * x) + 0.3 + noise * rng.normal(size=n)
+
+
+def errors(pcov):
+    return np.sqrt(np.diag(pcov))
+
+
+def white(result, x):
+    """White's covariance, from every point."""
+    a, b, _ = result.popt
+    J = np.stack([np.exp(-b * x), -a * x * np.exp(-b * x), np.ones(len(x))], axis=1)
+    rows = J * np.asarray(result.residuals())[:, None]
+    C = np.linalg.inv(J.T @ J)
+    return C @ rows.T @ rows @ C
+
+
+@pytest.mark.parametrize("n", [4000, 1_000_000])
+def test_sandwich_and_jackknife_are_whites_covariance_where_points_are_independent(n):
+    x, y = decay_data(n, noise=np.linspace(0.02, 0.3, n))
+    result = curve_fit(decay, x, y, p0=[1, 1, 0])
+    expected = errors(white(result, x))
+    assert np.max(errors(result.pcov) / expected) > 1.3
+    np.testing.assert_allclose(errors(result.sandwich), expected, rtol=0.15)
+    np.testing.assert_allclose(errors(result.jackknife), expected, rtol=0.2)
+
+
+@pytest.mark.parametrize("chunks", [1000, 7777])
+def test_they_are_nearly_the_same_however_the_data_are_chunked(chunks):
+    n = 200_000
+    x, y = decay_data(n)
+    whole = curve_fit(decay, x, y, p0=[1, 1, 0])
+    parts = curve_fit(decay, da.from_array(x, chunks=chunks), da.from_array(y, chunks=chunks), p0=[1, 1, 0])
+    np.testing.assert_allclose(errors(parts.sandwich), errors(whole.sandwich), rtol=0.15)
+    np.testing.assert_allclose(errors(parts.jackknife), errors(whole.jackknife), rtol=0.3)
+
+
+def test_the_jackknife_is_the_scatter_of_fits_that_leave_a_part_out():
+    x, y = decay_data(400)
+    result = curve_fit(decay, x, y, p0=[1, 1, 0], ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    ends = np.cumsum(result.parts.n).astype(int)
+    left_out = [np.r_[0 : end - int(n), end : len(x)] for end, n in zip(ends, result.parts.n, strict=True)]
+    fits = np.array([curve_fit(decay, x[at], y[at], p0=result.popt).popt for at in left_out[::8]])
+    # the first-order steps of the same parts
+    some = result.parts._replace(gram=result.parts.gram[::8])
+    C = covariance(result.factor)
+    H = np.linalg.inv(C)
+    steps = np.array([np.linalg.solve(H - gram[:3, :3], gram[:3, 3]) for gram in some.gram])
+    np.testing.assert_allclose(fits - result.popt, steps, atol=0.05 * np.abs(steps).max())
+
+
+def test_nothing_is_read_for_them():
+    reads = []
+
+    def block(x):
+        reads.append(len(x))
+        return 2 * np.exp(-0.5 * x) + 0.3 + 0.05 * np.sin(1e4 * x)
+
+    x = da.linspace(0, 10, 60_000, chunks=20_000)
+    y = x.map_blocks(block, dtype=float, meta=np.zeros(0))
+    result = curve_fit(decay, x, y, p0=[1, 1, 0], strategy="streaming")
+    before = len(reads)
+    assert result.sweeps * 3 <= before
+    for each in ("sandwich", "jackknife", "diagnostics", "statistics", "correlation"):
+        getattr(result, each)
+    result.summary(), result.confidence_intervals(), result.to_dict(), result._repr_html_()
+    assert len(reads) == before
+
+
+def test_a_part_that_alone_determines_a_parameter_leaves_the_jackknife_unknown():
+    x = np.concatenate([np.zeros(5000), [1.0]])
+    y = np.random.default_rng(0).normal(size=5001)
+    result = curve_fit(lambda x, a, b: a + b * x, x, y, p0=[0, 0])
+    assert np.isnan(result.jackknife).all() and np.isfinite(result.sandwich).all()
+
+
+def test_what_the_data_do_not_determine_is_said_in_words():
+    x, y = decay_data(3000)
+    with pytest.warns(OptimizeWarning, match=r"do not determine one combination: \(a [-+\d.e]+, b [-+\d.e]+\) leaves"):
+        result = curve_fit(lambda x, a, b, c, d: a * b * jnp.exp(-c * x) + d, x, y, p0=[1, 2, 1, 0])
+    a, b, *_ = result.popt
+    words = next(line for line in result.diagnostics.lines if "do not determine" in line)
+    step_a, step_b = (float(part.split()[1]) for part in words[words.index("(") + 1 : words.index(")")].split(", "))
+    np.testing.assert_allclose(step_a / step_b, -a / b, rtol=1e-2)
+    assert result.diagnostics.singular_values[-1] < 1e-6
+    with pytest.warns(OptimizeWarning, match="the model does not change with idle"):
+        result = curve_fit(lambda x, a, idle: a * x + 0 * idle, x, y, p0=[1, 1])
+    assert "the model does not change with idle" in str(result.diagnostics)
+
+
+def test_a_combination_that_is_hardly_determined_is_named():
+    x = np.linspace(0, 1, 2000)
+    y = 3 * x + np.random.default_rng(0).normal(size=2000)
+    result = curve_fit(lambda x, a, b: a * x + b * (x + 1e-8 * x**2), x, y, p0=[1, 1], reduction="qr")
+    assert "the data hardly determine one combination: (a +1, b -1)" in str(result.diagnostics).replace(
+        "a -1, b +1", "a +1, b -1"
+    )
+
+
+def test_parameters_at_a_bound_and_near_perfect_correlations_are_named():
+    x, y = decay_data(2000)
+    result = curve_fit(decay, x, y, p0=[1, 1, 0.1], bounds={"c": (None, 0.2)})
+    assert result.diagnostics.at_bounds == ("c",) and "c is at its upper bound" in str(result.diagnostics)
+    x = np.linspace(1000, 1001, 5000)
+    result = curve_fit(lambda x, a, b: a * x + b, x, 2 * x + np.random.default_rng(0).normal(size=5000), p0=[1, 0])
+    ((first, second, value),) = result.diagnostics.correlated
+    assert {first, second} == {"a", "b"} and value < -0.999 and "a and b are correlated" in str(result.diagnostics)
+
+
+def test_a_fit_of_good_data_has_nothing_to_say():
+    for seed in range(10):
+        x, y = decay_data(100_000, seed=seed)
+        result = curve_fit(decay, x, y, p0=[1, 1, 0], sigma=0.05, absolute_sigma=True)
+        assert len(result.diagnostics.lines) == 1, result.diagnostics
+
+
+def test_parts_of_the_data_that_do_not_fit_are_found():
+    x, y = decay_data(100_000)
+    y[60_000:62_000] += 0.05 * np.random.default_rng(1).normal(size=2000) * 4
+    result = curve_fit(decay, x, y, p0=[1, 1, 0])
+    (line,) = (line for line in result.diagnostics.lines if "chi-square is larger" in line)
+    first, last = (
+        int(word.replace(",", "")) for word in line[line.index("(points ") + 8 :].split(" of those")[0].split(" to ")
+    )
+    assert 59_000 < first < last < 63_000
+    worst = int(np.argmax(result.diagnostics.blocks.chi_square))
+    assert 0.59 < worst / len(result.diagnostics.blocks.n) < 0.63
+
+
+def test_what_the_model_misses_along_the_data_is_found_by_runs_and_drift():
+    x, y = decay_data(100_000)
+    missed = curve_fit(decay, x, y + 0.01 * np.sin(3 * x), p0=[1, 1, 0])
+    assert "residuals of the same sign" in str(missed.diagnostics)
+    count, expected, deviation = missed.diagnostics.runs
+    assert count < expected - 4 * deviation
+    order = np.random.default_rng(0).permutation(len(x))
+    drift = curve_fit(decay, x[order], (y[order] + np.linspace(-0.02, 0.02, len(x))), p0=[1, 1, 0])
+    (line,) = (line for line in drift.diagnostics.lines if "drift" in line)
+    assert "from +" in line  # residuals are model less data
+
+
+def test_sigma_that_is_wrong_and_an_optimum_that_is_not_reached_are_said():
+    x, y = decay_data(10_000)
+    assert "sigma is too small" in str(curve_fit(decay, x, y, [1, 1, 0], sigma=0.03, absolute_sigma=True).diagnostics)
+    assert "sigma is too large" in str(curve_fit(decay, x, y, [1, 1, 0], sigma=0.1, absolute_sigma=True).diagnostics)
+
+    def stop(record):
+        if record.nfev == 4:
+            raise StopIteration
+
+    early = curve_fit(decay, x, y, [1, 1, 0], callback=stop)
+    assert early.diagnostics.distance > 0.1 and "standard errors away" in str(early.diagnostics)
+    assert curve_fit(decay, x, y, [1, 1, 0]).diagnostics.distance < 0.01
+
+
+def test_noise_that_is_not_alike_everywhere_is_said():
+    n = 50_000
+    x, y = decay_data(n, noise=np.where(np.arange(n) % 10 == 0, 1.0, 0.0) + 0.01)
+    assert "result.sandwich" not in str(curve_fit(decay, x, y, p0=[1, 1, 0]).diagnostics)  # alike on average
+    x, y = decay_data(n, noise=np.where(np.linspace(0, 10, n) > 6, 1.0, 0.05))
+    lines = str(curve_fit(decay, x, y, p0=[1, 1, 0]).diagnostics)
+    assert "result.sandwich" in lines or "chi-square is larger" in lines
