@@ -111,11 +111,12 @@ class Accessor:
         for variable, array in arrays.items():
             if missing := reduced - set(array.dims):
                 raise ValueError(f"{variable or '`data`'} has no dimension {missing} to fit along, only {array.dims}")
-            own = {k: v[variable] if isinstance(v, xr.Dataset) else v for k, v in options.items()}
-            own |= dict(param_names=names, nan_policy="omit" if skipna else "raise")
             fitted = [dim for dim in array.dims if dim in reduced]
-            fit = _one_fit if len(fitted) == array.ndim else _map_of_fits
-            found = fit(func, coords, array, fitted, p0, bounds or {}, errors, own)
+            start, ends, _ = map_values(p0, bounds or {}, None, array, fitted)
+            call = {k: v[variable] if isinstance(v, xr.Dataset) else v for k, v in options.items()}
+            call |= dict(f=func, xdata=coords, ydata=array, p0=start_of(func, names, start, ends), bounds=ends)
+            call |= dict(param_names=names, nan_policy="omit" if skipna else "raise")
+            found = _one_fit(call, errors) if len(fitted) == array.ndim else _map_of_fits(call, fitted, errors)
             # called for its dimensions, coordinates and attributes alone
             popt, pcov = xr.apply_ufunc(
                 lambda _, found=found: found,
@@ -130,17 +131,15 @@ class Accessor:
         return result.assign_coords(param=names, cov_i=names, cov_j=names)
 
 
-def _map_of_fits(func, coords, array, fitted, p0, bounds, errors, options):
+def _map_of_fits(call, fitted, errors):
     """Parameters (*left, p) and their covariances, lazy where the data are."""
-    options = {name: value for name, value in options.items() if name not in SCIPYS}
-    if (most := options.pop("maxfev", None)) and options.get("max_nfev") is None:
-        options["max_nfev"] = most
-    known_names(fit_map, options)
-    start, bounds, _ = map_values(p0, bounds, None, array, fitted)
-    start = start_of(func, options["param_names"], start, bounds)
-    found = fit_map(func, coords, array, start, axis=fitted, bounds=bounds, full_covariance=True, **options)
+    call = {name: value for name, value in call.items() if name not in SCIPYS}
+    if (most := call.pop("maxfev", None)) and call.get("max_nfev") is None:
+        call["max_nfev"] = most
+    known_names(fit_map, call)
+    found = fit_map(**call | dict(axis=fitted, full_covariance=True))
     settle = partial(_settled, errors=errors, names=found.param_names)
-    if array.chunks is None:
+    if call["ydata"].chunks is None:
         record = settle(found.compute().record)
     else:
         record = found.record.map_blocks(settle, dtype=found.record.dtype, meta=found.record._meta)
@@ -165,26 +164,22 @@ def _settled(record, errors, names):
     return record
 
 
-def _one_fit(func, coords, array, fitted, p0, bounds, errors, options):
+def _one_fit(call, errors):
     """Parameters (p,) and their covariance (p, p) of all points."""
-    names = options["param_names"]
-    start, bounds, _ = map_values(p0, bounds, None, array, fitted)
-    start = start_of(func, names, start, bounds)
-    own = dict(zip(names, getattr(func, "bounds", {}).values(), strict=False))  # of a ready model
+    names, start, bounds = (call[name] for name in ("param_names", "p0", "bounds"))
+    own = dict(zip(names, getattr(call["f"], "bounds", {}).values(), strict=False))  # of a ready model
     ends = [bounds.get(name, own.get(name, (None, None))) for name in names]
     bounds = [[inf if end[k] is None else float(end[k]) for end in ends] for k, inf in enumerate((-np.inf, np.inf))]
     if isinstance(start, Mapping):
         start = [float(start[name]) for name in names]
-    x = coords[0] if len(coords) == 1 else tuple(coords)
     try:
-        popt, pcov = curve_fit(func, x, array, start, bounds=bounds, **options)
+        return tuple(curve_fit(**call | dict(p0=start, bounds=bounds)))
     except (RuntimeError, ValueError) as err:
         failed = errors == "ignore" and isinstance(err, RuntimeError)
-        empty = options["nan_policy"] == "omit" and isinstance(err, ValueError) and bool(array.isnull().all())
+        empty = call["nan_policy"] == "omit" and isinstance(err, ValueError) and bool(call["ydata"].isnull().all())
         if not failed and not empty:
             raise
-        popt, pcov = np.full(len(names), np.nan), np.full((len(names), len(names)), np.nan)
-    return popt, pcov
+    return np.full(len(names), np.nan), np.full((len(names), len(names)), np.nan)
 
 
 def start_of(func, names, p0, bounds):
