@@ -10,7 +10,9 @@ import numpy as np
 
 
 def labelled(data) -> bool:
-    """Whether it is an xarray DataArray."""
+    """Whether it is an xarray DataArray; a TypeError where it is a Dataset."""
+    if hasattr(data, "data_vars"):
+        raise TypeError(f"an xarray Dataset is no array: pass one of its variables, {list(data.data_vars)}")
     return hasattr(data, "dims") and hasattr(data, "coords")
 
 
@@ -73,7 +75,7 @@ def along_dims(name, array, ydata, dims=None):
     if unknown := [dim for dim in array.dims if dim not in dims]:
         raise ValueError(
             f"`{name}` has the dimensions {array.dims}, `ydata` {ydata.dims} has no {unknown[0]!r}: rename it, or pass "
-            f"{name}.data, whose axes go by place"
+            "its .data, whose axes go by place"
         )
     _check_labels(name, array, ydata)
     array = array.transpose(*(dim for dim in dims if dim in array.dims))
@@ -91,7 +93,7 @@ def _check_labels(name, array, ydata):
             how = f"{mine[k]} and {others[k]} at place {k}, first"
         raise ValueError(
             f"`{name}` and `ydata` have different labels along {dim!r}: {how}. Bring them together beforehand, as with "
-            f"xarray.align or reindex_like, or pass {name}.data, whose axes go by place"
+            "xarray.align or reindex_like, or pass its .data, whose axes go by place"
         )
 
 

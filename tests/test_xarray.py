@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 import dask_nlsq.accessor  # noqa: F401
-from dask_nlsq import curve_fit, fit_map, plan_fit
+from dask_nlsq import curve_fit, fit_map, plan_fit, resume
 from dask_nlsq.accessor import start_of
 
 NAN = np.nan
@@ -381,7 +381,7 @@ def test_sigma_and_mask_of_curve_fit_are_aligned_by_name(waves):
     [
         (dict(xdata="u"), "`xdata` 'u' names no coordinate.*'x', 't'"),
         (dict(xdata=None, ydata=xr.DataArray(S, dims="s")), "`xdata` None.*'s'"),
-        (dict(sigma=xr.DataArray(np.ones(6), dims="u")), r"`sigma` has the dimensions \('u',\).*no 'u'.*sigma.data"),
+        (dict(sigma=xr.DataArray(np.ones(6), dims="u")), r"`sigma` has the dimensions \('u',\).*no 'u'.*its .data"),
         (dict(mask=lambda d: d.x.isel(x=slice(5)) > 2), "`mask`.*different labels along 'x': 5 and 6"),
         (dict(sigma=lambda d: 1 + d.assign_coords(t=d.t + 0.25)), "`sigma`.*labels along 't': 0.25 and 0.0 at place 0"),
         (dict(xdata=lambda d: d.x[::-1]), "`xdata`.*labels along 'x': 1.0 and 0.0 at place 0, first.*xarray.align"),
@@ -394,3 +394,16 @@ def test_names_and_labels_that_do_not_fit_are_refused(waves, arguments, message)
     if "ydata" not in arguments:
         with pytest.raises(ValueError, match=message):
             fit_map(lambda x, a: a * x, axis="x", **given)
+
+
+def test_a_dataset_is_told_from_its_arrays(waves):
+    for fit in (curve_fit, fit_map):
+        with pytest.raises(TypeError, match=r"Dataset.*one of its variables, \['y'\]"):
+            fit(wave, ("x", "t"), waves.to_dataset(name="y"))
+
+
+def test_a_fit_by_name_is_resumed(waves, tmp_path):
+    data = waves.chunk(x=2)
+    fit = curve_fit(wave, ("x", "t"), data, [1, 2.5, 1], checkpoint=tmp_path / "c")
+    again = resume(tmp_path / "c", wave, ydata=data)
+    np.testing.assert_array_equal(again.popt, fit.popt)
