@@ -128,7 +128,7 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     ask = _Ask(
         evaluation=evaluation,
         factor=problem.factor,
-        params=result.popt,
+        params=result.popt[list(result.free)],
         coordinate=coordinate,
         starts=np.cumsum([0, *problem.chunks[0]]),
         log=log,
@@ -152,12 +152,12 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
 
 def data_of(result) -> tuple[Any, Evaluation]:
     """The problem of a fit, which leads to its data, and how points are evaluated."""
-    if result._values is None:
+    if result._problem is None:
         raise ValueError(
             "this result does not hold the data, since it was pickled or loaded: pictures of the data need the result of "
             "the fit itself, so make them before, or fit again from popt"
         )
-    return result._values.args
+    return result._problem, result._evaluation
 
 
 def _name(f, layouts, coordinate, shape):

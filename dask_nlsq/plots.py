@@ -144,10 +144,9 @@ def convergence(result, ax=None):
 
 def correlation(result, ax=None):
     """Correlation of the parameters as coloured squares; parameters without an error, as fixed ones, are left out."""
-    errors = np.sqrt(np.diag(result.pcov))
-    which = np.flatnonzero(np.isfinite(errors) & (errors > 0))
+    which = np.flatnonzero(np.isfinite(np.diag(result.correlation)))
     names, p = [result.param_names[k] for k in which], len(which)
-    values = result.pcov[np.ix_(which, which)] / np.outer(errors[which], errors[which])
+    values = result.correlation[np.ix_(which, which)]
     side = min(2.4 + 0.4 * max(p, 2), 9.0)
     axes = _axes(ax, figsize=(side + 0.8, side))
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
@@ -242,7 +241,7 @@ def _axes(ax, rows=1, columns=1, **layout):
 
 def _smooth(result) -> bool:
     """Whether the model can be evaluated between the points: it has one coordinate, and needs not all points at once."""
-    if result._values is None:
+    if result._problem is None:
         return False
     rules = data_of(result)[1].rules
     return rules.layouts.x_kind == "single" and rules.layouts.ndim == 1 and not rules.whole

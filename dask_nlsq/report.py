@@ -2,7 +2,6 @@
 
 import base64
 import inspect
-import os
 import platform
 import re
 import textwrap
@@ -18,6 +17,7 @@ import numpy as np
 
 from . import plots
 from .binning import binned, data_of
+from .files import write_whole
 from .model import function_name
 from .resources import detect_total_system_memory, process_settings
 
@@ -38,6 +38,7 @@ STATISTICS = {
     "n_masked": "points masked",
     "n_omitted": "points omitted, not finite",
 }
+NONE = "\N{EN DASH}"
 LEVEL = 0.95  # of the confidence intervals
 SMALL = (4.1, 3.2)  # inches, of pictures that stand beside each other
 LONG = 40  # sweeps from which their table is folded
@@ -93,16 +94,14 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no directory {path.parent} for the report {path.name}: create it, or give another path")
     plots.need_matplotlib()
-    text = page(result, coordinate, log)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    text = page(result, coordinate, log).encode()
+    write_whole(path, lambda file: file.write(text))
     return path
 
 
 def page(result, coordinate: int | None = 0, log: bool = False) -> str:
     """The HTML of `report`."""
-    name = function_name(_evaluation(result).model.f)
+    name = _model_name(result._evaluation.model)
     sections = [
         ("Parameters", _parameters(result)),
         ("Statistics", _statistics(result)),
@@ -130,14 +129,15 @@ def page(result, coordinate: int | None = 0, log: bool = False) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _evaluation(result):
-    return result._predict.args[0]
+def _model_name(model) -> str:
+    """Of a loaded result: what there is left of the model."""
+    return function_name(model.f) if hasattr(model, "f") else ".".join(model.name or ["a model without a name"])
 
 
 def _number(value, digits=9) -> str:
     if isinstance(value, int | np.integer):
         return f"{value:,}"
-    return f"{value:.{digits}g}" if isfinite(value) else {"inf": "∞", "-inf": "−∞"}.get(str(value), "–")  # noqa: RUF001
+    return f"{value:.{digits}g}" if isfinite(value) else NONE if value != value else f"{value:g}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable], numbers: bool = True) -> str:
@@ -154,32 +154,34 @@ def _table(head: Iterable[str], rows: Iterable[Iterable], numbers: bool = True) 
 
 
 def _parameters(result):
-    p, held, at = len(result.popt), getattr(result, "fixed", {}), getattr(result, "at_bound", None)
-    columns = {"parameter": result.param_names, "value": result.popt, "error": [_number(e, 3) for e in result.perr]}
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.abs(result.perr / result.popt)
-    columns["relative"] = [f"{each:.2%}" if isfinite(each) else "–" for each in relative]  # noqa: RUF001
-    if hasattr(result, "confidence_intervals"):
-        low, high = np.transpose(result.confidence_intervals(LEVEL))
-        columns |= {f"{LEVEL:.0%} from": [_number(each, 6) for each in low], "to": [_number(each, 6) for each in high]}
-    if hasattr(result, "bounds"):
-        columns |= dict(zip(("lower bound", "upper bound"), result.bounds, strict=True))
-    notes = ["held" if name in held else "" for name in result.param_names]
-    if at is not None:
-        sides = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
-        notes = [note or sides[int(side)] for note, side in zip(notes, at, strict=True)]
+    low, high = np.transpose(result.confidence_intervals(LEVEL))
+    columns = {
+        "parameter": result.param_names,
+        "value": result.popt,
+        "error": [_number(each, 3) for each in result.perr],
+        "relative": [f"{each:.2%}" if isfinite(each) else NONE for each in relative],
+        f"{LEVEL:.0%} from": [_number(each, 6) for each in low],
+        "to": [_number(each, 6) for each in high],
+    }
+    if np.isfinite(result.bounds).any():
+        columns |= {f"{side} bound": values for side, values in zip(("lower", "upper"), result.bounds, strict=True)}
+    sides = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
+    notes = [
+        "held" if n in result.fixed else sides[int(at)] for n, at in zip(result.param_names, result.at_bound, strict=True)
+    ]
     if any(notes):
         columns[""] = notes
-    return _table(columns, [[column[k] for column in columns.values()] for k in range(p)])
+    return _table(columns, zip(*columns.values(), strict=True))
 
 
 def _statistics(result):
-    found = [(title, getattr(result, name)) for name, title in STATISTICS.items() if hasattr(result, name)]
-    return _table([], [(title, value) for title, value in found])
+    return _table([], [(title, getattr(result, name)) for name, title in STATISTICS.items()])
 
 
 def _diagnostics(result):
-    lines = [*getattr(getattr(result, "diagnostics", None), "lines", [])]
+    lines = [*result.diagnostics.lines]
     lines += [str(each) for each in result.damage[:3]]
     if len(result.damage) > 3:
         lines.append(f"{len(result.damage) - 3} more chunks could not be read")
@@ -190,7 +192,7 @@ def _diagnostics(result):
 
 def _pictures(result, coordinate, log):
     pictures, lost = [], ""
-    if result._values is not None:
+    if result._problem is not None:
         seen = binned(result, coordinate, log=log)
         what = "points" if seen.points is not None else f"means in {len(seen.x)} bins, with their standard errors"
         about = f"Data ({what}), model and residuals against {seen.name}"
@@ -240,7 +242,9 @@ def _history(result):
 
 
 def _model(result):
-    f = _evaluation(result).model.f
+    if not hasattr(result._evaluation.model, "f"):
+        return ""
+    f = result._evaluation.model.f
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
     except (OSError, TypeError):  # not in a file, or an object
@@ -248,7 +252,7 @@ def _model(result):
 
 
 def _data(result):
-    if result._values is None:
+    if result._problem is None:
         return ""
     problem, evaluation = data_of(result)
     layouts = evaluation.rules.layouts
@@ -278,7 +282,7 @@ def _places(operand) -> list[str]:
 
 
 def _provenance(result):
-    evaluation, memory = _evaluation(result), detect_total_system_memory()
+    evaluation, memory = result._evaluation, detect_total_system_memory()
     rows = [
         ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),
         ("loss", f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"),

@@ -218,6 +218,15 @@ def test_any_coordinate_of_several_can_be_drawn():
         plots.fit(found, x=[1.0])
 
 
+def test_the_place_in_the_data_is_known_where_small_chunks_are_joined():
+    q = np.broadcast_to(np.linspace(0, 4, 90), (40, 90))
+    y = 2 * np.exp(-0.5 * q) + np.arange(40)[:, None]
+    found = curve_fit(decay, da.from_array(q, (7, 50)), da.from_array(np.asarray(y), (7, 50)), p0=START)
+    seen = binned(found, None)
+    np.testing.assert_array_equal(seen.x, np.arange(40))
+    np.testing.assert_allclose(seen.y, np.mean(y, axis=1))
+
+
 def test_a_model_without_coordinates_is_drawn_along_the_data():
     axis = jnp.linspace(0, 10, 300)
 

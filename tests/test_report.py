@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from dask_nlsq import curve_fit
+from dask_nlsq import curve_fit, load
 from dask_nlsq.report import _places, page
 
 from .spectra import counted
@@ -77,6 +77,8 @@ def test_the_page_says_what_the_result_says(found, tmp_path):
     for name, value, error in zip(NAMES, found.popt, found.perr, strict=True):
         assert float(rows[name][1]) == pytest.approx(value, rel=1e-8)
         assert float(rows[name][2]) == pytest.approx(error, rel=1e-2)
+        ends = found.confidence_intervals()[NAMES.index(name)]
+        assert [float(each) for each in rows[name][4:6]] == pytest.approx(ends, rel=1e-5)
     statistics = dict(read.tables["Statistics"])
     assert statistics["points used"] == "30,000"
     assert float(statistics["reduced chi-square"]) == pytest.approx(found.reduced_chi_square, rel=1e-8)
@@ -126,7 +128,7 @@ def test_passwords_of_addresses_are_left_out():
 def test_a_report_is_there_as_a_whole_or_not_at_all(found, tmp_path, monkeypatch):
     path = tmp_path / "fit.html"
     path.write_text("what was there")
-    monkeypatch.setattr("dask_nlsq.report.os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         found.report(path)
     assert path.read_text() == "what was there"
@@ -141,6 +143,19 @@ def test_a_result_without_the_data_has_a_page_without_their_pictures(found):
     read = Page(page(pickle.loads(pickle.dumps(found))))
     assert len(read.sources) == 2 and "Data" not in read.tables
     assert [row[0] for row in read.tables["Parameters"][1:]] == list(NAMES)
+
+
+def test_a_loaded_result_has_a_page_with_the_name_of_the_model(found, tmp_path):
+    found.save(tmp_path / "fit")
+    text = load(tmp_path / "fit").report(tmp_path / "fit.html").read_text()
+    assert "<title>Fit of tests.test_report.decay</title>" in text
+
+
+def test_bounds_and_what_lies_on_them_are_in_the_table():
+    found = curve_fit(decay, *data(), p0=[1, 1, 1], bounds=([0, 0, 0.5], np.inf))
+    rows = Page(page(found)).tables["Parameters"]
+    assert rows[0][6:] == ["lower bound", "upper bound", ""]
+    assert [row[6:] for row in rows[1:]] == [["0", "inf", ""], ["0", "inf", ""], ["0.5", "inf", "at its lower bound"]]
 
 
 def test_models_without_source_and_many_sweeps_have_a_page():
@@ -176,7 +191,7 @@ def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_p
         pictures = "[...document.images].map(i => i.complete && i.naturalWidth > 200 && i.clientWidth > 200)"
         assert browser.value(pictures) == [True] * 4
         assert browser.value("document.querySelector('table').innerText").count("\n") >= 3
-        assert browser.value("document.querySelectorAll('td')[4].innerText") == NAMES[1]
+        assert browser.value("document.querySelector('tr:nth-child(3) td').innerText") == NAMES[1]
         asked = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
         assert all(name.startswith("data:") for name in asked)
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
