@@ -91,7 +91,7 @@ WEIGHTS = {
 
 
 def response(t, tau):
-    """Share of the photons of one lifetime in each bin (at times t, ns): a periodic exponential, convolved with a Gaussian."""
+    """Share of a lifetime's photons in the bins at t, ns: a periodic exponential, convolved with a Gaussian."""
     total = 0.0
     for pulse in range(4):  # of the last ones, whose light is still arriving
         u = t - ARRIVAL + pulse * PERIOD
@@ -139,11 +139,13 @@ def lifetimes(weights, photons, pixels, draws):
     return np.array(found)
 
 
-def flim(photons=800):
-    print(f"256 pixels of {photons} photons that share {LIFETIMES} ns; mean, its error, and bias:")
+def flim(photons=800, pixels=256, draws=4):
+    print(
+        f"{draws} images of {pixels} pixels, {photons} photons each, that share {LIFETIMES} ns; mean, its error, and bias:"
+    )
     for weights in WEIGHTS:
-        found = lifetimes(weights, photons)
-        mean, error = found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5
+        found = lifetimes(weights, photons, pixels, draws)
+        mean, error = found.mean(axis=0), found.std(axis=0, ddof=1) / draws**0.5
         bias = mean / LIFETIMES - 1
         cells = (f"tau{k + 1} {mean[k]:.4f} +- {error[k]:.4f} ns ({bias[k]:+.1%})" for k in range(2))
         print(f"  {weights:<38}{'   '.join(cells)}", flush=True)
