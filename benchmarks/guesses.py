@@ -4,10 +4,13 @@
 is reached where the cost is not above that of the fit which starts at the true parameters, within 1e-6 of it.
 """
 
+import sys
 from math import pi
 
+import jax
 import numpy as np
 
+from dask_nlsq import fit_map
 from dask_nlsq.models import (
     arctan_edge,
     damped_sine,
@@ -25,14 +28,16 @@ from dask_nlsq.models import (
     stretched_exponential,
     voigt,
 )
+from dask_nlsq.trf_jit import float64
 
 N_SETS, N_POINTS = 200, 200
-NOISE = 0.01, 0.10  # of the amplitude, standard deviation
+NOISE = 0.01, 0.10  # standard deviation, of the height of the signal; of the smaller of two
+DECADES = {"log": (0.5, 2.5), "delays": (3.5, 5)}  # that x spans where its points are even on the logarithm
 REACHED = 1e-6  # relative, of the cost
 
 
 class Draw:
-    """Random numbers for data on x from ``begin`` to ``begin + length``."""
+    """Random parameters for data on x from ``begin`` to ``begin + length``."""
 
     def __init__(self, rng, begin, length):
         self.rng, self.begin, self.length = rng, begin, length
@@ -40,103 +45,196 @@ class Draw:
     def between(self, low, high):
         return self.rng.uniform(low, high)
 
-    def decade(self, low, high):
+    def decades(self, low, high):
         return np.exp(self.rng.uniform(np.log(low), np.log(high)))
 
-    def sign(self):
-        return self.rng.choice([-1.0, 1.0])
+    def height(self):
+        return self.decades(0.1, 1e4)
 
-    def place(self, low=0.1, high=0.9):
-        return self.begin + self.length * self.between(low, high)
+    def signed(self):
+        return self.height() * self.rng.choice([-1.0, 1.0])
 
-    def peak(self, low=0.01, high=0.2):
-        """Height, place and standard deviation of a peak; negative ones are dips."""
-        return [self.decade(0.1, 1e4) * self.sign(), self.place(), self.length * self.decade(low, high)]
+    def place(self):
+        return self.begin + self.length * self.between(0.1, 0.9)
 
-    def background(self, height):
-        """Slope and intercept of a line that rises or falls by up to twice the height of the signal."""
-        slope = self.between(-2, 2) * height / self.length
-        return [slope, self.between(-3, 3) * height - slope * self.begin]
+    def width(self, low=0.01, high=0.15):
+        """Standard deviation of a peak: from 2 points to one that fills the data."""
+        return self.length * self.decades(low, high)
 
-    def parabola(self, height):
-        """c0, c1, c2 of a level, a slope and a curvature about the middle."""
-        level, slope, bend = self.between(-2, 2), self.between(-1, 1), self.between(-1, 1)
-        middle, half = self.begin + self.length / 2, self.length / 2
-        c = np.array([level - slope * middle / half + bend * (middle / half) ** 2,
-                      slope / half - 2 * bend * middle / half**2, bend / half**2])  # fmt: skip
-        return [*(height * c)]
+    def parabola(self, height, degree=2):
+        """Level, slope and curvature about the middle, of either sign and up to twice the height of the signal."""
+        c = np.polynomial.Polynomial(height * self.rng.uniform(-2, 2, degree + 1), self.domain())
+        c = c.convert().coef
+        return [*c, *[0.0] * (degree + 1 - len(c))]
+
+    def domain(self):
+        return [self.begin, self.begin + self.length]
+
+    def line(self, height):
+        return self.parabola(height, 1)[::-1]
 
 
-def peaks_apart(d, height):
-    """Two peaks of unlike height and width, at least two of their widths apart."""
-    one = [height * d.decade(0.3, 1), d.place(0.1, 0.9), d.length * d.decade(0.01, 0.08)]
-    two = one
+def peak(d):
+    return [d.signed(), d.place(), d.width()]
+
+
+def two_peaks(d):
+    """Positive ones of unlike height and width, at least two of their widths apart."""
+    height = d.height()
+    one, two = ([height * d.decades(0.3, 1), d.place(), d.width(0.01, 0.06)] for _ in range(2))
     while abs(two[1] - one[1]) < 2 * (one[2] + two[2]):
-        two = [height * d.decade(0.3, 1), d.place(0.1, 0.9), d.length * d.decade(0.01, 0.08)]
+        one[1], two[1] = d.place(), d.place()
     return [*one, *two]
 
 
-def with_line(parameters):
-    return lambda d: (lambda own: [*own, *d.background(abs(own[0]))])(parameters(d))
-
-
-def scaled_peak(d, factor, *shape):
-    """A peak whose width parameter is ``factor`` of the standard deviation of a Gaussian that is as wide."""
-    height, place, width = d.peak()
-    return [height, place, factor * width, *shape]
-
-
-def voigt_of(d):
-    height, place, width = d.peak()
-    share = d.between(0.05, 0.95)
+def voigt_peak(d):
+    (height, place, width), share = peak(d), d.between(0.05, 0.95)
     return [2.5 * height * width, place, width * (1 - share), 1.2 * width * share]
 
 
-def g2_of(d):
-    return [d.between(0.95, 1.1), d.decade(0.02, 0.5), d.decade(5, 200) / d.length, d.between(0.5, 1.8)]
+def of_width(factor, *ranges):
+    """A peak whose width parameter is ``factor`` times the standard deviation of a Gaussian of the same fwhm."""
+
+    def parameters(d):
+        height, place, width = peak(d)
+        return [height, place, factor * width, *(d.between(*each) for each in ranges)]
+
+    return parameters
 
 
-def g2_two(d):
-    fast = d.decade(100, 2000) / d.length
-    shape = d.between(0.7, 1.5), fast / d.decade(8, 100), d.between(0.7, 1.5)
-    return [d.between(0.95, 1.1), d.decade(0.05, 0.5), fast, *shape, d.between(0.25, 0.75)]
+def step(d):
+    """A rise or a fall within 1 to 60 % of the data."""
+    return [d.signed(), d.place(), d.width(0.003, 0.15)]
 
 
-def sine_of(d):
-    """3 to 60 periods, of which the damping leaves from nearly all to a few."""
-    frequency = d.decade(3, 60) / d.length
-    rate = min(d.decade(0.1, 10) / d.length, frequency / 1.5)
-    return [d.decade(0.1, 1e4), frequency, d.between(-pi, pi), rate]
+def sine(d):
+    """3 to 60 periods over all data, of which the damping leaves from all to a few."""
+    frequency = d.decades(3, 60) / d.length
+    return [d.height(), frequency, d.between(-pi, pi), min(d.decades(0.1, 10) / d.length, frequency / 1.5)]
 
 
-ANYWHERE = lambda d: None  # noqa: E731
-# name: model, x ("any" range, "positive" from 0 on, "log" spaced delays), parameters, what noise is relative to
+def two_relaxations(d):
+    fast = d.decades(100, 2000) / d.length
+    slow = fast / d.decades(8, 100)
+    rates = fast, d.between(0.7, 1.5), slow, d.between(0.7, 1.5)
+    return [d.between(0.95, 1.1), d.decades(0.05, 0.5), *rates, d.between(0.25, 0.75)]
+
+
+def beside(parameters, background):
+    """With a background as high as the highest peak or step."""
+
+    def both(d):
+        own = parameters(d)
+        return [*own, *background(d, abs(own[0]))]
+
+    return both
+
+
+# name: (model, how x runs, parameters, height of the signal that noise is relative to)
+def first(params):
+    return abs(params[0])
+
+
 CASES = {
-    "line": (line, "any", lambda d: d.background(d.decade(0.1, 1e4))),
-    "polynomial(3)": (polynomial(3), "any", lambda d: [*d.parabola(d.decade(0.1, 1e4)), 0.0]),
-    "exponential": (
-        exponential,
-        "positive",
-        lambda d: [d.decade(0.1, 1e4) * d.sign(), d.sign() * d.decade(0.5, 30) / d.length],
-    ),
+    "line": (line, "any", lambda d: d.line(d.height()), None),
+    "polynomial(3)": (polynomial(3), "any", lambda d: d.parabola(d.height(), 3), None),
+    "exponential": (exponential, "from 0", lambda d: [d.signed(), d.decades(0.3, 30) / d.length], first),
+    "exponential, growing": (exponential, "from 0", lambda d: [d.signed(), -d.between(0.3, 8) / d.length], None),
     "stretched_exponential": (
         stretched_exponential,
-        "positive",
-        lambda d: [d.decade(0.1, 1e4), d.decade(1, 50) / d.length, d.between(0.4, 1.8)],
+        "from 0",
+        lambda d: [d.height(), d.decades(1, 50) / d.length, d.between(0.4, 1.8)],
+        first,
     ),
-    "power_law": (power_law, "ratio", lambda d: [d.decade(0.1, 1e4) * d.sign(), d.between(-5, 4)]),
-    "gaussian": (gaussian, "any", lambda d: d.peak()),
-    "lorentzian": (lorentzian, "any", lambda d: scaled_peak(d, 1.2)),
-    "pseudo_voigt": (pseudo_voigt, "any", lambda d: scaled_peak(d, 2.35, d.between(0, 1))),
-    "voigt": (voigt, "any", voigt_of),
-    "moffat": (moffat, "any", lambda d: scaled_peak(d, 1.8, d.between(1, 5))),
-    "sigmoid": (sigmoid, "any", lambda d: [d.decade(0.1, 1e4) * d.sign(), d.place(), d.length * d.decade(0.003, 0.15)]),
-    "arctan_edge": (
-        arctan_edge,
+    "power_law": (power_law, "log", lambda d: [d.signed() * d.length ** -(e := d.between(-4, 4)), e], None),
+    "gaussian": (gaussian, "any", peak, first),
+    "lorentzian": (lorentzian, "any", of_width(1.2), first),
+    "pseudo_voigt": (pseudo_voigt, "any", of_width(2.35, (0, 1)), first),
+    "voigt": (voigt, "any", voigt_peak, lambda p: abs(p[0]) / (2.5 * (p[2] + p[3]))),
+    "moffat": (moffat, "any", of_width(1.8, (1, 4)), first),
+    "sigmoid": (sigmoid, "any", step, first),
+    "arctan_edge": (arctan_edge, "any", step, first),
+    "damped_sine": (damped_sine, "from 0", sine, first),
+    "g2_single": (
+        g2_single,
+        "delays",
+        lambda d: [d.between(0.95, 1.1), d.decades(0.02, 0.5), d.decades(5, 200) / d.length, d.between(0.5, 1.8)],
+        lambda p: p[1],
+    ),
+    "g2_double": (g2_double, "delays", two_relaxations, lambda p: p[1]),
+    "gaussian + line": (gaussian + line, "any", beside(peak, Draw.line), first),
+    "pseudo_voigt + line": (pseudo_voigt + line, "any", beside(of_width(2.35, (0, 1)), Draw.line), first),
+    "gaussian + gaussian + polynomial(2)": (
+        gaussian + gaussian + polynomial(2),
         "any",
-        lambda d: [d.decade(0.1, 1e4) * d.sign(), d.place(), d.length * d.decade(0.003, 0.1)],
+        beside(two_peaks, Draw.parabola),
+        lambda p: min(p[0], p[3]),
     ),
-    "damped_sine": (damped_sine, "positive", sine_of),
-    "g2_single": (g2_single, "log", g2_of),
-    "g2_double": (g2_double, "log", g2_two),
+    "arctan_edge + gaussian + line": (
+        arctan_edge + gaussian + line,
+        "any",
+        lambda d: [*(own := white_line(d)), *d.line(own[0])],
+        first,
+    ),
+    "exponential + polynomial(0)": (
+        exponential + polynomial(0),
+        "from 0",
+        lambda d: [h := d.signed(), d.decades(1, 30) / d.length, h * d.between(-2, 2)],
+        first,
+    ),
+    "power_law + gaussian": (power_law + gaussian, "log", lambda d: small_angle(d), lambda p: abs(p[2])),
 }
+
+
+def white_line(d):
+    """An edge in the middle of the data and a peak behind it."""
+    height, place = d.height(), d.begin + d.length * d.between(0.3, 0.6)
+    width = d.width(0.005, 0.03)
+    return [height, place, width, height * d.decades(0.3, 2), place + d.length * d.between(0.02, 0.08), d.width(0.01, 0.04)]
+
+
+def small_angle(d):
+    """A peak on a decaying power law, as high as that is where the peak lies."""
+    exponent, place = d.between(-4, -1), d.length * d.between(0.1, 0.5)
+    level = d.height()
+    return [level * place**-exponent, exponent, level * d.decades(0.5, 5), place, place * d.between(0.05, 0.2)]
+
+
+def data(name: str, n_sets: int = N_SETS, seed: int = 0):
+    """x (n_sets, N_POINTS), y, and the true parameters (n_sets, p)."""
+    model, runs, parameters, height = CASES[name]
+    rng = np.random.default_rng([seed, *name.encode()])
+    x, truth, noise = np.empty((n_sets, N_POINTS)), [], []
+    for k in range(n_sets):
+        length = 10 ** rng.uniform(-3, 4)
+        begin = length * rng.uniform(-5, 20) if runs == "any" else 0.0
+        even = rng.random() < 0.5  # else points at random
+        u = np.linspace(0, 1, N_POINTS) if even else np.sort(rng.random(N_POINTS))
+        decades = rng.uniform(*DECADES[runs]) if runs in DECADES else 0.0
+        x[k] = length * 10 ** (-decades * (1 - u)) if decades else begin + length * u
+        truth.append(parameters(Draw(rng, begin, length)))
+        noise.append(rng.uniform(*NOISE))
+    truth = np.array(truth)
+    with float64():
+        clean = np.asarray(jax.vmap(lambda x, p: model(x, *p))(x, truth))
+    heights = [np.ptp(row) if height is None else height(p) for row, p in zip(clean, truth, strict=True)]
+    sigma = np.array(heights)[:, None] * np.array(noise)[:, None]
+    return x, clean + sigma * rng.standard_normal(x.shape), truth
+
+
+def reached(name: str, **options) -> np.ndarray:
+    """(n_sets,): whether the fit from the guess is at the optimum."""
+    model = CASES[name][0]
+    x, y, truth = data(name, **options)
+    guessed = fit_map(model, x, y, p0="guess", max_nfev=1000).compute()
+    best = fit_map(model, x, y, p0=truth, max_nfev=1000).compute()
+    return guessed.chi2 <= np.nan_to_num(best.chi2, nan=np.inf) * (1 + REACHED)
+
+
+def main():
+    for name in sys.argv[1:] or CASES:
+        print(f"{name:40} {np.mean(reached(name)):6.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

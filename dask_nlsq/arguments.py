@@ -31,7 +31,7 @@ def ready_model(f, p0, bounds, param_names, method=None):
         if p0 != "guess":
             raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
         raise ValueError(
-            f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is a function. Give p0 as numbers, or take "
+            f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is none. Give p0 as numbers, or take "
             "a model, or a sum of models, of dask_nlsq.models"
         )
     if not isinstance(f, ReadyModel):

@@ -3,9 +3,9 @@
 Amplitudes and offsets enter a model linearly, so of a sum of parts only places, widths and rates have to be guessed
 (variable projection [1]_). Each part proposes candidates for its own from the data: a peak those of the boxcar windows,
 one for each length, that lower the sum of squares most, which cumulative sums tell for all windows at once; an
-exponential a ladder of rates. The candidate is taken with which the columns of the part, beside those of all other
-parts, fit the data best. Parts are chosen one after the other, the linear ones always being there, and then each once
-more beside the final others (backfitting [2]_).
+exponential a ladder of rates. Those are taken with which the columns of the part, beside those of all other parts, fit
+the data best, and refined by a few Levenberg-Marquardt steps. Parts are chosen one after the other, the linear ones
+always being there, and then each once more beside the final others (backfitting [2]_).
 
 All is written in `jax.numpy` with shapes that depend on the number of points alone, so that it runs under `jax.vmap`:
 one guess for each pixel of a map. A point where x or y is not finite does not count.
@@ -17,13 +17,17 @@ References
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 ROUNDS = 2  # in which every part is chosen
+REFINED = 3  # of the candidates, by
+STEPS = 6  # of Levenberg and Marquardt, so that what a part leaves does not hide the next one
 RIDGE = 1e-10  # relative: columns closer to each other than its root count as the same
 WINDOWS_PER_OCTAVE = 2
 STEP_WIDTHS = 10
@@ -45,16 +49,18 @@ class Part(NamedTuple):
     """What the guess of a part needs. ``shape(x, *params)`` is linear in the ``linear`` ones of them, together."""
 
     shape: Callable
-    n_params: int
+    ends: tuple[tuple[float, float], ...]  # bounds of all
     linear: tuple[int, ...]  # places
-    ends: tuple[tuple[float, float], ...]  # bounds of these
     candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None where there are none
     finish: Callable  # params of ``shape`` -> params of the model
 
+    @property
+    def others(self) -> list[int]:
+        return [k for k in range(len(self.ends)) if k not in self.linear]
+
     def params(self, coefficients, others):
-        places = [k for k in range(self.n_params) if k not in self.linear]
-        found = dict(zip(self.linear, coefficients, strict=True)) | dict(zip(places, others, strict=True))
-        return [found[k] for k in range(self.n_params)]
+        found = dict(zip((*self.linear, *self.others), (*coefficients, *others), strict=True))
+        return [found[k] for k in range(len(self.ends))]
 
     def columns(self, view: View, others):
         """(n, linear parameters): what the part adds to the model for one unit of each."""
@@ -106,24 +112,53 @@ def _beside(view: View, y, columns) -> View:
 
 
 def _choose(part: Part, view: View):
-    """The candidate (q,) whose columns take most of what is left."""
+    """Where a few Levenberg-Marquardt steps from the best candidates lead, (q,)."""
     candidates = part.candidates(view)
+    cost = partial(_cost, part, view)
 
-    def gain(others):
-        columns = part.columns(view, others)
-        norms = jnp.max(jnp.abs(columns), axis=0)
-        columns = columns / jnp.where(norms > 0, norms, 1.0)
-        whole = jnp.sum(columns**2, axis=0)
-        columns = columns - view.others @ (view.others.T @ columns)
-        gram, slope = columns.T @ columns, columns.T @ view.left
-        regular = gram + jnp.diag(RIDGE * whole + jnp.where(whole > 0, 0.0, 1.0))
-        coefficients = jnp.linalg.solve(regular, slope)
-        found = 2 * coefficients @ slope - coefficients @ gram @ coefficients
-        signs = [(coefficient >= 0) | (low < 0) for coefficient, (low, _) in zip(coefficients, part.ends, strict=True)]
-        allowed = jnp.all(jnp.stack(signs))
-        return jnp.where(jnp.isfinite(found), found, -1.0) - jnp.where(allowed, 0.0, 2.0 * jnp.sum(view.left**2))
+    def step(state, _):
+        others, lowest, damping = state
+        residual = _residual(part, view, others)[0]
+        J = jax.jacfwd(lambda others: _residual(part, view, others)[0])(others)
+        gram = J.T @ J
+        lengths = jnp.diag(gram) * damping + jnp.finfo(J.dtype).tiny
+        trial = others - jnp.linalg.solve(gram + jnp.diag(lengths), J.T @ residual)
+        reached = cost(trial)
+        better = reached < lowest
+        state = jnp.where(better, trial, others), jnp.where(better, reached, lowest)
+        return (*state, damping * jnp.where(better, 0.1, 10.0)), None
 
-    return candidates[jnp.argmax(lax.map(gain, candidates))]
+    costs = lax.map(cost, candidates)
+    few = jnp.argsort(costs)[:REFINED]
+    start = candidates[few], costs[few], jnp.full(len(few), 0.01)
+    refined, costs, _ = jax.vmap(lambda *each: lax.scan(step, each, length=STEPS)[0])(*start)
+    return refined[jnp.argmin(costs)]
+
+
+def _cost(part: Part, view: View, others):
+    """Sum of squares (float) beside the columns of the part; infinite outside of its bounds."""
+    residual, coefficients = _residual(part, view, others)
+    allowed = [
+        (value > low) & (value < high)
+        for value, (low, high) in zip(others, [part.ends[k] for k in part.others], strict=True)
+    ]
+    allowed += [
+        (value >= 0) | (low < 0) for value, (low, _) in zip(coefficients, [part.ends[k] for k in part.linear], strict=True)
+    ]
+    cost = jnp.sum(residual**2)
+    return jnp.where(jnp.all(jnp.stack(allowed)) & jnp.isfinite(cost), cost, jnp.inf)
+
+
+def _residual(part: Part, view: View, others):
+    """What is left (n,) beside the columns of the part, and the coefficients of these, each of height 1."""
+    columns = part.columns(view, others)
+    norms = jnp.max(jnp.abs(columns), axis=0)
+    columns = columns / jnp.where(norms > 0, norms, 1.0)
+    whole = jnp.sum(columns**2, axis=0)
+    columns = columns - view.others @ (view.others.T @ columns)
+    gram = columns.T @ columns + jnp.diag(RIDGE * whole + jnp.where(whole > 0, 0.0, 1.0))
+    coefficients = jnp.linalg.solve(gram, columns.T @ view.left)
+    return view.left - columns @ coefficients, coefficients
 
 
 def _solve(columns, y):
@@ -137,7 +172,8 @@ def _solve(columns, y):
 def _inside(part: Part, coefficients, scale):
     """Moved into the bounds, and off them: a start at a bound hardly leaves it."""
     found = []
-    for value, (low, high) in zip(coefficients, part.ends, strict=True):
+    for value, k in zip(coefficients, part.linear, strict=True):
+        low, high = part.ends[k]
         off = 0.01 * (high - low if np.isfinite(high - low) else scale)
         found.append(jnp.clip(value, low + off, high - off))
     return found
@@ -192,7 +228,7 @@ def _gain_of_runs(view: View, low, high):
 
 
 def steps(view: View):
-    """Of a place and a width: the best place of a sudden step and places all over the data, with widths from narrow to wide."""
+    """Of a place and a width: the best place of a sudden step and others all over the data, with widths narrow to wide."""
     k, last = jnp.arange(len(view.x)), jnp.maximum(view.count - 1, 0)
     gain = _gain_of_runs(view, k, jnp.maximum(view.count, k))
     best = jnp.argmax(jnp.where((k > 0) & (k <= last), gain, -1.0))
@@ -215,8 +251,10 @@ def rates(*others: Sequence[float], both_signs: bool = False) -> Callable[[View]
 
 def _ladder(view: View, n):
     """``n`` rates, from those that are hardly seen over all data to those of the first few points."""
-    short = jnp.maximum(view.x[jnp.minimum(2, jnp.maximum(view.count - 1, 0))] - view.x[0], 1e-6 * _length(view))
-    slow, fast = 0.1 / _length(view), 3.0 / short
+    begin, length = view.x[0], _length(view)
+    few = view.x[jnp.minimum(2, jnp.maximum(view.count - 1, 0))] - begin
+    short = jnp.clip(jnp.maximum(few, begin), 1e-6 * length, length / 30)  # delays that are even on the logarithm
+    slow, fast = 0.1 / length, 3.0 / short
     return slow * (fast / slow) ** jnp.linspace(0, 1, n)
 
 

@@ -24,7 +24,8 @@ from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, t
 
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
 SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors of the rule [1]_
-POSITIVE = (0.0, inf)
+POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
+RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
 MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
 STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
 
@@ -109,18 +110,17 @@ def _again(*recipes):
     return ReadyModel(*(model.terms[0] for model in found)) if len(found) > 1 else found[0]
 
 
-def _ready(candidates=None, linear=(0,), shape=None, finish=list, **bounds):
+def _ready(candidates=None, linear=(0,), shape=None, shape_ends=None, finish=list, **bounds):
     """Makes a `ReadyModel` of a function of the same name.
 
     ``linear`` are the places of the parameters that it is linear in, together; or that ``shape`` is, which takes the place
-    of the function while the start is guessed, and whose parameters ``finish`` translates.
+    of the function while the start is guessed, with the bounds ``shape_ends``, and whose parameters ``finish`` translates.
     """
 
     def made(function):
         names = [*inspect.signature(function).parameters][1:]
         ends = {name: bounds.get(name, (-inf, inf)) for name in names}
-        linear_ends = [(-inf, inf) if shape else ends[names[k]] for k in linear]
-        part = Part(shape or function, len(names), linear, tuple(linear_ends), candidates, finish)
+        part = Part(shape or function, tuple(shape_ends or ends.values()), linear, candidates, finish)
         return ReadyModel(Term((function.__name__,), function, ends, part))
 
     return made
@@ -150,7 +150,7 @@ def polynomial(degree: int) -> ReadyModel:
 
     function.__doc__ = polynomial.__doc__
     ends = {f"c{k}": (-inf, inf) for k in range(degree + 1)}
-    part = Part(function, len(ends), tuple(range(degree + 1)), tuple(ends.values()), None, list)
+    part = Part(function, tuple(ends.values()), tuple(range(degree + 1)), None, list)
     return ReadyModel(Term(("polynomial", degree), function, ends, part))
 
 
@@ -230,7 +230,7 @@ def lorentzian(x, amplitude, center, width):
     return amplitude / (1 + ((x - center) / width) ** 2)
 
 
-@_ready(peaks([[1.0, 0.2], [1.6, 0.2], [1.0, 0.8], [1.6, 0.8]]), fwhm=POSITIVE, fraction=(0.0, 1.0))
+@_ready(peaks([[1.0, 0.2], [1.6, 0.2], [1.0, 0.8], [1.6, 0.8]]), fwhm=POSITIVE, fraction=SHARE)
 def pseudo_voigt(x, amplitude, center, fwhm, fraction):
     """``amplitude (fraction L + (1 - fraction) G)``, L a Lorentzian and G a Gaussian of height 1 and of the same fwhm.
 
@@ -314,7 +314,14 @@ def _amplitude_and_phase(params):
     return [jnp.hypot(sine, cosine), frequency, jnp.arctan2(cosine, sine), rate]
 
 
-@_ready(frequencies, (0, 1), _sine_and_cosine, _amplitude_and_phase, amplitude=POSITIVE, frequency=POSITIVE, rate=POSITIVE)
+@_ready(
+    frequencies,
+    (0, 1),
+    _sine_and_cosine,
+    ((-inf, inf), (-inf, inf), POSITIVE, (-inf, inf)),
+    _amplitude_and_phase,
+    **dict.fromkeys(("amplitude", "frequency", "rate"), POSITIVE),
+)
 def damped_sine(x, amplitude, frequency, phase, rate):
     """``amplitude exp(-rate x) sin(2 pi frequency x + phase)``.
 
@@ -330,7 +337,7 @@ def damped_sine(x, amplitude, frequency, phase, rate):
 # photon correlation
 
 
-@_ready(rates((0.5, 0.75, 1.0, 1.5, 2.0)), (0, 1), baseline=POSITIVE, contrast=POSITIVE, rate=POSITIVE, exponent=POSITIVE)
+@_ready(rates((0.5, 0.75, 1.0, 1.5, 2.0)), (0, 1), baseline=POSITIVE, contrast=SHARE, rate=POSITIVE, exponent=RELAXATION)
 def g2_single(x, baseline, contrast, rate, exponent):
     """``baseline + contrast exp(-(rate x)^exponent)^2``, the intensity correlation at delay x >= 0, by Siegert's relation.
 
@@ -347,8 +354,9 @@ def g2_single(x, baseline, contrast, rate, exponent):
 @_ready(
     two_rates(12, (0.25, 0.5, 0.75)),
     (0, 1),
-    **dict.fromkeys(("baseline", "contrast", "rate1", "exponent1", "rate2", "exponent2"), POSITIVE),
-    fraction=(0.0, 1.0),
+    **dict.fromkeys(("baseline", "rate1", "rate2"), POSITIVE),
+    **dict.fromkeys(("contrast", "fraction"), SHARE),
+    **dict.fromkeys(("exponent1", "exponent2"), RELAXATION),
 )
 def g2_double(x, baseline, contrast, rate1, exponent1, rate2, exponent2, fraction):
     """``baseline + contrast (fraction g(1) + (1 - fraction) g(2))^2``, ``g(k) = exp(-(rate_k x)^exponent_k)``, x >= 0.
