@@ -5,16 +5,20 @@ from typing import Any
 
 import numpy as np
 
-from .chunks import SAMPLE_POINTS, Census
+from .chunks import SAMPLE_POINTS, Census, Chunk
 from .inputs import Problem, as_array, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
 from .model import Model, ModelError, ModelShapeError, function_name, not_of_any_length
+from .models import guessed
 from .reduction import Sweep
 from .resources import active_client
+from .sample import pick
 from .store import Policy, is_stored, n_stored, open_all
 from .trust_region import Solution
 
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
+GUESS_POINTS = 2048  # from which a ready model guesses its start
+GUESS_RUNS = 8  # runs of chunks, at least, that are read for it where the data are not held
 
 
 def count_points(ydata) -> int:
@@ -65,6 +69,26 @@ def check_start(sweep: Sweep, start, lower, upper):
     if not rules.whole:
         elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
         check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
+
+
+def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
+    """p0 (p,) within the bounds, that a ready model guesses from a sample of the data.
+
+    Raises
+    ------
+    ValueError
+        Where no point of the sample counts, or the guess is not finite.
+    """
+    sample = sweep.points(GUESS_POINTS)
+    rules, n = sweep.evaluation.rules._replace(layouts=sample.layouts), int(sample.block.geometry[0])
+    values, counts = pick(rules, Chunk((sample.block,), (), (), ()), np.arange(n))
+    y, x = values[0], values[2]
+    padded = np.full((2, max(n, GUESS_POINTS)), np.nan)  # nan does not count: one compilation for small data
+    padded[:, :n] = np.where(counts, (x, y), np.nan)
+    start = np.clip(guessed(model, *padded), lower, upper)
+    if not np.isfinite(start).all():
+        raise ValueError(f"the guess of {function_name(model.f)} from {n} points is not finite, {start}: give p0 as numbers")
+    return start
 
 
 def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:

@@ -16,10 +16,12 @@ import numpy as np
 from scipy.optimize import OptimizeWarning
 
 from .admission import (
+    GUESS_RUNS,
     admit_data,
     align_data,
     check_start,
     count_points,
+    guessed_start,
     not_converged,
     not_finite_at_start,
     open_data,
@@ -35,6 +37,7 @@ from .arguments import (
     model_first,
     parameters,
     partitions,
+    ready_model,
     scale,
     starts_wanted,
     tolerance,
@@ -124,8 +127,9 @@ def curve_fit(
         is one array, joined along the first axis.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
-    p0 : array_like, shape (p,), or dict by name, optional
-        Start. None: ones, or the middle of the bounds, for as many parameters as ``f`` has.
+    p0 : array_like, shape (p,), dict by name, or "guess", optional
+        Start. "guess", or None: what a model of `dask_nlsq.models` guesses from a sample of the data. None with any other
+        model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
     sigma : scalar, array_like, (M, M) array or "poisson", optional
         Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
         y (strategy "standard" only). "poisson": the root of the model, reweighted until it settles, which is at the
@@ -136,7 +140,8 @@ def curve_fit(
         By default, and with "raise", values of x, y or sigma that are not finite raise ValueError. "omit" leaves their
         points out and counts them. ``check_finite=False`` alone skips the check.
     bounds : 2-tuple of array_like, `scipy.optimize.Bounds`, or dict of pairs by name
-        Lower and upper bounds; scalars for all parameters. In a dict None is no bound.
+        Lower and upper bounds; scalars for all parameters. In a dict None is no bound. The default is that of the model for
+        one of `dask_nlsq.models`.
     method : {None, "auto", "trf", "lm", "dogbox"}
         For SciPy's sake: all are solved by the one trust-region reflective method of `dask_nlsq.trust_region`. "lm" with
         bounds is an error, as in SciPy.
@@ -239,6 +244,7 @@ def curve_fit(
     f, xdata, ydata = model_first(f, xdata, ydata)
     xdata, sigma, mask = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
+    p0, bounds, guesses = ready_model(f, p0, bounds, param_names, method)
     all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed)
     names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
@@ -300,6 +306,13 @@ def curve_fit(
             check_start(sweep, start, lower, upper)
             return counts
 
+        if guesses:
+            if streaming:
+                sweep.draw(len(start), needed=GUESS_RUNS)
+            else:
+                admit()
+            start = all_start[free] = guessed_start(sweep, model, lower, upper)
+            live.guessed(start)
         if checkpoint is not None:
             bounds = (all_lower, all_upper)
             path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
@@ -490,7 +503,8 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
-    _, _, _, every, free = parameters(f, p0, given["bounds"], given["param_names"], given["fixed"])
+    p0, bounds, _ = ready_model(f, p0, given["bounds"], given["param_names"])
+    _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"])
     start = every[free]
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))

@@ -63,7 +63,7 @@ def fit_map(
         Start: a sequence with one value per parameter, or a dict by name; each value a number, or an array of the map's
         shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`, which
         gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
-        into the bounds. None: as in `dask_nlsq.curve_fit`.
+        into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
     axis : int, str or tuple
         The fit axes; names for xarray.
     sigma, mask : array_like, optional

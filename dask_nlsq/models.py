@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
+from .model import Model
+from .trf_jit import float64
 
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
 SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors of the rule [1]_
@@ -103,6 +105,13 @@ class ReadyModel:
 
     def __reduce__(self):  # the same bytes in every process, so that it is compiled once
         return _again, tuple(term.recipe for term in self.terms)
+
+
+def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What the interned `ReadyModel` guesses in float64, (p,); compiled once for each length of x and y."""
+    guess = model.get("guess", lambda: jax.jit(model.f.guess))
+    with float64():
+        return np.asarray(guess(x, y))
 
 
 def _again(*recipes):

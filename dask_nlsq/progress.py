@@ -104,6 +104,9 @@ class Live:
         params = dict(params=record.params.tolist(), errors=self.errors)
         self._tell(nfev=record.nfev, cost=record.cost, optimality=record.optimality, **params, **rates)
 
+    def guessed(self, start: np.ndarray) -> None:
+        self._tell(p0=start.tolist())
+
     def ended(self, status: str, n_left_out: int, n_damaged: int) -> None:
         self._tell(status=status, n_left_out=n_left_out, n_damaged=n_damaged)
 

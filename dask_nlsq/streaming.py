@@ -395,6 +395,8 @@ class StreamingSweep(Sweep):
         self.checkpoint = checkpoint
         if (found := checkpoint.load("sample")) is not None:
             self._take_sample(found[0]["values"], Drawn(**found[1]))
+        elif self.drawn is not None:  # for a guess, which a fit that goes on no longer needs
+            checkpoint.save("sample", dict(values=self.values), **self.drawn._asdict())
         if (found := checkpoint.load("state")) is None:
             return False
         arrays, values = found
@@ -426,12 +428,12 @@ class StreamingSweep(Sweep):
         found = self.reader.each(count_chunk, range(self.reader.n_runs), params)
         return sorted(each for _, counts in found for each in counts)
 
-    def draw(self, n_params: int, needed: bool) -> None:
-        """Read the sample: a tenth of the runs of chunks at most, but one where several starts have ``needed`` it."""
+    def draw(self, n_params: int, needed: int) -> None:
+        """Read the sample: a tenth of the runs of chunks at most, but ``needed`` of them, for several starts or a guess."""
         began, n_runs = time.perf_counter(), self.reader.n_runs
         if self.drawn is not None:
             return
-        n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params))
+        n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params), n_runs)
         if n_drawn == 0:
             return
         n = min(SAMPLE_POINTS, max(self.n_stored // POINTS_SHARE, sample_size(n_params)))
@@ -456,7 +458,7 @@ class StreamingSweep(Sweep):
     def points(self, n: int) -> Sample:
         """About ``n`` of the points of the sample."""
         if self.drawn is None or self.drawn.n_points == 0:
-            raise ValueError("none of the points of the sample counts: give n_starts=0, and a p0 near the optimum")
+            raise ValueError("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
         n_total = round(self.n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
         return as_sample(self.evaluation.rules.layouts, self.values, min(n, self.values.shape[1]), n_total)
 
