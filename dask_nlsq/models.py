@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
-from .model import Model
+from .model import Held, Model
 from .trf_jit import float64
 
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
@@ -108,10 +108,14 @@ class ReadyModel:
 
 
 def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What the interned `ReadyModel` guesses in float64, (p,); compiled once for each length of x and y."""
-    guess = model.get("guess", lambda: jax.jit(model.f.guess))
+    """What the interned `ReadyModel` guesses in float64, (p,); compiled once for each length of x and y.
+
+    Where some of its parameters are held, of the others: as if none were.
+    """
+    f, free = (model.f.f, model.f.free) if isinstance(model.f, Held) else (model.f, slice(None))
+    guess = model.get("guess", lambda: jax.jit(f.guess))
     with float64():
-        return np.asarray(guess(x, y))
+        return np.asarray(guess(x, y))[free]
 
 
 def _again(*recipes):
