@@ -30,10 +30,11 @@ import dask_nlsq
 from dask_nlsq.chunks import Chunk
 from dask_nlsq.cluster import Pieces
 from dask_nlsq.inputs import build_problem
+from dask_nlsq.kernels import part_size
 from dask_nlsq.loading import Load
 from dask_nlsq.model import intern
-from dask_nlsq.plan import PER_THREAD, partition_size
-from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep, Partition
+from dask_nlsq.plan import PER_THREAD, partition_size, tasks_per_thread
+from dask_nlsq.reduction import ClusterSweep, Evaluation, Grouping, LocalSweep, Partition
 
 PARAMS = np.array([2.0, 0.5, 0.3])
 P0 = [5.0, 2.0, -1.0]
@@ -197,8 +198,10 @@ def scaling(n=10**8):
 class NoWork:
     """An evaluation that gives the same small matrix for each block."""
 
+    grouping = Grouping(per_run=1)
+
     def reduce_blocks(self, blocks, params, how):
-        return [(np.eye(len(params) + 1), 1.0) for _ in blocks]
+        return [(np.eye(len(params) + 1), 1.0, np.ones((1, part_size(len(params))))) for _ in blocks]
 
 
 class Simulated(ClusterSweep):
@@ -206,8 +209,9 @@ class Simulated(ClusterSweep):
 
     def __init__(self, client, n_chunks, n_workers):
         runs = [[Load((k,), (1,), [])] for k in range(n_chunks)]
-        n = -(-n_chunks // partition_size(n_chunks, n_workers, PER_THREAD))
-        self.pieces = Pieces(client, empty_partition, NoWork(), runs, {}, n, False)
+        n = -(-n_chunks // partition_size(n_chunks, n_workers, tasks_per_thread(n_workers)))
+        self.evaluation = NoWork()
+        self.pieces = Pieces(client, empty_partition, self.evaluation, runs, {}, n, False)
         self.pieces.wait()
 
 

@@ -195,8 +195,8 @@ def curve_fit(
         GiB, the most that this process, or each of the workers, may take for the fit; by default 75 % (see
         `get_adaptive_memory_threshold`) of what is available here, or of each worker's limit as far as Dask does not spill.
     partitions_per_thread : int, optional
-        Tasks per sweep for each thread of the workers: many small ones even out the memory. None: 4, or as many as are
-        necessary, up to 16.
+        Tasks per sweep for each thread of the workers: many small ones even out the memory. None: 4, fewer on more
+        than 250 threads, or as many as are necessary, up to 16.
     n_starts : int
         0: p0 alone. Else the best of so many starts, p0 among them, is looked for on a small sample of the data before
         all of them are fitted; see `dask_nlsq.multistart`. The result lists them in ``starts``.

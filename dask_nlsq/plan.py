@@ -37,6 +37,7 @@ SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while i
 SCRATCH = 8  # times a tile's rows
 STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 4, 16  # partitions: many small ones even out the workers; each is a task per sweep
+FEW_TASKS = 1000  # of a sweep: a scheduler takes seconds for thousands, and a thousand threads are even enough with one each
 
 
 class MemoryBudgetError(MemoryError):
@@ -265,6 +266,11 @@ def _here(problem, needs, limit):
     return reason, 1, (Place(HERE, n_threads, held=needs.held, peak=peak, limit=here["now"] + may_take, **here),)
 
 
+def tasks_per_thread(n_threads: int) -> int:
+    """Partitions for each thread, where nothing asks for more."""
+    return max(1, min(PER_THREAD, FEW_TASKS // max(n_threads, 1)))
+
+
 def partition_size(n_runs: int, n_threads: int, per_thread: int) -> int:
     """Runs of chunks per partition: a power of two, so that partitions are subtrees of the merge."""
     size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
@@ -297,7 +303,7 @@ def _on_workers(problem, needs, limit, client, per_thread):
     def fits(a):
         return working[a] + holds[a] <= may_have[a] and holds[a] <= data_share * limits[a]
 
-    wanted, most = per_thread or PER_THREAD, per_thread or MOST_PER_THREAD
+    wanted, most = per_thread or tasks_per_thread(total), per_thread or MOST_PER_THREAD
     n_partitions, holds = held(wanted)
     while wanted < most and not all(map(fits, found)):
         wanted *= 2
