@@ -29,9 +29,9 @@ ROUNDS = 2  # in which every part is chosen
 REFINED = 3  # of the candidates, by
 STEPS = 6  # of Levenberg and Marquardt, so that what a part leaves does not hide the next one
 RIDGE = 1e-10  # relative: columns closer to each other than its root count as the same
-WINDOWS_PER_OCTAVE = 2
-STEP_WIDTHS = 10
-RATES = 28
+WINDOWS_PER_OCTAVE = 2  # of their number of points
+STEP_PLACES, STEP_WIDTHS = 25, 10
+RATES = 28  # from a tenth of the inverse length of the data to that of their first points
 OVERSAMPLING = 4  # of frequencies: at most an eighth of a period is lost over all data
 
 
@@ -112,7 +112,10 @@ def _beside(view: View, y, columns) -> View:
 
 
 def _choose(part: Part, view: View):
-    """Where a few Levenberg-Marquardt steps from the best candidates lead, (q,)."""
+    """Where a few Levenberg-Marquardt steps from the best candidates lead, (q,).
+
+    The coefficients of the columns follow the others at once (variable projection), so only these take steps.
+    """
     candidates = part.candidates(view)
     cost = partial(_cost, part, view)
 
@@ -138,13 +141,8 @@ def _choose(part: Part, view: View):
 def _cost(part: Part, view: View, others):
     """Sum of squares (float) beside the columns of the part; infinite outside of its bounds."""
     residual, coefficients = _residual(part, view, others)
-    allowed = [
-        (value > low) & (value < high)
-        for value, (low, high) in zip(others, [part.ends[k] for k in part.others], strict=True)
-    ]
-    allowed += [
-        (value >= 0) | (low < 0) for value, (low, _) in zip(coefficients, [part.ends[k] for k in part.linear], strict=True)
-    ]
+    allowed = [(part.ends[k][0] < value) & (value < part.ends[k][1]) for k, value in zip(part.others, others, strict=True)]
+    allowed += [(value >= 0) | (part.ends[k][0] < 0) for k, value in zip(part.linear, coefficients, strict=True)]
     cost = jnp.sum(residual**2)
     return jnp.where(jnp.all(jnp.stack(allowed)) & jnp.isfinite(cost), cost, jnp.inf)
 
@@ -232,7 +230,7 @@ def steps(view: View):
     k, last = jnp.arange(len(view.x)), jnp.maximum(view.count - 1, 0)
     gain = _gain_of_runs(view, k, jnp.maximum(view.count, k))
     best = jnp.argmax(jnp.where((k > 0) & (k <= last), gain, -1.0))
-    spread = jnp.linspace(0.02, 0.98, 25) * last
+    spread = jnp.linspace(0.02, 0.98, STEP_PLACES) * last
     center = jnp.concatenate([view.x[best][None], view.x[spread.astype(int)]])
     length = _length(view)
     width = length * jnp.geomspace(1.0 / len(view.x), 0.5, STEP_WIDTHS)

@@ -22,7 +22,6 @@ from .map_step import (
     MapStatus,
     Point,
     as_x,
-    each_or_shared,
     inverse,
     iterate,
     n_lanes,
@@ -32,6 +31,7 @@ from .model import Model
 from .trust_region import ROUNDING
 
 REFILL = 0.75  # share of the lanes that work, below which the others are given new pixels
+GUESSED_TOGETHER = 64  # pixels: a guess may take far more memory than the data that it is made from
 NARROWER = 4  # times fewer of the last pixels, whenever they are gathered in front
 
 
@@ -183,13 +183,15 @@ def _guesses(spec, data: Data, n_points, start):
     instead = jnp.nan if hasattr(spec.guess.f, "leaves_out_nan") else mean[:, None]
     y = jnp.where(data.weight > 0, data.y, instead)
     held = jnp.array([k not in spec.free for k in range(start.shape[1])])
-    x, axes = each_or_shared(data.x)
 
-    def one(coordinates, y):
-        found = spec.guess.f(as_x(spec, coordinates), y)
+    def one(k):
+        found = spec.guess.f(as_x(spec, tuple(c[k] if len(c) > 1 else c[0] for c in data.x)), y[k])
         return jnp.stack([jnp.asarray(each, jnp.float64).reshape(()) for each in found])
 
-    return jnp.where(held, start, jax.vmap(one, in_axes=(axes, 0))(x, y))
+    n_pixels = len(y)
+    together = min(GUESSED_TOGETHER, n_pixels)
+    pixels = jnp.arange(-(-n_pixels // together) * together) % n_pixels
+    return jnp.where(held, start, lax.map(one, pixels, batch_size=together)[:n_pixels])
 
 
 def _no_result(spec, pixels: Pixels) -> Fitted:

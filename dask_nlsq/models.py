@@ -78,14 +78,13 @@ class ReadyModel:
         if len(terms) == 1 and len(terms[0].recipe) == 1:
             self.__qualname__ = self.__name__  # as which it can be imported
 
-    def __call__(self, x, *params):
+    def __call__(self, *arguments, **named):
+        x, *params = self.__signature__.bind(*arguments, **named).args
         values, begin = [], 0
         for term in self.terms:
             end = begin + len(term.bounds)
             values.append(term.function(x, *params[begin:end]))
             begin = end
-        if begin != len(params):
-            raise TypeError(f"{self.__name__} takes {begin} parameters, {self.param_names}, not {len(params)}")
         return sum(values[1:], values[0])
 
     def guess(self, x, y):

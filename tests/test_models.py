@@ -172,8 +172,12 @@ def test_only_ready_models_add_up():
         gaussian + (lambda x, a: a * x)
 
 
+def test_parameters_may_be_given_by_name():
+    np.testing.assert_array_equal(gaussian(X, 3.0, width=0.7, center=2.0), gaussian(X, 3.0, 2.0, 0.7))
+
+
 def test_the_number_of_parameters_is_checked():
-    with pytest.raises(TypeError, match="gaussian takes 3 parameters"):
+    with pytest.raises(TypeError, match="missing a required argument: 'width'"):
         gaussian(X, 1.0, 2.0)
     with pytest.raises(ValueError, match=r"`p0` has 4 values, but gaussian \+ line takes 5"):
         curve_fit(gaussian + line, X, X, p0=[1, 1, 1, 1])
