@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.coverage import CASES, LEVELS, REPORTED, WITHIN
+from benchmarks.coverage import CASES, LEVELS, LIFETIMES, REPORTED, WEIGHTS, WITHIN, lifetimes
 
 
 @pytest.mark.slow
@@ -12,3 +12,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say(name):
     shares, fitted = CASES[name].coverage()
     assert fitted == 1
     np.testing.assert_allclose(shares.mean(axis=1), LEVELS, atol=WITHIN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_lifetimes_are_biased_unless_the_weights_are_those_of_the_model(weights):
+    bias = lifetimes(weights, photons=800, pixels=64, draws=4).mean(axis=0) / LIFETIMES - 1
+    assert (np.abs(bias) < 0.03).all() == ("poisson" in weights)
