@@ -15,7 +15,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_lifetimes_are_biased_unless_the_weights_are_those_of_the_model(weights):
+@pytest.mark.parametrize("weights", [name for name in WEIGHTS if name != "no weights"])  # not biased, but less precise
+def test_lifetimes_are_biased_by_weights_from_the_data_and_not_by_those_of_the_model(weights):
     bias = lifetimes(weights, photons=800, pixels=64, draws=4).mean(axis=0) / LIFETIMES - 1
     assert (np.abs(bias) < 0.03).all() == ("poisson" in weights)
