@@ -166,14 +166,9 @@ def _settled(record, errors, names):
 
 def _one_fit(call, errors):
     """Parameters (p,) and their covariance (p, p) of all points."""
-    names, start, bounds = (call[name] for name in ("param_names", "p0", "bounds"))
-    own = dict(zip(names, getattr(call["f"], "bounds", {}).values(), strict=False))  # of a ready model
-    ends = [bounds.get(name, own.get(name, (None, None))) for name in names]
-    bounds = [[inf if end[k] is None else float(end[k]) for end in ends] for k, inf in enumerate((-np.inf, np.inf))]
-    if isinstance(start, Mapping):
-        start = [float(start[name]) for name in names]
+    names = call["param_names"]
     try:
-        return tuple(curve_fit(**call | dict(p0=start, bounds=bounds)))
+        return tuple(curve_fit(**call))
     except (RuntimeError, ValueError) as err:
         failed = errors == "ignore" and isinstance(err, RuntimeError)
         empty = call["nan_policy"] == "omit" and isinstance(err, ValueError) and bool(call["ydata"].isnull().all())
