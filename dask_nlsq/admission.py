@@ -105,14 +105,13 @@ def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int,
                     'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
                 )
     for census in censuses:
+        where = f" (first in block {census.index})" if n_chunks > 1 else ""
         if census.n_sigma_not_positive:
-            where = f" (first in block {census.index})" if n_chunks > 1 else ""
             raise ValueError(
                 f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
                 "leave points out"
             )
         if census.n_negative:
-            where = f" (first in block {census.index})" if n_chunks > 1 else ""
             raise ValueError(
                 f"loss='poisson' is for counts: {census.n_negative} values of `ydata` are negative{where}; use mask= to "
                 "leave points out, and give counts before any background is subtracted"

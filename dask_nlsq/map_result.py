@@ -89,20 +89,16 @@ class MapResult:
             return self
         with _bar(progress):
             record = self._settled(options).record
-            parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self._bands]
+            parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
         return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
 
     def _settled(self, options) -> "MapResult":
         """The same with starts computed, where there are several bands, each of which would compute all of them."""
         start, last = self.problem.operands["start"]
-        if len(self._bands) == 1 or not isinstance(start, da.Array):
+        if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
             return self
         problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
         return replace(self, problem=problem, record=problem.records())
-
-    @property
-    def _bands(self):
-        return self.problem.bands
 
     def __repr__(self):
         shape = " x ".join(map(str, self.record.shape))
@@ -202,7 +198,7 @@ class MapResult:
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
         with _bar(progress):
             blocks = None if done.all() else self._settled(options).record.to_delayed()
-            for band in self._bands:
+            for band in self.problem.bands:
                 tasks = []
                 for index in product(*(range(len(sizes)) for sizes in self.problem.blocks)):
                     place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))

@@ -45,7 +45,7 @@ class Computes(Callback):
 @pytest.fixture(scope="module")
 def client():
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="1GB", dashboard_address=":0") as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="1.5GB", dashboard_address=":0") as cluster,
         Client(cluster) as client,
     ):
         yield client
@@ -71,7 +71,7 @@ def test_what_will_be_held_is_known_to_the_byte(n, chunks, dtype, masked):
     problem = build_problem(x, y, None, y > 1 if masked else None, check=True, omit=False)
     sweep = LocalSweep(problem, Evaluation(intern(decay), problem.rules, "linear", 1.0), 1)
     held = partition_nbytes(Partition(sweep.evaluation, sweep.chunks))
-    assert held <= problem.held_nbytes(sent=False) <= 1.05 * held
+    assert held <= problem.held_nbytes(sent=False) <= 1.08 * held  # how small runs are aligned varies
 
 
 def test_arrays_in_this_process_are_not_held_twice():
@@ -111,7 +111,7 @@ def test_lazy_data_go_to_the_workers_and_the_plan_shows_them(client, capsys):
     assert plan.n_partitions >= 4 and f"{plan.n_partitions} tasks" in text
     for address in client.scheduler_info(n_workers=-1)["workers"]:
         assert address in text
-    assert "in each task" in text and "0.93 GiB" in text
+    assert "in each task" in text and "1.40 GiB" in text
     assert plan.advice == []
 
 
