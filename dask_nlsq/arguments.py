@@ -58,15 +58,14 @@ def parameters(f, p0, bounds, param_names, fixed=None):
     if p0 is None:
         if not known:
             raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
-        n = len(known)
+        n = len(signature or known)
     else:
         p0 = np.atleast_1d(_numbers("p0", p0))
         if p0.ndim != 1 or not len(p0):
             raise ValueError(f"`p0` must be a vector with one value per parameter, not of shape {p0.shape}")
         n = len(p0)
     if signature is not None and len(signature) != n and not _takes(f, n):
-        what = "`param_names`" if p0 is None else "`p0`"
-        raise ValueError(f"{what} has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
+        raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
     names = tuple(
         param_names
         if param_names is not None
