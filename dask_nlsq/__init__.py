@@ -18,6 +18,7 @@ _ROOMS = {
     "MemoryManager": "memory",
     "MissingChunksError": "store",
     "NLSQStrategy": "budget",
+    "NotConvergedError": "admission",
     "OptimizationGoal": "workflow",
     "Plan": "plan",
     "Record": "trust_region",

@@ -131,6 +131,17 @@ def too_few(n_params, n_points, left_out=0):
     return f"The number of func parameters={n_params} must not exceed the number of data points={n_points}{why}"
 
 
+class NotConvergedError(RuntimeError):
+    """No convergence within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
+
+    def __init__(self, message: str, result):
+        super().__init__(message, result)
+        self.result = result
+
+    def __str__(self):
+        return self.args[0]
+
+
 def not_converged(solution: Solution, names):
     at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
     return (

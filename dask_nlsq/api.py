@@ -17,6 +17,7 @@ from scipy.optimize import OptimizeWarning
 
 from .admission import (
     GUESS_RUNS,
+    NotConvergedError,
     admit_data,
     align_data,
     check_start,
@@ -225,8 +226,8 @@ def curve_fit(
         Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that cannot be read, or that are absent.
-    RuntimeError
-        No convergence within ``max_nfev``.
+    NotConvergedError
+        No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
 
     Warns
     -----
@@ -353,8 +354,6 @@ def curve_fit(
         live.ended(solution.message, n_masked + n_omitted, len(damage))
     for each in stored if streaming else ():
         warn_if_changed(each)
-    if solution.status == 0:
-        raise RuntimeError(not_converged(solution, names))
     cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
     known = absolute_sigma or (loss == "poisson" and not reweighted)
     pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
@@ -392,6 +391,8 @@ def curve_fit(
         _evaluation=evaluation,
         _problem=problem,
     )
+    if solution.status == 0:
+        raise NotConvergedError(not_converged(solution, names), result)
     logger.info("%s", result.summary())
     if verbose:
         print(result.summary())

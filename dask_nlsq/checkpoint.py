@@ -69,7 +69,7 @@ class Checkpoint:
             write_whole(self.path / "fit.json", lambda file: file.write(text.encode()))
 
     def _compare(self, identity):
-        known = _read_fit(self.path)["identity"]
+        known = read_fit(self.path)["identity"]
         new = json.loads(json.dumps(identity))
         changed = [
             f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
@@ -91,7 +91,14 @@ class Checkpoint:
         return read_arrays(self.path / f"{name}.npz")
 
 
-def _read_fit(path):
+def read_fit(path: Path) -> dict[str, Any]:
+    """``fit.json``: ``identity`` and ``call`` of the fit.
+
+    Raises
+    ------
+    CheckpointError
+        Where there is none, or one of another version.
+    """
     try:
         found = json.loads((path / "fit.json").read_text())
     except FileNotFoundError:
@@ -140,9 +147,9 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
             parts = [keep(f"{name}[{k}]", each) for k, each in enumerate(value)]
             return None if None in parts else {"tuple": parts}
         if isinstance(value, (str, Path)):
-            return {"path": _absolute(value)}
+            return {"path": absolute(value)}
         if isinstance(value, list) and value and all(isinstance(each, (str, Path)) for each in value):
-            return {"paths": [_absolute(each) for each in value]}
+            return {"paths": [absolute(each) for each in value]}
         if is_stored(value) or hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
             return None
         array = np.asarray(value)
@@ -155,7 +162,7 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     return dict(model=import_name(f), data=kept, options=_plain(options)), arrays
 
 
-def _absolute(path):
+def absolute(path):
     return str(path) if "://" in str(path) else str(Path(path).absolute())
 
 
@@ -177,7 +184,7 @@ def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[s
         Where something was not kept and is not given.
     """
     path = Path(path)
-    call = _read_fit(path)["call"]
+    call = read_fit(path)["call"]
     arrays, _ = read_arrays(path / "data.npz") or ({}, {})
 
     def make(name, kept):

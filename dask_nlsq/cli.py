@@ -1,14 +1,251 @@
 """``dask nlsq``: the commands that this package adds to Dask's own.
 
+Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 anything else.
 Commands import what they need when they run, so that ``dask --help`` stays fast.
 """
 
+import json
+import traceback
+import warnings
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+
 import click
 
+PATH = click.Path(path_type=Path)
+CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
+LOST = (ConnectionError, TimeoutError, RuntimeError)  # workers, the scheduler, data that change: not the user's words
+WRONG = (ValueError, TypeError, MemoryError, OSError, ImportError)
+WRONG += (NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)  # what a model has that cannot run
 
-@click.group(name="nlsq")
+
+class Failure(click.ClickException):
+    """One line on stderr, and an exit code."""
+
+    def __init__(self, error, exit_code: int):
+        super().__init__(" ".join(" ".join([f"{error}", *getattr(error, "__notes__", ())]).split()))
+        self.exit_code = exit_code
+
+
+class Commands(click.Group):
+    """Errors of usage in one line."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as err:
+            asked = err.ctx.command_path if err.ctx else ctx.command_path
+            raise Failure(f"{err.format_message()} ({asked} --help says more)", 2) from err
+
+
+@click.group(name="nlsq", cls=Commands)
 def nlsq():
     """Nonlinear least squares for data that do not fit in memory."""
+
+
+def _command(*options):
+    """A subcommand with these options whose errors are one line; it returns its exit code, None for 0."""
+
+    def made(function):
+        @wraps(function)
+        def run(traceback, **given):  # noqa: F811
+            try:
+                with warnings.catch_warnings():
+                    warnings.showwarning = _warn
+                    code = function(**given)
+            except (click.ClickException, click.Abort):
+                raise
+            except (*LOST, *WRONG) as err:
+                raise _failure(err, traceback) from err
+            raise SystemExit(code or 0)
+
+        shown = click.option("--traceback", is_flag=True, help="Show where an error was raised.")
+        for option in reversed((*options, shown)):
+            run = option(run)
+        return nlsq.command(name=function.__name__.removesuffix("_"))(run)
+
+    return made
+
+
+def _warn(message, category, *_, **__):
+    click.echo(f"Warning: {message}", err=True)
+
+
+def _failure(err, with_traceback=False) -> Failure:
+    from .admission import NotConvergedError
+    from .store import BadChunkError, MissingChunksError
+
+    if with_traceback:
+        click.echo("".join(traceback.format_exception(err)), err=True)
+    kinds = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
+    code = next(code for code, kind in kinds.items() if isinstance(err, kind))
+    ours = isinstance(err, (ValueError, TypeError, MemoryError, OSError, RuntimeError))
+    return Failure(err if ours else f"{type(err).__name__}: {err}", code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options
+
+STORE = click.argument("store")
+MODEL = click.option(
+    "--model",
+    required=True,
+    help="module:function, with the current directory on the path; or a ready model, or a sum: gaussian+line, "
+    "lorentzian+polynomial:2.",
+)
+X = click.option(
+    "--x",
+    multiple=True,
+    required=True,
+    help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
+    "several axes, the k-th vector belongs to the k-th of them.",
+)
+P0 = click.option("--p0", multiple=True, help="Start: a=1,b=2; or guess, which ready models do by themselves.")
+BOUNDS = click.option("--bounds", multiple=True, help="a=0: or b=:3,c=0:1")
+FIXED = click.option("--fixed", multiple=True, help="Values that are not fitted: c=0.5")
+SIGMA = click.option("--sigma", help="Standard deviation of y: a number, the path of a Zarr array, or poisson.")
+ABSOLUTE = click.option("--absolute-sigma", is_flag=True, help="Sigma is known, and the errors are not scaled by the fit.")
+MASK = click.option("--mask", help="Path of a Zarr array that is true where a point is left out.")
+NAN = click.option("--nan-policy", help="raise, or omit: leave out points that are not finite.")
+LOSS = click.option("--loss", help="linear, soft_l1, huber, cauchy, arctan or poisson.")
+BAD = click.option("--on-bad-chunk", help="raise, or mask: leave out chunks that cannot be read.")
+MISSING = click.option("--missing-chunks", help="error, mask, or fill: what becomes of chunks that are absent.")
+WORKFLOW = click.option("--workflow", help="auto, standard, quality, fast, large_robust, streaming, hpc_distributed.")
+STRATEGY = click.option("--strategy", help="auto, standard, chunked, streaming: where the data are held.")
+STARTS = click.option("--n-starts", type=int, help="Look for the best of so many starts.")
+MEMORY = click.option("--memory-limit", type=float, metavar="GiB", help="Most that each process may take.")
+MOST = click.option("--max-nfev", type=int, help="Most sweeps over the data.")
+SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
+CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which a killed fit is resumed.")
+OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
+REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
+LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
+DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, NAN, LOSS)
+HOW = (BAD, MISSING, WORKFLOW, STRATEGY, STARTS, MEMORY, MOST, SCHEDULER)
+
+
+def _call(store, model, x, p0, bounds, fixed, sigma, mask, axes=None, read=True, **options):
+    """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
+    from . import words
+    from .checkpoint import absolute
+    from .store import open_array
+
+    store = absolute(store)
+    x = words.coordinates(x, open_array("STORE", store), axes, read)
+    options["memory_limit_gb"] = options.pop("memory_limit")
+    options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
+    options["mask"] = None if mask is None else absolute(mask)
+    call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
+    return call | {name: value for name, value in options.items() if value not in (None, False, {})}
+
+
+def _cluster(address):
+    """With it the active client; nothing without an address."""
+    if address is None:
+        return nullcontext()
+    from distributed import Client
+
+    return Client(address)
+
+
+@contextmanager
+def _sweep_log(path):
+    """A callback that writes a line for each `Record`; None without a path."""
+    if path is None:
+        yield None
+        return
+    with open(path, "a", buffering=1) as file:
+
+        def line(record):
+            verdict = "accepted" if record.accepted else "refused"
+            values = ", ".join(f"{value:.9g}" for value in record.params)
+            file.write(
+                f"{datetime.now().astimezone().isoformat(timespec='seconds')} sweep {record.nfev} {verdict}: "
+                f"cost {record.cost:.9g}, optimality {record.optimality:.3g}, {record.seconds:.2f} s, at {values}\n"
+            )
+
+        yield line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one fit
+
+
+@_command(*DATA, *HOW, CHECKPOINT, OUT, REPORT, LOG)
+def fit(scheduler, checkpoint, out, report, log, **given):
+    """Fit a model to the Zarr array at STORE, a path or URL.
+
+    \b
+    dask nlsq fit scan.zarr/entry/counts --model gaussian+line --x scan.zarr/entry/energy --out result
+    """
+    from .api import curve_fit
+    from .api import fit as fit_by_workflow
+
+    call = _call(**given)
+    if checkpoint is not None:
+        call["checkpoint"] = checkpoint
+    return _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, checkpoint, out, report, log)
+
+
+@_command(*DATA, *HOW)
+def plan(scheduler, **given):
+    """Print how a fit would run, and the memory that it takes; reads metadata only.
+
+    \b
+    dask nlsq plan scan.zarr/entry/counts --model gaussian+line --x 0:10:0.01
+    """
+    from .api import plan_fit
+
+    call = _call(**given, read=False)
+    with _cluster(scheduler):
+        click.echo(plan_fit(**call))
+
+
+def _solve(solve, call, scheduler, checkpoint, out, report, log):
+    """Run a fit, write and print its result; the exit code."""
+    from . import words
+    from .admission import NotConvergedError
+
+    if out is not None:
+        words.new_place(out)
+    failed = None
+    with _cluster(scheduler), _sweep_log(log) as callback:
+        try:
+            result = solve(**call, callback=callback)
+        except NotConvergedError as err:
+            failed, result = f"{err}", err.result
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint is None or not (checkpoint / "fit.json").exists():
+                raise
+            raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
+        if result.status == -3:
+            failed = f"{result.message} dask nlsq resume {checkpoint or 'CHECKPOINT'} goes on"
+        click.echo(result.summary())
+        if out is not None:
+            _write(result, out, report)
+    if failed is not None:
+        raise Failure(failed, 3)
+    return 0
+
+
+def _write(result, out, report):
+    from .files import write_whole
+
+    result.save(out)
+    text = json.dumps(result.to_dict(), indent=1)
+    write_whole(out / "summary.json", lambda file: file.write(text.encode()))
+    written = ["result.json", "summary.json"]
+    if report and find_spec("matplotlib") is None:
+        click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)
+    elif report:
+        written.append(result.report(out / "report.html").name)
+    click.echo(f"written to {out}: {', '.join(written)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @nlsq.command()

@@ -10,10 +10,14 @@ those of the data.
 """
 
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable
+from difflib import get_close_matches
+from functools import reduce
 from math import inf, pi
 from numbers import Integral
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -75,8 +79,7 @@ class ReadyModel:
         self.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in ("x", *names)])
         self.__name__ = " + ".join(term.label for term in terms)
         self.__doc__ = "\n\n".join(inspect.cleandoc(term.function.__doc__ or "") for term in terms)
-        if len(terms) == 1 and len(terms[0].recipe) == 1:
-            self.__qualname__ = self.__name__  # as which it can be imported
+        self.__qualname__ = self.__name__  # as which it can be imported
 
     def __call__(self, *arguments, **named):
         x, *params = self.__signature__.bind(*arguments, **named).args
@@ -115,6 +118,35 @@ def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     guess = model.get("guess", lambda: jax.jit(f.guess))
     with float64():
         return np.asarray(guess(x, y))[free]
+
+
+def named(text: str) -> ReadyModel:
+    """The model, or the sum, of this name: ``"gaussian"``, ``"gaussian + line"``, ``"gaussian+polynomial:2"``.
+
+    Raises
+    ------
+    ValueError
+        Where there is none; the message names those that there are.
+    """
+    return reduce(add, map(_one, text.split("+")))
+
+
+def _one(text):
+    text = text.strip()
+    if isinstance(found := globals().get(text), ReadyModel):
+        return found
+    if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
+        return polynomial(int(degree[1]))
+    known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
+    near = get_close_matches(text, known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")
+
+
+def __getattr__(name):  # of what has been kept: sums have no other name to be imported by
+    if "+" not in name and "(" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return named(name)
 
 
 def _again(*recipes):

@@ -1,0 +1,156 @@
+"""What the words on a command line mean: models by name, coordinates, values by name. Nothing is evaluated as code."""
+
+import math
+import os
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import zarr
+
+from .checkpoint import MOST_KEPT, absolute
+from .models import named
+from .store import open_array
+
+WITHIN = 1e-6  # of a step: a stop that is so little above a value leaves it out as well
+RANGE = re.compile(r"(?!.*://)([^:]+):([^:]+):([^:]+)")
+
+
+def model(text: str):
+    """``module:function``, imported with the current directory on the path, or ready models as `dask_nlsq.models.named`.
+
+    Raises
+    ------
+    ValueError
+        Where there is no such module, function or ready model.
+    """
+    module, colon, function = text.partition(":")
+    if not colon or function[:1].isdigit():
+        return named(text)
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError as err:
+        if err.name != module.partition(".")[0] and err.name != module:
+            raise  # of something that it imports
+        raise ValueError(f"--model {text}: there is no module {module!r} in {here} or on PYTHONPATH") from None
+    for part in function.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"--model {text}: {module} ({getattr(found, '__file__', '')}) has no {part!r}")
+        found = getattr(found, part)
+    return found
+
+
+def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
+    """x for the fit axes of an array (all, if None): of ``start:stop:step``, or the path of an array.
+
+    The k-th of them, where it is a vector, belongs to the k-th fit axis; where there is one axis, all belong to it. Without
+    ``read`` vectors have the right shape only.
+
+    Raises
+    ------
+    ValueError
+        Vectors of another length than their axis; more of them than axes.
+    """
+    axes = range(array.ndim) if axes is None else axes
+    shape = tuple(array.shape[k] for k in axes)
+    found = tuple(_coordinate(text, k, shape, array, read) for k, text in enumerate(texts))
+    return found[0] if len(found) == 1 else found
+
+
+def _coordinate(text, k, shape, array, read):
+    is_range = RANGE.fullmatch(text)
+    if is_range:
+        vector = _arange(text, is_range.groups(), array.shards or array.chunks)
+    else:
+        vector = open_array("x", absolute(text))
+        if vector.ndim != 1 or len(shape) == 1:
+            return absolute(text)
+    k = k if len(shape) > 1 else 0
+    if k >= len(shape):
+        raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector belongs to axis k")
+    if vector.shape != shape[k : k + 1]:
+        way_out = "start:stop:step leaves out stop, as range does" if is_range else "the k-th --x belongs to axis k"
+        raise ValueError(f"--x {text} has {vector.shape[0]:,} values, but axis {k} has {shape[k]:,} ({way_out})")
+    if not is_range:
+        vector = vector[...] if read else np.broadcast_to(np.zeros((), vector.dtype), vector.shape)
+    return vector.reshape(-1, *(1,) * (len(shape) - 1 - k))
+
+
+def _arange(text, parts, chunks):
+    """Values of a range; one that is too long to be kept in a checkpoint is lazy, in the chunks of y."""
+    try:
+        start, stop, step = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts)
+        n = math.ceil((stop - start) / step - WITHIN)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"--x {text}: start:stop:step must be numbers, and step not 0, as in 0:10:0.1") from None
+    places = np.arange(n) if 8 * n <= MOST_KEPT else da.arange(n, chunks=chunks[0])
+    return start + step * places
+
+
+def start(texts) -> dict[str, float] | str | None:
+    """``("a=1,b=2", "c=3")``: values by name. ``("guess",)``: that. None of none."""
+    if list(texts) == ["guess"]:
+        return "guess"
+    return values("--p0", texts) or None
+
+
+def values(option: str, texts) -> dict[str, float]:
+    return {name: _number(option, name, value) for name, value in _pairs(option, texts)}
+
+
+def bounds(texts) -> dict[str, tuple[float | None, float | None]]:
+    """``("a=0:", "b=:3,c=0:1")``: pairs by name, None where an end is left out."""
+    found = {}
+    for name, value in _pairs("--bounds", texts):
+        low, colon, high = value.partition(":")
+        if not colon:
+            raise ValueError(f"--bounds {name}={value}: two ends with a colon between them, as in {name}=0:1 or {name}=0:")
+        found[name] = tuple(_number("--bounds", name, each) if each.strip() else None for each in (low, high))
+    return found
+
+
+def _pairs(option, texts):
+    seen = set()
+    for part in ",".join(texts).split(",") if texts else ():
+        name, equals, value = (each.strip() for each in part.partition("="))
+        if not equals or not name:
+            raise ValueError(f"{option} {part!r}: values go by name, as in {option} a=...,b=...")
+        if name in seen:
+            raise ValueError(f"{option} names {name!r} twice")
+        seen.add(name)
+        yield name, value
+
+
+def _number(option, name, text):
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{option} {name}={text}: {text!r} is not a number") from None
+
+
+def sigma(text: str | None):
+    """A number, "poisson", or a path."""
+    if text in (None, "poisson"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        return absolute(text)
+
+
+def new_place(out: Path) -> None:
+    """Refuse to write a result over something that is none.
+
+    Raises
+    ------
+    ValueError
+        Where ``out`` is a file, or a directory with something else in it.
+    """
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "result.json").exists())):
+        raise ValueError(f"--out {out} exists and is not a result: give another path, or that of a new directory")
