@@ -18,15 +18,16 @@ import click
 PATH = click.Path(path_type=Path)
 CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
 LOST = (ConnectionError, TimeoutError, RuntimeError)  # workers, the scheduler, data that change: not the user's words
-WRONG = (ValueError, TypeError, MemoryError, OSError, ImportError)
-WRONG += (NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)  # what a model has that cannot run
+OURS = (ValueError, TypeError, MemoryError, OSError, ImportError, RuntimeError)  # their messages say all that there is
+# and what a model that cannot run raises
+WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)
 
 
 class Failure(click.ClickException):
     """One line on stderr, and an exit code."""
 
-    def __init__(self, error, exit_code: int):
-        super().__init__(" ".join(" ".join([f"{error}", *getattr(error, "__notes__", ())]).split()))
+    def __init__(self, text: str, exit_code: int):
+        super().__init__(" ".join(text.split()))
         self.exit_code = exit_code
 
 
@@ -51,14 +52,14 @@ def _command(*options):
 
     def made(function):
         @wraps(function)
-        def run(traceback, **given):  # noqa: F811
+        def run(traceback, **given):
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = _warn
                     code = function(**given)
             except (click.ClickException, click.Abort):
                 raise
-            except (*LOST, *WRONG) as err:
+            except WRONG as err:
                 raise _failure(err, traceback) from err
             raise SystemExit(code or 0)
 
@@ -76,14 +77,18 @@ def _warn(message, category, *_, **__):
 
 def _failure(err, with_traceback=False) -> Failure:
     from .admission import NotConvergedError
+    from .model import is_installed
     from .store import BadChunkError, MissingChunksError
 
     if with_traceback:
         click.echo("".join(traceback.format_exception(err)), err=True)
     kinds = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
     code = next(code for code, kind in kinds.items() if isinstance(err, kind))
-    ours = isinstance(err, (ValueError, TypeError, MemoryError, OSError, RuntimeError))
-    return Failure(err if ours else f"{type(err).__name__}: {err}", code)
+    frames = traceback.extract_tb(err.__traceback__)
+    own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]
+    place = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    kind = "" if isinstance(err, OURS) and not own else f"{type(err).__name__}: "
+    return Failure(f"{kind}{err}{place}", code)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,14 +132,18 @@ DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, NAN, LOSS)
 HOW = (BAD, MISSING, WORKFLOW, STRATEGY, STARTS, MEMORY, MOST, SCHEDULER)
 
 
-def _call(store, model, x, p0, bounds, fixed, sigma, mask, axes=None, read=True, **options):
+def _call(store, model, x, p0, bounds, fixed, sigma, mask, axis=None, read=True, **options):
     """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
     from . import words
+    from .arguments import axes_of
     from .checkpoint import absolute
     from .store import open_array
 
     store = absolute(store)
-    x = words.coordinates(x, open_array("STORE", store), axes, read)
+    array = open_array("STORE", store)
+    if axis is not None:
+        options["axis"] = axes_of(axis, None, array.ndim)
+    x = words.coordinates(x, array, options.get("axis"), read)
     options["memory_limit_gb"] = options.pop("memory_limit")
     options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
     options["mask"] = None if mask is None else absolute(mask)
@@ -246,6 +255,72 @@ def _write(result, out, report):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the others
+
+
+@_command(
+    click.argument("directory", type=PATH),
+    click.option("--model", help="Where it cannot be imported by the name that the checkpoint has."),
+    click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
+    *(MEMORY, MOST, SCHEDULER, OUT, REPORT, LOG),
+)
+def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, log):
+    """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
+
+    \b
+    dask nlsq resume scan.ckpt --out result
+    """
+    from . import api, words
+    from .checkpoint import read_fit
+    from .store import open_array
+
+    kept = read_fit(directory)["call"]
+    if model is None and kept["model"] is not None:
+        model = ":".join(kept["model"])
+    call = dict(path=directory, max_nfev=max_nfev, memory_limit_gb=memory_limit, f=model and words.model(model))
+    if x:
+        call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]))
+    call = {name: value for name, value in call.items() if value is not None}
+    return _solve(api.resume, call, scheduler, directory, out, report, log)
+
+
+@_command(
+    *DATA,
+    click.option("--axis", multiple=True, type=int, default=(-1,), show_default=True, help="Of the spectra in STORE."),
+    click.option("--guess", help="coarse-to-fine: pixels start from fits of the means of their neighbourhood."),
+    *(STRATEGY, MEMORY, MOST, SCHEDULER),
+    click.option("--out", type=PATH, required=True, help="Zarr group for the maps."),
+    click.option("--resume", is_flag=True, help="Go on with what is in --out."),
+)
+def map_(scheduler, out, resume, **given):
+    """Fit a model to each pixel of the map at STORE: all of its axes but --axis.
+
+    Exits with 3 where no pixel converged.
+
+    \b
+    dask nlsq map scan.zarr/counts --model gaussian+line --x 9:11:0.01 --out maps.zarr --resume
+    """
+    from .kept import describe_map, n_converged
+    from .maps import fit_map
+
+    call = _call(**given)
+    with _cluster(scheduler):
+        group = fit_map(**call).to_zarr(out, resume=resume)
+    click.echo(describe_map(out, group))
+    if not n_converged(group):
+        raise Failure(f"no pixel converged; {out} says why in `status`", 3)
+
+
+@_command(click.argument("path", type=PATH))
+def info(path):
+    """Print what is at PATH: a result, a checkpoint, or maps.
+
+    \b
+    dask nlsq info result
+    """
+    from .kept import describe
+
+    click.echo(describe(path))
 
 
 @nlsq.command()

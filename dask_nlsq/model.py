@@ -88,8 +88,7 @@ def _by_value(function):
     function = function.f if isinstance(function, Held) else function
     module = sys.modules.get(getattr(function, "__module__", None))
     file = getattr(module, "__file__", None)
-    installed = file is None or any(Path(file).is_relative_to(root) for root in _INSTALLED)
-    if installed or module.__name__ in cloudpickle.list_registry_pickle_by_value():
+    if file is None or is_installed(file) or module.__name__ in cloudpickle.list_registry_pickle_by_value():
         yield
         return
     cloudpickle.register_pickle_by_value(module)
@@ -102,6 +101,11 @@ def _by_value(function):
 _INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
     str(Path(__file__).parent)
 }
+
+
+def is_installed(file: str) -> bool:
+    """Whether it is of Python, of an installed package or of this one, and not the user's own."""
+    return any(Path(file).is_relative_to(root) for root in _INSTALLED)
 
 
 def _keep_compilations():

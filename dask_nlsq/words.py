@@ -75,7 +75,7 @@ def _coordinate(text, k, shape, array, read):
     if k >= len(shape):
         raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector belongs to axis k")
     if vector.shape != shape[k : k + 1]:
-        way_out = "start:stop:step leaves out stop, as range does" if is_range else "the k-th --x belongs to axis k"
+        way_out = "start:stop:step leaves out stop, as range does" if is_range else "the k-th --x is for axis k"
         raise ValueError(f"--x {text} has {vector.shape[0]:,} values, but axis {k} has {shape[k]:,} ({way_out})")
     if not is_range:
         vector = vector[...] if read else np.broadcast_to(np.zeros((), vector.dtype), vector.shape)

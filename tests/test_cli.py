@@ -1,13 +1,342 @@
+import json
+import re
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from click.testing import CliRunner
+from distributed import LocalCluster
 
-from dask_nlsq import demo
+from dask_nlsq import curve_fit, demo, fit_map, load
 from dask_nlsq.cli import nlsq
+from dask_nlsq.models import exponential, gaussian, named, polynomial
+from tests.models_of_a_user import decay, plane
+
+N = 20_000
+X = np.linspace(0, 10, N, endpoint=False)
+Y = np.random.default_rng(3).poisson(200 * np.exp(-0.5 * X) + 30).astype("u2")
+P0 = dict(a=150.0, b=0.4, c=40.0)
+ROOT = Path(__file__).parent.parent
+
+
+def write(path, values, chunks):
+    array = zarr.create_array(path, shape=values.shape, dtype=values.dtype, chunks=chunks)
+    array[...] = values
+    return str(path)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return write(tmp_path / "y.zarr", Y, (2000,))
+
+
+DECAY = ("--model", "tests.models_of_a_user:decay", "--x", "0:10:0.0005")
+START = ("--p0", "a=150,b=0.4", "--p0", "c=40")
+
+
+def run(*arguments):
+    return CliRunner().invoke(nlsq, [str(each) for each in arguments])
+
+
+def converges(*arguments):
+    outcome = run(*arguments)
+    assert outcome.exit_code == 0, outcome.output
+    return outcome
+
+
+def fails(code, message, *arguments):
+    """One line on stderr."""
+    outcome = run(*arguments)
+    assert outcome.exit_code == code, outcome.output
+    assert outcome.stderr.startswith("Error: ") and outcome.stderr.count("\n") == 1
+    assert re.search(message, outcome.stderr), outcome.stderr
+    return outcome
+
+
+def same_bits(found, expected):
+    for name in ("popt", "pcov", "cost", "nfev", "sweeps", "status", "message", "n_points"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fit
+
+
+def test_fit_is_curve_fit_and_writes_what_it_found(store, tmp_path):
+    expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, bounds=dict(a=(0, None), b=(None, 3), c=(0, 99)))
+    bounds = ("--bounds", "a=0:,b=:3", "--bounds", "c=0:99")
+    outcome = converges("fit", store, *DECAY, *START, *bounds, "--out", tmp_path / "r", "--log", tmp_path / "log")
+    found = load(tmp_path / "r")
+    same_bits(found, expected)
+    assert found.summary() in outcome.stdout
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["parameters"]["a"]["value"] == expected.popt[0] and summary["success"]
+    assert "</html>" in (tmp_path / "r" / "report.html").read_text()
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert len(lines) == len(expected.history)
+    assert f"sweep {expected.nfev} accepted: cost {expected.history[-1].cost:.9g}" in lines[-1]
+
+
+def test_ready_models_and_sums_need_no_start(store):
+    outcome = converges("fit", store, "--model", "exponential+polynomial:0", "--x", "0:10:0.0005")
+    values = re.findall(r"^  \w+ +(\S+) +\+-", outcome.stdout, re.M)
+    np.testing.assert_allclose([float(each) for each in values], [200, 0.5, 30], rtol=0.02)
+
+
+def test_options_mean_what_they_mean_to_curve_fit(store, tmp_path):
+    x = write(tmp_path / "x.zarr", X, (3000,))
+    mask = write(tmp_path / "mask.zarr", X > 9, (3000,))
+    sigma = write(tmp_path / "sigma.zarr", np.sqrt(Y + 1.0), (3000,))
+    options = dict(sigma=sigma, mask=mask, loss="soft_l1", absolute_sigma=True, fixed=dict(c=30.0), strategy="chunked")
+    expected = curve_fit(decay, x, store, P0, **options)
+    words = ("--sigma", sigma, "--mask", mask, "--loss", "soft_l1", "--absolute-sigma", "--fixed", "c=30")
+    model = ("--model", "tests.models_of_a_user:decay", "--x", x, "--strategy", "chunked")
+    converges("fit", store, *model, *START, *words, "--out", tmp_path / "r", "--no-report")
+    same_bits(load(tmp_path / "r"), expected)
+    assert not (tmp_path / "r" / "report.html").exists()
+
+
+def test_a_vector_belongs_to_its_axis(tmp_path):
+    rows, columns = np.arange(40)[:, None], 0.5 * np.arange(30)
+    y = write(tmp_path / "y.zarr", 3 * rows + 2 * columns + 1.0, (10, 30))
+    x = write(tmp_path / "x.zarr", columns, (30,))
+    model = ("--model", "tests.models_of_a_user:plane")
+    converges("fit", y, *model, "--x", "0:40:1", "--x", x, "--out", tmp_path / "r", "--no-report")
+    expected = curve_fit(plane, (rows, columns), y)
+    same_bits(load(tmp_path / "r"), expected)
+    fails(2, r"--x 0:30:1 has 30 values, but axis 0 has 40", "fit", y, *model, "--x", "0:30:1", "--x", x)
+    fails(2, r"is number 3, and there are 2 axes", "fit", y, *model, "--x", "0:40:1", "--x", x, "--x", "0:5:1")
+    assert "1,200 points" in converges("plan", y, *model, "--x", "0:40:1", "--x", x).stdout
+
+
+def test_a_workflow_sets_tolerances_and_starts(store, tmp_path):
+    converges("fit", store, *DECAY, *START, "--workflow", "fast", "--out", tmp_path / "r", "--no-report")
+    assert "< 1.00e-06" in load(tmp_path / "r").message
+    fails(2, "`workflow` must be one of 'auto', ", "fit", store, *DECAY, *START, "--workflow", "faster")
+
+
+def test_no_convergence_exits_with_3_and_writes_the_best(store, tmp_path):
+    out = tmp_path / "r"
+    outcome = fails(3, "Raise max_nfev", "fit", store, *DECAY, *START, "--max-nfev", "2", "--out", out, "--no-report")
+    assert "NOT CONVERGED" in outcome.stdout
+    found = load(out)
+    assert not found.success and found.nfev == 2
+    assert json.loads((out / "summary.json").read_text())["status"] == 0
+
+
+def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
+    (Path(store) / "c" / "3").write_bytes(b"")
+    fails(4, r"chunk \(3,\) of `ydata`", "fit", store, *DECAY, *START)
+    outcome = converges("fit", store, *DECAY, *START, "--on-bad-chunk", "mask")
+    assert "1 damaged or absent chunks left out" in outcome.stdout
+    (Path(store) / "c" / "3").unlink()
+    fails(4, "1 of 10 chunks of `ydata`.* are absent", "fit", store, *DECAY, *START)
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        (r"no Zarr array at .*nothing\.zarr", ("fit", "nothing.zarr", *DECAY)),
+        ("has no 'deacy'", ("fit", "STORE", "--model", "tests.models_of_a_user:deacy", "--x", "0:10:0.0005")),
+        ("there is no module 'my_models'", ("fit", "STORE", "--model", "my_models:decay", "--x", "0:10:0.0005")),
+        ("did you mean 'gaussian'", ("fit", "STORE", "--model", "gausian+line", "--x", "0:10:0.0005")),
+        ("no ready model .__import__", ("fit", "STORE", "--model", "__import__('os')", "--x", "0:10:0.0005")),
+        ("must be numbers, and step not 0", ("fit", "STORE", "--model", "line", "--x", "0:10:0")),
+        ("must be numbers", ("fit", "STORE", "--model", "line", "--x", "0:10:10/20000")),
+        ("leaves out stop", ("fit", "STORE", *DECAY[:2], "--x", "0:10:0.001")),
+        ("'d'.*the parameters are", ("fit", "STORE", *DECAY, "--p0", "a=1,b=1,c=1,d=1")),
+        ("values go by name", ("fit", "STORE", *DECAY, "--p0", "1,2,3")),
+        ("'one' is not a number", ("fit", "STORE", *DECAY, "--p0", "a=one")),
+        ("names 'a' twice", ("fit", "STORE", *DECAY, "--fixed", "a=1,a=2")),
+        ("two ends with a colon", ("fit", "STORE", *DECAY, "--bounds", "a=1")),
+        ("only ready models can guess", ("fit", "STORE", *DECAY, "--p0", "guess")),
+        ("No such option.*--p1.*dask|nlsq fit --help", ("fit", "STORE", *DECAY, "--p1", "a=1")),
+        ("Missing argument 'STORE'", ("plan",)),
+        ("No such command 'fti'", ("fti",)),
+        ("'many' is not a valid", ("fit", "STORE", *DECAY, "--max-nfev", "many")),
+        ("of_numpy .*jax.numpy", ("fit", "STORE", "--model", "tests.models_of_a_user:of_numpy", "--x", "0:10:0.0005")),
+        (
+            r"NameError: name 'z'.*models_of_a_user.py, line \d+: return a",
+            ("fit", "STORE", "--model", "tests.models_of_a_user:with_a_typo", "--x", "0:10:0.0005"),
+        ),
+        (
+            r"models_of_a_user.py, line \d+: return a \* x @",
+            ("fit", "STORE", "--model", "tests.models_of_a_user:of_a_wrong_shape", "--x", "0:10:0.0005"),
+        ),
+        ("neither a result, nor a checkpoint, nor maps", ("info", "STORE")),
+        ("no fit.json", ("resume", "STORE")),
+    ],
+)
+def test_bad_usage_exits_with_2_and_one_line(message, arguments, store):
+    outcome = fails(2, message, *(store if each == "STORE" else each for each in arguments))
+    assert outcome.stdout == ""
+
+
+def test_traceback_shows_the_rest(store):
+    outcome = run("fit", store, "--model", "tests.models_of_a_user:with_a_typo", "--x", "0:10:0.0005", "--traceback")
+    assert outcome.exit_code == 2
+    assert "Traceback (most recent call last)" in outcome.stderr
+    assert outcome.stderr.splitlines()[-1].startswith("Error: NameError")
+
+
+def test_only_a_result_is_replaced(store, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "today.txt").write_text("precious")
+    fails(2, "exists and is not a result", "fit", store, *DECAY, *START, "--out", tmp_path / "notes")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["today.txt"]
+    for _ in range(2):
+        converges("fit", store, *DECAY, *START, "--out", tmp_path / "r", "--no-report")
+
+
+def test_a_fit_runs_on_a_scheduler_that_is_named(store, tmp_path):
+    expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, strategy="chunked")
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
+        where = ("--scheduler", cluster.scheduler_address)
+        assert "worker" in converges("plan", store, *DECAY, *START, *where).stdout
+        converges("fit", store, *DECAY, *START, *where, "--out", tmp_path / "r")
+    found = load(tmp_path / "r")
+    assert found.strategy == "chunked"
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plan, info
+
+
+def test_plan_reads_metadata_only(store, tmp_path):
+    x = write(tmp_path / "x.zarr", X, (3000,))
+    for path in (Path(store), Path(x)):
+        for chunk in (path / "c").iterdir():
+            chunk.write_bytes(b"not a chunk")
+    model = ("--model", "tests.models_of_a_user:decay", "--x", x, *START)
+    outcome = converges("plan", store, *model, "--strategy", "streaming")
+    assert "strategy    streaming" in outcome.stdout and "20,000 points" in outcome.stdout
+    fails(2, "memory_limit_gb|may take", "plan", store, *model, "--memory-limit", "0.001")
+
+
+def test_a_range_that_is_long_is_lazy_and_has_the_values_of_a_short_one(monkeypatch, store, tmp_path):
+    expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, strategy="streaming")
+    monkeypatch.setattr("dask_nlsq.words.MOST_KEPT", 8)
+    checkpoint = ("--checkpoint", tmp_path / "c")
+    converges("fit", store, *DECAY, *START, *checkpoint, "--out", tmp_path / "r", "--no-report")
+    same_bits(load(tmp_path / "r"), expected)
+    fails(2, "does not keep `xdata`", "resume", tmp_path / "c")
+    converges("resume", tmp_path / "c", "--x", "0:10:0.0005", "--out", tmp_path / "again", "--no-report")
+    same_bits(load(tmp_path / "again"), expected)
+
+
+def test_info_of_a_result_and_of_a_checkpoint(store, tmp_path):
+    model = ("--model", "exponential+polynomial:0", "--x", "0:10:0.0005")
+    out = ("--checkpoint", tmp_path / "c", "--max-nfev", "2", "--out", tmp_path / "r", "--no-report")
+    fails(3, "maximum number", "fit", store, *model, "--p0", START_OF_A_SUM, *out)
+    outcome = converges("info", tmp_path / "r")
+    result = load(tmp_path / "r")
+    assert result.summary() in outcome.stdout and result.diagnostics.lines[0] in outcome.stdout
+    outcome = converges("info", tmp_path / "c")
+    assert "dask_nlsq.models.exponential + polynomial(0) to " + store in outcome.stdout
+    assert "finished sweeps: 2; lowest cost" in outcome.stdout
+    converges("resume", tmp_path / "c", "--max-nfev", "100", "--out", tmp_path / "r", "--no-report")
+    expected = curve_fit(exponential + polynomial(0), 0 + 0.0005 * np.arange(N), store, [20, 3, 90], strategy="streaming")
+    found = load(tmp_path / "r")
+    same_bits(found, expected)
+    np.testing.assert_array_equal(found.predict(X[:9]), expected.predict(X[:9]))
+
+
+START_OF_A_SUM = "exponential_amplitude=20,exponential_rate=3,polynomial_c0=90"
+
+
+def test_sums_are_found_by_name_however_it_is_spelled():
+    for spelling in ("gaussian + polynomial(2)", "gaussian+polynomial:2", "gaussian+polynomial2"):
+        assert named(spelling).param_names == (gaussian + polynomial(2)).param_names
+    assert named("g2_single").param_names[0] == "baseline"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# map
+
+
+def test_map_goes_on_with_what_is_there_and_counts_pixels(tmp_path):
+    energy = np.linspace(9, 11, 40, endpoint=False)
+    rng = np.random.default_rng(0)
+    spectra = 50 * np.exp(-(((energy - rng.uniform(9.6, 10.4, (6, 4, 1))) / 0.3) ** 2)) + rng.normal(size=(6, 4, 40))
+    spectra[0, 0] = np.nan
+    counts, x = write(tmp_path / "counts.zarr", spectra, (3, 4, 40)), write(tmp_path / "x.zarr", energy, (40,))
+    arguments = ("map", counts, "--model", "gaussian", "--x", x, "--bounds", "width=0.01:2", "--out", tmp_path / "m.zarr")
+    outcome = converges(*arguments)
+    assert "23 of 24 converged" in outcome.stdout and re.search(r"1 +masked", outcome.stdout)
+    fails(2, "exists: go on with it", *arguments)
+    assert converges(*arguments, "--resume").stdout == outcome.stdout == converges("info", tmp_path / "m.zarr").stdout
+    group = zarr.open_group(tmp_path / "m.zarr")
+    expected = fit_map(gaussian, x, counts, bounds=dict(width=(0.01, 2))).compute()
+    np.testing.assert_array_equal(group["popt"][...], expected.popt)
+    group["done"][0] = 0
+    assert "1 of 2 blocks are done" in converges("info", tmp_path / "m.zarr").stdout
+    fails(
+        3,
+        "no pixel converged",
+        *arguments[:-1],
+        tmp_path / "none.zarr",
+        "--max-nfev",
+        "1",
+        "--p0",
+        "amplitude=1,center=9,width=1",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in a shell
+
+DASK = Path(sys.executable).parent / "dask"
+
+
+def shell(*arguments, **options):
+    command = [DASK, "nlsq", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_path):
+    (tmp_path / "own.py").write_text("def straight(x, a, b):\n    return a * x + b\n")
+    process = shell("fit", "y.zarr", "--model", "own:straight", "--x", "0:10:0.0005", "--out", "r", cwd=tmp_path)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "converged" in output and "result.json, summary.json, report.html" in output
+    process = shell("fit", "y.zarr", "--model", "own:curved", "--x", "0:10:0.0005", cwd=tmp_path)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and "has no 'curved'" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(number, tmp_path):
+    n = 4_000_000
+    rng = np.random.default_rng(3)
+    store = write(tmp_path / "y.zarr", rng.poisson(np.exp(-np.arange(n) / n) * 50).astype("u2"), (20_000,))
+    model = ("--model", "tests.models_of_a_user:decay", "--x", f"0:{n}:1", "--p0", "a=9,b=9e-7,c=9")
+    fit = ("fit", store, *model, "--strategy", "streaming")
+    converges(*fit, "--out", tmp_path / "whole", "--no-report")
+    checkpoint, log = tmp_path / "c", tmp_path / "log"
+    out = ("--no-report", "--out", tmp_path / "r")
+    process = shell(*fit, "--checkpoint", checkpoint, *out, "--log", log, cwd=ROOT)
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 3, errors
+    assert "Stopped by a signal" in errors and f"dask nlsq resume {checkpoint} goes on" in errors
+    assert load(tmp_path / "r").status == -3
+    process = shell("resume", checkpoint, *out, cwd=ROOT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    same_bits(load(tmp_path / "r"), load(tmp_path / "whole"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# demo
 
 
 def test_demo_prints_its_report(tmp_path):
@@ -33,11 +362,12 @@ def test_option_that_cannot_work_exits_with_one_line_and_status_1(tmp_path):
     assert outcome.stderr == "Error: frames = 5: at least 20 are needed to determine all parameters\n"
 
 
-def test_help_names_the_options():
-    outcome = CliRunner().invoke(nlsq, ["demo", "--help"])
-    assert outcome.exit_code == 0
-    for option in ("--frames", "--angles", "--seed", "--directory"):
-        assert option in outcome.stdout
+@pytest.mark.parametrize("command", ["demo", "fit", "info", "map", "plan", "resume"])
+def test_help_names_the_options(command):
+    outcome = converges(command, "--help")
+    options = [each for each in nlsq.commands[command].params if each.param_type_name == "option"]
+    assert all(option.opts[0] in outcome.stdout for option in options)
+    assert command == "demo" or f"\n  dask nlsq {command} " in outcome.stdout  # an example
 
 
 def test_dask_finds_the_command():
