@@ -42,7 +42,7 @@ class Commands(click.Group):
             raise Failure(f"{err.format_message()} ({asked} --help says more)", 2) from err
 
 
-@click.group(name="nlsq", cls=Commands)
+@click.group(name="nlsq", cls=Commands, epilog=CODES)
 def nlsq():
     """Nonlinear least squares for data that do not fit in memory."""
 
@@ -66,7 +66,7 @@ def _command(*options):
         shown = click.option("--traceback", is_flag=True, help="Show where an error was raised.")
         for option in reversed((*options, shown)):
             run = option(run)
-        return nlsq.command(name=function.__name__.removesuffix("_"))(run)
+        return nlsq.command(name=function.__name__.removesuffix("_"), epilog=CODES)(run)
 
     return made
 
@@ -148,7 +148,8 @@ def _call(store, model, x, p0, bounds, fixed, sigma, mask, axis=None, read=True,
     options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
     options["mask"] = None if mask is None else absolute(mask)
     call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
-    return call | {name: value for name, value in options.items() if value not in (None, False, {})}
+    said = {name: value for name, value in options.items() if value is not None and value is not False and value != {}}
+    return call | said
 
 
 def _cluster(address):
@@ -231,7 +232,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
                 raise
             raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
         if result.status == -3:
-            failed = f"{result.message} dask nlsq resume {checkpoint or 'CHECKPOINT'} goes on"
+            failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
         click.echo(result.summary())
         if out is not None:
             _write(result, out, report)
@@ -278,6 +279,8 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     if model is None and kept["model"] is not None:
         model = ":".join(kept["model"])
     call = dict(path=directory, max_nfev=max_nfev, memory_limit_gb=memory_limit, f=model and words.model(model))
+    if x and "path" not in (kept["data"]["ydata"] or {}):
+        raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
     if x:
         call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]))
     call = {name: value for name, value in call.items() if value is not None}

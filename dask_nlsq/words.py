@@ -66,31 +66,34 @@ def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
 def _coordinate(text, k, shape, array, read):
     is_range = RANGE.fullmatch(text)
     if is_range:
-        vector = _arange(text, is_range.groups(), array.shards or array.chunks)
+        begin, step, n = _range(text, is_range.groups())
     else:
-        vector = open_array("x", absolute(text))
-        if vector.ndim != 1 or len(shape) == 1:
+        stored = open_array("x", absolute(text))
+        if stored.ndim != 1 or len(shape) == 1:
             return absolute(text)
+        n = stored.size
     k = k if len(shape) > 1 else 0
     if k >= len(shape):
-        raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector belongs to axis k")
-    if vector.shape != shape[k : k + 1]:
+        raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector is for axis k")
+    if n != shape[k]:
         way_out = "start:stop:step leaves out stop, as range does" if is_range else "the k-th --x is for axis k"
-        raise ValueError(f"--x {text} has {vector.shape[0]:,} values, but axis {k} has {shape[k]:,} ({way_out})")
-    if not is_range:
-        vector = vector[...] if read else np.broadcast_to(np.zeros((), vector.dtype), vector.shape)
+        raise ValueError(f"--x {text} has {n:,} values, but axis {k} has {shape[k]:,} ({way_out})")
+    if is_range and 8 * n > MOST_KEPT:  # lazy, in the chunks of y
+        vector = begin + step * da.arange(n, chunks=(array.shards or array.chunks)[k])
+    elif is_range:
+        vector = begin + step * np.arange(n)
+    else:
+        vector = stored[...] if read else np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
     return vector.reshape(-1, *(1,) * (len(shape) - 1 - k))
 
 
-def _arange(text, parts, chunks):
-    """Values of a range; one that is too long to be kept in a checkpoint is lazy, in the chunks of y."""
+def _range(text, parts):
+    """Start, step and number of values; integers where all are."""
     try:
-        start, stop, step = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts)
-        n = math.ceil((stop - start) / step - WITHIN)
+        begin, stop, step = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts)
+        return begin, step, math.ceil((stop - begin) / step - WITHIN)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"--x {text}: start:stop:step must be numbers, and step not 0, as in 0:10:0.1") from None
-    places = np.arange(n) if 8 * n <= MOST_KEPT else da.arange(n, chunks=chunks[0])
-    return start + step * places
 
 
 def start(texts) -> dict[str, float] | str | None:
@@ -145,12 +148,15 @@ def sigma(text: str | None):
 
 
 def new_place(out: Path) -> None:
-    """Refuse to write a result over something that is none.
+    """Make the directory of a result, before there is one to lose.
 
     Raises
     ------
     ValueError
-        Where ``out`` is a file, or a directory with something else in it.
+        Where ``out`` is a file, or a directory with something else than a result in it.
+    OSError
+        Where it cannot be made.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "result.json").exists())):
         raise ValueError(f"--out {out} exists and is not a result: give another path, or that of a new directory")
+    out.mkdir(parents=True, exist_ok=True)

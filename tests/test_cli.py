@@ -12,6 +12,7 @@ import pytest
 import zarr
 from click.testing import CliRunner
 from distributed import LocalCluster
+from zarr.codecs import ZstdCodec
 
 from dask_nlsq import curve_fit, demo, fit_map, load
 from dask_nlsq.cli import nlsq
@@ -26,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def write(path, values, chunks):
-    array = zarr.create_array(path, shape=values.shape, dtype=values.dtype, chunks=chunks)
+    codec, whole = ZstdCodec(checksum=True), {"write_empty_chunks": True}
+    array = zarr.create_array(path, shape=values.shape, dtype=values.dtype, chunks=chunks, compressors=codec, config=whole)
     array[...] = values
     return str(path)
 
@@ -149,6 +151,7 @@ def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
         ("no ready model .__import__", ("fit", "STORE", "--model", "__import__('os')", "--x", "0:10:0.0005")),
         ("must be numbers, and step not 0", ("fit", "STORE", "--model", "line", "--x", "0:10:0")),
         ("must be numbers", ("fit", "STORE", "--model", "line", "--x", "0:10:10/20000")),
+        ("values, but axis 0 has 20,000", ("fit", "STORE", "--model", "line", "--x", "0:1e30:1")),
         ("leaves out stop", ("fit", "STORE", *DECAY[:2], "--x", "0:10:0.001")),
         ("'d'.*the parameters are", ("fit", "STORE", *DECAY, "--p0", "a=1,b=1,c=1,d=1")),
         ("values go by name", ("fit", "STORE", *DECAY, "--p0", "1,2,3")),
@@ -166,7 +169,7 @@ def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
             ("fit", "STORE", "--model", "tests.models_of_a_user:with_a_typo", "--x", "0:10:0.0005"),
         ),
         (
-            r"models_of_a_user.py, line \d+: return a \* x @",
+            r"cannot be evaluated .*line \d+: return a \* x @",
             ("fit", "STORE", "--model", "tests.models_of_a_user:of_a_wrong_shape", "--x", "0:10:0.0005"),
         ),
         ("neither a result, nor a checkpoint, nor maps", ("info", "STORE")),
@@ -190,6 +193,7 @@ def test_only_a_result_is_replaced(store, tmp_path):
     (tmp_path / "notes" / "today.txt").write_text("precious")
     fails(2, "exists and is not a result", "fit", store, *DECAY, *START, "--out", tmp_path / "notes")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["today.txt"]
+    fails(2, "Not a directory", "fit", store, *DECAY, *START, "--out", tmp_path / "notes" / "today.txt" / "r")
     for _ in range(2):
         converges("fit", store, *DECAY, *START, "--out", tmp_path / "r", "--no-report")
 
@@ -311,11 +315,10 @@ def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_
     assert process.returncode == 2 and "has no 'curved'" in errors and errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(number, tmp_path):
-    n = 4_000_000
+def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(tmp_path):
+    n = 2_000_000
     rng = np.random.default_rng(3)
-    store = write(tmp_path / "y.zarr", rng.poisson(np.exp(-np.arange(n) / n) * 50).astype("u2"), (20_000,))
+    store = write(tmp_path / "y.zarr", rng.poisson(np.exp(-np.arange(n) / n) * 50).astype("u2"), (5_000,))
     model = ("--model", "tests.models_of_a_user:decay", "--x", f"0:{n}:1", "--p0", "a=9,b=9e-7,c=9")
     fit = ("fit", store, *model, "--strategy", "streaming")
     converges(*fit, "--out", tmp_path / "whole", "--no-report")
@@ -324,7 +327,7 @@ def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bit
     process = shell(*fit, "--checkpoint", checkpoint, *out, "--log", log, cwd=ROOT)
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.005)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 3, errors
     assert "Stopped by a signal" in errors and f"dask nlsq resume {checkpoint} goes on" in errors
