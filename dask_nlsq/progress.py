@@ -4,11 +4,11 @@ import sys
 import time
 from uuid import uuid4
 
-import dask
 import numpy as np
 from distributed import Client
 from tqdm.auto import tqdm
 
+from .config import setting
 from .dashboard import ABSENT, TOPIC, LivePage, install, logger
 from .plan import Plan
 from .reduction import Sweep, factor
@@ -76,7 +76,7 @@ class Live:
     """
 
     def __init__(self, client: Client | None, model: str, names, start: np.ndarray, plan: Plan, absolute_sigma: bool):
-        wanted = client is not None and dask.config.get("nlsq.dashboard")
+        wanted = client is not None and setting("dashboard")
         self.client = client if wanted and install(client, LivePage()) else None
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
         self.sweep: Sweep | None = None  # set as soon as there is one

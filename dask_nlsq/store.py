@@ -21,13 +21,14 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-import dask
 import dask.array as da
 import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ZipStore
+
+from .config import codec_pipeline, setting
 
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
@@ -74,7 +75,7 @@ class Patience(NamedTuple):
 
 
 def patience() -> Patience:
-    return Patience(dask.config.get("nlsq.read-deadline"), 1 + dask.config.get("nlsq.read-retries"))
+    return Patience(setting("read-deadline"), 1 + setting("read-retries"))
 
 
 class BadChunkError(RuntimeError):
@@ -137,10 +138,9 @@ def open_array(name: str, source) -> zarr.Array:
     if isinstance(source, zarr.Array):
         return source
     store, path = _store(source)
-    pipeline = dask.config.get("nlsq.codec-pipeline")
-    paths = {"zarrs": "zarrs.ZarrsCodecPipeline"}
+    pipeline = codec_pipeline()
     try:
-        with zarr.config.set({"codec_pipeline.path": paths.get(pipeline, pipeline)} if pipeline else {}):
+        with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
             # consolidated metadata go stale when an array grows
             opened = sync(
                 patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))

@@ -21,7 +21,6 @@ from dataclasses import replace
 from threading import Semaphore
 from typing import Any, NamedTuple
 
-import dask
 import dask.array as da
 import numpy as np
 from distributed import Client
@@ -29,7 +28,7 @@ from distributed import Client
 from .checkpoint import Checkpoint, Leave
 from .chunks import Census, Chunk, release
 from .cluster import Pieces
-from .config import threads
+from .config import setting, threads
 from .inputs import Problem
 from .kernels import Block
 from .loading import Load, compute_shared, plan_loads
@@ -323,7 +322,7 @@ class StreamingSweep(Sweep):
         if begun is None or not begun.is_at(params, reduction, reader.level):
             begun = Begun(params, Tree(reader.n_runs, reduction, self.evaluation.grouping.level), reader.level, [])
         tree, self.begun = begun.tree, None
-        saved, every = began, dask.config.get("nlsq.checkpoint-seconds")
+        saved, every = began, setting("checkpoint-seconds")
         todo = [run for run in range(reader.n_runs) if not tree.covers(reader.level, run >> reader.level)]
         n_units = len({run >> reader.level for run in todo})
         how = How(reduction, self.jac_mode, self.weights is None)
