@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow figures bench bench-long lint clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long lint typecheck clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -11,6 +11,9 @@ test: .venv/ready          ## all tests but the long ones
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow
+
+notebooks: .venv/ready      ## run the notebooks from clean
+	$(BIN)/python -m pytest tests/test_notebooks.py --durations=0
 
 figures: .venv/ready       ## print every accuracy figure that the README quotes
 	$(BIN)/python -m tests.accuracy
