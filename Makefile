@@ -1,6 +1,8 @@
 # Everything is set up by the target that needs it: Python >= 3.11, git and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
+# small tests of every layer, for environments other than .venv
+CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
 .PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long lint typecheck clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
@@ -14,6 +16,20 @@ test-slow: .venv/ready     ## only the long ones
 
 notebooks: .venv/ready      ## run the notebooks from clean
 	$(BIN)/python -m pytest tests/test_notebooks.py --durations=0
+
+wheel:                     ## build sdist and wheel, install the wheel in a fresh environment, run tests of it there
+	rm -rf dist
+	$(PYTHON) -m venv dist/fresh
+	dist/fresh/bin/python -m pip install --quiet build
+	dist/fresh/bin/python -m build --outdir dist
+	dist/fresh/bin/python -m pip install --quiet "$$(ls dist/*.whl)[test]"
+	cp -r tests pyproject.toml dist/fresh
+	cd dist/fresh && bin/python -m pytest -m "not slow" $(CORE)
+
+test-oldest:               ## tests of the core with the oldest versions of what it needs
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable ".[test]" --constraint tests/oldest.txt
+	.venv-oldest/bin/python -m pytest -m "not slow" $(CORE)
 
 figures: .venv/ready       ## print every accuracy figure that the README quotes
 	$(BIN)/python -m tests.accuracy
@@ -38,4 +54,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest dist

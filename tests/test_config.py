@@ -62,6 +62,10 @@ def test_every_key_is_described():
         assert len(allowed["description"].split()) > 5, key
 
 
+def test_type_checkers_are_told_that_there_are_annotations():
+    assert (ROOT / "py.typed").exists()
+
+
 @pytest.mark.parametrize("key", BAD)
 def test_a_bad_value_is_refused_as_by_the_schema_and_the_error_names_the_key(key):
     for value in BAD[key]:
