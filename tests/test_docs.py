@@ -1,0 +1,148 @@
+"""Every code block of README and docs runs as it stands there, and prints what the page says that it prints.
+
+The blocks of a page run in their order, in one namespace and one empty directory. A block with a caption is a file, which is
+written there. Shell blocks run `dask` and `python` of this environment. A ``text`` block is what the block before it prints,
+with ``...`` for what differs from run to run. A comment ``<!-- not run: why -->`` before a block says that it does not run
+here.
+"""
+
+import doctest
+import io
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import yaml
+from distributed import default_client
+
+from dask_nlsq.cli import nlsq
+
+matplotlib.use("agg")
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(each for each in (ROOT / "docs").rglob("*.md") if "_build" not in each.parts)]
+FENCE = re.compile(
+    r"^(?:<!-- not run: (?P<why>[^>]*?) -->\n+)?^```(?P<kind>\S+)(?: (?P<language>\w+))?\n(?P<options>(?::\w+: [^\n]*\n)*)(?P<code>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
+)
+LANGUAGES = ("python", "bash", "text")
+NEEDS = {"another machine", "a cluster", "a GPU", "a network", "another package", "an installation", "minutes"}
+MOST_NOT_RUN = 20
+SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+
+class Block(NamedTuple):
+    language: str
+    code: str
+    line: int
+    caption: str | None
+    why: str | None  # it does not run
+
+
+def blocks(page: Path) -> list[Block]:
+    text, found = page.read_text(), []
+    for match in FENCE.finditer(text):
+        language = match["language"] if match["kind"] == "{code-block}" else match["kind"]
+        caption = re.search(r"^:caption: (.*)$", match["options"], re.MULTILINE)
+        line = text.count("\n", 0, match.start("code"))
+        found.append(Block(language, match["code"], line, caption and caption[1], match["why"]))
+    return found
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    known, namespace, printed = set(sys.modules), {"__name__": "__main__"}, ""
+    try:
+        for block in blocks(page):
+            if block.why is not None:
+                printed = None
+            elif block.caption:
+                Path(block.caption).write_text(block.code)
+            elif block.language == "text":
+                if printed is not None:
+                    assert said(block.code, printed), f"{name(page)}:{block.line} is not what is printed:\n{printed}"
+            elif block.language == "python":
+                with redirect_stdout(io.StringIO()) as out:
+                    exec(compile("\n" * block.line + block.code, page, "exec"), namespace)
+                printed = out.getvalue()
+            elif block.language == "bash":
+                printed = shell(block.code)
+    finally:
+        leave(tmp_path, known)
+
+
+def said(want: str, got: str) -> bool:
+    return doctest.OutputChecker().check_output(textwrap.dedent(want), got, SAME)
+
+
+def shell(code: str) -> str | None:
+    """What the commands print; None where they need one of `dask nlsq` that there is not."""
+    if not set(re.findall(r"^dask nlsq (\w+)", code, re.MULTILINE)) <= {*nlsq.commands}:
+        return None
+    done = subprocess.run(["bash", "-e", "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=240)
+    assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def leave(directory, known):
+    """Without the cluster, the pictures and the modules of a page."""
+    try:
+        client = default_client()
+    except ValueError:  # there is none
+        pass
+    else:
+        client.shutdown()
+        client.close()
+    plt.close("all")
+    for module in sys.modules.keys() - known:
+        if str(getattr(sys.modules[module], "__file__", None) or "").startswith(str(directory)):
+            del sys.modules[module]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_block_says_what_it_is(page):
+    fences = re.findall(r"^```\S.*$", page.read_text(), re.MULTILINE)
+    code = [each for each in fences if not each.startswith("```{") or each.startswith("```{code-block}")]
+    assert len(blocks(page)) >= len(code)
+    for block in blocks(page):
+        assert block.language in LANGUAGES or block.language.startswith("{"), f"{name(page)}:{block.line} {block.language}"
+
+
+def test_blocks_that_do_not_run_are_few_and_say_what_they_need():
+    left_out = [(f"{name(page)}:{block.line}", block.why) for page in PAGES for block in blocks(page) if block.why]
+    print(*(f"{place}: needs {why}" for place, why in left_out), sep="\n")
+    assert {why for _, why in left_out} <= NEEDS
+    assert len(left_out) <= MOST_NOT_RUN
+
+
+def test_every_setting_is_on_its_page():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    defaults = yaml.safe_load((ROOT / "dask_nlsq" / "nlsq.yaml").read_text())["nlsq"]
+    for key, value in defaults.items():
+        text = "null" if value is None else str(value).lower()
+        row = f"| `nlsq.{key}` | `DASK_NLSQ__{key.replace('-', '_').upper()}` | `{text}` |"
+        assert row in page
+
+
+def test_every_public_name_is_in_the_reference():
+    import dask_nlsq
+
+    page = (ROOT / "docs" / "reference" / "index.md").read_text()
+    assert not [each for each in dask_nlsq.__all__ if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
