@@ -4,7 +4,7 @@ BIN := .venv/bin
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long lint typecheck clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long docs lint typecheck clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -43,6 +43,9 @@ bench-long: .venv/ready     ## maps against xarray, peak memory against its pred
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.streaming
 
+docs: .venv/docs            ## pages in docs/_build, with warnings as errors
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -53,5 +56,9 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest dist
+	rm -rf .venv .venv-oldest dist docs/_build docs/reference/generated
