@@ -173,8 +173,6 @@ def _ready(candidates=None, linear=(0,), shape=None, shape_ends=None, finish=lis
 def polynomial(degree: int) -> ReadyModel:
     """``c0 + c1 x + ... + c_degree x^degree``; ``polynomial(0)`` is a constant.
 
-    Parameters of the model
-    -----------------------
     c0, c1, ... : [y], [y / x], ...
 
     Raises

@@ -37,7 +37,6 @@ def readable(app, what, name, obj, options, lines):
         text = re.sub(r"\[(\d)\](?=_| )", rf"[#{room}-\1]", text)
         text = re.sub(r"^(\w+)\n-+\n", r".. rubric:: \1\n\n", text, flags=re.MULTILINE)
     elif isinstance(obj, ReadyModel) or name.startswith("dask_nlsq.models."):
-        text = re.sub(r"^Parameters of the model\n-+\n", "", text, flags=re.MULTILINE)
         text = re.sub(r"^([a-z]\w*(?:, [.\w]+)*) : ", r"* **\1**: ", text, flags=re.MULTILINE)
     text = re.sub(r"(?<!`)\(\*(?=\w)", r"(\\*", text)  # (*map, p) is no emphasis
     lines[:] = text.split("\n")
