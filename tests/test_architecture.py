@@ -11,8 +11,8 @@ ORDER = [  # from the bottom up: a room imports only from rooms before it
     "trf_jit", "model", "guesses", "models", "kernels", "store", "chunks", "inputs", "checkpoint", "loading", "cluster",
     "sample", "reduction", "binning", "plots", "trust_region", "screening", "multistart", "streaming", "plan", "report",
     "statistics", "uncertainty", "diagnostics", "result", "progress", "arguments", "admission", "map_step", "map_solver",
-    "map_blocks", "map_result", "maps", "api", "accessor", "__init__", "demo", "words", "kept",
-    "cli",
+    "map_blocks", "map_result", "maps", "api", "accessor", "__init__", "demo", "words",
+    "kept", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
