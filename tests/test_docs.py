@@ -30,7 +30,10 @@ matplotlib.use("agg")
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(each for each in (ROOT / "docs").rglob("*.md") if "_build" not in each.parts)]
 FENCE = re.compile(
-    r"^(?:<!-- not run: (?P<why>[^>]*?) -->\n+)?^```(?P<kind>\S+)(?: (?P<language>\w+))?\n(?P<options>(?::\w+: [^\n]*\n)*)(?P<code>.*?)^```$",
+    r"(?:^<!-- not run: (?P<why>[^>\n]*) -->\n)?"
+    r"^```(?P<kind>\S+)(?: (?P<argument>[^\n]*))?\n"
+    r"(?P<options>(?::[\w-]+: [^\n]*\n)*)"
+    r"(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 LANGUAGES = ("python", "bash", "text")
@@ -50,7 +53,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text, found = page.read_text(), []
     for match in FENCE.finditer(text):
-        language = match["language"] if match["kind"] == "{code-block}" else match["kind"]
+        language = match["argument"] if match["kind"] == "{code-block}" else match["kind"]
         caption = re.search(r"^:caption: (.*)$", match["options"], re.MULTILINE)
         line = text.count("\n", 0, match.start("code"))
         found.append(Block(language, match["code"], line, caption and caption[1], match["why"]))
@@ -96,7 +99,7 @@ def shell(code: str) -> str | None:
     """What the commands print; None where they need one of `dask nlsq` that there is not."""
     if not set(re.findall(r"^dask nlsq (\w+)", code, re.MULTILINE)) <= {*nlsq.commands}:
         return None
-    done = subprocess.run(["bash", "-e", "-c", code], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=240)
+    done = subprocess.run(["bash", "-e", "-c", code], text=True, capture_output=True, timeout=240)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
