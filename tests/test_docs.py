@@ -64,6 +64,7 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("ignore:Port 8787 is already in use")
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
