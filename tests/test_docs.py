@@ -23,7 +23,11 @@ import pytest
 import yaml
 from distributed import default_client
 
+from dask_nlsq import __all__ as public
+from dask_nlsq import __version__
 from dask_nlsq.cli import nlsq
+
+from .test_architecture import ORDER
 
 matplotlib.use("agg")
 
@@ -145,7 +149,14 @@ def test_every_setting_is_on_its_page():
 
 
 def test_every_public_name_is_in_the_reference():
-    import dask_nlsq
-
     page = (ROOT / "docs" / "reference" / "index.md").read_text()
-    assert not [each for each in dask_nlsq.__all__ if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
+    assert not [each for each in public if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
+
+
+def test_contributors_find_every_room_in_its_order():
+    rows = re.findall(r"^\| (`.*`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(rows)) == [room for room in ORDER if room != "__init__"]
+
+
+def test_the_version_to_cite_is_that_of_the_package():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
