@@ -388,7 +388,7 @@ BAD = {
     "p0 map": (dict(p0=np.ones((6, 5, 4))), ValueError, r"`p0 of area`.*\(5, 6\).*\(6, 5\)"),
     "p0 too long": (dict(p0=[1, 2, 3, 4, 5]), ValueError, "`p0` has 5 values.*takes 4"),
     "p0 a number": (dict(p0=3.0), ValueError, "`p0`.*3.0"),
-    "p0 text": (dict(p0="abcd"), TypeError, "`p0 of area`.*'a'"),
+    "p0 text": (dict(p0="abcd"), ValueError, "`p0` must be numbers or 'guess', not 'abcd'"),
     "p0 unknown name": (dict(p0=dict(aera=1)), ValueError, "`p0` names 'aera'.*did you mean 'area'"),
     "p0 lacks a name": (dict(p0=dict(area=1)), ValueError, "`p0` has no 'center'"),
     "p0 not finite": (dict(p0=[1, np.nan, 1, 1]), ValueError, "`p0` must be finite: center"),
