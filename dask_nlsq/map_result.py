@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -232,6 +233,9 @@ class MapResult:
             "done", shape=numbers, chunks=(1,) * len(numbers), dtype="u1", fill_value=0,
             dimension_names=[f"blocks_of_{dim}" for dim in dims],
         )  # fmt: skip
+        with warnings.catch_warnings():  # zarr: not in the specification of format 3; xarray looks for it, and warns without
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(path)
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -224,7 +224,7 @@ def test_starts_of_xarray_are_aligned_by_name():
 
 def test_a_map_in_a_store_opens_with_xarray(whole, tmp_path):
     fit_map(peak, None, labelled(blocks_of(Y)), P0, axis="energy").to_zarr(tmp_path / "m")
-    with xr.open_zarr(tmp_path / "m", consolidated=False) as data:
+    with xr.open_zarr(tmp_path / "m") as data:
         for name in FIELDS:
             np.testing.assert_array_equal(data[name].values, getattr(whole, name))
             assert data[name].dtype == getattr(whole, name).dtype
