@@ -48,7 +48,7 @@ def nlsq():
 
 
 def _command(*options):
-    """A subcommand with these options whose errors are one line; it returns its exit code, None for 0."""
+    """A subcommand with these options whose errors are one line."""
 
     def made(function):
         @wraps(function)
@@ -56,12 +56,11 @@ def _command(*options):
             try:
                 with warnings.catch_warnings():
                     warnings.showwarning = _warn
-                    code = function(**given)
+                    function(**given)
             except (click.ClickException, click.Abort):
                 raise
             except WRONG as err:
                 raise _failure(err, traceback) from err
-            raise SystemExit(code or 0)
 
         shown = click.option("--traceback", is_flag=True, help="Show where an error was raised.")
         for option in reversed((*options, shown)):
@@ -197,7 +196,7 @@ def fit(scheduler, checkpoint, out, report, log, **given):
     call = _call(**given)
     if checkpoint is not None:
         call["checkpoint"] = checkpoint
-    return _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, checkpoint, out, report, log)
+    _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, checkpoint, out, report, log)
 
 
 @_command(*DATA, *HOW)
@@ -215,7 +214,7 @@ def plan(scheduler, **given):
 
 
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
-    """Run a fit, write and print its result; the exit code."""
+    """Run a fit, write and print its result."""
     from . import words
     from .admission import NotConvergedError
 
@@ -235,10 +234,9 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
         click.echo(result.summary())
         if out is not None:
-            _write(result, out, report)
+            _write(result, out, report and result.status != -3)  # who is told to leave reads nothing more
     if failed is not None:
         raise Failure(failed, 3)
-    return 0
 
 
 def _write(result, out, report):
@@ -284,7 +282,7 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     if x:
         call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]))
     call = {name: value for name, value in call.items() if value is not None}
-    return _solve(api.resume, call, scheduler, directory, out, report, log)
+    _solve(api.resume, call, scheduler, directory, out, report, log)
 
 
 @_command(
