@@ -4,7 +4,7 @@ BIN := .venv/bin
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long docs lint typecheck clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -49,6 +49,7 @@ docs: .venv/docs            ## pages in docs/_build, with warnings as errors
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -7,7 +7,7 @@ points for accessors, so it would have to be imported, and each process that imp
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
@@ -92,10 +92,11 @@ class Accessor:
         data, options = self._data, {**(kwargs or {}), **more}
         if errors not in ("raise", "ignore"):
             raise ValueError(f'errors must be either "raise" or "ignore", not {errors!r}')
-        coords = [coords] if isinstance(coords, (str, xr.DataArray)) else list(coords)
-        coords = [data[each] if isinstance(each, str) else each for each in coords]
-        reduced = {reduce_dims} if isinstance(reduce_dims, str) else set(reduce_dims or ())
-        reduced |= {dim for dim in data.dims for each in coords if each.equals(data[dim])}
+        given = [coords] if isinstance(coords, (str, xr.DataArray)) else coords
+        axes = [data[each] if isinstance(each, str) else each for each in given]
+        single = isinstance(reduce_dims, str) or not isinstance(reduce_dims, Iterable)
+        reduced: set[Any] = {reduce_dims} - {None} if single else set(cast(Iterable, reduce_dims))
+        reduced |= {dim for dim in data.dims for each in axes if each.equals(data[dim])}
         if not reduced:
             raise ValueError(
                 "No arguments to `coords` were identified as a dimension on the calling object, and no dims were supplied "
@@ -114,7 +115,7 @@ class Accessor:
             fitted = [dim for dim in array.dims if dim in reduced]
             start, ends, _ = map_values(p0, bounds or {}, None, array, fitted)
             call = {k: v[variable] if isinstance(v, xr.Dataset) else v for k, v in options.items()}
-            call |= dict(f=func, xdata=coords, ydata=array, p0=start_of(func, names, start, ends), bounds=ends)
+            call |= dict(f=func, xdata=axes, ydata=array, p0=start_of(func, names, start, ends), bounds=ends)
             call |= dict(param_names=names, nan_policy="omit" if skipna else "raise")
             found = _one_fit(call, errors) if len(fitted) == array.ndim else _map_of_fits(call, fitted, errors)
             # called for its dimensions, coordinates and attributes alone

@@ -51,7 +51,7 @@ from .inputs import check_sendable
 from .kernels import choose_jac_mode, take_apart
 from .labels import by_name
 from .model import function_name, held, intern
-from .multistart import polish, sample_size, search
+from .multistart import Search, polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Live, Observers
 from .reduction import Evaluation, Grouping, open_sweep
@@ -108,7 +108,7 @@ def curve_fit(
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
     report: str | Path | None = None,
-) -> FitResult | tuple:
+) -> FitResult:
     """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
 
     The arguments mean what they mean in `scipy.optimize.curve_fit`; the answer is the optimum and covariance of one fit
@@ -294,11 +294,12 @@ def curve_fit(
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Grouping.of(problem, len(start)))
 
     started = time.perf_counter()
-    streaming = plan.strategy == "streaming"
     with ExitStack() as stack:
         stack.enter_context(attached(client, report))
         live = stack.enter_context(Live(client, function_name(model.f), names, start, plan, absolute_sigma))
-        live.sweep = sweep = (StreamingSweep if streaming else open_sweep)(problem, evaluation, client, plan.n_partitions)
+        place = problem, evaluation, client, plan.n_partitions
+        streamed = StreamingSweep(*place) if plan.strategy == "streaming" else None
+        live.sweep = sweep = streamed or open_sweep(*place)
         stack.enter_context(sweep)
 
         @cache
@@ -308,25 +309,25 @@ def curve_fit(
             return counts
 
         if guesses:
-            if streaming:
-                sweep.draw(len(start), needed=GUESS_RUNS)
+            if streamed:
+                streamed.draw(len(start), needed=GUESS_RUNS)
             else:
                 admit()
             start = all_start[free] = guessed_start(sweep, model, lower, upper)
             live.guessed(start)
-        if checkpoint is not None:
+        if checkpoint is not None and streamed:
             bounds = (all_lower, all_upper)
             path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
             kept = open_checkpoint(
                 path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds, param_names=all_names)
             )
-            if sweep.go_on(kept):
-                jac_mode = sweep.jac_mode
-            sweep.leave = stack.enter_context(Leave())
-        if streaming:
-            sweep.draw(len(start), needed=n_starts > 0)
-            check_start(sweep, start, lower, upper)
-            sweep.admit = admit  # what is in the data is known when the first sweep has read them
+            if streamed.go_on(kept):
+                jac_mode = streamed.jac_mode
+            streamed.leave = stack.enter_context(Leave())
+        if streamed:
+            streamed.draw(len(start), needed=n_starts > 0)
+            check_start(streamed, start, lower, upper)
+            streamed.admit = admit  # what is in the data is known when the first sweep has read them
         else:
             admit()
         if jac_mode == "auto":
@@ -336,9 +337,10 @@ def curve_fit(
         try:
             with Observers(callback, progress, verbose, live) as observers:
                 options = replace(options, callback=observers)
-                if streaming:
-                    sweep.watch = observers.reading
-                found, solver = None, hybrid if streaming else solve
+                if streamed:
+                    streamed.watch = observers.reading
+                found: Search | None = None
+                solver: Callable = hybrid if streamed else solve
                 if n_starts:
                     sample = sweep.points(sample_size(len(start)))
                     found = search(evaluation, sample, start, lower, upper, n_starts)
@@ -352,13 +354,14 @@ def curve_fit(
         n_points, n_masked, n_omitted = admit()
         sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
         live.ended(solution.message, n_masked + n_omitted, len(damage))
-    for each in stored if streaming else ():
+    for each in stored if streamed else ():
         warn_if_changed(each)
     cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
     known = absolute_sigma or (loss == "poisson" and not reweighted)
     pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
     popt = all_start.copy()
     popt[free] = solution.params
+    assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
     parts = take_apart(solution.equations.parts, len(free))
     result = FitResult(
         popt=popt,
@@ -396,7 +399,9 @@ def curve_fit(
     logger.info("%s", result.summary())
     if verbose:
         print(result.summary())
-    return result.scipy_output() if full_output else result
+    if full_output:
+        return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
+    return result
 
 
 curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
@@ -529,7 +534,7 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
     pcov = covariance(solution.factor)
     if pcov is not None and cost is None:
         return pcov
-    if pcov is not None and n_points > p:
+    if pcov is not None and cost is not None and n_points > p:
         return pcov * (2 * cost / (n_points - p))
     why = "".join(f": {each}" for each in combinations(solution.factor, names))
     warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)

@@ -38,7 +38,7 @@ def ready_model(f, p0, bounds, param_names, method=None):
         return p0, bounds, False
     own = dict(zip(f.param_names if param_names is None else param_names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
-        bounds = own | bounds
+        bounds = own | dict(bounds)
     elif isinstance(bounds, tuple) and all(np.ndim(each) == 0 for each in bounds) and bounds == (-np.inf, np.inf):
         bounds = bounds if method == "lm" else tuple(zip(*own.values(), strict=True))  # "lm" knows no bounds
     guesses = p0 is None or isinstance(p0, str)
@@ -321,7 +321,7 @@ def scale(x_scale, n, free):
 
 def tolerance(name, value):
     value = 0.0 if value is None else value
-    if not isinstance(value, Real) or not value >= 0:
+    if not isinstance(value, Real) or not float(value) >= 0:
         raise ValueError(f"`{name}` must be a number >= 0 or None, not {value!r}")
     return float(value)
 

@@ -56,7 +56,7 @@ def positive(name: str, value, unit: str = "") -> float:
     return float(value)
 
 
-def count(name: str, value, least: int = 1) -> int:
+def count(name: str, value, least: float = 1) -> int:
     """``value`` as an integer of at least ``least``; 1e8 is one."""
     if real(name, value) != int(value) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, not {value}")
@@ -69,7 +69,8 @@ def count(name: str, value, least: int = 1) -> int:
 
 def effective_fraction(argument: float | None = None) -> tuple[float, Literal["argument", "env", "default"]]:
     """The share of memory that a fit may take, and where it comes from; see `get_adaptive_memory_threshold`."""
-    fraction, source = DEFAULT_MEMORY_FRACTION, "default"
+    fraction = DEFAULT_MEMORY_FRACTION
+    source: Literal["argument", "env", "default"] = "default"
     text = os.environ.get(MEMORY_FRACTION_ENV_VAR)
     if argument is not None:
         fraction, source = _fraction(argument), "argument"

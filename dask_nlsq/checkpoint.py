@@ -24,7 +24,17 @@ from .store import is_stored
 VERSION = 2  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
-KEPT = ("p0", "absolute_sigma", "check_finite", "bounds", "method", "nan_policy", "loss", "f_scale", "x_scale")
+KEPT: tuple[str, ...] = (
+    "p0",
+    "absolute_sigma",
+    "check_finite",
+    "bounds",
+    "method",
+    "nan_policy",
+    "loss",
+    "f_scale",
+    "x_scale",
+)
 KEPT += ("ftol", "xtol", "gtol", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
 KEPT += ("fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
 LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
@@ -130,7 +140,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
-    identity |= {f"content of `{name}`": zlib.crc32(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    identity |= {f"content of `{name}`": zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
     return Checkpoint(path, identity, call, arrays)
 
 

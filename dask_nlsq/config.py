@@ -14,7 +14,13 @@ import yaml
 from dask.system import CPU_COUNT
 
 HERE = Path(__file__).parent
-TYPES = {"integer": int, "number": (int, float), "string": str, "boolean": bool, "null": type(None)}  # of JSON
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "integer": int,
+    "number": (int, float),
+    "string": str,
+    "boolean": bool,
+    "null": type(None),
+}  # of JSON
 PIPELINES = {"zarrs": "zarrs.ZarrsCodecPipeline"}
 
 dask.config.update_defaults(yaml.safe_load((HERE / "nlsq.yaml").read_text()))

@@ -149,7 +149,8 @@ def _runs(mean):
 
 
 def _along_the_data(blocks, runs, noise):
-    lines, n = [], blocks.n
+    lines: list[str] = []
+    n = blocks.n
     if len(n) < FEWEST_PARTS or not noise.squares:
         return lines
     chi = blocks.chi_square

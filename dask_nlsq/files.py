@@ -34,7 +34,7 @@ def write_whole(path: Path, write: Callable) -> None:
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **values) -> None:
     """Write arrays and JSON values as one .npz file."""
     text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    write_whole(path, lambda file: np.savez(file, __json__=text, **arrays))
+    write_whole(path, lambda file: np.savez(file, __json__=text, **arrays))  # type: ignore[arg-type]
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -31,6 +31,7 @@ from .model import Model, advice, check_jac_shape, check_shape, evaluate, evalua
 from .trf_jit import EPS, LOSSES, MODEL_FLOOR, float64, masked_cost, poisson_terms
 
 Reduction = Literal["gram", "qr"]
+What = Literal["residual", "model", "band"]  # that `value_kernel` computes
 JacMode = Literal["columns", "arguments"]
 BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
 TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
@@ -175,7 +176,7 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     return model.get(("sweep", spec), lambda: jax.jit(build_sweep(model, spec)))
 
 
-def value_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model", "band"]):
+def value_kernel(model: Model, spec: KernelSpec, what: What):
     """Compiled ``(params, f_scale, block) -> (capacity,)``: residuals or model values; the first n are meaningful.
 
     With a Poisson likelihood residuals are those of the deviance: half of their squares add up to the cost.

@@ -195,17 +195,17 @@ class MapResult:
                 return replace(self, problem=problem, record=problem.records()).to_zarr(path, True, progress, **options)
         if not (path / "done").exists():
             self._create(path, identity)
-        done = zarr.open_array(path / "done", mode="r")[...].astype(bool)
+        done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
         with _bar(progress):
-            blocks = None if done.all() else self._settled(options).record.to_delayed()
+            delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
             for band in self.problem.bands:
                 tasks = []
                 for index in product(*(range(len(sizes)) for sizes in self.problem.blocks)):
                     place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))
                     if done[index] or (place and not band.start <= place[0].start < band.stop):
                         continue
-                    tasks.append(dask.delayed(_write, pure=False)(blocks[index], str(path), index, place))
+                    tasks.append(dask.delayed(_write, pure=False)(delayed[index], str(path), index, place))
                 dask.compute(*tasks, **options)
         return zarr.open_group(path, mode="r")
 
@@ -313,7 +313,7 @@ def _attributes(name):
 def _describe(array):
     if isinstance(array, da.Array):
         return [list(array.shape), str(array.dtype)]
-    return [list(array.shape), str(array.dtype), zlib.crc32(np.ascontiguousarray(array))]
+    return [list(array.shape), str(array.dtype), zlib.crc32(np.ascontiguousarray(array).data)]
 
 
 def _plain(attrs):
@@ -323,7 +323,7 @@ def _plain(attrs):
 def _compare(path, identity):
     """Blocks of the map that was begun at ``path``; an error where it is not the same fit."""
     try:
-        known = dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]
+        known: Any = dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]
     except (KeyError, OSError, zarr.errors.GroupNotFoundError):
         raise ValueError(f"{path} is not a map that to_zarr has begun: give another path") from None
     changed = [name for name in known.keys() | identity.keys() if known.get(name) != identity.get(name)]
@@ -335,7 +335,7 @@ def _compare(path, identity):
 
 def _write(record, path, index, place):
     """Write a block's maps, then that it is done."""
-    group = zarr.open_group(path, mode="r+")
+    group: Any = zarr.open_group(path, mode="r+")
     for name in record.dtype.names:
         group[name][(*place, ...)] = record[name]
     group["done"][index] = 1

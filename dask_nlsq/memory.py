@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from numbers import Integral
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ POOL_SHARE = 0.25  # most of all memory that they take
 LOOK_BYTES = 2**26  # of new memory, after which the system is asked again how much there is, which takes 0.5 ms
 COLLECT_SECONDS = 1.0  # least time between garbage collections, which take 0.1 s where JAX is loaded
 
+Algorithm = Literal["trf", "lm", "dogbox"]
 # what an algorithm holds beside data and normal equations: Jacobians, vectors of n points, p x p matrices.
 # lm factors J in place; trf works on an SVD of it; dogbox also forms J times the step of the free variables
 _HELD = {"lm": (1.0, 2, 1), "trf": (1 + SVD_SHARE, 2, 2), "dogbox": (1 + SVD_SHARE, 3, 3)}
@@ -100,9 +101,7 @@ class MemoryManager:
     # -----------------------------------------------------------------------------------------------------------------
     # how much is needed, how much there is
 
-    def predict_memory_requirement(
-        self, n_points: int, n_params: int, algorithm: Literal["trf", "lm", "dogbox"] = "trf"
-    ) -> int:
+    def predict_memory_requirement(self, n_points: int, n_params: int, algorithm: Algorithm = "trf") -> int:
         """Bytes at the peak of a fit of all points in memory.
 
         ``safety_factor`` times data (x and y) + c J + v vectors of n points + s matrices (p, p), with the parts of
@@ -122,7 +121,7 @@ class MemoryManager:
         return self.safety_factor * per_point, self.safety_factor * squares * parts.normal
 
     def estimate_chunking_strategy(
-        self, n_points: int, n_params: int, algorithm: str = "trf", memory_limit_gb: float | None = None
+        self, n_points: int, n_params: int, algorithm: Algorithm = "trf", memory_limit_gb: float | None = None
     ) -> dict[str, bool | int | float]:
         """The fewest even chunks that a fit can take one after the other, of ``memory_limit_gb`` (GiB) at most each.
 
@@ -273,8 +272,8 @@ class MemoryManager:
         with self._changed:
             buffer = self._from_pool(nbytes)
             reused = buffer is not None
-            capacity = len(buffer) - ALIGNMENT if reused else size_class(nbytes)
-            if not reused:
+            capacity = size_class(nbytes) if buffer is None else len(buffer) - ALIGNMENT
+            if buffer is None:
                 self._unseen += capacity
                 if self._unseen >= LOOK_BYTES or np.isfinite(self.limit_bytes):
                     self._make_room(capacity)
@@ -300,7 +299,7 @@ class MemoryManager:
         ValueError
             Where ``arr`` was freed before, is a view, or is not of this manager.
         """
-        buffer = getattr(arr, "base", None)
+        buffer: Any = getattr(arr, "base", None)
         with self._changed:
             loan = self._loans.get(id(buffer))
             if loan is None or loan.array() is not arr:

@@ -18,7 +18,7 @@ from functools import reduce
 from math import inf, pi
 from numbers import Integral
 from operator import add
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,8 @@ class ReadyModel:
         self.terms = terms
         kinds = Counter(term.name for term in terms)
         seen: Counter[str] = Counter()
-        names, self.bounds = [], {}
+        names: list[str] = []
+        self.bounds: dict[str, tuple[float, float]] = {}
         for term in terms:
             seen[term.name] += 1
             number = seen[term.name] if kinds[term.name] > 1 else ""
@@ -97,7 +98,7 @@ class ReadyModel:
         """
         return guess([term.part for term in self.terms], x, y)
 
-    guess.leaves_out_nan = True  # a map need not fill the points that do not count
+    guess.leaves_out_nan = True  # type: ignore[attr-defined]  # a map need not fill the points that do not count
 
     def __add__(self, other):
         return ReadyModel(*self.terms, *other.terms) if isinstance(other, ReadyModel) else NotImplemented
@@ -114,6 +115,7 @@ def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
     Where some of its parameters are held, of the others: as if none were.
     """
+    f: Any
     f, free = (model.f.f, model.f.free) if isinstance(model.f, Held) else (model.f, slice(None))
     guess = model.get("guess", lambda: jax.jit(f.guess))
     with float64():

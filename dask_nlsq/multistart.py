@@ -255,7 +255,8 @@ def _basins(params, costs, grams, n_points):
     Two are at the same where the distance between them is a few standard errors, or where their costs are equal.
     """
     p = params.shape[1]
-    basin, found, equal = np.full(len(costs), -1), [], _equal(costs)
+    basin, equal = np.full(len(costs), -1), _equal(costs)
+    found: list[int] = []
     for k in np.argsort(costs, kind="stable"):
         if not np.isfinite(costs[k]):
             break

@@ -195,23 +195,22 @@ def make_plan(
         reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
         raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
     lazy = problem.lazy and not problem.rules.whole
-    first = strategy
-    if strategy == "auto":
-        first = "chunked" if lazy and client is not None else "standard"
+    chosen: Strategy = "chunked" if lazy and client is not None else "standard"
+    if strategy != "auto":
+        chosen = strategy
     try:
-        needs, (reason, n_partitions, places) = _decide(problem, n_params, first, limit, client, per_thread)
-        strategy = first
+        needs, (reason, n_partitions, places) = _decide(problem, n_params, chosen, limit, client, per_thread)
     except MemoryBudgetError as err:
         if strategy != "auto" or not lazy:
             raise
-        strategy = "streaming"
+        chosen = "streaming"
         try:
-            needs, (reason, n_partitions, places) = _decide(problem, n_params, strategy, limit, client, per_thread)
+            needs, (reason, n_partitions, places) = _decide(problem, n_params, chosen, limit, client, per_thread)
         except MemoryBudgetError:
             raise err from None
         reason = f"{reason}, since {err.numbers}"
     plan = Plan(
-        strategy=strategy,
+        strategy=chosen,
         reason=reason,
         n_points=problem.n_points,
         n_params=n_params,

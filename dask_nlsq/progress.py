@@ -76,8 +76,8 @@ class Live:
     """
 
     def __init__(self, client: Client | None, model: str, names, start: np.ndarray, plan: Plan, absolute_sigma: bool):
-        wanted = client is not None and setting("dashboard")
-        self.client = client if wanted and install(client, LivePage()) else None
+        shown = client is not None and setting("dashboard") and install(client, LivePage())
+        self.client = client if shown else None
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
         self.sweep: Sweep | None = None  # set as soon as there is one
         self.errors = [float("nan")] * len(start)
@@ -92,7 +92,7 @@ class Live:
             self._tell(status=f"{kind.__name__}: {error}"[:200])
 
     def __call__(self, record: Record) -> None:
-        if self.client is None:
+        if self.client is None or self.sweep is None:
             return
         params, equations = self.sweep.latest
         free = self.plan.n_points - len(params)
@@ -101,8 +101,8 @@ class Live:
             self.errors = np.sqrt(np.diag(scaled)).tolist()
         seconds, self.seconds = record.seconds - self.seconds, record.seconds
         rates = dict(points_per_s=self.plan.n_points / seconds / 1e6, gb_per_s=self.plan.sweep_bytes / seconds / 1e9)
-        params = dict(params=record.params.tolist(), errors=self.errors)
-        self._tell(nfev=record.nfev, cost=record.cost, optimality=record.optimality, **params, **rates)
+        now = dict(params=record.params.tolist(), errors=self.errors)
+        self._tell(nfev=record.nfev, cost=record.cost, optimality=record.optimality, **now, **rates)
 
     def guessed(self, start: np.ndarray) -> None:
         self._tell(p0=start.tolist())

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import dask
 import dask.array as da
@@ -31,6 +31,7 @@ from .kernels import (
     JacMode,
     KernelSpec,
     Reduction,
+    What,
     part_size,
     sweep_kernel,
     take_apart,
@@ -211,7 +212,7 @@ class Evaluation(NamedTuple):
                     results.append((np.asarray(matrix), float(cost), np.asarray(parts)))
         return results
 
-    def values(self, chunk: Chunk, params: np.ndarray, what: str, *spread) -> np.ndarray:
+    def values(self, chunk: Chunk, params: np.ndarray, what: What, *spread) -> np.ndarray:
         """What `value_kernel` computes, for a chunk, in its shape; residuals are NaN where the mask is true."""
         flat = []
         with float64():
@@ -250,6 +251,7 @@ class Sweep:
     latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
     weights: np.ndarray | None = None  # sums of w, w y and w y^2 of all data, from the first sweep
     drawn = None  # what a sweep that does not hold the data knows beforehand
+    chunks: list[Chunk]  # where they are held in this process
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
 
     def __init__(self, problem: Problem, evaluation: Evaluation):
@@ -275,7 +277,7 @@ class Sweep:
         """
         n_counted = self.n_stored - sum(census.n_masked + census.n_omitted for census in self.census())
         if self.evaluation.rules.whole:
-            (chunk,) = self.chunks
+            (chunk,) = self.chunks  # all are in this process then
             return Sample(chunk.blocks[0], self.evaluation.rules.layouts, n_counted, n_counted, True)
         wanted = min(-(-n * self.n_stored // n_counted), self.n_stored)
         orders, values = zip(*self._pick(wanted), strict=True)
@@ -284,6 +286,29 @@ class Sweep:
 
     def __enter__(self):
         return self
+
+    def __exit__(self, *exc) -> None:
+        raise NotImplementedError
+
+    def _reduce(self, params: np.ndarray, how: How) -> tuple[np.ndarray, float, np.ndarray]:
+        """Matrix, cost and parts of all data."""
+        raise NotImplementedError
+
+    def _pick(self, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What `pick_points` finds in all partitions."""
+        raise NotImplementedError
+
+    def census(self) -> list[Census]:
+        """What is known of each chunk."""
+        raise NotImplementedError
+
+    def sample(self) -> tuple[np.ndarray, ...]:
+        """Coordinates of some consecutive points."""
+        raise NotImplementedError
+
+    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
+        """Per chunk: how many residuals are not finite."""
+        raise NotImplementedError
 
 
 class LocalSweep(Sweep):
@@ -497,9 +522,7 @@ def chunk_values(evaluation: Evaluation, factor, params, what, spread, load: Loa
         release(chunk)
 
 
-def map_chunks(
-    problem: Problem, evaluation: Evaluation, params: np.ndarray, what: Literal["residual", "model", "band"], *spread
-):
+def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, what: What, *spread):
     """What `value_kernel` computes, in y's shape ("band": (2, *shape)): lazy (Dask) where the problem is, else NumPy."""
     runs, common = plan_loads(problem)
     grid = np.empty([len(sizes) for sizes in problem.chunks], dtype=object)

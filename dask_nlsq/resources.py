@@ -108,7 +108,7 @@ def detect_memory(root: Path | str = "/") -> Detected:
     """Memory that this process can ever have: the machine's, or its container's where that is less."""
     physical, cgroup = _physical("total", "SC_PHYS_PAGES"), cgroup_memory(root)
     if cgroup is not None and (physical.total is None or cgroup.limit < physical.total):
-        return Detected(float(cgroup.limit), f"cgroup-v{cgroup.version}")
+        return Detected(float(cgroup.limit), "cgroup-v1" if cgroup.version == 1 else "cgroup-v2")
     return physical
 
 

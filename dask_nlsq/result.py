@@ -50,7 +50,9 @@ class NamedModel(NamedTuple):
 
     @classmethod
     def of(cls, evaluation: Evaluation, n_params: int) -> "NamedModel":
-        f, values, free = evaluation.model.f, [], []
+        f: Any = evaluation.model.f
+        values: list[float] = []
+        free: list[int] = []
         found = fingerprint(intern(f), evaluation.rules.layouts, n_params)
         if isinstance(f, Held):
             f, values, free = f.f, f.values, f.free
@@ -380,7 +382,8 @@ class FitResult:
         """
         evaluation, path = self._evaluation, Path(path)
         if not isinstance(evaluation.model, NamedModel):
-            evaluation = evaluation._replace(model=NamedModel.of(evaluation, len(self.free)))
+            named: Any = NamedModel.of(evaluation, len(self.free))  # takes the place of a model that has no file
+            evaluation = evaluation._replace(model=named)
         save_record(path, replace(self, _evaluation=evaluation, _problem=None))
 
     def to_dict(self) -> dict[str, Any]:
@@ -393,7 +396,18 @@ class FitResult:
             )
             for name, value, error, interval, bounds, place in columns
         }
-        names = ("status", "success", "message", "cost", "n_points", "n_masked", "n_omitted", "nfev", "sweeps", "optimality")
+        names: tuple[str, ...] = (
+            "status",
+            "success",
+            "message",
+            "cost",
+            "n_points",
+            "n_masked",
+            "n_omitted",
+            "nfev",
+            "sweeps",
+            "optimality",
+        )
         names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
         return _jsonable(
             dict(parameters=parameters, statistics=self.statistics._asdict(), noise=self.noise._asdict())
@@ -520,7 +534,20 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-RECORDS = (Read, Record, Search, Drawn, Plan, Place, Factor, Totals, Parts, Noise, NamedModel, BadChunkError)
+RECORDS: tuple[type, ...] = (
+    Read,
+    Record,
+    Search,
+    Drawn,
+    Plan,
+    Place,
+    Factor,
+    Totals,
+    Parts,
+    Noise,
+    NamedModel,
+    BadChunkError,
+)
 RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, Grouping, FitResult)
 
 

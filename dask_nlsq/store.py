@@ -34,7 +34,15 @@ BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
 TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
-DECODING = (RuntimeError, ValueError, EOFError, TypeError, AssertionError, zlib.error, lzma.LZMAError)
+DECODING: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AssertionError,
+    zlib.error,
+    lzma.LZMAError,
+)
 CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
 NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
 CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
@@ -65,7 +73,7 @@ class Patience(NamedTuple):
         for attempt in range(1, self.tries + 1):
             try:
                 return await asyncio.wait_for(ask(), self.deadline)
-            except (OSError, *_client_errors()) as err:  # TimeoutError is an OSError
+            except _client_errors(OSError) as err:  # TimeoutError is an OSError
                 if attempt == self.tries or not _may_pass(err):
                     if isinstance(err, TimeoutError) and not err.args:
                         raise TimeoutError(f"no answer within {self.deadline:g} s") from None
@@ -147,7 +155,7 @@ def open_array(name: str, source) -> zarr.Array:
             )
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
         raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}") from err
-    except (TimeoutError, *_client_errors()) as err:
+    except _client_errors(TimeoutError) as err:
         raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
     if not isinstance(opened, zarr.AsyncArray):
         members = ", ".join(sorted(zarr.Group(opened).array_keys())) or "none"
@@ -268,7 +276,7 @@ class Stored:
             raise self.damaged[index]
         try:
             return sync(self.patience.get(lambda: self._read(index, item)))
-        except (*DECODING, OSError, *_client_errors()) as err:
+        except _client_errors(*DECODING, OSError) as err:
             raise self.error(index, _said(err), self.policy.on_bad_chunk == "mask") from err
 
     async def _read(self, index, item):
@@ -291,9 +299,9 @@ def _is_full_of(fill_value, values):
     return all(np.array_equal(part, np.broadcast_to(fill, part.shape), equal_nan=True) for part in parts)
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
-    """What the clients of object stores raise, as far as they are loaded."""
-    return tuple(getattr(sys.modules[module], name) for module, name in CLIENTS.items() if module in sys.modules)
+def _client_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the clients of object stores raise, as far as they are loaded, and ``others``."""
+    return others + tuple(getattr(sys.modules[module], name) for module, name in CLIENTS.items() if module in sys.modules)
 
 
 def _may_pass(err) -> bool:
@@ -306,7 +314,7 @@ def _may_pass(err) -> bool:
 def _is_absent(err: FileNotFoundError) -> bool:
     """Whether nothing is there: fsspec says so as well where a server gave another answer than 404, or none."""
     cause = err.__cause__
-    failed = isinstance(cause, (OSError, *_client_errors())) and not isinstance(cause, FileNotFoundError)
+    failed = isinstance(cause, _client_errors(OSError)) and not isinstance(cause, FileNotFoundError)
     return not failed or getattr(cause, "status", None) == 404
 
 
@@ -414,7 +422,7 @@ async def _size(store, key):
     except FileNotFoundError as err:
         if _is_absent(err):
             return None
-        raise err.__cause__ from None
+        raise err.__cause__ or err from None
 
 
 async def _asked(stored, store):
@@ -424,7 +432,7 @@ async def _asked(stored, store):
         async with turn:
             try:
                 return await stored.patience.get(lambda: _size(store, stored.key(index)))
-            except (OSError, *_client_errors()) as err:
+            except _client_errors(OSError) as err:
                 if stored.policy.on_bad_chunk == "raise":
                     raise stored.error(index, _said(err), False) from err
                 return _said(err)

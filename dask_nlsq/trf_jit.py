@@ -27,10 +27,11 @@ References
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 EPS = 2.0**-52  # spacing of float64 at 1
@@ -47,25 +48,28 @@ def float64():
 
 def inherit_device():
     """Function for other threads to call, which gives them the caller's ``jax.default_device``."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # JAX adds it when it is imported
     return lambda: jax.default_device(device).__enter__()  # for the life of the thread
+
+
+Vector: TypeAlias = jax.Array | np.ndarray
 
 
 class HatSpace(NamedTuple):
     """The scaled variables at one point; all of shape (p,)."""
 
-    v: jax.Array  # Coleman-Li distance to the bound that the gradient pushes against, 1 where there is none
-    d: jax.Array  # step = d * step_h
-    diagonal: jax.Array  # C
-    gradient: jax.Array  # g_h = d * g
+    v: Vector  # Coleman-Li distance to the bound that the gradient pushes against, 1 where there is none
+    d: Vector  # step = d * step_h
+    diagonal: Vector  # C
+    gradient: Vector  # g_h = d * g
 
 
 class Spectrum(NamedTuple):
     """SVD of the augmented matrix ``[R diag(d); sqrt(C)]`` = U diag(s) V^T."""
 
-    s: jax.Array  # (p,) descending
-    V: jax.Array  # (p, p)
-    uf: jax.Array  # (p,) U^T [projected; 0]
+    s: Vector  # (p,) descending
+    V: Vector  # (p, p)
+    uf: Vector  # (p,) U^T [projected; 0]
 
 
 def _rho_linear(z):

@@ -164,8 +164,9 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     if not equations.finite:
         raise NotFiniteAtStart("the cost or its derivatives are not finite at the start point")
     here = _stand(params, equations, None, options)
-    radius = norm(params / here.hat.d) or 1.0
-    relative, step_norm = np.inf, np.inf
+    radius = float(norm(params / here.hat.d)) or 1.0
+    relative: float = np.inf
+    step_norm: float = np.inf
     history = [_record(iteration, nfev, here, np.nan, np.nan, np.nan, radius, True, started, equations.read)]
 
     while True:
@@ -187,7 +188,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
             break
         nfev += 1
         iteration += 1
-        step_norm, step_h_norm = norm(candidate.step), norm(candidate.step_h)
+        step_norm, step_h_norm = float(norm(candidate.step)), float(norm(candidate.step_h))
 
         if not equations.finite:
             radius = 0.25 * step_h_norm
@@ -221,7 +222,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     if options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here) and status != -3:
         here = _stand(here.params, sweep(here.params, "qr"), here.scale, options)
     values = dict(optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol)
-    values |= dict(step=step_norm / (norm(here.params) or 1.0), rounding=ROUNDING)
+    values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
     message = MESSAGES[status].format(**values)
     return Solution(here.params, here.equations, here.factor, status, message, nfev, here.optimality, history)
 
