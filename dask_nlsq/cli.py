@@ -12,6 +12,7 @@ from datetime import datetime
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,7 +29,7 @@ class Failure(click.ClickException):
 
     def __init__(self, text: str, exit_code: int):
         super().__init__(" ".join(text.split()))
-        self.exit_code = exit_code
+        self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 
 
 class Commands(click.Group):
@@ -81,7 +82,7 @@ def _failure(err, with_traceback=False) -> Failure:
 
     if with_traceback:
         click.echo("".join(traceback.format_exception(err)), err=True)
-    kinds = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
+    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
     code = next(code for code, kind in kinds.items() if isinstance(err, kind))
     frames = traceback.extract_tb(err.__traceback__)
     own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]

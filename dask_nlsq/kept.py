@@ -1,6 +1,7 @@
 """What a path holds that this package has written, in words: a result, a checkpoint, or maps."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -44,7 +45,7 @@ def describe_checkpoint(path: Path) -> str:
     return "\n".join([*lines, f"to go on: dask nlsq resume {path}"])
 
 
-def describe_map(path: Path, group: zarr.Group) -> str:
+def describe_map(path: Path, group: Any) -> str:
     about, done = group.attrs["dask_nlsq"], group["done"][...]
     shape = " x ".join(map(str, group["status"].shape))
     lines = [f"{path}: {shape} pixels, {', '.join(about['parameters'])} of {about['model']}"]
@@ -56,6 +57,7 @@ def describe_map(path: Path, group: zarr.Group) -> str:
     return "\n".join(lines)
 
 
-def n_converged(group: zarr.Group) -> int:
+def n_converged(group: Any) -> int:
+    """Pixels of an open Zarr group of maps."""
     status = group["status"][...]
     return int(np.sum((status >= MapStatus.GTOL) & (status <= MapStatus.AT_BOUND)))

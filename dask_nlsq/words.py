@@ -109,12 +109,13 @@ def values(option: str, texts) -> dict[str, float]:
 
 def bounds(texts) -> dict[str, tuple[float | None, float | None]]:
     """``("a=0:", "b=:3,c=0:1")``: pairs by name, None where an end is left out."""
-    found = {}
+    found: dict[str, tuple[float | None, float | None]] = {}
     for name, value in _pairs("--bounds", texts):
         low, colon, high = value.partition(":")
         if not colon:
             raise ValueError(f"--bounds {name}={value}: two ends with a colon between them, as in {name}=0:1 or {name}=0:")
-        found[name] = tuple(_number("--bounds", name, each) if each.strip() else None for each in (low, high))
+        low, high = (_number("--bounds", name, each) if each.strip() else None for each in (low, high))
+        found[name] = low, high
     return found
 
 
