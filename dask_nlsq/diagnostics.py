@@ -15,6 +15,7 @@ import numpy as np
 
 from .reduction import Factor
 from .statistics import correlation
+from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
 NEAR_ONE = 0.99  # correlation that is worth a word
@@ -181,11 +182,17 @@ def _along_the_data(blocks, runs, noise):
 
 
 def _compared(result, names):
-    errors = result.perr[list(result.free)]
+    """Errors by the sandwich that are larger than the usual ones, and not by chance."""
+    C, free = covariance(result.factor), list(result.free)
+    if C is None:
+        return []
+    pull = result.parts.gram[:, :-1, -1] @ C  # of each part on each parameter
+    n_alike = np.sum(pull**2, axis=0) ** 2 / np.maximum(np.sum(pull**4, axis=0), np.finfo(float).tiny)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.sqrt(np.diag(result.sandwich)[list(result.free)]) / errors
-    k = int(np.argmax(np.nan_to_num(ratio)))
-    if not np.nan_to_num(ratio[k]) > LARGER:
+        ratio = np.nan_to_num(np.sqrt(np.diag(result.sandwich)[free]) / result.perr[free])
+    ratio = np.where(ratio * (1 - SIGNIFICANT / np.sqrt(2 * np.maximum(n_alike, 1))) > 1, ratio, 0.0)
+    k = int(np.argmax(ratio))
+    if ratio[k] <= LARGER:
         return []
     return [
         f"the residuals scatter so that errors are up to {ratio[k]:.2g} times as large ({names[k]}): `result.sandwich` "
