@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import xarray as xr
 
+from .admission import NotConvergedError
 from .api import curve_fit
 from .arguments import feasible, known_names
 from .labels import map_values
@@ -170,8 +171,8 @@ def _one_fit(call, errors):
     names = call["param_names"]
     try:
         return tuple(curve_fit(**call))
-    except (RuntimeError, ValueError) as err:
-        failed = errors == "ignore" and isinstance(err, RuntimeError)
+    except (NotConvergedError, ValueError) as err:
+        failed = errors == "ignore" and isinstance(err, NotConvergedError)
         empty = call["nan_policy"] == "omit" and isinstance(err, ValueError) and bool(call["ydata"].isnull().all())
         if not failed and not empty:
             raise

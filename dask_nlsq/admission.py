@@ -8,8 +8,8 @@ import numpy as np
 from .chunks import SAMPLE_POINTS, Census, Chunk
 from .inputs import Problem, as_array, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
-from .model import Model, ModelError, ModelShapeError, function_name, not_of_any_length
-from .models import guessed
+from .model import Held, Model, ModelError, ModelShapeError, function_name, not_of_any_length
+from .models import ReadyModel, guessed
 from .reduction import Sweep
 from .resources import active_client
 from .sample import pick
@@ -45,6 +45,9 @@ def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy,
     split = strategy == "chunked" and active_client() is not None
     arguments = dict(sigma=sigma, mask=mask, split=split) | rules
     problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
+    ready = isinstance(model.f.f if isinstance(model.f, Held) else model.f, ReadyModel)
+    if ready and problem.rules.layouts.x_kind != "single":
+        raise ValueError(f"`xdata` must be one array for the model {function_name(model.f)}, which has one coordinate")
     if problem.rules.whole:
         check_model(model, problem.rules.layouts, problem.n_points, n_params)
         return problem

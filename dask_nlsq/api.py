@@ -142,7 +142,7 @@ def curve_fit(
         points out and counts them. ``check_finite=False`` alone skips the check.
     bounds : 2-tuple of array_like, `scipy.optimize.Bounds`, or dict of pairs by name
         Lower and upper bounds; scalars for all parameters. In a dict None is no bound. The default is that of the model for
-        one of `dask_nlsq.models`.
+        one of `dask_nlsq.models`; ``{name: (None, None)}`` takes it away.
     method : {None, "auto", "trf", "lm", "dogbox"}
         For SciPy's sake: all are solved by the one trust-region reflective method of `dask_nlsq.trust_region`. "lm" with
         bounds is an error, as in SciPy.
@@ -388,7 +388,7 @@ def curve_fit(
         fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
         bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, float(parts.residual.sum()), n_points, *map(float, sweep.weights)),
+        totals=Totals(cost, n_points, *(sweep.weights.tolist() if problem.factor is None else [np.nan] * 3)),
         parts=parts,
         factor=solution.factor,
         _evaluation=evaluation,

@@ -19,6 +19,7 @@ from .chunks import Chunk, release
 from .config import threads
 from .kernels import Block, value_kernel
 from .loading import Load, compute_shared, plan_loads
+from .model import Held
 from .reduction import Evaluation, How, load_chunk, with_factor
 from .sample import pick
 from .trf_jit import MODEL_FLOOR, float64, inherit_device
@@ -163,6 +164,7 @@ def data_of(result) -> tuple[Any, Evaluation]:
 def _name(f, layouts, coordinate, shape):
     if coordinate is None:
         return "point" if len(shape) == 1 else "place along axis 0"
+    f = f.f if isinstance(f, Held) else f
     try:
         name = next(iter(inspect.signature(f).parameters.values())).name
     except (TypeError, ValueError):  # builtins have no signature

@@ -25,6 +25,7 @@ FEWEST_PARTS = 10  # for tests along the data
 SIGNIFICANT = 4.0  # standard deviations
 WORSE = 1.2  # chi-square of a part, relative to the median
 LARGER = 1.5  # standard errors by the sandwich relative to the usual ones
+EXACT = 1e-13  # residuals relative to the data, below which they are rounding
 NOT_THERE = 0.1  # standard errors from the optimum
 
 
@@ -79,7 +80,8 @@ def diagnose(result) -> Diagnostics:
     at_bounds = tuple(name for name in sides if name not in result.fixed)
     free = [k for k, name in enumerate(names) if name not in at_bounds]
     scale = 1.0 if noise.absolute else max(2 * result.cost / max(result.dof, 1), 0.0)
-    distance = _distance(factor, free, scale) if noise.squares else np.nan
+    exact = noise.loss == "linear" and 2 * result.cost <= EXACT**2 * result.totals.squares
+    distance = 0.0 if exact else _distance(factor, free, scale) if noise.squares else np.nan
     runs = _runs(blocks.mean_residual)
 
     lines = [f"condition {result.condition:.1e} of the Jacobian, columns of norm 1; condensed by {result.reduction!r}"]
@@ -96,8 +98,8 @@ def diagnose(result) -> Diagnostics:
             why = "the model misses something, or sigma is too small" if excess > 0 else "sigma is too large"
             off = f"{excess:+.0f} standard deviations from 1"
             lines.append(f"reduced chi-square {result.reduced_chi_square:.4g}, {off}: {why}")
-    along = _along_the_data(blocks, runs, noise)
-    lines += along or _compared(result, names)
+    if not exact:
+        lines += _along_the_data(blocks, runs, noise) or _compared(result, names)
     if distance > NOT_THERE:
         lines.append(f"the optimum is still {distance:.2g} standard errors away: smaller ftol, xtol and gtol lead there")
     return Diagnostics(
@@ -115,7 +117,7 @@ def combinations(factor: Factor, names) -> list[str]:
     _, s, Vt = np.linalg.svd(factor.R[:, moving] / norms[moving])
     singular = not np.isfinite(factor.condition) and not lines
     for k in range(len(s) - 1, 0, -1):
-        undetermined = (singular and k == len(s) - 1) or s[k] == 0
+        undetermined = s[k] <= 4 * s[-1] if singular else s[k] == 0  # what is lost is kept at one small size
         if len(lines) == IN_WORDS or not (undetermined or s[k] * HARDLY < s[0]):
             break
         step = Vt[k] / norms[moving]

@@ -17,12 +17,15 @@ INLINE = 64  # elements of an array up to which it is written into the JSON, whe
 
 def write_whole(path: Path, write: Callable) -> None:
     """Write a file, all or nothing: ``write(file)`` under another name, forced to disk, and renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     if hasattr(os, "O_DIRECTORY"):  # the name is on disk when the directory is
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -144,14 +147,14 @@ def save_record(path: Path, record) -> None:
     arrays: dict[str, np.ndarray] = {}
     text = encode(record, arrays)
     path.mkdir(parents=True, exist_ok=True)
+    before = json.loads((path / RESULT).read_text()).get("arrays") if (path / RESULT).exists() else None
     name = f"arrays-{uuid4().hex}.npz" if arrays else None
     if name:
         write_arrays(path / name, arrays)
     found = json.dumps(dict(version=VERSION, arrays=name, result=text), indent=1, allow_nan=False)
     write_whole(path / RESULT, lambda file: file.write(found.encode()))
-    for old in path.glob("arrays-*.npz"):
-        if old.name != name:
-            old.unlink()
+    if before:
+        (path / before).unlink(missing_ok=True)
 
 
 def load_record(path: Path, records: Mapping[str, type]):

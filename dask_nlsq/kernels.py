@@ -522,10 +522,13 @@ def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
     model.choices[key] = True  # tracing takes a millisecond, a quarter of a small fit
 
 
-def fingerprint(model: Model, layouts: Layouts, n_params: int) -> str:
-    """A hash of what the model computes: of its operations and of the arrays that it closes over, not of its text."""
+def fingerprint(model: Model, layouts: Layouts, n_params: int, n: int = 2) -> str:
+    """A hash of what the model computes: of its operations and of the arrays that it closes over, not of its text.
+
+    ``n`` is a number of points that it can be evaluated on.
+    """
     found = hashlib.blake2b(digest_size=16)
-    x = [jax.ShapeDtypeStruct((2,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
     params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
     for evaluated in (evaluate, evaluate_jac) if model.jac is not None else (evaluate,):
         with float64():

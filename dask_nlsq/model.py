@@ -145,7 +145,8 @@ class Held:
     """``f(x, *params)`` as a function of some of its parameters, with numbers for the others; of a Jacobian its columns."""
 
     def __init__(self, f: Callable, values: Sequence[float], free: Sequence[int], jacobian: bool = False):
-        self.f, self.values, self.free, self.jacobian = f, [*map(float, values)], [*free], jacobian
+        self.f, self.free, self.jacobian = f, [*free], jacobian
+        self.values = [0.0 if k in self.free else float(value) for k, value in enumerate(values)]
         self.__name__ = function_name(f)
 
     def __call__(self, x, *params):
@@ -153,7 +154,14 @@ class Held:
         for k, value in zip(self.free, params, strict=True):
             every[k] = value
         found = self.f(x, *every)
-        return found[:, np.array(self.free)] if self.jacobian else found
+        if not self.jacobian or found is None:
+            return found
+        if jnp.shape(found)[1:] != (len(every),):  # JAX would take what there is for the columns that there are not
+            raise ModelShapeError(
+                f"jac returned an array of shape {jnp.shape(found)}: it must have a column for each of {len(every)} "
+                "parameters, those held among them"
+            )
+        return found[:, np.array(self.free)]
 
 
 def held(f: Callable, jac: Callable | None, values: Sequence[float], free: Sequence[int]):

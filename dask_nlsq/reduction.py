@@ -49,8 +49,7 @@ from .trf_jit import EPS, float64, gradient, inherit_device
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
-MOST_PARTS = 256  # the standard errors that are taken from their scatter are then good to 5 to 10 %
-PART_POINTS = 4  # at least: the loop over 256 parts takes 0.3 ms, a sweep over 1000 points otherwise 0.1 ms
+MOST_PARTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
 FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
 READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
@@ -165,7 +164,7 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = -(-min(most, -(-problem.n_points // PART_POINTS)) // n_blocks)
+        per_block = -(-min(most, problem.n_points) // n_blocks)  # the loop over 256 takes 0.3 ms
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 
@@ -202,13 +201,13 @@ class Evaluation(NamedTuple):
         kernels, results = {}, []
         with float64():
             for block in blocks:
-                capacity, label = len(block.buffers[0]), "jax-execute"
-                if capacity not in kernels:
+                like, label = (len(block.buffers[0]), block.clean), "jax-execute"
+                if like not in kernels:
                     n_known = len(self.model.compiled)
-                    kernels[capacity] = sweep_kernel(self.model, self.spec(block, len(params), how))
+                    kernels[like] = sweep_kernel(self.model, self.spec(block, len(params), how))
                     label = "jax-execute" if n_known == len(self.model.compiled) else "jax-compile"  # by the first call
                 with context_meter.meter(label):  # else Dask counts it as idle
-                    matrix, cost, parts = kernels[capacity](params, self.f_scale, block, how.weigh)
+                    matrix, cost, parts = kernels[like](params, self.f_scale, block, how.weigh)
                     results.append((np.asarray(matrix), float(cost), np.asarray(parts)))
         return results
 

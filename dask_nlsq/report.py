@@ -18,7 +18,7 @@ import numpy as np
 from . import plots
 from .binning import binned, data_of
 from .files import write_whole
-from .model import function_name
+from .model import Held, function_name
 from .resources import detect_total_system_memory, process_settings
 
 PACKAGES = ("dask_nlsq", "jax", "numpy", "scipy", "dask", "distributed", "zarr", "matplotlib")
@@ -203,7 +203,7 @@ def _pictures(result, coordinate, log):
     else:
         lost = '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
     pictures += [("", "Cost and gradient by sweep", lambda ax: plots.convergence(result, ax))]
-    if len(result.popt) > 1:
+    if np.isfinite(np.diag(result.correlation)).sum() > 1:
         many = len(result.popt) > 8
         size = (8.6, 7.6) if many else SMALL
         pictures += [("wide" if many else "", "Correlation", lambda ax: plots.correlation(result, ax), 1, size)]
@@ -245,6 +245,7 @@ def _model(result):
     if not hasattr(result._evaluation.model, "f"):
         return ""
     f = result._evaluation.model.f
+    f = f.f if isinstance(f, Held) else f
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
     except (OSError, TypeError):  # not in a file, or an object
@@ -283,11 +284,13 @@ def _places(operand) -> list[str]:
 
 def _provenance(result):
     evaluation, memory = result._evaluation, detect_total_system_memory()
+    loss = f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"
+    loss = 'linear, sigma="poisson"' if result.noise.reweighted else loss
     rows = [
         ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),
-        ("loss", f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"),
+        ("loss", loss),
         ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())),
-        ("machine", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
+        ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
         ("memory", f"{memory / 2**30:.1f} GiB" if memory else "not known"),
         ("Python", platform.python_version()),
         *((package, version(package)) for package in PACKAGES),

@@ -45,18 +45,20 @@ class NamedModel(NamedTuple):
 
     name: list[str] | None  # module and name, where it can be imported
     fingerprint: str  # of what it computes
+    n: int  # points that it can be evaluated on
     values: list[float]  # of all parameters, where some are held, else of none
     free: list[int]
 
     @classmethod
-    def of(cls, evaluation: Evaluation, n_params: int) -> "NamedModel":
+    def of(cls, evaluation: Evaluation, n_params: int, n_points: int) -> "NamedModel":
+        n = n_points if evaluation.rules.whole else 2
         f: Any = evaluation.model.f
         values: list[float] = []
         free: list[int] = []
-        found = fingerprint(intern(f), evaluation.rules.layouts, n_params)
+        found = fingerprint(intern(f), evaluation.rules.layouts, n_params, n)
         if isinstance(f, Held):
             f, values, free = f.f, f.values, f.free
-        return cls(import_name(f), found, values, free)
+        return cls(import_name(f), found, n, values, free)
 
     def find(self, layouts: Layouts, n_params: int) -> Model:
         """Import it.
@@ -74,7 +76,7 @@ class NamedModel(NamedTuple):
             model = intern(Held(f, self.values, self.free) if self.values else f)
         except (ImportError, AttributeError) as err:
             raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
-        if fingerprint(model, layouts, n_params) != self.fingerprint:
+        if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
             raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
         return model
 
@@ -273,7 +275,7 @@ class FitResult:
         return self._values(self._points(None), "residual")
 
     def predict(self, x=None):
-        """``f(x, *popt)``; ``x`` as in the fit, None for the x of the fit. A Dask array where x is one.
+        """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. A Dask array where x is one.
 
         With None: NaN in chunks of the fit that cannot be read.
         """
@@ -369,6 +371,9 @@ class FitResult:
         params = self.popt[list(self.free)]
         return map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), params, what, *spread)
 
+    def __copy__(self):
+        return replace(self)  # with the data
+
     def __getstate__(self):
         return self.__dict__ | {"_problem": None}  # the data may be larger than any file
 
@@ -382,7 +387,8 @@ class FitResult:
         """
         evaluation, path = self._evaluation, Path(path)
         if not isinstance(evaluation.model, NamedModel):
-            named: Any = NamedModel.of(evaluation, len(self.free))  # takes the place of a model that has no file
+            n_points = self.n_points + self.n_masked + self.n_omitted
+            named: Any = NamedModel.of(evaluation, len(self.free), n_points)  # in the place of a model that has no file
             evaluation = evaluation._replace(model=named)
         save_record(path, replace(self, _evaluation=evaluation, _problem=None))
 
@@ -500,11 +506,11 @@ class FitResult:
         """SciPy's ``(popt, pcov, infodict, mesg, ier)``.
 
         ``fjac`` and ``ipvt`` describe R as MINPACK does (R^T, and columns in their order, counted from 1), so that
-        ``triu(fjac.T)`` is R; ``qtf`` is Q^T r.
+        ``triu(fjac.T)`` is R; ``qtf`` is Q^T r. All three are of the parameters that were fitted.
         """
         fvec = np.asarray(self.residuals()).ravel()
         fvec = fvec if self.n_masked + self.n_omitted == 0 else fvec[~np.isnan(fvec)]
-        p = len(self.popt)
+        p = len(self.free)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
         return self.popt, self.pcov, info, self.message, min(self.status, 4)
 

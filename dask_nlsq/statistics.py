@@ -18,8 +18,9 @@ AIC and BIC have the constants of lmfit: differences between models of the same 
 The standard deviation of the noise does not count among the ``k``.
 
 A statistic that does not exist is nan: chi-square and all that is made of it with a robust loss, whose cost is not a sum of
-squares; R^2 and RMSE of counts; AIC, AICc and BIC with weights from the model (``sigma="poisson"``), which are no
-likelihood: ``loss="poisson"`` has the same parameters, and one; whatever divides by a number that is not positive.
+squares; R^2 and RMSE of counts, and with a covariance matrix as sigma; R^2 where the mean of y is some 1e5 times its spread,
+which takes its digits; AIC, AICc and BIC with weights from the model (``sigma="poisson"``), which are no likelihood:
+``loss="poisson"`` has the same parameters, and one; whatever divides by a number that is not positive.
 
 References
 ----------
@@ -35,7 +36,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-ROUNDING = 2**6 * np.finfo(float).eps  # of sum w y^2, below which the spread of y is rounding
+ROUNDING = 2**6 * np.finfo(float).eps
+FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no longer known to 1e-6
 AT_BOUND = 1e-2  # standard errors
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
@@ -44,7 +46,6 @@ class Totals(NamedTuple):
     """Sums over all points of the last sweep; w = 1/sigma^2, 1 without sigma."""
 
     cost: float
-    residual: float  # sum of r
     n: int  # points used
     weight: float  # sum of w
     weighted: float  # sum of w y
@@ -88,7 +89,7 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
     n, dof = totals.n, totals.n - k
     chi_square = 2 * totals.cost if noise.squares else np.nan
     spread = totals.squares - _ratio(totals.weighted**2, totals.weight)
-    spread = spread if noise.loss == "linear" and spread > ROUNDING * totals.squares else np.nan
+    spread = spread if noise.loss == "linear" and spread > FLAT * totals.squares else np.nan
     r_squared = 1 - chi_square / spread
     if noise.likelihood:
         minus_two_log = chi_square

@@ -22,6 +22,7 @@ import numpy as np
 from .kernels import Parts
 from .reduction import Factor
 
+STEEPEST = 1e6  # condition number beyond which the gradient of a part has lost its digits along the weakest direction
 WHOLE = 1e-10  # share of the information on a direction, next to 1, above which one part has all of it
 
 
@@ -48,22 +49,29 @@ def spread_out(matrix: np.ndarray, free, n: int) -> np.ndarray:
 
 
 def sandwich(factor: Factor, parts: Parts) -> np.ndarray:
-    """Covariance (p, p) by the scatter of the gradient over tiles; nan where there are not more tiles than parameters."""
+    """Covariance (p, p) by the scatter of the gradient over tiles.
+
+    Nan where there are not more tiles than parameters, and where the condition number is above 1e6. A few dozen points give
+    too small errors, as they do with any sandwich.
+    """
     C, p, n_tiles = covariance(factor), len(factor.R), parts.n_tiles.sum()
-    if C is None or n_tiles <= p:
+    if C is None or n_tiles <= p or factor.condition > STEEPEST:
         return np.full((p, p), np.nan)
-    return C @ parts.spread.sum(axis=0)[:p, :p] @ C * (n_tiles / (n_tiles - p))
+    g = factor.gradient  # not 0 where a bound holds a parameter
+    scatter = parts.spread.sum(axis=0)[:p, :p] - np.outer(g, g) / n_tiles
+    return C @ scatter @ C * (n_tiles / (n_tiles - p))
 
 
 def jackknife(factor: Factor, parts: Parts) -> np.ndarray:
     """Covariance (p, p) by leaving out each of the parts in turn.
 
-    Nan where one part alone determines a parameter, and where there are not more parts than parameters.
+    Nan where one part alone determines a parameter, where there are not more parts than parameters, and where the condition
+    number is above 1e6.
     """
     root, p, used = _root(factor), len(factor.R), parts.n > 0
     n_parts = np.count_nonzero(used)
     unknown = np.full((p, p), np.nan)
-    if root is None or n_parts <= p:
+    if root is None or n_parts <= p or factor.condition > STEEPEST:
         return unknown
     shares = root.T @ parts.gram[used, :p, :p] @ root  # of the information: they add up to the unit matrix
     if np.linalg.eigvalsh(shares)[:, -1].max() > 1 - WHOLE:

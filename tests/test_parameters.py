@@ -98,3 +98,22 @@ def test_a_held_parameter_survives_a_checkpoint_and_a_file(tmp_path):
 def test_wrong_names_and_values_are_named(options, error, message):
     with pytest.raises(error, match=message):
         curve_fit(decay, X, Y, **options)
+
+
+def test_what_is_held_is_compiled_once_whatever_the_start():
+    found = {curve_fit(decay, X, Y, p0={"a": a, "b": 1}, fixed={"c": 0.3})._evaluation.model.token for a in (1, 2, 3)}
+    assert len(found) == 1
+
+
+def test_scipys_output_is_of_the_parameters_that_were_fitted():
+    popt, pcov, info, _, _ = curve_fit(decay, X, Y, p0=[1, 1, 0], fixed={"c": 0.3}, full_output=True)
+    assert popt.shape == (3,) and pcov.shape == (3, 3)
+    assert info["fjac"].shape == (2, 2) and info["qtf"].shape == info["ipvt"].shape == (2,)
+
+
+def test_a_jacobian_needs_the_columns_of_what_is_held():
+    def jac(x, a, b, c):
+        return jnp.stack([jnp.exp(-b * x), -a * x * jnp.exp(-b * x)], axis=1)
+
+    with pytest.raises(ValueError, match="column for each of 3 parameters, those held among them"):
+        curve_fit(decay, X, Y, p0=[1, 1, 0], fixed={"b": 0.5}, jac=jac)

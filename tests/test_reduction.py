@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
+from dask_nlsq import curve_fit
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.kernels import take_apart
 from dask_nlsq.model import intern
@@ -111,3 +112,13 @@ def test_parts_have_the_same_bits_on_workers_however_many_tasks_there_are(groupi
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
         for n_partitions in (2, 5, 30):
             np.testing.assert_array_equal(swept_parts(x, y, client, n_partitions, grouping=grouping)[0].parts, here)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_values_that_stand_for_no_data_do_not_count_wherever_they_are_first(first):
+    y = (1000 + 500 * np.arange(8 * 100_000) / 8e5).astype(np.uint16)
+    y[first * 100_000 :: 1000] = 65535
+    x = da.arange(len(y), chunks=100_000) / 8e5
+    found = curve_fit(line, x, da.from_array(y, chunks=100_000), p0=[1, 1], mask_values=[65535], strategy="chunked")
+    np.testing.assert_allclose(found.popt, [500, 999.5], rtol=1e-3)
+    assert found.n_masked == np.count_nonzero(y == 65535) and found.parts.n.sum() == found.n_points

@@ -263,3 +263,22 @@ def test_an_interval_covers_as_many_points_as_its_level_says():
     new = 2 * np.exp(-0.7 * x) + 0.5 + 0.1 * rng.standard_normal(x.size)
     lower, upper = found.prediction_band(level=0.9)
     assert np.mean((lower < new) & (new < upper)) == pytest.approx(0.9, abs=0.025)
+
+
+def test_a_model_that_needs_all_points_at_once_is_saved_and_found_again(tmp_path):
+    w = np.linspace(1, 2, 400)
+    x = np.linspace(0, 1, 400)
+    found = curve_fit(lambda x, a, b: a * x * jnp.asarray(w) + b, x, 2 * x * w + 0.1 * np.sin(99 * x), p0=[1, 1])
+    found.save(tmp_path / "r")
+    again = load(tmp_path / "r")
+    np.testing.assert_array_equal(again.popt, found.popt)
+
+
+def test_saving_touches_no_file_but_its_own(tmp_path):
+    np.savez(tmp_path / "arrays-run7.npz", a=np.ones(3))
+    x = np.linspace(0, 1, 400)
+    found = curve_fit(lambda x, a, b: a * x + b, x, 2 * x + np.sin(99 * x), p0=[1, 1])
+    for _ in range(2):
+        found.save(tmp_path)
+    assert (tmp_path / "arrays-run7.npz").exists()
+    assert len([*tmp_path.iterdir()]) <= 3

@@ -160,7 +160,7 @@ def test_statistics_that_do_not_exist_are_nan(options, missing):
 
 def test_statistics_by_hand():
     """y = 1, 2, 3, 6 with the mean 3 as model: X = 4 + 1 + 0 + 9."""
-    found = statistics(Totals(7.0, 0.0, 4, 4.0, 12.0, 50.0), 1, PLAIN)
+    found = statistics(Totals(7.0, 4, 4.0, 12.0, 50.0), 1, PLAIN)
     assert found.chi_square == 14 and found.dof == 3 and found.reduced_chi_square == pytest.approx(14 / 3)
     assert found.r_squared == 0 and found.adjusted_r_squared == 0
     assert found.rmse == pytest.approx(3.5**0.5)
@@ -168,7 +168,7 @@ def test_statistics_by_hand():
 
 
 def test_without_degrees_of_freedom_or_spread_nothing_is_made_up():
-    found = statistics(Totals(0.0, 0.0, 2, 2.0, 2e8, 2e16), 2, PLAIN)
+    found = statistics(Totals(0.0, 2, 2.0, 2e8, 2e16), 2, PLAIN)
     assert found.chi_square == 0 and found.rmse == 0
     assert np.isnan([found.reduced_chi_square, found.r_squared, found.adjusted_r_squared, found.aic, found.aicc]).all()
     assert np.isnan(quantile(0.95, 0, PLAIN))
