@@ -396,6 +396,8 @@ def curve_fit(
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
+    if solution.status == -3:
+        logger.warning("%s", solution.message)
     logger.info("%s", result.summary())
     if verbose:
         print(result.summary())

@@ -5,6 +5,7 @@ Commands import what they need when they run, so that ``dask --help`` stays fast
 """
 
 import json
+import re
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -24,10 +25,15 @@ OURS = (ValueError, TypeError, MemoryError, OSError, ImportError, RuntimeError) 
 WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)
 
 
+# how the messages of the package name what is an option here
+OPTIONS = re.compile(r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks)\b(?:=True)?")
+
+
 class Failure(click.ClickException):
     """One line on stderr, and an exit code."""
 
     def __init__(self, text: str, exit_code: int):
+        text = OPTIONS.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
         super().__init__(" ".join(text.split()))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 

@@ -1,7 +1,8 @@
 """What the condensed matrices of the last sweep tell about a fit, in words; nothing is read.
 
 Parts are runs of consecutive points of the data (chunks in C order), up to 256 of them. Their mean residuals are tested
-for the order of their signs [1]_ and for a trend, their chi-squares for outliers by the median absolute deviation.
+for the order of their signs [1]_ and for a trend, their chi-squares for outliers by the median absolute deviation. Misfit
+along other coordinates than that order is not looked for: `FitResult.plot` shows it.
 
 References
 ----------
@@ -18,6 +19,11 @@ from .statistics import correlation
 from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
+SEPARATED = (
+    (1e2, "parameters are well separated"),
+    (1e4, "parameters are separated"),
+    (HARDLY, "parameters are poorly separated"),
+)  # up to a condition number
 NEAR_ONE = 0.99  # correlation that is worth a word
 IN_WORDS = 3  # of a kind
 LEAST = 0.05  # share of a parameter in a combination, below which it is left out
@@ -80,11 +86,13 @@ def diagnose(result) -> Diagnostics:
     at_bounds = tuple(name for name in sides if name not in result.fixed)
     free = [k for k, name in enumerate(names) if name not in at_bounds]
     scale = 1.0 if noise.absolute else max(2 * result.cost / max(result.dof, 1), 0.0)
-    exact = noise.loss == "linear" and 2 * result.cost <= EXACT**2 * result.totals.squares
+    size = max(result.totals.squares, 2 * result.history[0].cost)  # of data that are all 0: of the residuals at the start
+    exact = noise.loss == "linear" and 2 * result.cost <= EXACT**2 * size
     distance = 0.0 if exact else _distance(factor, free, scale) if noise.squares else np.nan
     runs = _runs(blocks.mean_residual)
 
-    lines = [f"condition {result.condition:.1e} of the Jacobian, columns of norm 1; condensed by {result.reduction!r}"]
+    words = next((words for limit, words in SEPARATED if result.condition < limit), "parameters are hardly separated")
+    lines = [f"{words}: condition {result.condition:.1e} of the Jacobian, columns of norm 1, by {result.reduction!r}"]
     lines += combinations(factor, names)
     lines += [f"{name} is at its {sides[name]} bound: its error, which knows no bounds, says little" for name in at_bounds]
     if np.isfinite(result.condition) and result.condition < HARDLY:
@@ -98,8 +106,9 @@ def diagnose(result) -> Diagnostics:
             why = "the model misses something, or sigma is too small" if excess > 0 else "sigma is too large"
             off = f"{excess:+.0f} standard deviations from 1"
             lines.append(f"reduced chi-square {result.reduced_chi_square:.4g}, {off}: {why}")
-    if not exact:
-        lines += _along_the_data(blocks, runs, noise) or _compared(result, names)
+    if noise.squares and not exact:
+        lines += _uneven(blocks)
+        lines += _missed(blocks, runs) or _compared(result, names)
     if distance > NOT_THERE:
         lines.append(f"the optimum is still {distance:.2g} standard errors away: smaller ftol, xtol and gtol lead there")
     return Diagnostics(
@@ -151,31 +160,38 @@ def _runs(mean):
     return float(1 + np.count_nonzero(up[1:] != up[:-1])), float(expected), float(deviation)
 
 
-def _along_the_data(blocks, runs, noise):
-    lines: list[str] = []
-    n = blocks.n
-    if len(n) < FEWEST_PARTS or not noise.squares:
-        return lines
-    chi = blocks.chi_square
-    middle = np.median(chi)
-    worst = int(np.argmax(chi))
+def _uneven(blocks):
+    """Parts with a chi-square that is larger than elsewhere."""
+    n, chi = blocks.n, blocks.chi_square
+    if len(n) < FEWEST_PARTS:
+        return []
+    middle, worst = np.median(chi), int(np.argmax(chi))
     spread = max(1.4826 * np.median(np.abs(chi - middle)), middle * np.sqrt(2 / n[worst]))
-    if chi[worst] > WORSE * middle and chi[worst] - middle > 2 * SIGNIFICANT * spread:
-        bad = np.count_nonzero((chi > WORSE * middle) & (chi - middle > 2 * SIGNIFICANT * spread))
-        ends = np.cumsum(n)
-        lines.append(
-            f"chi-square is larger than elsewhere in {bad} of {len(n)} parts of the data, most in part {worst + 1} (points "
-            f"{ends[worst] - n[worst]:,.0f} to {ends[worst]:,.0f} of those used): {chi[worst] / middle:.3g} times the median"
-        )
+    far = (chi > WORSE * middle) & (chi - middle > 2 * SIGNIFICANT * spread)
+    if not far.any():
+        return []
+    end = n[: worst + 1].sum()
+    return [
+        f"chi-square is larger than elsewhere in {np.count_nonzero(far)} of {len(n)} parts of the data, most in part "
+        f"{worst + 1} (points {end - n[worst]:,.0f} to {end:,.0f} of those used): {chi[worst] / middle:.3g} times the median"
+    ]
+
+
+def _missed(blocks, runs):
+    """What the model misses along the data."""
+    n = blocks.n
+    lines: list[str] = []
+    if len(n) < FEWEST_PARTS:
+        return lines
     count, expected, deviation = runs
-    if deviation > 0 and expected - count > SIGNIFICANT * deviation:
+    if expected - count > SIGNIFICANT * deviation and expected > FEWEST_PARTS / 2:
         lines.append(
             f"neighbouring parts of the data have residuals of the same sign: {count:.0f} runs where {expected:.0f} +- "
             f"{deviation:.0f} are expected; the model misses something that changes slowly along them"
         )
     place = np.linspace(-1, 1, len(n))
     slope = np.polynomial.polynomial.polyfit(place, blocks.mean_residual, 1, w=np.sqrt(n))
-    error = np.sqrt(np.average(chi, weights=n) / (n @ (place - np.average(place, weights=n)) ** 2))
+    error = np.sqrt(np.average(blocks.chi_square, weights=n) / (n @ (place - np.average(place, weights=n)) ** 2))
     if abs(slope[1]) > SIGNIFICANT * error:
         lines.append(
             f"residuals drift along the data, from {slope[0] - slope[1]:+.2g} to {slope[0] + slope[1]:+.2g} on average"
@@ -188,11 +204,13 @@ def _compared(result, names):
     C, free = covariance(result.factor), list(result.free)
     if C is None:
         return []
-    pull = result.parts.gram[:, :-1, -1] @ C  # of each part on each parameter
-    n_alike = np.sum(pull**2, axis=0) ** 2 / np.maximum(np.sum(pull**4, axis=0), np.finfo(float).tiny)
+    squares = (
+        result.parts.gram[:, :-1, -1] @ C
+    ) ** 2  # of the pull of each part on each parameter: their sum is the sandwich
     with np.errstate(divide="ignore", invalid="ignore"):
+        doubt = 0.5 * np.sqrt(np.sum(squares**2, axis=0) / np.sum(squares, axis=0) ** 2 - 1 / len(squares))
         ratio = np.nan_to_num(np.sqrt(np.diag(result.sandwich)[free]) / result.perr[free])
-    ratio = np.where(ratio * (1 - SIGNIFICANT / np.sqrt(2 * np.maximum(n_alike, 1))) > 1, ratio, 0.0)
+        ratio = np.where(ratio * (1 - 3 * doubt) > 1, ratio, 0.0)
     k = int(np.argmax(ratio))
     if ratio[k] <= LARGER:
         return []

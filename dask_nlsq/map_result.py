@@ -255,6 +255,8 @@ class MapResult:
         before = self.compute()
         skipped = np.isin(before.status, [MapStatus.MASKED, MapStatus.TOO_FEW_POINTS])
         failed = ~before.success & ~skipped
+        if not failed.any():
+            return before
         starts = before._medians_around() if p0 is None else np.asarray(p0, float)
         try:
             starts = np.broadcast_to(starts, before.popt.shape)

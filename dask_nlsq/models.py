@@ -142,6 +142,8 @@ def _one(text):
     known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
     near = get_close_matches(text, known, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
+    if "." in text:  # as Python would have it
+        hint = f"a function of your own is {':'.join(text.rsplit('.', 1))!r}. "
     raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")
 
 

@@ -94,7 +94,7 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
     if noise.likelihood:
         minus_two_log = chi_square
     else:
-        minus_two_log = n * np.log(chi_square / n) if noise.loss == "linear" and chi_square > 0 else np.nan
+        minus_two_log = float(n * np.log(chi_square / n)) if noise.loss == "linear" and chi_square > 0 else np.nan
     aic = minus_two_log + 2 * k
     return Statistics(
         chi_square=chi_square,
@@ -102,10 +102,10 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
         reduced_chi_square=_ratio(chi_square, dof),
         r_squared=r_squared,
         adjusted_r_squared=1 - (1 - r_squared) * _ratio(n - 1, dof),
-        rmse=np.sqrt(_ratio(chi_square, totals.weight)) if noise.loss == "linear" else np.nan,
+        rmse=float(np.sqrt(_ratio(chi_square, totals.weight))) if noise.loss == "linear" else np.nan,
         aic=aic,
         aicc=aic + _ratio(2 * k * (k + 1), dof - 1),
-        bic=minus_two_log + k * np.log(n),
+        bic=float(minus_two_log + k * np.log(n)),
     )
 
 

@@ -247,15 +247,20 @@ class Stored:
 
     @property
     def place(self) -> str:
-        return f"`{self.name}` ({self.array.store_path})"
+        return f"`{self.name}` ({self.url})"
+
+    @property
+    def url(self) -> str:
+        """Of the array; of files the whole path, wherever the process runs."""
+        kind, sep, path = str(self.array.store_path).partition("://")
+        return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
 
     def describe(self) -> dict[str, Any]:
         """What tells it from others, as far as that is cheap: place, layout, codecs, sizes and times of the chunks."""
         array = self.array
         codecs = repr([*array.filters, *array.compressors])
-        place = str(array.store_path)
         return dict(
-            place=place, shape=self.shape, dtype=str(self.dtype), chunks=self.chunks, codecs=codecs, stamp=self.stamp
+            place=self.url, shape=self.shape, dtype=str(self.dtype), chunks=self.chunks, codecs=codecs, stamp=self.stamp
         )
 
     def grid(self):

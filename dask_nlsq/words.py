@@ -16,7 +16,7 @@ from .models import named
 from .store import open_array
 
 WITHIN = 1e-6  # of a step: a stop that is so little above a value leaves it out as well
-RANGE = re.compile(r"(?!.*://)([^:]+):([^:]+):([^:]+)")
+RANGE = re.compile(r"(?!.*://)([^:/]+):([^:/]+)(?::([^:/]+))?")
 
 
 def model(text: str):
@@ -49,8 +49,8 @@ def model(text: str):
 def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
     """x for the fit axes of an array (all, if None): of ``start:stop:step``, or the path of an array.
 
-    The k-th of them, where it is a vector, belongs to the k-th fit axis; where there is one axis, all belong to it. Without
-    ``read`` vectors have the right shape only.
+    The k-th of them, where it is a vector, belongs to the k-th fit axis, a single one to the last; where there is one axis,
+    all belong to it. Without ``read`` vectors have the right shape only.
 
     Raises
     ------
@@ -59,7 +59,8 @@ def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
     """
     axes = range(array.ndim) if axes is None else axes
     shape = tuple(array.shape[k] for k in axes)
-    found = tuple(_coordinate(text, k, shape, array, read) for k, text in enumerate(texts))
+    last = len(shape) - 1 if len(texts) == 1 else 0
+    found = tuple(_coordinate(text, last + k, shape, array, read) for k, text in enumerate(texts))
     return found[0] if len(found) == 1 else found
 
 
@@ -76,7 +77,8 @@ def _coordinate(text, k, shape, array, read):
     if k >= len(shape):
         raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector is for axis k")
     if n != shape[k]:
-        way_out = "start:stop:step leaves out stop, as range does" if is_range else "the k-th --x is for axis k"
+        way_out = "the k-th --x is for axis k, a single one for the last"
+        way_out = "start:stop:step leaves out stop, as range does" if is_range else way_out
         raise ValueError(f"--x {text} has {n:,} values, but axis {k} has {shape[k]:,} ({way_out})")
     if is_range and 8 * n > MOST_KEPT:  # lazy, in the chunks of y
         vector = begin + step * da.arange(n, chunks=(array.shards or array.chunks)[k])
@@ -90,7 +92,8 @@ def _coordinate(text, k, shape, array, read):
 def _range(text, parts):
     """Start, step and number of values; integers where all are."""
     try:
-        begin, stop, step = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts)
+        numbers = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts if each)
+        begin, stop, step = (*numbers, 1)[:3]
         return begin, step, math.ceil((stop - begin) / step - WITHIN)
     except (ValueError, ZeroDivisionError, OverflowError):
         raise ValueError(f"--x {text}: start:stop:step must be numbers, and step not 0, as in 0:10:0.1") from None
