@@ -249,6 +249,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
 def _write(result, out, report):
     from .files import write_whole
 
+    verb = "replaced in" if (out / "result.json").exists() else "written to"
     result.save(out)
     text = json.dumps(result.to_dict(), indent=1)
     write_whole(out / "summary.json", lambda file: file.write(text.encode()))
@@ -257,7 +258,7 @@ def _write(result, out, report):
         click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)
     elif report:
         written.append(result.report(out / "report.html").name)
-    click.echo(f"written to {out}: {', '.join(written)}")
+    click.echo(f"{verb} {out}: {', '.join(written)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
