@@ -16,7 +16,7 @@ from .models import named
 from .store import open_array
 
 WITHIN = 1e-6  # of a step: a stop that is so little above a value leaves it out as well
-RANGE = re.compile(r"(?!.*://)([^:/]+):([^:/]+)(?::([^:/]+))?")
+RANGE = re.compile(r"(?!.*://)([^:]+):([^:]+)(?::([^:]+))?")
 
 
 def model(text: str):

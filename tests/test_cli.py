@@ -125,7 +125,7 @@ def test_a_workflow_sets_tolerances_and_starts(store, tmp_path):
 
 def test_no_convergence_exits_with_3_and_writes_the_best(store, tmp_path):
     out = tmp_path / "r"
-    outcome = fails(3, "Raise max_nfev", "fit", store, *DECAY, *START, "--max-nfev", "2", "--out", out, "--no-report")
+    outcome = fails(3, "Raise --max-nfev", "fit", store, *DECAY, *START, "--max-nfev", "2", "--out", out, "--no-report")
     assert "NOT CONVERGED" in outcome.stdout
     found = load(out)
     assert not found.success and found.nfev == 2

@@ -241,10 +241,11 @@ def test_jac_mode_is_recorded_and_does_not_move_the_optimum():
 
 
 def test_a_result_can_be_pickled_without_the_data():
-    result = curve_fit(decay, X, Y)
+    x, y = np.resize(X, 50_000), np.resize(Y, 50_000)
+    result = curve_fit(decay, x, y)
     again = pickle.loads(pickle.dumps(result))
     np.testing.assert_array_equal(again.predict(X), result.predict(X))
-    assert len(pickle.dumps(result)) < 20_000 < Y.nbytes
+    assert len(pickle.dumps(result)) < 100_000 < y.nbytes  # most of it is the sums over parts of the data
     with pytest.raises(ValueError, match="does not hold the data"):
         again.residuals()
 

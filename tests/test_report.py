@@ -189,7 +189,7 @@ def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_p
     with opened(path.as_uri(), tmp_path / "profile") as browser:
         wait(lambda: browser.value("document.readyState") == "complete", "the page did not load")
         pictures = "[...document.images].map(i => i.complete && i.naturalWidth > 200 && i.clientWidth > 200)"
-        assert browser.value(pictures) == [True] * 4
+        wait(lambda: browser.value(pictures) == [True] * 4, "the pictures did not load")
         assert browser.value("document.querySelector('table').innerText").count("\n") >= 3
         assert browser.value("document.querySelector('tr:nth-child(3) td').innerText") == NAMES[1]
         asked = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
