@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .reduction import Factor
+from .reduction import Factor, fold
 from .statistics import correlation
 from .uncertainty import covariance
 
@@ -28,6 +28,7 @@ NEAR_ONE = 0.99  # correlation that is worth a word
 IN_WORDS = 3  # of a kind
 LEAST = 0.05  # share of a parameter in a combination, below which it is left out
 FEWEST_PARTS = 10  # for tests along the data
+IN_A_PART = 32  # points at least: sums over fewer are far from normal
 SIGNIFICANT = 4.0  # standard deviations
 WORSE = 1.2  # chi-square of a part, relative to the median
 LARGER = 1.5  # standard errors by the sandwich relative to the usual ones
@@ -72,9 +73,11 @@ def diagnose(result) -> Diagnostics:
     """Diagnostics of a `FitResult`."""
     parts, noise, factor = result.parts, result.noise, result.factor
     names = [result.param_names[k] for k in result.free]
-    used = parts.n > 0
-    n = parts.n[used]
-    blocks = Blocks(n, parts.squares[used] / n, parts.residual[used] / n)
+    sums = np.stack([parts.n, parts.squares, parts.residual], axis=1)[parts.n > 0]
+    while len(sums) > 1 and np.median(sums[:, 0]) < IN_A_PART:
+        sums = fold(sums, 1)
+    n, squares, residual = sums.T
+    blocks = Blocks(n, squares / n, residual / n)
     norms = np.linalg.norm(factor.R, axis=0)
     values = np.linalg.svd(factor.R / np.where(norms > 0, norms, 1.0), compute_uv=False)
     pairs = correlation(result.pcov)
@@ -204,9 +207,8 @@ def _compared(result, names):
     C, free = covariance(result.factor), list(result.free)
     if C is None:
         return []
-    squares = (
-        result.parts.gram[:, :-1, -1] @ C
-    ) ** 2  # of the pull of each part on each parameter: their sum is the sandwich
+    pulls = result.parts.gram[:, :-1, -1] @ C  # of the parts on the parameters
+    squares = pulls**2  # which add up to the sandwich
     with np.errstate(divide="ignore", invalid="ignore"):
         doubt = 0.5 * np.sqrt(np.sum(squares**2, axis=0) / np.sum(squares, axis=0) ** 2 - 1 / len(squares))
         ratio = np.nan_to_num(np.sqrt(np.diag(result.sandwich)[free]) / result.perr[free])
