@@ -34,7 +34,7 @@ from .inputs import Coordinates, as_array, invalid_values, unmasked
 from .kernels import Layout, Layouts, assemble_x, check_model, check_pointwise, choose_jac_mode
 from .labels import coordinates_of, labelled
 from .map_solver import Fitted, Pixels, map_kernel
-from .map_step import Limits, MapSpec
+from .map_step import LANE_POINTS, Limits, MapSpec
 from .model import Model, advice, function_name, intern
 from .plan import MemoryBudgetError, several
 from .resources import active_client, available_memory, workers_memory
@@ -105,7 +105,7 @@ class BlockFit:
     spec: MapSpec
     limits: Limits
     fit_axes: tuple[int, ...]
-    capacity: int  # pixels of the largest block: smaller ones are filled up, so that one compilation serves all
+    capacity: int  # pixels that a block is filled up to, so that one compilation serves all
     x: tuple[np.ndarray | None, ...]  # (n,) each; None: comes with the block
     dtype: np.dtype
     raises: bool  # where values are not finite
@@ -119,7 +119,8 @@ class BlockFit:
         self._check(y, sigma, mask, x, *vectors[1:])
         pixels = Pixels(y, sigma, mask, x, *vectors)
         n_pixels = len(y)
-        pixels = jax.tree.map(self._filled, pixels)
+        pixels = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), pixels)
+        pixels = pixels._replace(y=self._filled(y))
         with float64():
             kernel = map_kernel(self.model, self.spec)
             shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
@@ -149,7 +150,7 @@ class BlockFit:
 
     def _filled(self, array):
         missing = self.capacity - len(array)
-        return array if len(array) == 1 or not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+        return array if not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
     def _check(self, y, sigma, mask, x, lower, upper):
         if not np.all(lower < upper):
@@ -229,7 +230,7 @@ class MapProblem:
                 edges.append(end)
             end += n
         bands = tuple(slice(a, b) for a, b in pairwise([*edges, end])) if blocks else self.bands
-        fit = replace(self.fit, capacity=prod(max(sizes) for sizes in blocks))
+        fit = replace(self.fit, capacity=_capacity(blocks, self.plan.n_points))
         return replace(self, fit=fit, bands=bands, blocks=blocks)
 
     def records(self) -> da.Array:
@@ -322,7 +323,7 @@ def build_map(
     map_shape, n = tuple(y.shape[k] for k in map_axes), prod(y.shape[k] for k in fit_axes)
 
     p0, bounds, guesses = ready_model(f, p0, bounds, param_names)
-    p0 = f.guess if guesses else p0
+    p0 = f.guess if guesses and p0 is None else p0
     names, free, start, lower, upper, guess = map_parameters(f, p0, bounds, param_names, fixed, map_shape)
     model, p = intern(f), len(free)
     coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
@@ -376,7 +377,7 @@ def build_map(
         spec=spec,
         limits=limits,
         fit_axes=fit_axes,
-        capacity=prod(max(sizes) for sizes in blocks),
+        capacity=_capacity(blocks, n),
         x=shared,
         dtype=record_dtype(len(names), full_covariance),
         raises=nan_policy == "raise",
@@ -429,6 +430,13 @@ def over_the_map(values: list[Any], shape, fit_axes) -> Operand:
     lib = da if any(isinstance(each, da.Array) for each in values) else np
     return Operand(lib.stack([lib.broadcast_to(lib.reshape(lib.asarray(each), mapped) if np.ndim(each) else each, mapped)
                               for each in values], axis=-1).astype(np.float64), 1)  # fmt: skip
+
+
+def _capacity(blocks, n):
+    """Pixels, of ``n`` points, of the largest block; if it is small a power of 4, which other maps may have compiled for."""
+    most = prod(max(sizes) for sizes in blocks)
+    few = 4 ** max(3, (most - 1).bit_length() + 1 >> 1)
+    return few if few * n <= LANE_POINTS else most
 
 
 def _plan(y, fit_axes, n_params, strategy, memory_limit_gb):

@@ -160,9 +160,9 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
     trial = start[jnp.array(spec.free)]
     if spec.bounded:
         trial = off_the_bounds(trial, lower, upper)
-    status = jnp.where(n_points >= len(spec.free), RUNNING, int(MapStatus.TOO_FEW_POINTS))
-    status = jnp.where(n_points == 0, int(MapStatus.MASKED), status)
-    status = jnp.where(jnp.all(jnp.isfinite(start), axis=0), status, int(MapStatus.NON_FINITE))
+    status = jnp.where(jnp.all(jnp.isfinite(start), axis=0), RUNNING, int(MapStatus.NON_FINITE))
+    status = jnp.where(n_points >= len(spec.free), status, int(MapStatus.TOO_FEW_POINTS))
+    status = jnp.where(n_points == 0, int(MapStatus.MASKED), status)  # even where the start was a guess from nothing
     status = jnp.where(pixel < len(pixels.y), status, int(MapStatus.MASKED))
     return lanes._replace(
         data=data,

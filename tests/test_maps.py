@@ -295,10 +295,13 @@ def test_fewer_points_than_free_parameters_is_a_status():
 
 def test_starts_that_are_not_finite_are_a_status():
     starts = np.broadcast_to(P0, TRUTH.shape).copy()
-    starts[2, 3, 0] = np.nan
-    found = fit_map(peak, X, Y, starts).compute()
+    starts[2, 3, 0] = starts[0, 1] = np.nan
+    mask = np.zeros(Y.shape, bool)
+    mask[0, 1] = True
+    found = fit_map(peak, X, Y, starts, mask=mask).compute()
     assert found.status[2, 3] == MapStatus.NON_FINITE
-    assert np.sum(~found.success) == 1
+    assert found.status[0, 1] == MapStatus.MASKED
+    assert np.sum(~found.success) == 2
     assert np.isnan(found.popt[2, 3]).all()
 
 
