@@ -129,8 +129,8 @@ def curve_fit(
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
-        Start. "guess", or None: what a model of `dask_nlsq.models` guesses from a sample of the data. None with any other
-        model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
+        Start. "guess", or None: what a model of `dask_nlsq.models` guesses from a sample of the data, as well as what a dict
+        does not name. None with any other model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
     sigma : scalar, array_like, (M, M) array or "poisson", optional
         Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
         y (strategy "standard" only). "poisson": the root of the model, reweighted until it settles, which is at the
@@ -243,10 +243,10 @@ def curve_fit(
     """
     given = dict(locals())
     f, xdata, ydata = model_first(f, xdata, ydata)
-    xdata, sigma, mask = by_name(xdata, ydata, sigma, mask)
+    xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
     p0, bounds, guesses = ready_model(f, p0, bounds, param_names, method)
-    all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed)
+    all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed, guesses)
     names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
@@ -313,7 +313,8 @@ def curve_fit(
                 streamed.draw(len(start), needed=GUESS_RUNS)
             else:
                 admit()
-            start = all_start[free] = guessed_start(sweep, model, lower, upper)
+            start = np.where([name in guesses for name in names], guessed_start(sweep, model, lower, upper), start)
+            all_start[free] = start
             live.guessed(start)
         if checkpoint is not None and streamed:
             bounds = (all_lower, all_upper)
@@ -393,6 +394,7 @@ def curve_fit(
         factor=solution.factor,
         _evaluation=evaluation,
         _problem=problem,
+        _labels=labels if problem.factor is None else None,  # whitened points have lost their places
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
@@ -511,13 +513,13 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
-    p0, bounds, _ = ready_model(f, p0, given["bounds"], given["param_names"])
-    _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"])
+    p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
+    _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
     start = every[free]
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))
     _, reweighted = likelihood(given["loss"], given["sigma"])
-    xdata, sigma, mask = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
+    xdata, sigma, mask, _ = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
     data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     data, _, rules = open_data(data, Policy(), given["mask_values"], given["valid_range"], look=False)
     rules |= dict(check=check, omit=omit)
@@ -539,6 +541,7 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
     if pcov is not None and cost is not None and n_points > p:
         return pcov * (2 * cost / (n_points - p))
     why = "".join(f": {each}" for each in combinations(solution.factor, names))
+    why += ". Hold one of them with `fixed`, or start components that are alike from different values" if why else ""
     warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
     return np.full((p, p), np.inf)
 

@@ -26,7 +26,7 @@ def model_first(f, xdata, ydata, caller="curve_fit"):
 
 
 def ready_model(f, p0, bounds, param_names, method=None):
-    """p0, bounds, and whether the model guesses p0: what a ready model has instead where nothing is given."""
+    """p0, bounds, and names of the parameters whose start is to be guessed: a ready model has them."""
     if isinstance(p0, str) and (p0 != "guess" or not isinstance(f, ReadyModel)):
         if p0 != "guess":
             raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
@@ -35,26 +35,28 @@ def ready_model(f, p0, bounds, param_names, method=None):
             "a model, or a sum of models, of dask_nlsq.models"
         )
     if not isinstance(f, ReadyModel):
-        return p0, bounds, False
-    own = dict(zip(f.param_names if param_names is None else param_names, f.bounds.values(), strict=False))
+        return p0, bounds, ()
+    names = f.param_names if param_names is None else param_names
+    own = dict(zip(names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
         bounds = own | dict(bounds)
     elif isinstance(bounds, tuple) and all(np.ndim(each) == 0 for each in bounds) and bounds == (-np.inf, np.inf):
         bounds = bounds if method == "lm" else tuple(zip(*own.values(), strict=True))  # "lm" knows no bounds
-    guesses = p0 is None or isinstance(p0, str)
-    return None if guesses else p0, bounds, guesses
+    if p0 is None or isinstance(p0, str):
+        return None, bounds, tuple(names)
+    return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) else ()
 
 
-def parameters(f, p0, bounds, param_names, fixed=None):
+def parameters(f, p0, bounds, param_names, fixed=None, guesses=()):
     """Names, bounds and start of all parameters, values of those held at the start among them, and places of the others."""
     signature, fixed = parameter_names(f), _held(fixed)
     known = param_names if param_names is not None else signature
     if isinstance(p0, Mapping):
         names = tuple(known if known is not None else {**p0, **fixed})
         _check_names(names, p0=p0, fixed=fixed)
-        if missing := [name for name in names if name not in p0 and name not in fixed]:
+        if missing := [name for name in names if not (name in p0 or name in fixed or name in guesses)]:
             raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed, {names}")
-        param_names, p0 = names, [p0.get(name, fixed.get(name)) for name in names]
+        param_names, p0 = names, [p0.get(name, fixed.get(name, np.nan)) for name in names]
     if p0 is None:
         if not known:
             raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
@@ -95,7 +97,9 @@ def parameters(f, p0, bounds, param_names, fixed=None):
                 "Each lower bound must be strictly less than each upper bound: "
                 f"{names[k]} has [{lower[k]}, {upper[k]}]; to hold a parameter, name it in `fixed`"
             )
-    start = feasible(lower, upper) if p0 is None else p0.copy()
+    start = feasible(lower, upper)  # of what is to be guessed, too
+    if p0 is not None:
+        start = np.where([name in guesses for name in names], start, p0)
     for name, value in fixed.items():
         value = _numbers(f"fixed[{name!r}]", value)
         if value.ndim or not np.isfinite(value):

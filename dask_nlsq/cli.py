@@ -120,6 +120,9 @@ FIXED = click.option("--fixed", multiple=True, help="Values that are not fitted:
 SIGMA = click.option("--sigma", help="Standard deviation of y: a number, the path of a Zarr array, or poisson.")
 ABSOLUTE = click.option("--absolute-sigma", is_flag=True, help="Sigma is known, and the errors are not scaled by the fit.")
 MASK = click.option("--mask", help="Path of a Zarr array that is true where a point is left out.")
+NO_DATA = "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers."
+VALUES = click.option("--mask-values", help=NO_DATA)
+RANGE = click.option("--valid-range", help="Lowest and highest value of y that counts: 0:1000 or 0:")
 NAN = click.option("--nan-policy", help="raise, or omit: leave out points that are not finite.")
 LOSS = click.option("--loss", help="linear, soft_l1, huber, cauchy, arctan or poisson.")
 BAD = click.option("--on-bad-chunk", help="raise, or mask: leave out chunks that cannot be read.")
@@ -134,11 +137,11 @@ CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which 
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
 REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
-DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, NAN, LOSS)
+DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS)
 HOW = (BAD, MISSING, WORKFLOW, STRATEGY, STARTS, MEMORY, MOST, SCHEDULER)
 
 
-def _call(store, model, x, p0, bounds, fixed, sigma, mask, axis=None, read=True, **options):
+def _call(store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_range, axis=None, read=True, **options):
     """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
     from . import words
     from .arguments import axes_of
@@ -152,6 +155,7 @@ def _call(store, model, x, p0, bounds, fixed, sigma, mask, axis=None, read=True,
     x = words.coordinates(x, array, options.get("axis"), read)
     options["memory_limit_gb"] = options.pop("memory_limit")
     options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
+    options |= dict(mask_values=words.mask_values(mask_values), valid_range=words.valid_range(valid_range))
     options["mask"] = None if mask is None else absolute(mask)
     call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
     said = {name: value for name, value in options.items() if value is not None and value is not False and value != {}}

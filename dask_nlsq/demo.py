@@ -168,9 +168,10 @@ def run(
     seconds = {"simulate": 0.0, "write": 0.0}
     a, n, _ = measurement.shape
     echo(f"Two-time correlations: {a} angles x {n} x {n} frames = {a * n * n:,} points, {len(measurement.truth)} parameters")
-    echo(f"Writing to {directory}")
-    echo("")
+    echo(f"Simulating, and writing to {directory}")
     store = write_measurement(measurement, directory / "two-time.zarr", seconds)
+    echo(f"{sum(seconds.values()):.1f} s. Fitting: reading the data, compiling the model, sweeps")
+    echo("")
     with timed(seconds, "fit"):
         result = fit_measurement(measurement, store, echo)
     pulls = compare(measurement, result)

@@ -1,12 +1,35 @@
 """xarray data become plain arrays: coordinates by name, axes by name and never by place, dates as seconds.
 
-Nothing here imports xarray: its arrays are known by their ``dims`` and ``coords``.
+xarray's arrays are known by their ``dims`` and ``coords``; it is imported only to label what is computed of some.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Labels(NamedTuple):
+    """Names of axes, and coordinates along them."""
+
+    dims: tuple[str, ...]
+    coords: dict[str, Any]
+
+    @classmethod
+    def of(cls, arrays, dims):
+        """Those of arrays that have no other axes, with the coordinates of all of them."""
+        coords = {name: values for array in arrays for name, values in array.coords.items() if set(values.dims) <= set(dims)}
+        return cls(tuple(dims), coords)
+
+
+def label(values, labels: Labels | None):
+    """A DataArray of the values, as they are without labels."""
+    if labels is None:
+        return values
+    from xarray import DataArray
+
+    return DataArray(values, labels.coords, labels.dims)
 
 
 def labelled(data) -> bool:
@@ -17,12 +40,13 @@ def labelled(data) -> bool:
 
 
 def by_name(xdata, ydata, sigma, mask):
-    """x, sigma and mask of one fit of all of an xarray ``ydata``, as plain arrays with its axes."""
+    """x, sigma and mask of one fit of all of an xarray ``ydata``, as plain arrays with its axes, and its labels."""
     if not labelled(ydata):
-        return xdata, sigma, mask
+        return xdata, sigma, mask, None
     matrix = labelled(sigma) and sigma.shape == (ydata.size,) * 2 != ydata.shape  # a covariance
     sigma = sigma if matrix else along_dims("sigma", sigma, ydata)
-    return coordinates_of(xdata, ydata, range(ydata.ndim)), sigma, along_dims("mask", mask, ydata)
+    xdata = coordinates_of(xdata, ydata, range(ydata.ndim))
+    return xdata, sigma, along_dims("mask", mask, ydata), Labels.of([ydata], ydata.dims)
 
 
 def coordinates_of(xdata, ydata, axes):
@@ -82,19 +106,38 @@ def along_dims(name, array, ydata, dims=None):
     return array.data.reshape(tuple(array.sizes.get(dim, 1) for dim in dims))
 
 
-def _check_labels(name, array, ydata):
+def _check_labels(name, array, other, other_name="ydata"):
     for dim in array.dims:
-        if dim not in array.coords or dim not in ydata.coords or array[dim].variable.equals(ydata[dim].variable):
+        if dim not in array.coords or dim not in other.coords or array[dim].variable.equals(other[dim].variable):
             continue
-        mine, others = array[dim].values, ydata[dim].values
+        mine, others = array[dim].values, other[dim].values
         how = f"{len(mine)} and {len(others)} of them"
         if len(mine) == len(others):
             k = int(np.argmax(mine != others))
             how = f"{mine[k]} and {others[k]} at place {k}, first"
         raise ValueError(
-            f"`{name}` and `ydata` have different labels along {dim!r}: {how}. Bring them together beforehand, as with "
-            "xarray.align or reindex_like, or pass its .data, whose axes go by place"
+            f"`{name}` and `{other_name}` have different labels along {dim!r}: {how}. Bring them together beforehand, as "
+            "with xarray.align or reindex_like, or pass its .data, whose axes go by place"
         )
+
+
+def at_labels(x, n_lead):
+    """x of a prediction as plain arrays whose axes go by place, and the labels of what is computed at them, None if none.
+
+    The first ``n_lead`` axes of an x of several coordinates do not belong to the points.
+    """
+    parts = x if isinstance(x, tuple) else (x,)
+    known = [each for each in parts if labelled(each)]
+    if not known:
+        return x, None
+    dims = list(dict.fromkeys(dim for each in known for dim in each.dims))
+    for k, each in enumerate(known):
+        if each.dtype.kind in "mM":
+            raise TypeError(f"`x` has the dtype {each.dtype}: give seconds, since the earliest date of the fit")
+        for j, other in enumerate(known[:k]):
+            _check_labels(f"x[{k}]", each, other, f"x[{j}]")
+    plain = tuple(along_dims("x", each, each, dims) for each in parts)
+    return plain if isinstance(x, tuple) else plain[0], Labels.of(known, dims[n_lead:])
 
 
 def map_values(p0, bounds, fixed, ydata, fitted):

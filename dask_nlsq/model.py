@@ -255,7 +255,7 @@ def check_shape(model: Model, found: tuple[int, ...], n: int) -> None:
     """One value per point; a scalar stands for the same value at all of them."""
     if found not in ((n,), ()):
         raise ModelShapeError(
-            f"{_called(model.f)} returned an array of shape {found} when called with {n} points: it must return shape "
+            f"{_called(model.f)} returned an array of shape {found} when tried on {n} points: it must return shape "
             f"({n},), one value per point"
         )
 
@@ -272,6 +272,6 @@ def not_of_any_length(model: Model, n: int, err: Exception) -> ModelShapeError:
 def check_jac_shape(found: tuple[int, ...], n: int, n_params: int) -> None:
     if found != (n, n_params):
         raise ModelShapeError(
-            f"jac returned an array of shape {found} when called with {n} points: it must return shape ({n}, {n_params}), "
+            f"jac returned an array of shape {found} when tried on {n} points: it must return shape ({n}, {n_params}), "
             "one row per point and one column per parameter"
         )

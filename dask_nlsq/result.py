@@ -16,6 +16,7 @@ from .environment import Place
 from .files import import_by, import_name, load_record, save_record
 from .inputs import Problem, build_problem
 from .kernels import Invalid, Layout, Layouts, Parts, fingerprint
+from .labels import Labels, at_labels, label
 from .model import Held, Model, intern
 from .multistart import Search
 from .plan import Plan, several
@@ -166,10 +167,11 @@ class FitResult:
     factor: Factor = field(repr=False)
     _evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
     _problem: Problem | None = field(repr=False)  # None where the data are not at hand
+    _labels: Labels | None = field(default=None, repr=False)  # of the data, where they are xarray's
 
     @property
     def strategy(self) -> str:
-        """ "standard" or "chunked"."""
+        """ "standard", "chunked" or "streaming"."""
         return self.plan.strategy
 
     @property
@@ -267,19 +269,21 @@ class FitResult:
     # at the points of the data, and elsewhere
 
     def residuals(self):
-        """``(f(x, *popt) - y) / sigma`` in y's shape; a Dask array where the data were Dask or Zarr.
+        """``(f(x, *popt) - y) / sigma`` in y's shape; lazy where the data were Dask or Zarr, a DataArray where they were.
 
         NaN where masked, and in chunks that cannot be read, where ``on_bad_chunk="mask"`` or ``missing_chunks="mask"``.
         With a covariance matrix as sigma: the whitened residuals of the points used.
         """
-        return self._values(self._points(None), "residual")
+        points, labels = self._points(None)
+        return label(self._values(points, "residual"), labels)
 
     def predict(self, x=None):
-        """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. A Dask array where x is one.
+        """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. Lazy where x is.
 
-        With None: NaN in chunks of the fit that cannot be read.
+        xarray's x broadcast by name, and give a DataArray. With None: as the data, NaN in chunks that cannot be read.
         """
-        return self._values(self._points(x), "model")
+        points, labels = self._points(x)
+        return label(self._values(points, "model"), labels)
 
     def confidence_band(self, x=None, level: float = 0.95):
         """Lower and upper end of an interval for the mean of y at each point: ``f -+ q sqrt(J pcov J^T)``.
@@ -297,14 +301,14 @@ class FitResult:
         Returns
         -------
         lower, upper : arrays of y's shape
-            Lazy Dask arrays, chunked like the data, where the data, or x, are Dask or Zarr.
+            Lazy, and chunked like the data, where the data, or x, are Dask or Zarr; DataArrays where they are xarray's.
 
         Raises
         ------
         ValueError
             Where the data do not determine the parameters, or the level is no probability.
         """
-        return self._band(self._points(x), level, 0.0)
+        return self._band(x, level, 0.0)
 
     def prediction_band(self, x=None, level: float = 0.95, sigma=None):
         """Lower and upper end of an interval for one more measurement at each point: ``f -+ q sqrt(J pcov J^T + s^2)``.
@@ -337,21 +341,23 @@ class FitResult:
             raise ValueError("`sigma` is for points given as `x`, and not for counts, whose mean it is: leave it out")
         if sigma is None and noise.sigma is None and (x is not None or self._evaluation.rules.whole):
             raise ValueError("the fit had an array as sigma: give `x`, and as `sigma` the standard deviation there")
-        points = self._points(x, noise.sigma if sigma is None else sigma)
-        return self._band(points, level, 1.0 if noise.absolute else self.reduced_chi_square)
+        s = noise.sigma if sigma is None else sigma
+        return self._band(x, level, 1.0 if noise.absolute else self.reduced_chi_square, s)
 
-    def _band(self, points, level, noise):
+    def _band(self, x, level, noise, sigma=None):
         q = quantile(level, self.dof, self.noise)
         if not np.isfinite(self.pcov).all():
             raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no band")
-        middle_and_error = self._values(points, "band", root(self.pcov[np.ix_(self.free, self.free)]), noise)
-        middle, half = middle_and_error[0], q * middle_and_error[1]
-        return middle - half, middle + half
+        spread = root(self.pcov[np.ix_(self.free, self.free)]), noise
+        points, labels = self._points(x, sigma)
+        middle, error = self._values(points, "band", *spread)
+        return label(middle - q * error, labels), label(middle + q * error, labels)
 
-    def _points(self, x, sigma=None) -> Problem:
-        """Of the fit where x is None."""
+    def _points(self, x, sigma=None) -> tuple[Problem, Labels | None]:
+        """Points at x, of the fit where it is None, and the labels of what is computed there."""
         rules = self._evaluation.rules
         if x is not None:
+            x, labels = at_labels(x, len(rules.layouts.x_lead))
             match rules.layouts.x_kind:
                 case "tuple":
                     shape = np.broadcast_shapes(*(np.shape(c) for c in x))
@@ -359,10 +365,11 @@ class FitResult:
                     shape = np.shape(x)[len(rules.layouts.x_lead) :]
                 case _:
                     shape = np.shape(x)
-            return build_problem(x, np.broadcast_to(0.0, shape), sigma, check=False, omit=False, whole=rules.whole)
+            y = np.broadcast_to(0.0, shape)
+            return build_problem(x, y, sigma, check=False, omit=False, whole=rules.whole), labels
         if self._problem is None:
             raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
-        return self._problem
+        return self._problem, self._labels
 
     def _values(self, points, what, *spread):
         model = self._evaluation.model
@@ -375,7 +382,7 @@ class FitResult:
         return replace(self)  # with the data
 
     def __getstate__(self):
-        return self.__dict__ | {"_problem": None}  # the data may be larger than any file
+        return self.__dict__ | {"_problem": None, "_labels": None}  # the data may be larger than any file
 
     # -----------------------------------------------------------------------------------------------------------------
     # as text, and on disk
@@ -390,7 +397,7 @@ class FitResult:
             n_points = self.n_points + self.n_masked + self.n_omitted
             named: Any = NamedModel.of(evaluation, len(self.free), n_points)  # in the place of a model that has no file
             evaluation = evaluation._replace(model=named)
-        save_record(path, replace(self, _evaluation=evaluation, _problem=None))
+        save_record(path, replace(self, _evaluation=evaluation, _problem=None, _labels=None))
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
@@ -446,7 +453,7 @@ class FitResult:
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
             f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}",
-            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, data loaded in {self.seconds['load']:.2f} s;"
+            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, begun after {self.seconds['load']:.2f} s;"
             f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
         if self.damage:

@@ -221,9 +221,23 @@ def open_all(policy: Policy, look: bool, **arguments) -> tuple[dict[str, Any], l
 
     for name, data in arguments.items():
         found[name] = door(name, data)
-    for stored in opened if look else []:
-        look_ahead(stored)
+    if look:
+        _say_unchecked(opened)
+        for stored in opened:
+            look_ahead(stored)
     return found, opened
+
+
+def _say_unchecked(opened):
+    """One line, once in a process, for the arrays of a fit in which bits that have flipped are not found."""
+    places = [each.place for each in opened if each.place not in _warned and not has_checksum(each.array)]
+    _warned.update(places)
+    if places:
+        logger.warning(
+            "%s: no checksum, bits that have flipped are not found. Write with zarr.codecs.Crc32cCodec() behind the "
+            "compressor, or ZstdCodec(checksum=True)",
+            ", ".join(places),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,13 +349,6 @@ def look_ahead(stored: Stored) -> None:
     BadChunkError
         Where chunks are damaged, or absent, and the policy does not leave them out or fill them in.
     """
-    if not has_checksum(stored.array) and stored.place not in _warned:
-        _warned.add(stored.place)
-        logger.warning(
-            "%s has no checksum: bits that have flipped are not found. Write it with zarr.codecs.Crc32cCodec() behind the "
-            "compressor, or ZstdCodec(checksum=True)",
-            stored.place,
-        )
     sizes = _sizes(stored)
     policy, missing = stored.policy, []
     stored.stamp = _stamp(sizes)

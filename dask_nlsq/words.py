@@ -16,6 +16,7 @@ from .models import named
 from .store import open_array
 
 WITHIN = 1e-6  # of a step: a stop that is so little above a value leaves it out as well
+INTEGER = r"\s*[-+]?\d+\s*"
 RANGE = re.compile(r"(?!.*://)([^:]+):([^:]+)(?::([^:]+))?")
 
 
@@ -92,7 +93,7 @@ def _coordinate(text, k, shape, array, read):
 def _range(text, parts):
     """Start, step and number of values; integers where all are."""
     try:
-        numbers = (int(each) if re.fullmatch(r"\s*[-+]?\d+\s*", each) else float(each) for each in parts if each)
+        numbers = (int(each) if re.fullmatch(INTEGER, each) else float(each) for each in parts if each)
         begin, stop, step = (*numbers, 1)[:3]
         return begin, step, math.ceil((stop - begin) / step - WITHIN)
     except (ValueError, ZeroDivisionError, OverflowError):
@@ -107,19 +108,35 @@ def start(texts) -> dict[str, float] | str | None:
 
 
 def values(option: str, texts) -> dict[str, float]:
-    return {name: _number(option, name, value) for name, value in _pairs(option, texts)}
+    return {name: _number(option, f"{name}=", value) for name, value in _pairs(option, texts)}
 
 
 def bounds(texts) -> dict[str, tuple[float | None, float | None]]:
     """``("a=0:", "b=:3,c=0:1")``: pairs by name, None where an end is left out."""
     found: dict[str, tuple[float | None, float | None]] = {}
     for name, value in _pairs("--bounds", texts):
-        low, colon, high = value.partition(":")
-        if not colon:
-            raise ValueError(f"--bounds {name}={value}: two ends with a colon between them, as in {name}=0:1 or {name}=0:")
-        low, high = (_number("--bounds", name, each) if each.strip() else None for each in (low, high))
-        found[name] = low, high
+        found[name] = _ends("--bounds", f"{name}=", value)
     return found
+
+
+def _ends(option, what, text):
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise ValueError(f"{option} {what}{text}: two ends with a colon between them, as in {what}0:1 or {what}0:")
+    low, high = (_number(option, what, each) if each.strip() else None for each in (low, high))
+    return low, high
+
+
+def valid_range(text: str | None) -> tuple[float | None, float | None] | None:
+    """``"0:1e6"``: two ends, None where one is left out."""
+    return None if text is None else _ends("--valid-range", "", text)
+
+
+def mask_values(text: str | None) -> list[float] | None:
+    """``"65535,0"``: numbers; of ``"none"`` no numbers, which differs from None."""
+    if text is None:
+        return None
+    return [] if text == "none" else [_number("--mask-values", "", each) for each in text.split(",")]
 
 
 def _pairs(option, texts):
@@ -134,11 +151,11 @@ def _pairs(option, texts):
         yield name, value
 
 
-def _number(option, name, text):
+def _number(option, what, text):
     try:
-        return float(text)
+        return int(text) if re.fullmatch(INTEGER, text) else float(text)
     except ValueError:
-        raise ValueError(f"{option} {name}={text}: {text!r} is not a number") from None
+        raise ValueError(f"{option} {what}{text}: {text!r} is not a number") from None
 
 
 def sigma(text: str | None):

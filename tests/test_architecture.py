@@ -31,7 +31,7 @@ KNOWS = {
     "zarr": {"store", "map_result", "demo", "words", "kept"},
     "bokeh": {"dashboard"},
     "matplotlib": {"plots", "report", "demo"},
-    "xarray": {"map_result", "result", "accessor"},
+    "xarray": {"labels", "map_result", "result", "accessor"},
     "click": {"cli"},
 }
 # fmt: on

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import zarr
 from click.testing import CliRunner
-from distributed import LocalCluster
 from zarr.codecs import ZstdCodec
 
 from dask_nlsq import curve_fit, demo, fit_map, load
@@ -102,6 +101,24 @@ def test_options_mean_what_they_mean_to_curve_fit(store, tmp_path):
     converges("fit", store, *model, *START, *words, "--out", tmp_path / "r", "--no-report")
     same_bits(load(tmp_path / "r"), expected)
     assert not (tmp_path / "r" / "report.html").exists()
+
+
+def test_values_that_are_no_data_are_named_on_the_command_line(tmp_path):
+    bad = Y.copy()
+    bad[::100], bad[50::100] = 65535, 7
+    store = write(tmp_path / "bad.zarr", bad, (2000,))
+    asked = (store, *DECAY, *START, "--no-report", "--out", tmp_path / "r")
+    for words, options in (
+        (("--mask-values", "65535,7"), dict(mask_values=[65535, 7])),
+        (("--valid-range", "8:1000"), dict(mask_values=None, valid_range=(8, 1000))),
+    ):
+        converges("fit", *asked, *words)
+        expected = curve_fit(decay, X, store, P0, **options)
+        same_bits(load(tmp_path / "r"), expected)
+        assert expected.n_masked >= 400
+    assert "masked" not in converges("fit", *asked, "--mask-values", "none", "--max-nfev", "200").stdout
+    fails(2, "--mask-values x: 'x' is not a number", "fit", *asked, "--mask-values", "7,x")
+    fails(2, "--valid-range 8: two ends with a colon between them, as in 0:1", "fit", *asked, "--valid-range", "8")
 
 
 def test_a_vector_belongs_to_its_axis(tmp_path):
@@ -198,12 +215,11 @@ def test_only_a_result_is_replaced(store, tmp_path):
         converges("fit", store, *DECAY, *START, "--out", tmp_path / "r", "--no-report")
 
 
-def test_a_fit_runs_on_a_scheduler_that_is_named(store, tmp_path):
+def test_a_fit_runs_on_a_scheduler_that_is_named(store, tmp_path, workers):
     expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, strategy="chunked")
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster:
-        where = ("--scheduler", cluster.scheduler_address)
-        assert "worker" in converges("plan", store, *DECAY, *START, *where).stdout
-        converges("fit", store, *DECAY, *START, *where, "--out", tmp_path / "r")
+    where = ("--scheduler", workers.scheduler.address)
+    assert "worker" in converges("plan", store, *DECAY, *START, *where).stdout
+    converges("fit", store, *DECAY, *START, *where, "--out", tmp_path / "r")
     found = load(tmp_path / "r")
     assert found.strategy == "chunked"
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)

@@ -45,15 +45,6 @@ def whole():
     return fitted(blocks_of(Y))
 
 
-@pytest.fixture
-def nothing_runs():
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was computed")
-
-    with dask.config.set(scheduler=refuse):
-        yield
-
-
 def refuse_to_fit(*args, **kwargs):
     raise AssertionError("a block was fitted")
 

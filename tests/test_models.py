@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zarr
-from distributed import Client
 from scipy.special import expit, voigt_profile, wofz
 
 from benchmarks.guesses import CASES, reached
@@ -20,7 +19,6 @@ from dask_nlsq import curve_fit, fit_map, models, plan_fit, resume
 from dask_nlsq.model import intern, parameter_names
 from dask_nlsq.models import ReadyModel, faddeeva_real, gaussian, line, polynomial, voigt
 from dask_nlsq.trf_jit import float64
-from tests.clusters import local
 
 X = np.array([0.0, 0.3, 1.0, 2.5, 7.0, 40.0])
 # name: parameters, the formula in NumPy
@@ -238,6 +236,20 @@ def test_a_ready_model_needs_no_start(p0):
     np.testing.assert_allclose(result.history[0].params, TRUTH, rtol=0.2)
 
 
+def test_what_p0_does_not_name_is_guessed():
+    names = (gaussian + line).param_names
+    guessed = curve_fit(gaussian + line, X_LONG, Y_LONG).history[0].params
+    for fixed in ({}, {names[3]: TRUTH[3]}):
+        result = curve_fit(gaussian + line, X_LONG, Y_LONG, p0={names[1]: 0.99 * TRUTH[1]}, fixed=fixed)
+        free = [k for k, name in enumerate(names) if name not in fixed]
+        expected = np.where(np.array(names) == names[1], 0.99 * TRUTH[1], guessed)[free]
+        np.testing.assert_array_equal(result.history[0].params, expected)
+        np.testing.assert_allclose(result.popt[:3], best()[:3], rtol=1e-2)
+    assert plan_fit(gaussian + line, X_LONG, Y_LONG, p0={names[0]: 1.0}).strategy == "standard"
+    with pytest.raises(ValueError, match="`p0` names 'centre'"):
+        curve_fit(gaussian + line, X_LONG, Y_LONG, p0={"centre": 1.0})
+
+
 def test_the_guess_does_not_depend_on_the_chunks():
     runs = [curve_fit(gaussian + line, X_LONG, Y_LONG)]
     for size in (777, 5000):
@@ -281,7 +293,10 @@ def test_the_order_of_the_points_does_not_matter():
         np.testing.assert_allclose(guess(x[order], y[order]), guess(x, y), rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", SINGLE)
+QUICK = ["line", "exponential", "gaussian", "sigmoid", "polynomial", "g2_single"]  # to compile
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE])
 def test_any_data_give_a_finite_guess(name):
     guess = jax.jit(SINGLE[name].guess)
     for y in (np.zeros(30), np.full(30, 5.0), np.eye(30)[3], np.r_[1.0, 2.0, [np.nan] * 28]):
@@ -296,8 +311,8 @@ def test_a_covariance_of_the_data_goes_with_a_guess():
     np.testing.assert_allclose(whitened.popt, plain.popt, rtol=1e-6)
 
 
-def test_workers_fit_from_a_guess():
-    with local() as cluster, Client(cluster):
+def test_workers_fit_from_a_guess(workers):
+    with workers.as_current():
         lazy = (da.from_array(each, chunks=2500) for each in (X_LONG, Y_LONG))
         result = curve_fit(gaussian + line, *lazy, p0="guess")
         assert result.strategy == "chunked"

@@ -38,15 +38,6 @@ def dates(seconds):
     return np.datetime64("2026-01-01", "ns") + (1e9 * np.asarray(seconds)).astype("m8[ns]")
 
 
-@pytest.fixture
-def nothing_runs():
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was computed")
-
-    with dask.config.set(scheduler=refuse):
-        yield
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # xarray's own cases
 
@@ -374,6 +365,32 @@ def test_sigma_and_mask_of_curve_fit_are_aligned_by_name(waves):
     line, cov = xr.DataArray(2 * S, coords={"s": S}), np.diag(1 + S)
     for matrix in (cov, xr.DataArray(cov, dims=("s", "s_"))):
         np.testing.assert_allclose(curve_fit(lambda s, a: a * s, None, line, sigma=matrix).popt, 2)
+
+
+@pytest.mark.parametrize("chunks", [None, {"x": 2, "t": 3}], ids=["numpy", "dask"])
+def test_predictions_have_the_labels_of_the_data_and_of_x(waves, chunks):
+    data = maybe_chunked(waves, chunks)
+    fit = curve_fit(wave, ("x", "t"), data, [1, 2.5, 1])
+    for values in (fit.predict(), fit.residuals() + data, *fit.confidence_band()):
+        assert (values.chunks is None) == (chunks is None)
+        xr.testing.assert_allclose(values, waves, atol=1e-6)
+    x = waves.x[1:4].assign_coords(x=waves.x[1:4])
+    t = waves.t.rename(t="later") + 1  # in an order of its own, as long as nothing else is
+    for given in ((x, t), (x, t.chunk(later=2)), (x.T, t.T)):
+        found = fit.predict(given)
+        assert found.dims == ("x", "later")
+        np.testing.assert_array_equal(found.x, x)
+        np.testing.assert_allclose(found, wave((x.data[:, None], t.data), *fit.popt, np=np), rtol=1e-12)
+    same = fit.predict((xr.DataArray([0.1, 0.2], dims="place"), xr.DataArray([1.0, 2.0], dims="place")))
+    assert same.dims == ("place",)
+    crossed = fit.predict((xr.DataArray([0.1, 0.2], dims="one"), xr.DataArray([1.0, 2.0], dims="other")))
+    assert crossed.shape == (2, 2)
+    np.testing.assert_array_equal(np.diag(crossed), same)
+    assert isinstance(fit.predict((np.array([0.1]), np.array([1.0]))), np.ndarray)
+    with pytest.raises(ValueError, match=r"`x\[1\]` and `x\[0\]` have different labels along 'x'"):
+        fit.predict((x, xr.DataArray(np.zeros(3), {"x": np.zeros(3)})))
+    with pytest.raises(TypeError, match=r"`x` has the dtype datetime64.*since the earliest date"):
+        fit.predict((x, xr.DataArray(dates([0, 1]), dims="t")))
 
 
 @pytest.mark.parametrize(

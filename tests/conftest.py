@@ -1,0 +1,43 @@
+"""What all tests share.
+
+A kernel that several files need is compiled once in a run. Processes that tests start compile their own, as a user's do.
+"""
+
+import os
+from tempfile import TemporaryDirectory
+
+import dask
+import jax
+import pytest
+from distributed import Client
+
+from tests.clusters import local
+
+KERNELS = "KERNELS_OF_THE_TEST_RUN"  # a directory, named in the environment by the first process of the run
+
+
+def pytest_configure(config):
+    if KERNELS not in os.environ:
+        config.kernels = TemporaryDirectory(prefix="dask-nlsq-kernels-")
+        os.environ[KERNELS] = config.kernels.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[KERNELS])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture
+def nothing_runs():
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was computed")
+
+    with dask.config.set(scheduler=refuse):
+        yield
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Client of two processes with a thread each; not the default one: tests enter ``workers.as_current()``.
+
+    They leave nothing there, and have a cluster of their own to kill, or to set up in another way.
+    """
+    with local() as cluster, Client(cluster, set_as_default=False) as client:
+        yield client
