@@ -14,9 +14,10 @@ from tests.accuracy import (
 
 MODELS = pytest.mark.parametrize("model", [DECAY, PEAK], ids=["decay", "peak"])
 CASES = cases()
+FEW = [each if k % 3 == 0 else pytest.param(each, marks=pytest.mark.slow) for k, each in enumerate(CASES.values())]
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("case", FEW, ids=CASES)
 def test_optimum_and_covariance_are_those_of_scipy(case):
     deviation = against_scipy(case)
     assert deviation.popt <= LIMITS.popt

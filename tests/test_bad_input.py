@@ -225,13 +225,13 @@ def test_a_task_that_fails_names_its_block():
     assert "block (3,)" in caught.value.__notes__[0]
 
 
-def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing():
+def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing(workers):
     y = da.from_array(Y, 10).map_blocks(failing, dtype=float)
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+    with workers.as_current():
         with pytest.raises(OSError, match="disk gone") as caught:
             curve_fit(decay, X, y)
         assert any("block (3,)" in note for note in caught.value.__notes__)
-        assert_nothing_left(client)
+        assert_nothing_left(workers)
 
 
 @pytest.mark.parametrize("limit", ["4GB", -1, np.nan])

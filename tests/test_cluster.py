@@ -94,17 +94,19 @@ def test_a_worker_that_is_killed_costs_time_and_no_digit(client, kind):
 
 
 def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
-    for kind in KINDS:
-        (tmp_path / kind).mkdir()
-        with command_line(tmp_path / kind, 2) as (client, _, workers):
+    with command_line(tmp_path, 1 + len(KINDS)) as (client, _, workers):
+        for left, kind in zip((3, 2, 1), KINDS, strict=True):
             with client.as_current():
-                kill = at_sweep(2, workers[0].kill)
+                kill = at_sweep(2, workers[left].kill)
                 found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=kill)
-            assert len(client.scheduler_info(n_workers=-1)["workers"]) == 1
+            assert len(client.scheduler_info(n_workers=-1)["workers"]) == left
             assert_same(found, alone(kind))
 
 
-@pytest.mark.parametrize("strategy, allowed, deaths", [("chunked", 1, 2), ("chunked", 3, 3), ("streaming", 20, 3)])
+STREAMING = pytest.param("streaming", 20, 3, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("strategy, allowed, deaths", [("chunked", 1, 2), ("chunked", 3, 3), STREAMING])
 def test_a_chunk_that_kills_three_workers_is_named(strategy, allowed, deaths, tmp_path):
     def deadly(block, block_info=None):
         if block_info[0]["chunk-location"] == (7,) and "DOOMED" in os.environ:
@@ -222,7 +224,7 @@ def test_workers_that_join_and_leave_in_mid_fit_change_nothing():
     assert_same(found, alone("chunked"))
 
 
-SIZES = [(1, 2), (2, 1), (4, 2), *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in [(1, 1), (2, 2), (4, 1)])]
+SIZES = [(1, 2), (3, 1), *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in [(1, 1), (2, 2), (4, 1), (4, 2)])]
 
 
 @pytest.mark.parametrize("n_workers, n_threads", SIZES)
@@ -254,9 +256,8 @@ def keys_run_there(client):
     return client.run(names)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fit_asks_for_resources_by_an_annotation(kind, tmp_path, caplog):
-    expected = alone(kind)
+def test_a_fit_asks_for_resources_by_an_annotation(tmp_path, caplog):
+    expected = {kind: alone(kind) for kind in KINDS}
     file = str(tmp_path / "scheduler.json")
     scheduler = ["scheduler", "--port", "0", "--dashboard-address", ":0", "--scheduler-file", file]
     plain = ["worker", "--scheduler-file", file, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
@@ -264,13 +265,14 @@ def test_a_fit_asks_for_resources_by_an_annotation(kind, tmp_path, caplog):
         wait_for(client, 2)
         workers = client.scheduler_info(n_workers=-1)["workers"]
         (has_it,) = (address for address, worker in workers.items() if worker["resources"])
-        with dask.annotate(resources={"GPU": 1}):
-            found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], partitions_per_thread=8)
-        assert [place.name for place in found.plan.places[1:]] == [has_it]
-        assert_same(found, expected)
-        ran = keys_run_there(client)
-        assert {"nlsq-load", "nlsq-sweep"} <= ran.pop(has_it)
-        assert not any(ran.values())
+        for kind in KINDS:
+            with dask.annotate(resources={"GPU": 1}):
+                found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], partitions_per_thread=8)
+            assert [place.name for place in found.plan.places[1:]] == [has_it]
+            assert_same(found, expected[kind])
+            ran = keys_run_there(client)
+            assert {"nlsq-load", "nlsq-sweep"} <= ran.pop(has_it)
+            assert not any(ran.values())
         with dask.annotate(resources={"TPU": 1}), caplog.at_level(logging.WARNING, "dask_nlsq"):
             plan_fit(decay, *data("chunked"))
     assert "resources {'TPU': 1}" in caplog.text

@@ -187,10 +187,10 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     np.testing.assert_array_equal(one.pcov, two.pcov)
 
 
-@pytest.fixture(scope="module")
-def client():
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
-        yield client
+@pytest.fixture
+def client(workers):
+    with workers.as_current():
+        yield workers
 
 
 def test_an_active_client_is_used_and_gives_the_same_bits(client, monkeypatch):

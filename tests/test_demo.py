@@ -169,6 +169,7 @@ def test_small_demo_leaves_its_data_and_a_picture(small):
     assert zarr.open_group(report.directory / "thurber.zarr")["y"].nchunks == 3
 
 
+@pytest.mark.slow
 def test_other_truth_than_stated_fails(tmp_path, monkeypatch):
     def spoiled(measurement, k, simulate=demo.simulate_plane):
         truth = measurement.truth.copy()

@@ -173,7 +173,7 @@ def test_robust_gradient_is_the_derivative_of_the_cost(loss):
 
 
 @pytest.mark.parametrize("jac_mode", ["columns", "arguments"])
-@pytest.mark.parametrize("count", [1, 9, 40])
+@pytest.mark.parametrize("count", [1, 9, pytest.param(40, marks=pytest.mark.slow)])
 def test_both_ways_of_forming_columns_agree_with_jacfwd(count, jac_mode):
     def polynomial(x, *c):
         return sum(ck * jnp.cos(k * x + 0.1 * ck) for k, ck in enumerate(c))

@@ -83,10 +83,10 @@ def test_an_axis_vector_in_chunks_is_shared():
     np.testing.assert_array_equal(loads[15].pieces(shared)[2].ravel(), np.arange(10, 20))
 
 
-def test_a_persisted_array_stays_where_it_is():
+def test_a_persisted_array_stays_where_it_is(workers):
     y = da.from_array(Y, 400)
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
-        held = client.persist(y + 0.0)
+    with workers.as_current():
+        held = workers.persist(y + 0.0)
         result = curve_fit(decay, da.from_array(X, 400), held, p0=[1, 1, 0])
         np.testing.assert_allclose(result.popt, [2, 1.3, 0.5], rtol=1e-6)
         here = curve_fit(decay, X, held, p0=[1, 1, 0], strategy="standard")

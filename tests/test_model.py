@@ -126,7 +126,7 @@ dask_nlsq.curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, 2 * np.exp(-x))
 """
 
 
-@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("disabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disabled, tmp_path):
     environment = os.environ | {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
     if disabled:

@@ -58,7 +58,7 @@ def check_escapes(trap, n_starts, seeds):
 
 
 @pytest.mark.parametrize("name", TRAPS)
-@pytest.mark.parametrize("n_starts", [10, 20])
+@pytest.mark.parametrize("n_starts", [10, pytest.param(20, marks=pytest.mark.slow)])
 def test_starts_find_the_optimum_that_p0_misses(name, n_starts):
     check_escapes(TRAPS[name], n_starts, range(1))
 

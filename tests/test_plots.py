@@ -15,12 +15,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from distributed import Client, get_task_stream
+from distributed import get_task_stream
 
 from dask_nlsq import curve_fit, fit_map, plots
 from dask_nlsq.binning import FEW, FINE, _exponent, _merged, _profile, binned
 
-from .clusters import local
 from .spectra import P0, X, counted, fitted, peak, spectra
 from .spectra import N as N_SPECTRUM
 
@@ -307,12 +306,12 @@ def test_a_picture_reads_a_store_once(tmp_path):
     assert sum(reads.values()) == 30
 
 
-def test_no_large_array_comes_to_the_client():
+def test_no_large_array_comes_to_the_client(workers):
     t = da.linspace(0, 10, 2_000_000, chunks=100_000)
     y = 2 * da.exp(-0.5 * t) + 0.3 + da.random.default_rng(1).normal(0, 0.05, t.shape, chunks=t.chunks)
-    with local(2) as cluster, Client(cluster) as client:
+    with workers.as_current():
         found = curve_fit(decay, t, y, p0=START, strategy="chunked")
-        with get_task_stream(client) as stream:
+        with get_task_stream(workers) as stream:
             there = binned(found)
         sizes = {task["key"]: task["nbytes"] for task in stream.data}
     assert len(sizes) == 20 + 2 + 1  # chunks, merged by sixteen
