@@ -117,10 +117,9 @@ class BlockFit:
         y, sigma, mask = self._rows(y, shape), self._rows(sigma, shape), self._rows(mask, shape)
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
         self._check(y, sigma, mask, x, *vectors[1:])
-        pixels = Pixels(y, sigma, mask, x, *vectors)
-        n_pixels = len(y)
-        pixels = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), pixels)
-        pixels = pixels._replace(y=self._filled(y))
+        n_pixels, others = len(y), (sigma, mask, x, *vectors)
+        others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
+        pixels = Pixels(self._filled(y), *others)
         with float64():
             kernel = map_kernel(self.model, self.spec)
             shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
