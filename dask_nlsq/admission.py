@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from .checks import check_jac
 from .chunks import SAMPLE_POINTS, Census, Chunk
 from .inputs import Problem, as_array, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
@@ -67,11 +68,13 @@ def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy,
     return build_problem(xdata, ydata, **arguments, whole=True)
 
 
-def check_start(sweep: Sweep, start, lower, upper):
+def check_start(sweep: Sweep, names, start, lower, upper):
     rules = sweep.evaluation.rules
     if not rules.whole:
         elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
-        check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
+        model, layouts, sample = sweep.evaluation.model, rules.layouts, sweep.sample()
+        check_pointwise(model, layouts, sample, start, elsewhere)
+        check_jac(model, layouts, sample, names, start, elsewhere)
 
 
 def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:

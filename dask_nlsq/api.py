@@ -29,6 +29,7 @@ from .admission import (
     too_few,
 )
 from .arguments import (
+    accuracy_wanted,
     check_choices,
     finite_policy,
     jacobian,
@@ -57,6 +58,7 @@ from .progress import Live, Observers
 from .reduction import Evaluation, Grouping, open_sweep
 from .resources import active_client
 from .result import FitResult
+from .rules import ACCURACY, STUCK, UNDETERMINED
 from .statistics import Noise, Totals
 from .store import Policy, warn_if_changed
 from .streaming import StreamingSweep, hybrid
@@ -87,6 +89,7 @@ def curve_fit(
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
+    accuracy: float | None = ACCURACY,
     max_nfev: int | None = None,
     maxfev: int | None = None,
     mask=None,
@@ -161,6 +164,9 @@ def curve_fit(
         Termination: relative reduction of the cost, relative step, gradient. None: that test is off. As in SciPy the
         gradient counts in the units of the data for "trf", "dogbox" and with bounds, and without them otherwise, as the
         cosine between the residual and the columns of the Jacobian.
+    accuracy : float or None
+        Standard errors. A fit has converged only where these tests pass and the optimum of the quadratic model is nearer
+        than that; see `dask_nlsq.rules`. None: SciPy's tests alone.
     max_nfev, maxfev : int, optional
         Most evaluations of the cost, one sweep over the data each; 100 p by default.
     mask : array_like, optional
@@ -232,7 +238,9 @@ def curve_fit(
     Warns
     -----
     scipy.optimize.OptimizeWarning
-        Where the data do not determine the covariance; pcov is inf then.
+        Where the data do not determine the covariance; pcov is inf then. Where a fit ends without success: no step lowers
+        the cost although the optimum of the quadratic model is far (status 11), or the model does not depend on a parameter
+        (status 12).
     RuntimeWarning
         Where a store was written to while its data were read anew in each sweep.
 
@@ -258,6 +266,7 @@ def curve_fit(
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(*held(f, jacobian(jac), all_start, free))
+    known = absolute_sigma or (loss == "poisson" and not reweighted)
     options = Options(
         lower=lower,
         upper=upper,
@@ -265,6 +274,9 @@ def curve_fit(
         ftol=tolerance("ftol", ftol),
         xtol=tolerance("xtol", xtol),
         gtol=tolerance("gtol", gtol),
+        accuracy=accuracy_wanted(accuracy),
+        noise="known" if known else "pearson" if reweighted else "cost",
+        names=tuple(names),
         max_nfev=limit(max_nfev, maxfev),
         gtol_relative=method in (None, "lm") and not np.any(np.isfinite([lower, upper])),
         reduction=reduction,
@@ -305,7 +317,7 @@ def curve_fit(
         @cache
         def admit():
             counts = admit_data(sweep.census(), problem, len(start))
-            check_start(sweep, start, lower, upper)
+            check_start(sweep, names, start, lower, upper)
             return counts
 
         if guesses:
@@ -327,7 +339,7 @@ def curve_fit(
             streamed.leave = stack.enter_context(Leave())
         if streamed:
             streamed.draw(len(start), needed=n_starts > 0)
-            check_start(streamed, start, lower, upper)
+            check_start(streamed, names, start, lower, upper)
             streamed.admit = admit  # what is in the data is known when the first sweep has read them
         else:
             admit()
@@ -358,7 +370,6 @@ def curve_fit(
     for each in stored if streamed else ():
         warn_if_changed(each)
     cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
-    known = absolute_sigma or (loss == "poisson" and not reweighted)
     pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
     popt = all_start.copy()
     popt[free] = solution.params
@@ -377,6 +388,7 @@ def curve_fit(
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,
+        distance=solution.distance,
         plan=plan,
         reduction=solution.equations.reduction,
         jac_mode="user" if model.jac is not None else jac_mode,
@@ -398,6 +410,8 @@ def curve_fit(
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
+    if solution.status == STUCK:
+        warnings.warn(f"{solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
     if solution.status == -3:
         logger.warning("%s", solution.message)
     logger.info("%s", result.summary())
@@ -407,6 +421,11 @@ def curve_fit(
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
     return result
 
+
+WAY_OUT = (
+    "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
+    "accuracy=None takes what SciPy's tests accept."
+)
 
 curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 
@@ -535,7 +554,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
 def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
     """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
     p = len(solution.params)
-    pcov = covariance(solution.factor)
+    pcov = covariance(solution.factor) if solution.status != UNDETERMINED else None
     if pcov is not None and cost is None:
         return pcov
     if pcov is not None and cost is not None and n_points > p:

@@ -330,6 +330,15 @@ def tolerance(name, value):
     return float(value)
 
 
+def accuracy_wanted(value):
+    """Standard errors; inf where SciPy's tests alone decide."""
+    if value is None:
+        return np.inf
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise ValueError(f"`accuracy` must be a positive number of standard errors or None, not {value!r}")
+    return float(value)
+
+
 def limit(max_nfev, maxfev):
     """Most evaluations, of two names for them; None for the default, which SciPy's maxfev also calls 0."""
     if max_nfev is None:

@@ -21,7 +21,7 @@ from .kernels import fingerprint
 from .model import Held, Model
 from .store import is_stored
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
 KEPT: tuple[str, ...] = (
@@ -35,7 +35,7 @@ KEPT: tuple[str, ...] = (
     "f_scale",
     "x_scale",
 )
-KEPT += ("ftol", "xtol", "gtol", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
+KEPT += ("ftol", "xtol", "gtol", "accuracy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
 KEPT += ("fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
 LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone

@@ -19,6 +19,7 @@ import numpy as np
 
 from .admission import open_data
 from .arguments import (
+    accuracy_wanted,
     axes_of,
     check_choices,
     likelihood,
@@ -175,7 +176,7 @@ class BlockFit:
     def _record(self, found: Fitted) -> np.ndarray:
         record, free = np.zeros(len(found.chi2), self.dtype), list(self.spec.free)
         record["popt"], record["chi2"], record["n_points"] = found.popt, found.chi2, found.n_points
-        record["nfev"], record["status"] = found.nfev, found.status
+        record["nfev"], record["status"], record["distance"] = found.nfev, found.status, found.distance
         record["at_bound"][:, free] = found.at_bound
         failed = np.isnan(found.chi2)
         record["perr"][failed] = np.nan
@@ -191,7 +192,7 @@ def record_dtype(n_params: int, full_covariance: bool) -> np.dtype:
     """Of what a pixel gets, in one array, so that reading, fitting and returning are one task."""
     p = (n_params,)
     fields = [("popt", "f8", p), ("perr", "f8", p), ("chi2", "f8"), ("n_points", "i4"), ("nfev", "i4")]
-    fields += [("status", "u1"), ("at_bound", "i1", p)]
+    fields += [("distance", "f8"), ("status", "u1"), ("at_bound", "i1", p)]
     return np.dtype(fields + [("pcov", "f8", 2 * p)] * full_covariance)
 
 
@@ -292,6 +293,7 @@ def build_map(
     ftol,
     xtol,
     gtol,
+    accuracy,
     max_nfev,
     param_names,
     fixed,
@@ -358,6 +360,7 @@ def build_map(
         tolerance("ftol", ftol),
         tolerance("xtol", xtol),
         tolerance("gtol", gtol),
+        accuracy_wanted(accuracy),
         limit(max_nfev, None) or 100 * p,
         positive("f_scale", f_scale),
     )

@@ -15,6 +15,7 @@ from .labels import along_dims, labelled, map_values
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
 from .map_step import MapStatus
+from .rules import ACCURACY
 
 BIN = 8  # pixels to each side of a bin of the coarse map
 
@@ -36,6 +37,7 @@ def fit_map(
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
+    accuracy: float | None = ACCURACY,
     max_nfev: int | None = None,
     param_names=None,
     fixed=None,
@@ -84,7 +86,7 @@ def fit_map(
     strategy : {"auto", "standard", "chunked", "streaming"}
         Where data are cut along the fit axes: read at once ("standard", "chunked"), or, where they do not fit in memory, in
         several passes ("auto", "streaming").
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, max_nfev, param_names, mask_values, valid_range, jac_mode
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, jac_mode
         As in `dask_nlsq.curve_fit`.
     memory_limit_gb : float, optional
         GiB that may be taken for data; by default 75 % of what is available.

@@ -22,6 +22,7 @@ from .multistart import Search
 from .plan import Plan, several
 from .reduction import Evaluation, Factor, Grouping, Read, map_chunks
 from .report import report
+from .rules import TO_ROUNDING
 from .statistics import (
     Noise,
     Statistics,
@@ -101,9 +102,12 @@ class FitResult:
         Evaluations of the cost by the solver, and reads of all data (they differ where the solver had to go from "gram"
         to "qr" at the end).
     status, message, success
-        Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding.
+        Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding; 11: no step
+        lowers the cost although the optimum is far; 12: the model does not depend on a parameter. Success is 1 to 5.
     optimality : float
         Infinity norm of the scaled gradient.
+    distance : float
+        To the optimum of the quadratic model, in standard errors; nan without degrees of freedom.
     plan : Plan
         Where the data were held and how much memory that was predicted to take; ``plan.explain()`` prints it.
     reduction : str
@@ -150,6 +154,7 @@ class FitResult:
     status: int
     message: str
     optimality: float
+    distance: float
     plan: Plan
     reduction: str
     jac_mode: str
@@ -176,7 +181,7 @@ class FitResult:
 
     @property
     def success(self) -> bool:
-        return self.status > 0
+        return 0 < self.status <= TO_ROUNDING
 
     @property
     def perr(self) -> np.ndarray:
@@ -420,6 +425,7 @@ class FitResult:
             "nfev",
             "sweeps",
             "optimality",
+            "distance",
         )
         names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
         return _jsonable(
@@ -452,7 +458,7 @@ class FitResult:
         points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
-            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}",
+            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}{self._nearness()}",
             f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, begun after {self.seconds['load']:.2f} s;"
             f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
@@ -468,6 +474,10 @@ class FitResult:
             names = self.param_names
             lines.append("correlations: " + "; ".join(f"{names[j]}, {names[i]} {value:+.3f}" for i, j, value in pairs))
         return "\n".join(lines)
+
+    def _nearness(self) -> str:
+        known = np.isfinite(self.distance)
+        return f"; {self.distance:.1e} standard errors from the optimum of the quadratic model" if known else ""
 
     def _known_statistics(self) -> dict[str, str]:
         """Those that exist, as text."""
@@ -519,7 +529,7 @@ class FitResult:
         fvec = fvec if self.n_masked + self.n_omitted == 0 else fvec[~np.isnan(fvec)]
         p = len(self.free)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
-        return self.popt, self.pcov, info, self.message, min(self.status, 4)
+        return self.popt, self.pcov, info, self.message, min(self.status, 4) if self.success else 5
 
     def plot(self, ax=None, **options):
         """Data and model against a coordinate: `dask_nlsq.plots.fit`."""
