@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 DETERMINED = 1e-9  # least singular value, relative, of J with columns of length 1: beyond, J's own rounding counts
+FLOATS = 4  # from a bound: what is nearer stands at it, since fits end strictly inside
 FAR = 0.05  # standard errors: "stationary" is nearer than that
 
 
@@ -32,9 +33,11 @@ def distance(J: np.ndarray, r: np.ndarray, params=None, bounds=None) -> float:
     if bounds is not None and reduction > 0:
         lower, upper = (np.broadcast_to(each, n) for each in bounds)
         down, up = np.minimum(lower - params, 0.0), np.maximum(upper - params, 0.0)
+        least = FLOATS * np.spacing(np.abs(params))
+        down, up = np.where(down > -least, 0.0, down), np.where(up < least, 0.0, up)
         up = np.where(up > down, up, down + np.finfo(float).tiny)
         box = down * lengths / size, up * lengths / size
-        reduction -= 2 * lsq_linear(s[kept, None] * Vt[kept], c, box, method="bvls", tol=1e-14).cost
+        reduction -= 2 * lsq_linear(s[kept, None] * Vt[kept], -c, box, method="bvls", tol=1e-14).cost
     return float(np.sqrt(max(reduction, 0.0) * (m - n)))
 
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 
 class Figure(NamedTuple):
+    """Where ``required`` is empty the figure is for information."""
+
     name: str
     required: str
     measured: str
@@ -12,7 +14,7 @@ class Figure(NamedTuple):
 
 
 def show(figure: Figure) -> None:
-    verdict = "ok" if figure.met else "MISSED"
+    verdict = ("ok" if figure.met else "MISSED") if figure.required else ""
     print(f"{figure.name:<84} {figure.required:<16} {figure.measured:<24} {verdict}")
     for line in figure.failures:
         print(f"    {line}")
@@ -20,4 +22,4 @@ def show(figure: Figure) -> None:
 
 
 def numbers(values) -> str:
-    return "[" + ", ".join(f"{value:.5g}" for value in values) + "]"
+    return "[" + ", ".join(f"{value:.11g}" for value in values) + "]"

@@ -12,6 +12,7 @@ from scipy.optimize import OptimizeWarning, least_squares, leastsq
 import dask_nlsq
 
 MOST_EVALUATIONS = 2000  # of SciPy's fits, whose own limit may be lower
+NO_COVARIANCE = "Covariance of the parameters could not be estimated"
 REFUSED = -99  # in place of a status, where an error was raised before the first step
 
 
@@ -19,7 +20,7 @@ class Outcome(NamedTuple):
     params: np.ndarray  # (p,)
     status: int
     success: bool
-    warned: str  # the first line of a warning that a user sees, or nothing
+    warned: tuple[str, ...]  # first lines of the warnings that a user sees
     distance: float = np.nan  # in standard errors, as the package states it where it does
 
     @property
@@ -42,10 +43,10 @@ def fitted(f: Callable, x, y, p0, **options) -> Outcome:
         except dask_nlsq.NotConvergedError as err:
             result = err.result
         except ValueError as err:  # the start is not finite, which SciPy refuses too
-            return Outcome(np.array(p0, dtype=float), REFUSED, False, str(err).splitlines()[0])
+            return Outcome(np.array(p0, dtype=float), REFUSED, False, (str(err).splitlines()[0],))
     warned = [str(each.message).splitlines()[0] for each in caught if issubclass(each.category, OptimizeWarning)]
     stated = float(getattr(result, "distance", np.nan))
-    return Outcome(result.popt, result.status, bool(result.success), "; ".join(warned), stated)
+    return Outcome(result.popt, result.status, bool(result.success), tuple(warned), stated)
 
 
 def fitted_map(f: Callable, x, y, p0, **options) -> list[Outcome]:
@@ -53,7 +54,7 @@ def fitted_map(f: Callable, x, y, p0, **options) -> list[Outcome]:
     found = dask_nlsq.fit_map(f, x, y, p0, **options).compute()
     stated = getattr(found, "distance", np.full(len(y), np.nan))
     fields = zip(found.popt, found.status, found.success, stated, strict=True)
-    return [Outcome(popt, int(status), bool(success), "", float(d)) for popt, status, success, d in fields]
+    return [Outcome(popt, int(status), bool(success), (), float(d)) for popt, status, success, d in fields]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
