@@ -51,8 +51,9 @@ def problems() -> list[Counts]:
     ]
 
 
-def half_deviance(y, params) -> float:
-    mean = np.maximum(values(peak, X, params), FLOOR)
+def half_deviance(y, mean) -> float:
+    """Where the mean is not positive, points without counts cost nothing and others the most."""
+    mean = np.maximum(mean, FLOOR)
     some = np.where(y > 0, y, 1.0)
     return float(np.sum(mean - y + np.where(y > 0, y * np.log(some / mean), 0.0)))
 
@@ -76,20 +77,29 @@ WAYS = {
 
 def figures(quick: bool = False) -> Iterator[Figure]:
     cases = problems()[:: 10 if quick else 1]
-    from_truth = singly(loss="poisson")([each._replace(p0=TRUTH) for each in cases])
     ended = {way: fit(cases) for way, fit in WAYS.items()}
-    deviances = {way: [half_deviance(y, o.params) for (_, y, _), o in zip(cases, ended[way], strict=True)] for way in WAYS}
-    best = [half_deviance(y, outcome.params) for (_, y, _), outcome in zip(cases, from_truth, strict=True)]
-    best = np.minimum(best, np.min([*deviances.values()], axis=0))
+    found = {way: deviances(cases, outcomes) for way, outcomes in ended.items()}
+    from_truth = WAYS["curve_fit"]([each._replace(p0=TRUTH) for each in cases])
+    best = np.min([deviances(cases, from_truth), *found.values()], axis=0)
     for way, outcomes in ended.items():
-        off, reached = [], 0
-        for case, outcome, found, least in zip(cases, outcomes, deviances[way], best, strict=True):
-            reached += found <= least + OFF
-            if not found <= least + OFF:
-                off.append((outcome.silent, f"{case.label}: half the deviance {found:.6g} for {least:.6g}; {outcome}, at "
-                            f"{numbers(outcome.params)} from {numbers(case.p0)}"))  # fmt: skip
-        silent = [line for silent, line in off if silent]
-        label = f"{len(cases)} Poisson fits, {way}"
-        yield Figure(f"{label}: ended silently off", "0", str(len(silent)), not silent, silent)
-        others = [line for silent, line in off if not silent]
-        yield Figure(f"{label}: at the optimum", "", str(reached), reached == len(cases), others)
+        off = ~(found[way] <= best + OFF)
+        silent = off & [outcome.silent for outcome in outcomes]
+        lines = [
+            f"{case.label}: half the deviance {reached:.6g} for {least:.6g}; {outcome}, "
+            f"at {numbers(outcome.params)} from {numbers(case.p0)}"
+            for case, outcome, reached, least in zip(cases, outcomes, found[way], best, strict=True)
+        ]
+        label, n_silent = f"{len(cases)} Poisson fits, {way}", int(silent.sum())
+        yield Figure(f"{label}: ended silently off", "0", str(n_silent), not n_silent, chosen(lines, silent))
+        yield Figure(f"{label}: at the optimum", "", str(int((~off).sum())), not off.any(), chosen(lines, off & ~silent))
+
+
+def deviances(cases: list[Counts], outcomes: list[Outcome]) -> np.ndarray:
+    """Halves of them, of each fit."""
+    return np.array(
+        [half_deviance(case.y, values(peak, X, outcome.params)) for case, outcome in zip(cases, outcomes, strict=True)]
+    )
+
+
+def chosen(lines: list[str], which) -> list[str]:
+    return [line for line, wanted in zip(lines, which, strict=True) if wanted]
