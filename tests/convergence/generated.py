@@ -127,7 +127,7 @@ FAMILIES = {
     "power law": Family(power, (1, 0.5), (5, 3), ((1, 0), PLAIN)),
     "Michaelis-Menten": Family(michaelis_menten, (1, 0.1), (5, 1), (Y, X)),
 }
-SIZES = (100, 200, 500)  # points: few, since each is a compilation
+SIZES = (100, 200, 500)  # points, one of them for each family: another would be another compilation
 STARTS = ("near", "rough", "zero amplitudes", "all amplitudes wrong", "one amplitude wrong", "amplitudes in the wrong unit")
 
 
@@ -184,7 +184,7 @@ def box(rng, family: Family, truth, scale, p0) -> tuple[np.ndarray, np.ndarray]:
 def group(number: int) -> Group:
     rng = np.random.default_rng([SEED, number])
     name, family = [*FAMILIES.items()][number % len(FAMILIES)]
-    bounded, n = number // len(FAMILIES) % 2 == 1, SIZES[number % len(SIZES)]
+    bounded, n = number // len(FAMILIES) % 2 == 1, SIZES[number % len(FAMILIES) % len(SIZES)]
     offset = float(rng.choice([*OFFSETS])) if family.movable else 0.0
     width = max(10 ** rng.uniform(-3, 3), OFFSETS[offset])
     x = offset + width * np.linspace(0.005, 1, n)
