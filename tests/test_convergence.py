@@ -478,7 +478,7 @@ def test_exact_data_converge_to_the_exact_parameters(name):
     np.testing.assert_allclose(found.popt, case.truth, rtol=exact.DIGITS)
 
 
-@pytest.mark.parametrize("name, multiple", product(["Helical valley", "Meyer", "Kowalik and Osborne"], (1, 10)))
+@pytest.mark.parametrize("name, multiple", [*product(["Helical valley", "Meyer", "Kowalik and Osborne"], (1, 10))])
 def test_standard_problems_end_at_a_known_minimum(name, multiple):
     problem = mgh.PROBLEMS[name]
     names = [f"x{k}" for k in range(len(problem.start))]

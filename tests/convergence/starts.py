@@ -3,7 +3,7 @@
 Starts are wide, since a narrow spread tells nothing apart. With z normal, of one seed for each model, they are
 
 * growth: ``10 ** (0.4 z)``, around ones, whatever the truth is: b = 1 stands for exp(30) at the last point;
-* power and Gaussian: the truth times ``10 ** (0.65 z)`` and ``10 ** (0.4 z)``;
+* power and Gaussian: the truth times ``10 ** (0.65 z)`` and ``10 ** (0.2 z)``;
 * decay: the truth times ``1 + 3 z``, so that signs differ too.
 
 The optimum is where "lm" ends from the truth. A start reaches it whose cost is no more than 1e-6 above, relatively.
@@ -58,7 +58,7 @@ CASES = {
         decay, np.linspace(0, 5, 200), np.array([3, 1.3, 0.5]), 0.02, lambda truth, z: truth * (1 + 3 * z)
     ),
     "Gaussian": Case(
-        gaussian, np.linspace(0, 10, 200), np.array([5, 4, 0.8]), 0.05, lambda truth, z: truth * 10 ** (0.4 * z)
+        gaussian, np.linspace(0, 10, 200), np.array([5, 4, 0.8]), 0.05, lambda truth, z: truth * 10 ** (0.2 * z)
     ),
 }
 
