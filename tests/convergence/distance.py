@@ -22,7 +22,7 @@ def distance(J: np.ndarray, r: np.ndarray, params=None, bounds=None) -> float:
     m, n = J.shape
     if m <= n or not (np.all(np.isfinite(J)) and np.all(np.isfinite(r))):
         return np.inf
-    lengths, size = np.linalg.norm(J, axis=0), np.linalg.norm(r)
+    lengths, size = length(J), length(r)
     if size == 0:
         return 0.0
     lengths = np.where(lengths > 0, lengths, 1.0)
@@ -43,9 +43,15 @@ def distance(J: np.ndarray, r: np.ndarray, params=None, bounds=None) -> float:
 
 def cosine(J: np.ndarray, r: np.ndarray) -> float:
     """The largest cosine between the residual and a column of J: MINPACK's measure, where no degree of freedom is left."""
-    lengths, size = np.linalg.norm(J, axis=0), np.linalg.norm(r)
-    if not (np.all(np.isfinite(lengths)) and np.isfinite(size)):
+    if not (np.all(np.isfinite(J)) and np.all(np.isfinite(r))):
         return np.inf
+    lengths, size = length(J), length(r)
     if size == 0:
         return 0.0
-    return float(np.max(np.abs(J.T @ (r / size)) / np.where(lengths > 0, lengths, 1.0)))
+    return float(np.max(np.abs((J / np.where(lengths > 0, lengths, 1.0)).T @ (r / size))))
+
+
+def length(columns: np.ndarray) -> np.ndarray:
+    """Of each, also where its square would overflow."""
+    largest = np.max(np.abs(columns), axis=0)
+    return largest * np.linalg.norm(columns / np.where(largest > 0, largest, 1.0), axis=0)
