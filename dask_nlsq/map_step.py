@@ -81,7 +81,7 @@ class Point(NamedTuple):
     finite: Any
     regular: Any  # the gram matrix has not lost the digits of any direction
     n_faded: Any  # parameters that the model no longer depends on
-    longest: Any  # (p, lanes) columns of J as the trust region remembers them
+    longest: Any  # (p, lanes) columns of J so far
     d: Any  # step = d * step_h
     gradient: Any  # in hat space
     hessian: Any  # in hat space, (p, p, lanes)
@@ -252,8 +252,9 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
     """The quadratic model at the trial of each lane (see `trust_region`)."""
     p, params, first, before = len(spec.free), lanes.trial, lanes.nfev == 0, lanes.here
     columns = jnp.sqrt(jnp.stack([gram[k, k] for k in range(p)]))
-    longest = jnp.where(first, columns, rules.remembered(jnp, columns, before.longest))
-    scale = 1 / jnp.where(longest > 0, longest, 1.0)
+    longest = jnp.where(first, columns, jnp.maximum(columns, before.longest))
+    lengths = rules.scale_lengths(jnp, columns, longest)
+    scale = 1 / jnp.where(lengths > 0, lengths, 1.0)
     g = gram[:p, p]
     v = dv = jnp.zeros_like(params)
     if spec.bounded:

@@ -124,12 +124,12 @@ def held(xp, params, v, stiffening):
     return (stiffening > 0) & (v <= 4 * EPS * xp.abs(params))
 
 
-def remembered(xp, columns, longest):
-    """The longest that each column of J has been, which scales the trust region; 0 for one that was always zero.
+def scale_lengths(xp, columns, longest):
+    """Lengths (p,) of the columns of J that scale the trust region: the longest so far, as far as that is remembered.
 
     A column that has become very much shorter is scaled anew: the region would leave its parameter no freedom.
     """
-    return xp.maximum(columns, xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf)))
+    return xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
 
 
 def undetermined(xp, columns, longest, params, size):

@@ -139,7 +139,7 @@ class Point(NamedTuple):
     params: np.ndarray
     equations: NormalEquations
     factor: Factor
-    longest: np.ndarray  # columns of J as the trust region remembers them, (p,); 0 for those that were always zero
+    longest: np.ndarray  # columns of J so far, (p,); 0 for those that were always zero
     hat: HatSpace
     newton: np.ndarray  # step to the minimum of the model, (p,)
     decrement: float
@@ -256,9 +256,10 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     """
     parts, p = factor(equations), len(params)
     columns = norm(parts.R, axis=0)
-    longest = columns if before is None else rules.remembered(np, columns, before.longest)
+    longest = columns if before is None else np.maximum(columns, before.longest)
     if isinstance(options.x_scale, str):
-        scale = 1 / np.where(longest > 0, longest, 1.0)
+        lengths = rules.scale_lengths(np, columns, longest)
+        scale = 1 / np.where(lengths > 0, lengths, 1.0)
     else:
         scale = options.x_scale
     with float64():
