@@ -363,7 +363,7 @@ def curve_fit(
     popt = all_start.copy()
     popt[free] = solution.params
     assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = take_apart(solution.equations.parts, len(free))
+    parts = take_apart(solution.equations.parts, len(free))._replace(weights=sweep.weights)
     result = FitResult(
         popt=popt,
         pcov=spread_out(pcov, free, len(popt)),
@@ -389,7 +389,7 @@ def curve_fit(
         fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
         bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.tolist() if problem.factor is None else [np.nan] * 3)),
+        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
         parts=parts,
         factor=solution.factor,
         _evaluation=evaluation,

@@ -164,7 +164,9 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = -(-min(most, problem.n_points) // n_blocks)  # the loop over 256 takes 0.3 ms
+        longest = max(problem.n_points, problem.run_points)
+        few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
+        per_block = -(-min(most, few) // n_blocks)  # the loop over 256 takes 0.3 ms
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 
@@ -248,7 +250,7 @@ class Sweep:
 
     count = 0  # sweeps so far
     latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
-    weights: np.ndarray | None = None  # sums of w, w y and w y^2 of all data, from the first sweep
+    weights: np.ndarray | None = None  # (k, 3): of each part the sums of w, w y and w y^2, from the first sweep
     drawn = None  # what a sweep that does not hold the data knows beforehand
     chunks: list[Chunk]  # where they are held in this process
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same

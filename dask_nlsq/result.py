@@ -229,7 +229,9 @@ class FitResult:
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """What is remarkable about the fit, in words; see `dask_nlsq.diagnostics`. Nothing is read."""
-        return diagnose(self)
+        held = self._problem is not None and not self._problem.lazy and self._evaluation.rules.whole  # as one part
+        residuals = np.ravel(self.residuals()) if held else None
+        return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
 
     @property
     def correlation(self) -> np.ndarray:
