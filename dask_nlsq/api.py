@@ -29,7 +29,7 @@ from .admission import (
     too_few,
 )
 from .arguments import (
-    check_choices,
+    check_options,
     finite_policy,
     jacobian,
     known_names,
@@ -242,6 +242,7 @@ def curve_fit(
     `dask_nlsq.trust_region` and `dask_nlsq.kernels` for the methods and their sources.
     """
     given = dict(locals())
+    check_options(given)
     f, xdata, ydata = model_first(f, xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
@@ -250,11 +251,6 @@ def curve_fit(
     names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
-    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
-    if method == "lm" and loss != "linear":
-        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(*held(f, jacobian(jac), all_start, free))
@@ -272,8 +268,6 @@ def curve_fit(
     )
     check, omit = finite_policy(check_finite, nan_policy)
     if checkpoint is not None:
-        if strategy not in ("auto", "streaming"):
-            raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={strategy!r}")
         strategy = "streaming"
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     without = as_given | dict(sigma=None) if reweighted else as_given
@@ -513,9 +507,11 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
+    check_options(given)
     p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
     _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
     start = every[free]
+    scale(given["x_scale"], len(every), free)
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))
     _, reweighted = likelihood(given["loss"], given["sigma"])

@@ -20,7 +20,6 @@ import numpy as np
 from .admission import open_data
 from .arguments import (
     axes_of,
-    check_choices,
     likelihood,
     limit,
     map_parameters,
@@ -304,7 +303,6 @@ def build_map(
     memory_limit_gb,
 ) -> MapProblem:
     """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
-    check_choices(None, loss, strategy, "auto", jac_mode, None, "raise", "error", 0)
     if likelihood(loss, sigma)[1]:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):

@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 from dask.graph_manipulation import clone
 
-from .arguments import axes_of, model_first
+from .arguments import axes_of, check_options, model_first
 from .labels import along_dims, labelled, map_values
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
@@ -108,9 +108,8 @@ def fit_map(
     goes on to QR there. See `dask_nlsq.map_solver` for the method.
     """
     given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
+    check_options(given | dict(guess=guess))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
-    if guess not in (None, "coarse-to-fine"):
-        raise ValueError(f"`guess` must be None or 'coarse-to-fine', not {guess!r}; a function that guesses is p0=")
     labels: dict[str, Any] = {}
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]

@@ -1,5 +1,6 @@
 """Bad input gets one clear error, at the door: which argument, which value, which limit, what to do."""
 
+import inspect
 import math
 
 import dask.array as da
@@ -9,7 +10,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit
+from dask_nlsq import curve_fit, fit, fit_map, plan_fit
 
 from .clusters import assert_nothing_left
 
@@ -73,12 +74,13 @@ OPTIONS = {
     "bounds not a pair": ("must be a pair", {"bounds": 3}),
     "bounds not a number": ("must not contain nan", {"bounds": (np.nan, 1)}),
     "sigma zero": ("`sigma` must be positive: 3 values", {"sigma": np.where(np.arange(50) < 3, 0, 1)}),
-    "sigma negative": ("`sigma` must be positive: 50 values", {"sigma": -1}),
+    "sigma negative": ("`sigma` must be positive, not -1", {"sigma": -1}),
+    "sigma negative everywhere": ("`sigma` must be positive: 50 values", {"sigma": -np.ones(50)}),
     "covariance in blocks": ('all points at once: use strategy="standard"', {"sigma": np.eye(50), "strategy": "chunked"}),
     "covariance not definite": ("`sigma` must be positive definite", {"sigma": -np.eye(50)}),
     "covariance of small values not symmetric": ("symmetric", {"sigma": 1e-10 * (np.tri(50) + 3 * np.eye(50))}),
     "covariance not symmetric": ("symmetric", {"sigma": np.tri(50)}),
-    "unknown method": ("`method` must be one of None, 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
+    "unknown method": ("`method` must be one of None, 'auto', 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
     "unknown loss": ("`loss` must be one of", {"loss": "tukey"}),
     "unknown strategy": ("`strategy` must be one of", {"strategy": "magic"}),
     "unknown jac": ("`jac` must be a callable", {"jac": "4-point"}),
@@ -89,7 +91,7 @@ OPTIONS = {
     "max_nfev zero": ("`max_nfev` must be None or a positive integer", {"max_nfev": 0}),
     "max_nfev a fraction": ("`max_nfev` must be None or a positive integer", {"max_nfev": 2.5}),
     "ftol text": ("`ftol` must be a number", {"ftol": "1e-8"}),
-    "names no text": ("`param_names` must be 2 different names", {"param_names": [1, 2]}),
+    "names no text": ("`param_names` must be different names", {"param_names": [1, 2]}),
     "lm with a loss": ("supports only 'linear' loss", {"method": "lm", "loss": "huber"}),
     "list of pairs": (r"make zip\(\*bounds\)", {"bounds": [(0, 1), (0, 1), (0, 1)]}),
     "names too few": ("`param_names` must be 2 different names", {"param_names": ["a"]}),
@@ -101,6 +103,73 @@ OPTIONS = {
 def test_options_that_make_no_sense(message, options):
     with pytest.raises(ValueError, match=message):
         curve_fit(decay, X, Y, **options)
+
+
+WRONG = {
+    "True": True, "False": False, "text": "False", "None": None, "[1]": [1], "()": (), "{}": {}, "{zz: 1}": {"zz": 1},
+    "nan": math.nan, "inf": math.inf, "1j": 1j, "object": object(), "array": np.arange(3.0), "texts": np.array(["a", "b"]),
+    "bytes": b"x", "-1": -1, "2.5": 2.5, "1e400": 10**400, "0": 0, "ragged": [[1, 2], [3]], "[None, 1]": [None, 1],
+    "[True, 1]": [True, 1.0], "['1', '2']": ["1", "2"], "[1j, 1]": [1j, 1], "np.True": np.True_, "set": {1, 2}, "1": 1,
+    "complex": np.array([1j, 2]), "{a: True}": {"a": True}, "{a: '1'}": {"a": "1"}, "{a: None}": {"a": None},
+    "{a: 1j}": {"a": 1j}, "{a: [1]}": {"a": [1]}, "{a: (True, 2)}": {"a": (True, 2)}, "{a: ('0', 2)}": {"a": ("0", 2)},
+}  # fmt: skip
+FLAG = {"True", "False", "np.True", "0", "1"}
+TOLERANCE, NUMBERS = {"None", "0", "1", "2.5"}, {"1", "2.5", "[1]"}
+RIGHT = {  # by argument; those that are not here take none of them
+    "p0": {"None"},
+    "sigma": NUMBERS | {"None", "text", "['1', '2']"},  # paths
+    "absolute_sigma": FLAG,
+    "check_finite": FLAG | {"None"},
+    "bounds": {"{}", "ragged"},  # a vector and a number
+    "method": {"None"},
+    "jac": {"None"},
+    "full_output": FLAG,
+    "full_covariance": FLAG,
+    "nan_policy": {"None"},
+    "f_scale": {"1", "2.5"},
+    "x_scale": NUMBERS,
+    **dict.fromkeys(["ftol", "xtol", "gtol"], TOLERANCE),
+    "max_nfev": {"None", "1", "1e400"},
+    "maxfev": {"None", "0", "1", "1e400"},
+    "mask": FLAG | {"None", "text", "['1', '2']", "[1]", "[True, 1]"},
+    "mask_values": {"None", "()", "[1]", "array", "set"},
+    "valid_range": {"None", "[None, 1]"},
+    "param_names": {"None", "['1', '2']"},
+    "fixed": {"None", "{}"},
+    "tr_solver": {"None"},
+    "memory_limit_gb": {"None", "1", "2.5"},
+    "partitions_per_thread": {"None", "1"},
+    "n_starts": {"0", "1"},
+    "checkpoint": {"None", "text"},
+    "report": {"None", "text"},
+    "callback": {"None"},
+    "progress": FLAG | {"None"},
+    "verbose": FLAG,
+    "goal": {"None"},
+    "guess": {"None"},
+    "axis": {"0", "1", "-1", "[1]"},
+}
+RIGHT_OF = {
+    (fit, "n_starts"): {"None", "0", "1"},
+    (fit_map, "nan_policy"): set(),
+    (fit_map, "bounds"): {"{}", "[None, 1]"},
+}
+ARGUMENTS = [
+    (function, name)
+    for function in (curve_fit, plan_fit, fit, fit_map)
+    for name in inspect.signature(curve_fit if function is plan_fit else function).parameters
+    if name not in ("f", "xdata", "ydata", "curve_fit_options")
+]
+
+
+@pytest.mark.parametrize(("function", "name"), ARGUMENTS, ids=lambda each: getattr(each, "__name__", each))
+def test_what_is_no_value_of_an_argument_is_refused_by_its_name(function, name):
+    right = RIGHT_OF.get((function, name), RIGHT.get(name, set()))
+    y = np.stack([Y, Y]) if function is fit_map else Y
+    for label in WRONG.keys() - right:
+        with pytest.raises((ValueError, TypeError), match=rf"`{name}|{name} (must|of)|Each lower bound"):
+            function(decay, X, y, **{name: WRONG[label]})
+            pytest.fail(f"{name}={label} was accepted")
 
 
 def test_unknown_keyword_is_a_type_error():
