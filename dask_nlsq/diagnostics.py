@@ -268,8 +268,8 @@ def _compared(result, names):
     if C is None:
         return []
     pulls = result.parts.gram[:, :-1, -1] @ C  # of the parts on the parameters
-    squares = pulls**2  # which add up to the sandwich
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        squares = pulls**2  # which add up to the sandwich
         doubt = 0.5 * np.sqrt(np.sum(squares**2, axis=0) / np.sum(squares, axis=0) ** 2 - 1 / len(squares))
         ratio = np.nan_to_num(np.sqrt(np.diag(result.sandwich)[free]) / result.perr[free])
         ratio = np.where(ratio * (1 - 3 * doubt) > 1, ratio, 0.0)

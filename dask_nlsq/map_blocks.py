@@ -27,6 +27,7 @@ from .arguments import (
     tolerance,
 )
 from .budget import GB, effective_fraction, positive
+from .chunks import check_integers
 from .config import threads
 from .environment import size
 from .inputs import Coordinates, as_array, invalid_values, unmasked
@@ -163,6 +164,8 @@ class BlockFit:
             )
         if self.spec.loss == "poisson" and np.any((y < 0) & ~mask):
             raise ValueError("loss='poisson' is for counts: there are negative values in `ydata`; mask= leaves points out")
+        for c in x:
+            check_integers(c, mask, "in one block")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
                 bad = int(np.sum(~np.isfinite(array) & ~mask))

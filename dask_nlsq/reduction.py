@@ -19,7 +19,7 @@ from dask.sizeof import sizeof
 from distributed import Client
 from distributed.metrics import context_meter
 
-from .chunks import Census, Chunk, Rules, prepare_chunk, release
+from .chunks import LARGEST, Census, Chunk, Rules, prepare_chunk, release
 from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
@@ -438,10 +438,10 @@ def describe_partition(partition: Partition):
 
 
 def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-    """Per chunk of y: its index and how many residuals that count are not finite."""
+    """Per chunk of y: its index and how many residuals that count are not finite, or too large to be squared."""
     counts = []
     for chunk in partition.chunks:
-        bad = ~np.isfinite(partition.evaluation.values(chunk, params, "residual").ravel())
+        bad = ~(abs(partition.evaluation.values(chunk, params, "residual").ravel()) < LARGEST**2)
         ends = np.cumsum([census.n_points for census in chunk.censuses])
         for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
             counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))

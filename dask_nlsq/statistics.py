@@ -90,7 +90,7 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
     """All statistics of a fit of ``k`` parameters."""
     n, dof = totals.n, totals.n - k
     chi_square = 2 * totals.cost if noise.squares else np.nan
-    spread = totals.squares - _ratio(totals.weighted**2, totals.weight)
+    spread = totals.squares - _ratio(totals.weighted, totals.weight) * totals.weighted
     spread = spread if noise.loss == "linear" and spread > FLAT * totals.squares else np.nan
     r_squared = 1 - chi_square / spread
     if noise.likelihood:

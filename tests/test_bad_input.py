@@ -211,8 +211,80 @@ def test_check_finite_wins_over_omit():
         curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=True, nan_policy="omit")
 
 
+TOO_LARGE = {  # options, value, block of 10 points
+    "one value": (dict(ydata=spoiled(Y, 1e300, 23)), r"1e\+300", 2),
+    "one negative value": (dict(ydata=spoiled(Y, -1e153, 23)), r"-1e\+153", 2),
+    "all of them": (dict(ydata=Y * 1e153), r"2e\+153", 0),
+    "a tiny sigma": (dict(sigma=1e-150), "2", 0),
+    "one tiny sigma": (dict(sigma=spoiled(np.ones(50), 1e-200, 23)), "1.25.*", 2),
+    "both": (dict(ydata=Y * 1e153, sigma=1e-150), r"2e\+153", 0),
+    "counts": (dict(ydata=spoiled(Y, 1e300, 23), loss="poisson"), r"1e\+300", 2),
+    "beside a nan": (dict(ydata=spoiled(spoiled(Y, 1e300, 23), np.nan, 24), nan_policy="omit"), r"1e\+300", 2),
+}
+
+
+@pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
+@pytest.mark.parametrize("options, value, block", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_values_that_are_too_large_to_be_squared_are_named(options, value, block, strategy):
+    options, where = dict(xdata=X, ydata=Y) | options, ""
+    if strategy != "standard":
+        options = {k: da.from_array(v, 10) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+        where = rf" \(first in block \({block},\)\)"
+    with pytest.raises(ValueError, match=rf"`ydata` has values too large to be squared: {value}{where} is more than 1e\+75"):
+        curve_fit(decay, **options, strategy=strategy)
+
+
+@pytest.mark.parametrize("way", [dict(mask=np.arange(50) == 23), dict(mask_values=[1e300]), dict(valid_range=(None, 1e9))])
+def test_values_that_are_too_large_may_be_masked(way):
+    found = curve_fit(decay, X, spoiled(Y, 1e300, 23), **way)
+    np.testing.assert_allclose(found.popt, [2, 1], rtol=1e-6)
+
+
+def test_values_that_are_too_large_are_found_at_the_start_where_they_are_not_counted():
+    with pytest.raises(ValueError, match=r"more than 1e\+150 times sigma, for 1 points \(first in block \(0,\)\)"):
+        curve_fit(decay, X, spoiled(Y, 1e300, 23), check_finite=False)
+
+
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_large_values_that_are_not_counted_end_in_no_overflow(loss):
+    y = (Y + 0.01 * np.random.default_rng(0).normal(size=50)) * 1e153
+    found = curve_fit(decay, X, y, [2e153, 1], check_finite=False, loss=loss)
+    assert found.summary() and found.diagnostics and found.to_dict()
+
+
+@pytest.mark.parametrize("chunks", [None, 7])
+def test_integer_coordinates_that_int64_does_not_hold_are_refused(chunks):
+    index = np.arange(50, dtype=np.uint64) + np.uint64(2**63 - 25)
+    near = index - np.uint64(25)
+    y = 3.0 * (np.arange(50) % 2) + 1
+
+    def model(x, a, b):
+        return a * (x[0] % 2) + b
+
+    def arrays(*given):
+        return [each if chunks is None else da.from_array(each, chunks) for each in given]
+
+    x, last, y = arrays(index, near, y)
+    np.testing.assert_allclose(curve_fit(model, (last,), y).popt, [3, 1], rtol=1e-6)
+    where = r"in block \(0,\)" if chunks is None else r"in block \(3,\)"
+    with pytest.raises(ValueError, match=rf"`xdata` has integers above 2\^63 - 1, such as 92233720368547758.. {where}"):
+        curve_fit(model, (x,), y)
+    mask = index > 2**63 - 1
+    assert curve_fit(model, (x,), y, mask=mask).n_points == 25
+    if chunks is None:
+        with pytest.raises(ValueError, match=r"`xdata` has integers above 2\^63 - 1"):
+            fit_map(model, (x,), np.stack([y, y])).compute()
+
+
+@pytest.mark.parametrize("axis", [(2, 0), (-1, 0), (2, 1)])
+def test_axes_out_of_order_are_refused_since_x_follows_those_of_y(axis):
+    y = np.ones((3, 4, 3))
+    with pytest.raises(ValueError, match=r"`axis` must be in the order of the axes of `ydata`, and `xdata` with it: \("):
+        fit_map(decay, np.ones((3, 3)), y, axis=axis)
+
+
 def test_unchecked_nan_is_found_at_the_start():
-    with pytest.raises(ValueError, match="nan or infinity for 1 points"):
+    with pytest.raises(ValueError, match=r"nan or infinity,.* for 1 points"):
         curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=False)
 
 
@@ -231,7 +303,7 @@ MODELS = {
     "complex": (TypeError, "returned complex values", lambda x, a, b: a * jnp.exp(1j * b * x)),
     "wrong shape": (ValueError, r"returned an array of shape \(3,\).*shape \(50,\), one value per point",
                     lambda x, a, b: jnp.ones(3) * a),
-    "nan at p0": (ValueError, r"nan or infinity for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
+    "nan at p0": (ValueError, r"nan or infinity,.* for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
     "derivative at p0": (ValueError, "derivatives of .* are not finite.*a=1, b=1", lambda x, a, b: jnp.sqrt(a - 1) + b * x),
     "not pointwise": (ValueError, "not pointwise", lambda x, a, b: a * jnp.cumsum(x) + b),
 }  # fmt: skip
