@@ -49,7 +49,7 @@ from .cluster import attached
 from .diagnostics import combinations
 from .inputs import check_sendable
 from .kernels import choose_jac_mode, take_apart
-from .labels import by_name
+from .labels import by_name, origins
 from .model import function_name, held, intern
 from .multistart import Search, polish, sample_size, search
 from .plan import Plan, make_plan
@@ -125,7 +125,8 @@ def curve_fit(
         stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
-        is one array, joined along the first axis.
+        is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
+        earliest one, durations seconds; NaT counts as nan.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -389,6 +390,7 @@ def curve_fit(
         _evaluation=evaluation,
         _problem=problem,
         _labels=labels if problem.factor is None else None,  # whitened points have lost their places
+        _origins=origins(xdata),
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)

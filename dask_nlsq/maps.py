@@ -65,7 +65,7 @@ def fit_map(
         gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
         into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
     axis : int, str or tuple
-        The fit axes; names for xarray.
+        The fit axes, in the order that they have in ``ydata``; names for xarray.
     sigma, mask : array_like, optional
         As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
         shapes are ambiguous, with as many axes as ydata.

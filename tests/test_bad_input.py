@@ -43,7 +43,8 @@ SHAPES_AND_TYPES = {
     "complex": (TypeError, "`ydata` has dtype complex128: real numbers", X, Y + 1j, {}),
     "objects": (TypeError, "`xdata` has dtype object", np.array([object()] * 50), Y, {}),
     "text": (TypeError, "`ydata` has dtype <U1", X, np.array(["a"] * 50), {}),
-    "dates": (TypeError, "`xdata` has dtype datetime64", np.array(["2026-01-01"] * 50, "M8[D]"), Y, {}),
+    "dates as y": (TypeError, "`ydata` has dtype datetime64", X, np.array(["2026-01-01"] * 50, "M8[D]"), {}),
+    "no date": (ValueError, "50 of the values of `xdata`", np.array(["NaT"] * 50, "M8[D]"), Y, {}),
     "unknown chunks": (
         ValueError,
         r"call ydata.compute_chunk_sizes\(\)",
