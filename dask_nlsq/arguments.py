@@ -432,7 +432,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "on_bad_chunk": _choice("raise", "mask"),
     "missing_chunks": _choice("error", "mask", "fill"),
     "verbose": _choice(0, 1, 2),
-    "nan_policy": lambda _, value: finite_policy(None, value),
+    "nan_policy": lambda _, value: isinstance(value, str) or finite_policy(None, value),  # fits and maps know other words
     "guess": _choice(None, "coarse-to-fine"),
     "sigma": _sigma,
     "mask": _mask,
