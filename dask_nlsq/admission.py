@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .checks import check_jac
-from .chunks import SAMPLE_POINTS, Census, Chunk
+from .chunks import LARGEST, SAMPLE_POINTS, Census, Chunk
 from .inputs import Problem, as_array, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
 from .model import Held, Model, ModelError, ModelShapeError, function_name, not_of_any_length
@@ -117,6 +117,11 @@ def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int,
                 f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
                 "leave points out"
             )
+        if census.too_large:
+            raise ValueError(
+                f"`ydata` has values too large to be squared: {census.too_large:g}{where} is more than {LARGEST:g} times "
+                "sigma. mask=, mask_values= or valid_range= leaves points out; else give ydata and sigma in other units"
+            )
         if census.n_negative:
             raise ValueError(
                 f"loss='poisson' is for counts: {census.n_negative} values of `ydata` are negative{where}; use mask= to "
@@ -166,6 +171,7 @@ def not_finite_at_start(sweep: Sweep, model: Model, start, names):
         )
     total = sum(count for _, count in bad)
     return (
-        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity for {total} points "
-        f"(first in block {bad[0][0]}) at p0: {at}. Start from other values, or set bounds that keep the model finite"
+        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity, or more than "
+        f"{LARGEST**2:g} times sigma, for {total} points (first in block {bad[0][0]}) at p0: {at}. Start from other values, "
+        "or set bounds that keep the model finite"
     )

@@ -30,7 +30,7 @@ from .admission import (
 )
 from .arguments import (
     accuracy_wanted,
-    check_choices,
+    check_options,
     finite_policy,
     jacobian,
     known_names,
@@ -50,7 +50,7 @@ from .cluster import attached
 from .diagnostics import combinations
 from .inputs import check_sendable
 from .kernels import choose_jac_mode, take_apart
-from .labels import by_name
+from .labels import by_name, origins
 from .model import function_name, held, intern
 from .multistart import Search, polish, sample_size, search
 from .plan import Plan, make_plan
@@ -128,7 +128,8 @@ def curve_fit(
         stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
-        is one array, joined along the first axis.
+        is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
+        earliest one, durations seconds; NaT counts as nan.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -250,6 +251,7 @@ def curve_fit(
     `dask_nlsq.trust_region` and `dask_nlsq.kernels` for the methods and their sources.
     """
     given = dict(locals())
+    check_options(given)
     f, xdata, ydata = model_first(f, xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
@@ -258,11 +260,6 @@ def curve_fit(
     names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
-    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
-    if method == "lm" and loss != "linear":
-        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(*held(f, jacobian(jac), all_start, free))
@@ -284,8 +281,6 @@ def curve_fit(
     )
     check, omit = finite_policy(check_finite, nan_policy)
     if checkpoint is not None:
-        if strategy not in ("auto", "streaming"):
-            raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={strategy!r}")
         strategy = "streaming"
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     without = as_given | dict(sigma=None) if reweighted else as_given
@@ -374,7 +369,7 @@ def curve_fit(
     popt = all_start.copy()
     popt[free] = solution.params
     assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = take_apart(solution.equations.parts, len(free))
+    parts = take_apart(solution.equations.parts, len(free))._replace(weights=sweep.weights)
     result = FitResult(
         popt=popt,
         pcov=spread_out(pcov, free, len(popt)),
@@ -401,12 +396,13 @@ def curve_fit(
         fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
         bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.tolist() if problem.factor is None else [np.nan] * 3)),
+        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
         parts=parts,
         factor=solution.factor,
         _evaluation=evaluation,
         _problem=problem,
         _labels=labels if problem.factor is None else None,  # whitened points have lost their places
+        _origins=origins(xdata),
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
@@ -532,9 +528,11 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
+    check_options(given)
     p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
     _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
     start = every[free]
+    scale(given["x_scale"], len(every), free)
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))
     _, reweighted = likelihood(given["loss"], given["sigma"])

@@ -140,7 +140,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
-    identity |= {f"content of `{name}`": zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
+    identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
     return Checkpoint(path, identity, call, arrays)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from .chunks import Rules, block_cuts
 from .kernels import Invalid, Layout, Layouts
+from .labels import earliest, seconds, with_dates
 from .memory import buffer_bytes
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
@@ -153,15 +154,31 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
         array = da.from_array(_Reopened(data) if hasattr(data, "file") else data, chunks=stored, name=False, lock=lock)
     else:
         try:
-            array = np.asarray(data)
+            array = np.asarray(with_dates(data))
         except ValueError as err:  # lists of different lengths
             raise ValueError(f"`{name}` is not an array: {err}") from None
+    if array.dtype.kind in "mM" and name.startswith("xdata"):
+        array = _seconds(array)
     if array.dtype.kind not in "buif":
         raise TypeError(
             f"`{name}` has dtype {array.dtype}: real numbers are needed (fit real and imaginary parts or amplitude and "
-            "phase of complex data separately, convert text and dates to numbers)"
+            "phase of complex data separately, convert text to numbers; dates may be `xdata`)"
         )
     return array
+
+
+def _seconds(array):
+    """Dates as seconds since the earliest one, lazily of a Dask array."""
+    origin = None
+    if array.dtype.kind == "M" and isinstance(array, da.Array):
+        origin = da.reduction(array, _first, _first, dtype=array.dtype, meta=np.empty((), array.dtype))
+    elif array.dtype.kind == "M":
+        origin = earliest(array)
+    return seconds(array, origin)
+
+
+def _first(dates, axis, keepdims):
+    return np.fmin.reduce(dates, axis=axis, keepdims=keepdims)  # no NaT, where there is any other
 
 
 class _Reopened:

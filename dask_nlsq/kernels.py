@@ -212,7 +212,7 @@ class Parts(NamedTuple):
     n: np.ndarray  # points used
     n_tiles: np.ndarray  # with any of them
     floored: np.ndarray  # points with counts whose mean is below the floor of a Poisson likelihood
-    weights: np.ndarray  # (3,) of all: w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
+    weights: np.ndarray  # (k, 3): w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
 
 
 def part_size(n_params: int) -> int:
@@ -223,7 +223,7 @@ def take_apart(parts: np.ndarray, n_params: int) -> Parts:
     """`Parts` of the rows (k, part_size) that sweeps add up."""
     m = n_params + 1
     gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
-    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights.sum(axis=0))
+    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
 
 
 def build_sweep(model, spec):

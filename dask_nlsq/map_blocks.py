@@ -21,7 +21,6 @@ from .admission import open_data
 from .arguments import (
     accuracy_wanted,
     axes_of,
-    check_choices,
     likelihood,
     limit,
     map_parameters,
@@ -29,6 +28,7 @@ from .arguments import (
     tolerance,
 )
 from .budget import GB, effective_fraction, positive
+from .chunks import check_integers
 from .config import threads
 from .environment import size
 from .inputs import Coordinates, as_array, invalid_values, unmasked
@@ -164,6 +164,8 @@ class BlockFit:
             )
         if self.spec.loss == "poisson" and np.any((y < 0) & ~mask):
             raise ValueError("loss='poisson' is for counts: there are negative values in `ydata`; mask= leaves points out")
+        for c in x:
+            check_integers(c, mask, "in one block")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
                 bad = int(np.sum(~np.isfinite(array) & ~mask))
@@ -305,7 +307,6 @@ def build_map(
     memory_limit_gb,
 ) -> MapProblem:
     """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
-    check_choices(None, loss, strategy, "auto", jac_mode, None, "raise", "error", 0)
     if likelihood(loss, sigma)[1]:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):

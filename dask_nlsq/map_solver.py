@@ -28,6 +28,7 @@ from .map_step import (
     n_lanes,
 )
 from .model import Model
+from .statistics import at_bounds
 from .trust_region import OFF_BOUND
 
 REFILL = 0.75  # share of the lanes that work, below which the others are given new pixels
@@ -242,9 +243,8 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     pcov = jnp.where(regular & ~jnp.isnan(pcov), pcov, jnp.inf)
     at_bound = jnp.zeros_like(here.params)
     if spec.bounded:
-        near_lower = here.params - lanes.lower < limits.xtol * jnp.maximum(1, jnp.abs(lanes.lower))
-        near_upper = lanes.upper - here.params < limits.xtol * jnp.maximum(1, jnp.abs(lanes.upper))
-        at_bound = jnp.where(near_lower, -1, jnp.where(near_upper, 1, 0))
+        perr = jnp.sqrt(jnp.stack([pcov[k, k] for k in range(p)]))
+        at_bound = at_bounds(here.params, perr, lanes.lower, lanes.upper)
     converged = (lanes.status >= MapStatus.GTOL) & (lanes.status <= MapStatus.ROUNDING)
     status = jnp.where(converged & jnp.any(at_bound != 0, axis=0), int(MapStatus.AT_BOUND), lanes.status)
     ended = converged | (lanes.status == rules.STUCK)

@@ -10,7 +10,7 @@ import dask.array as da
 import numpy as np
 from dask.graph_manipulation import clone
 
-from .arguments import axes_of, model_first
+from .arguments import axes_of, check_options, model_first
 from .labels import along_dims, labelled, map_values
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
@@ -67,7 +67,7 @@ def fit_map(
         gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
         into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
     axis : int, str or tuple
-        The fit axes; names for xarray.
+        The fit axes, in the order that they have in ``ydata``; names for xarray.
     sigma, mask : array_like, optional
         As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
         shapes are ambiguous, with as many axes as ydata.
@@ -110,9 +110,8 @@ def fit_map(
     goes on to QR there. See `dask_nlsq.map_solver` for the method.
     """
     given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
+    check_options(given | dict(guess=guess))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
-    if guess not in (None, "coarse-to-fine"):
-        raise ValueError(f"`guess` must be None or 'coarse-to-fine', not {guess!r}; a function that guesses is p0=")
     labels: dict[str, Any] = {}
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]

@@ -20,7 +20,7 @@ from distributed import Client
 from distributed.metrics import context_meter
 from numpy.linalg import norm
 
-from .chunks import Census, Chunk, Rules, prepare_chunk, release
+from .chunks import LARGEST, Census, Chunk, Rules, prepare_chunk, release
 from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
@@ -179,7 +179,9 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = -(-min(most, problem.n_points) // n_blocks)  # the loop over 256 takes 0.3 ms
+        longest = max(problem.n_points, problem.run_points)
+        few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
+        per_block = -(-min(most, few) // n_blocks)  # the loop over 256 takes 0.3 ms
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 
@@ -263,7 +265,7 @@ class Sweep:
 
     count = 0  # sweeps so far
     latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
-    weights: np.ndarray | None = None  # sums of w, w y and w y^2 of all data, from the first sweep
+    weights: np.ndarray | None = None  # (k, 3): of each part the sums of w, w y and w y^2, from the first sweep
     drawn = None  # what a sweep that does not hold the data knows beforehand
     chunks: list[Chunk]  # where they are held in this process
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
@@ -283,7 +285,7 @@ class Sweep:
         """With the size of y; of counts, whose weights are 1 / mean, the sum of y stands for it."""
         if self.weights is None:
             self.weights = take_apart(equations.parts, len(equations.matrix) - 1).weights
-        return equations._replace(size=float(self.weights[1 if self.evaluation.loss in LIKELIHOODS else 2]))
+        return equations._replace(size=float(self.weights[:, 1 if self.evaluation.loss in LIKELIHOODS else 2].sum()))
 
     def points(self, n: int) -> Sample:
         """About ``n`` of the points that count, spread evenly over all data; no sweep.
@@ -452,10 +454,10 @@ def describe_partition(partition: Partition):
 
 
 def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-    """Per chunk of y: its index and how many residuals that count are not finite."""
+    """Per chunk of y: its index and how many residuals that count are not finite, or too large to be squared."""
     counts = []
     for chunk in partition.chunks:
-        bad = ~np.isfinite(partition.evaluation.values(chunk, params, "residual").ravel())
+        bad = ~(abs(partition.evaluation.values(chunk, params, "residual").ravel()) < LARGEST**2)
         ends = np.cumsum([census.n_points for census in chunk.censuses])
         for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
             counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))

@@ -16,7 +16,7 @@ from .environment import Place
 from .files import import_by, import_name, load_record, save_record
 from .inputs import Problem, build_problem
 from .kernels import Invalid, Layout, Layouts, Parts, fingerprint
-from .labels import Labels, at_labels, label
+from .labels import Labels, at_labels, label, since
 from .model import Held, Model, intern
 from .multistart import Search
 from .plan import Plan, several
@@ -173,6 +173,7 @@ class FitResult:
     _evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
     _problem: Problem | None = field(repr=False)  # None where the data are not at hand
     _labels: Labels | None = field(default=None, repr=False)  # of the data, where they are xarray's
+    _origins: tuple[str | None, ...] = field(default=(), repr=False)  # earliest dates of the coordinates that had any
 
     @property
     def strategy(self) -> str:
@@ -234,7 +235,9 @@ class FitResult:
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """What is remarkable about the fit, in words; see `dask_nlsq.diagnostics`. Nothing is read."""
-        return diagnose(self)
+        held = self._problem is not None and not self._problem.lazy and self._evaluation.rules.whole  # as one part
+        residuals = np.ravel(self.residuals()) if held else None
+        return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
 
     @property
     def correlation(self) -> np.ndarray:
@@ -285,7 +288,8 @@ class FitResult:
     def predict(self, x=None):
         """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. Lazy where x is.
 
-        xarray's x broadcast by name, and give a DataArray. With None: as the data, NaN in chunks that cannot be read.
+        Dates count from the earliest one of the fit. xarray's x broadcast by name, and give a DataArray. With None: as the
+        data, NaN in chunks that cannot be read.
         """
         points, labels = self._points(x)
         return label(self._values(points, "model"), labels)
@@ -362,7 +366,7 @@ class FitResult:
         """Points at x, of the fit where it is None, and the labels of what is computed there."""
         rules = self._evaluation.rules
         if x is not None:
-            x, labels = at_labels(x, len(rules.layouts.x_lead))
+            x, labels = at_labels(since(x, self._origins), len(rules.layouts.x_lead))
             match rules.layouts.x_kind:
                 case "tuple":
                     shape = np.broadcast_shapes(*(np.shape(c) for c in x))

@@ -187,14 +187,15 @@ def summarize(censuses: Iterable[Census], omit: bool) -> list[Census]:
     n_points = n_masked = n_omitted = 0
     wrong, damage = [], ()
     for census in censuses:
-        if census.n_sigma_not_positive or census.n_negative or (any(census.not_finite.values()) and not omit):
+        not_finite = any(census.not_finite.values()) and not omit
+        if not_finite or census.n_sigma_not_positive or census.n_negative or census.too_large:
             wrong.append(census)
         else:
             n_points += census.n_points
             n_masked += census.n_masked
             n_omitted += census.n_omitted
             damage += census.damage
-    total = Census((), n_points, n_masked, {}, n_omitted, 0, 0, tuple(sorted(damage, key=lambda err: err.args)))
+    total = Census((), n_points, n_masked, {}, n_omitted, 0, 0, 0.0, tuple(sorted(damage, key=lambda err: err.args)))
     return [total, *sorted(wrong, key=lambda census: census.index)]
 
 

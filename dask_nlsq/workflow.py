@@ -82,7 +82,7 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     ValueError
         An unknown preset or goal.
     """
-    if workflow not in PRESETS:
+    if not isinstance(workflow, str) or workflow not in PRESETS:
         raise ValueError(f"`workflow` must be one of {', '.join(map(repr, PRESETS))}, not {workflow!r}")
     preset = PRESETS[workflow]
     effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]

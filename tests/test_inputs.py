@@ -1,6 +1,7 @@
 """Any kind of array, any chunks: the same problem."""
 
 import gc
+import pickle
 
 import dask
 import dask.array as da
@@ -12,7 +13,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_nlsq import clear_memory_pool, curve_fit, get_memory_manager
+from dask_nlsq import clear_memory_pool, curve_fit, fit_map, get_memory_manager, load, plan_fit, resume
 from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk, release
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.loading import plan_loads
@@ -230,3 +231,89 @@ def test_buffers_come_back_when_reading_fails():
         curve_fit(decay, np.linspace(0, 5, n), y.map_blocks(fail, dtype=float, meta=np.empty(0)))
     assert caught.traceback
     assert get_memory_manager().get_memory_stats()["pool_arrays"] == 3 * 3
+
+
+SECONDS = np.linspace(0, 5, 60)
+DATES = np.datetime64("2026-01-01", "ns") + (1e9 * SECONDS).astype("m8[ns]")
+SIGNAL = 2 * np.exp(-0.7 * SECONDS) + 0.01 * np.random.default_rng(0).normal(size=60)
+ORDER = np.random.default_rng(1).permutation(60)
+
+
+def fading(x, a, b):
+    return a * jnp.exp(-b * x)
+
+
+def fading_of_first(x, a, b):
+    return fading(x[0], a, b)
+
+
+KINDS = {
+    "datetime64": lambda: DATES,
+    "microseconds": lambda: DATES.astype("M8[us]"),
+    "timedelta64": lambda: DATES - DATES[0],
+    "list": lambda: list(DATES),
+    "Series": lambda: pd.Series(DATES),
+    "DatetimeIndex": lambda: pd.DatetimeIndex(DATES),
+    "time zone": lambda: pd.Series(DATES).dt.tz_localize("Europe/Berlin"),
+    "TimedeltaIndex": lambda: pd.DatetimeIndex(DATES) - pd.Timestamp(DATES[0]),
+    "DataArray": lambda: xr.DataArray(DATES, dims="t"),
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_dates_are_seconds_since_the_earliest_one_in_fits_maps_and_predictions(make):
+    x, expected = make(), curve_fit(fading, SECONDS, SIGNAL)
+    y = xr.DataArray(SIGNAL, dims="t") if isinstance(x, xr.DataArray) else SIGNAL
+    found = curve_fit(fading, x, y)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    assert plan_fit(fading, x, y).n_points == 60
+    for part in (slice(None), slice(10, 20)):
+        np.testing.assert_allclose(found.predict(x[part]), expected.predict(SECONDS[part]), rtol=1e-6)
+        np.testing.assert_allclose(found.confidence_band(x[part]), expected.confidence_band(SECONDS[part]), rtol=1e-6)
+    np.testing.assert_allclose(found.predict(SECONDS), expected.predict(SECONDS), rtol=1e-6)
+    if not isinstance(x, xr.DataArray):
+        np.testing.assert_allclose(curve_fit(fading_of_first, (x,), y).predict((x,)), expected.predict(), rtol=1e-6)
+        np.testing.assert_allclose(fit_map(fading, x, np.stack([y, y])).compute().popt[1], expected.popt, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_dates_in_dask_arrays_and_stores_become_seconds_lazily(strategy, tmp_path):
+    expected = curve_fit(fading, SECONDS, SIGNAL)
+    store = zarr.create_array(store=tmp_path / "t", data=DATES[ORDER].astype("i8"), chunks=(20,))
+    lazy = da.from_array(DATES[ORDER], 7)
+    for x in (lazy, da.from_array(store, 20).astype("M8[ns]")):
+        found = curve_fit(fading, x, da.from_array(SIGNAL[ORDER], 11), strategy=strategy)
+        np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+        with pytest.raises(TypeError, match=r"`x` has the dtype datetime64.*since the earliest date of the fit"):
+            found.predict(x)
+
+
+def test_a_date_of_a_coordinate_that_had_none_in_the_fit_is_refused():
+    with pytest.raises(TypeError, match=r"`x` has the dtype datetime64"):
+        curve_fit(fading, SECONDS, SIGNAL).predict(DATES)
+
+
+def test_the_earliest_date_of_a_fit_survives_files_and_checkpoints(tmp_path):
+    found = curve_fit(fading, DATES, SIGNAL)
+    found.save(tmp_path / "result")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).predict(DATES[5:9]), found.predict(DATES[5:9]))
+    np.testing.assert_array_equal(load(tmp_path / "result").predict(DATES[5:9]), found.predict(DATES[5:9]))
+    kept = curve_fit(fading, DATES, SIGNAL, checkpoint=tmp_path / "checkpoint")
+    again = resume(tmp_path / "checkpoint", fading)
+    np.testing.assert_array_equal(again.popt, kept.popt)
+    np.testing.assert_array_equal(again.predict(DATES[5:9]), kept.predict(DATES[5:9]))
+
+
+@pytest.mark.parametrize("kind", ["datetime64", "Series", "dask", "DataArray"])
+def test_a_date_that_is_missing_is_counted_or_left_out_alone(kind):
+    dates = DATES.copy()
+    dates[[0, 3]] = np.datetime64("NaT")
+    of = {"Series": pd.Series, "dask": lambda x: da.from_array(x, 7), "DataArray": lambda x: xr.DataArray(x, dims="t")}
+    x = of.get(kind, np.asarray)(dates)
+    y = xr.DataArray(SIGNAL, dims="t") if kind == "DataArray" else SIGNAL
+    with pytest.raises(ValueError, match=r"2 of the values of `xdata`.*nan_policy"):
+        curve_fit(fading, x, y)
+    found = curve_fit(fading, x, y, nan_policy="omit")
+    expected = curve_fit(fading, np.delete(SECONDS, [0, 3]) - SECONDS[1], np.delete(SIGNAL, [0, 3]))
+    assert found.n_omitted == 2
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
