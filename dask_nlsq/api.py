@@ -52,7 +52,7 @@ from .inputs import check_sendable
 from .kernels import choose_jac_mode, take_apart
 from .labels import by_name, origins
 from .model import function_name, held, intern
-from .multistart import Search, polish, sample_size, search
+from .multistart import Search, fit_again, polish, sample_size, search
 from .plan import Plan, make_plan
 from .progress import Live, Observers
 from .reduction import Evaluation, Grouping, open_sweep
@@ -355,6 +355,7 @@ def curve_fit(
                     solution, found = polish(found, sweep, options, solver)
                 else:
                     solution = solver(sweep, start, options)
+                    solution = fit_again(solution, sweep, evaluation, start, options, solver)
         except Interrupted as stop:  # before there is a point to return
             raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
         except NotFiniteAtStart as err:

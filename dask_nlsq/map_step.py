@@ -170,7 +170,8 @@ def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
     proposed = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), rules.GTOL, proposed)
     tests_passed = (lanes.tests_passed & ~first) | (proposed > 0)
     dof = lanes.n_points - len(spec.free)
-    arrived = rules.converged(here.distance, here.decrement, here.floor, dof, here.floored, limits.accuracy)
+    state = here.distance, here.decrement, here.cost, here.floor, dof, here.floored
+    arrived = rules.converged(jnp, *state, limits.accuracy)
     status = jnp.where((proposed > 0) & (arrived | ~here.regular), proposed, RUNNING)
     status = jnp.where((status == RUNNING) & hopeless, jnp.where(arrived, TO_ROUNDING, STUCK), status)
     ended = jnp.where(tests_passed, STUCK, int(MapStatus.ITERATION_LIMIT))

@@ -18,6 +18,7 @@ References
 .. [3] G. Golub, V. Pereyra, "Separable nonlinear least squares", Inverse Problems 19 (2003) R1-R26.
 """
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,14 @@ from scipy.stats import qmc
 
 from .kernels import values_kernel
 from .reduction import Evaluation, How, NormalEquations, Sweep, factor
+from .rules import STUCK, UNDETERMINED
 from .sample import Sample
-from .screening import screen_kernel
+from .screening import LINEAR_STEPS, screen_kernel
 from .trf_jit import LIKELIHOODS, LOSSES, float64
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
 
+logger = logging.getLogger("dask_nlsq")
+FAILED = (0, STUCK, UNDETERMINED)  # statuses
 SAMPLE_POINTS = 4096  # of the sample, and
 POINTS_PER_PARAM = 40  # at least
 FIRST_POINTS = 512  # on which all candidates are screened
@@ -144,6 +148,38 @@ def search(
     return Search(
         starts, start_costs * weight, params, costs * weight, basin, chosen, chosen[0], n_candidates, sample.n_points
     )
+
+
+def separated(evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
+    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none."""
+    screen = _Screen(evaluation, sample, lower, upper, len(p0))
+    p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
+    screen.linear = _linear(screen, p0, _reach(p0, screen(p0[None], 1)[2][0]))
+    if not screen.linear.any():
+        return None
+    params, costs, _ = screen(p0[None], 1 + LINEAR_STEPS)
+    return params[0] if np.isfinite(costs[0]) else None
+
+
+def fit_again(solution: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndarray, options: Options, fit) -> Solution:
+    """A second try where a fit from ``p0`` has not converged: amplitudes that are far off throw the other parameters away.
+
+    From where the parameters in which the model is linear are solved for; the better of the two solutions.
+    """
+    if solution.status not in FAILED or (solution.status == 0 and options.max_nfev is not None):
+        return solution
+    start = separated(evaluation, sweep.points(sample_size(len(p0))), p0, options.lower, options.upper)
+    if start is None or np.array_equal(start, p0):
+        return solution
+    logger.info("not converged from p0: another fit begins with its linear parameters solved for")
+    try:
+        again = fit(sweep, start, options)
+    except NotFiniteAtStart:
+        return solution
+    if again.status in FAILED and again.equations.cost >= solution.equations.cost:
+        return solution
+    note = " From p0 with its linear parameters solved for, since the fit from p0 itself had not converged."
+    return again._replace(message=again.message + note, history=solution.history + again.history)
 
 
 def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[Solution, Search]:

@@ -29,6 +29,8 @@ ACCURACY = 0.01  # standard errors from the optimum at which a fit has converged
 SLOWEST = 0.999  # contraction of full steps that counts at most: rounding does not contract at all
 LINEAR, MOST_GROWTH = 1e-3, 1e3  # misfit of a linear model, relative to the reduction; factor for the radius then
 LENGTH_MEMORY = 1e10  # times its present length, that a column of J is remembered to have been
+LEAST_RATIO = 0.2  # of actual and predicted reduction: a lower cost by less is luck, and leads to other optima
+MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has been
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 
 GTOL, FTOL, XTOL, FTOL_XTOL, TO_ROUNDING = 1, 2, 3, 4, 5  # statuses of fits that have converged
@@ -54,7 +56,7 @@ def judge(xp, here, there, predicted, stalls) -> Verdict:
     """
     actual = here.cost - there.cost
     by_gradient = there.finite & (predicted >= 0) & (predicted < ROUNDING * here.cost)
-    better = xp.where(by_gradient, there.decrement < here.decrement, actual > 0)
+    better = xp.where(by_gradient, there.decrement < here.decrement, (actual > 0) & (actual >= LEAST_RATIO * predicted))
     accepted = there.finite & better & (there.floored <= here.floored) & (there.n_faded <= here.n_faded)
     ratio = actual / xp.where(predicted > 0, predicted, 1.0)
     ratio = xp.where(predicted > 0, ratio, xp.where((predicted == 0) & (actual == 0), 1.0, 0.0))
@@ -110,10 +112,21 @@ def rounding_floor(size, params, squares, n_points):
     return ROUNDING**2 * size + PARAM_ROUNDING**2 * inside
 
 
-def converged(distance, decrement, floor, dof, floored, accuracy):
-    """Whether a fit may stop here; ``accuracy`` is inf where SciPy's tests alone decide."""
-    near = (distance < accuracy) | (decrement <= floor) | (dof <= 0) | (accuracy == float("inf"))
-    return near & (floored == 0)
+def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
+    """Whether a fit may stop here; ``accuracy`` is inf where SciPy's tests alone decide.
+
+    Without degrees of freedom the decrement is compared with the cost, as if there were one.
+    """
+    near = xp.where(dof > 0, distance < accuracy, decrement < accuracy**2 * cost)
+    return (near | (decrement <= floor) | (accuracy == float("inf"))) & (floored == 0)
+
+
+def reined_in(xp, d, reach, radius):
+    """``d`` (p,) such that no step within the radius is longer than `MOST_CHANGE` times what its parameter has been.
+
+    A parameter whose column is all but zero would have the freedom of many orders of magnitude.
+    """
+    return xp.minimum(d, xp.where(reach > 0, MOST_CHANGE * reach / radius, xp.inf))
 
 
 def held(xp, params, v, stiffening):

@@ -140,6 +140,7 @@ class Point(NamedTuple):
     equations: NormalEquations
     factor: Factor
     longest: np.ndarray  # columns of J so far, (p,); 0 for those that were always zero
+    reach: np.ndarray  # the largest that each parameter has been, in size, (p,)
     hat: HatSpace
     newton: np.ndarray  # step to the minimum of the model, (p,)
     decrement: float
@@ -277,7 +278,10 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
         known, chi_square = options.noise == "known", equations.pearson if options.noise == "pearson" else 2 * equations.cost
         variance = 1.0 if known else chi_square / dof
     floor = float(rules.rounding_floor(equations.size, params, columns**2, n_points))
-    point = Point(params, equations, parts, longest, hat, step, decrement, float(optimality), variance, dof, floor, np.nan)
+    reach = np.abs(params) if before is None else np.maximum(np.abs(params), before.reach)
+    point = Point(
+        params, equations, parts, longest, reach, hat, step, decrement, float(optimality), variance, dof, floor, np.nan
+    )
     n_full = before.n_full + 1 if full and before is not None else 0
     kappa = rules.contraction(np, before, point, n_full > 0, n_full > 1) if n_full > 1 else 0.0
     if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
@@ -303,8 +307,8 @@ def _newton(parts: Factor, stiffness, options: Options, held):
 
 
 def _arrived(here: Point, options: Options) -> bool:
-    found = rules.converged(here.distance, here.decrement, here.floor, here.dof, here.floored, options.accuracy)
-    return bool(found)
+    state = here.distance, here.decrement, here.cost, here.floor, here.dof, here.floored
+    return bool(rules.converged(np, *state, options.accuracy))
 
 
 def _wants_qr(here: Point, options: Options) -> bool:
@@ -329,7 +333,9 @@ def _propose(here: Point, radius: float, alpha: float, options: Options) -> tupl
     hat, lower, upper = here.hat, options.lower, options.upper
     nearness = here.distance if np.isfinite(here.distance) else here.optimality
     theta = max(0.995, 1 - nearness)  # how far towards a bound a step may go
-    if np.any(hat.diagonal):
+    if np.any(hat.diagonal) and np.all(
+        np.abs(here.newton) <= rules.MOST_CHANGE * np.where(here.reach > 0, here.reach, np.inf)
+    ):
         free, _ = _newton(here.factor, np.zeros_like(hat.d), options, False)
         step_h = free / hat.d
         if norm(step_h) < WITHIN * radius and theta * _to_bound(here.params, free, lower, upper)[0] >= 1:
@@ -337,6 +343,9 @@ def _propose(here: Point, radius: float, alpha: float, options: Options) -> tupl
             step = _select_step(unbounded, step_h, radius, lower, upper, theta)
             if step.predicted < options.free_below * here.cost:
                 return step._replace(full=True), 0.0
+    d = rules.reined_in(np, hat.d, here.reach, radius)
+    hat = hat._replace(d=d, diagonal=hat.diagonal * (d / hat.d) ** 2, gradient=hat.gradient * (d / hat.d))
+    here = here._replace(hat=hat)
     step_h = here.newton / hat.d
     if norm(step_h) <= radius:
         step = _select_step(here, step_h, radius, lower, upper, theta)

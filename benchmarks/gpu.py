@@ -1,0 +1,121 @@
+"""What a device makes of fits and maps: ``python -m benchmarks.gpu FILE`` prints a row for each, and keeps them in FILE.
+
+On a machine with a GPU run it there, then with ``JAX_PLATFORMS=cpu`` and the same FILE for the host's cores: the second run
+adds the ratios, and how far the parameters are apart. Medians of warm calls in one process. Data are made on the host, so
+maps are timed from host to host.
+"""
+
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dask_nlsq import curve_fit, demo, fit_map
+
+RUNS = 3
+POINTS = 10**8
+PIXELS = 10**5
+TRUTH = 2.5, 1.3, 0.5
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def gaussian(x, height, centre, width, base):
+    return height * jnp.exp(-0.5 * ((x - centre) / width) ** 2) + base
+
+
+def pseudo_voigt(x, area, centre, width, eta, b0, b1):
+    z = ((x - centre) / width) ** 2
+    lorentzian = 2 / (np.pi * width * (1 + 4 * z))
+    normal = 2 * (np.log(2) / np.pi) ** 0.5 / width * jnp.exp(-4 * np.log(2) * z)
+    return area * (eta * lorentzian + (1 - eta) * normal) + b0 + b1 * (x - 10)
+
+
+def warm(call):
+    """Median seconds of warm calls, and what the last one gave."""
+    call()
+    times = []
+    for _ in range(RUNS):
+        begin = time.perf_counter()
+        found = call()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times)), found
+
+
+def sweeps(dtype):
+    """Seconds of a sweep over held points, and of a fit with loading."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(0, 4, POINTS, dtype=dtype)
+    y = (TRUTH[0] * np.exp(-TRUTH[1] * x) + TRUTH[2] + 0.1 * rng.standard_normal(POINTS, dtype=np.float32)).astype(dtype)
+    taken, fit = warm(lambda: curve_fit(decay, x, y, p0=(2.0, 1.0, 0.3)))
+    name = f"{POINTS:.0e} points of {np.dtype(dtype).name}, 3 parameters"
+    yield f"one sweep of {name}, s", (fit.history[-1].seconds - fit.history[0].seconds) / (fit.nfev - 1), fit.popt, fit.perr
+    yield f"fit of {name}, with loading, {fit.sweeps} sweeps, s", taken, fit.popt, fit.perr
+
+
+def correlation(frames=1000, n_angles=23):
+    measurement = demo.plan_measurement(frames, n_angles, 0)
+    y = np.stack([demo.simulate_plane(measurement, k) for k in range(n_angles)]).astype(np.float32)
+    axes = np.arange(n_angles)[:, None, None], np.arange(frames)[None, :, None], np.arange(frames)[None, None, :]
+    records = []
+
+    def stop(record):
+        records.append(record)
+        if len(records) == 4:
+            raise StopIteration
+
+    bounds, mask = (measurement.lower, measurement.upper), np.eye(frames, dtype=bool)[None]
+    options = dict(param_names=measurement.names, progress=False, callback=stop)
+    curve_fit(demo.two_time_model(measurement), axes, y, measurement.start, bounds=bounds, mask=mask, **options)
+    each = (records[-1].seconds - records[0].seconds) / (len(records) - 1)
+    yield f"one sweep of {y.size:.1e} points, {len(measurement.names)} parameters, s", each, None, None
+
+
+def maps(what, f, x, truth, **options):
+    rng = np.random.default_rng(1)
+    spread = np.array(truth) * (1 + 0.1 * rng.standard_normal((PIXELS, len(truth))))
+    with jax.enable_x64(True):
+        y = np.asarray(jax.vmap(lambda p: f(jnp.asarray(x), *p))(jnp.asarray(spread)), dtype=np.float32)
+    y += 0.02 * rng.standard_normal(y.shape, dtype=np.float32)
+    taken, found = warm(lambda: fit_map(f, x, y, truth, **options).compute())
+    good = found.success[:, None]
+    yield f"map of {PIXELS:.0e} pixels, {what}, s", taken, np.where(good, found.popt, np.nan), found.perr
+
+
+def rows():
+    low, high = [0, -1, 0.02, -5], [9, 1, 2, 5]
+    peak = gaussian, np.linspace(-1, 1, 64), (2.0, 0.1, 0.3, 0.5)
+    yield from maps("Gaussian + constant, 64 points", *peak)
+    yield from maps("the same, bounded", *peak, bounds=(low, high))
+    low, high = [0, 9, 0.02, 0, -9, -9], [9, 11, 0.8, 1, 9, 9]
+    voigt = pseudo_voigt, np.linspace(9, 11, 256), (1.0, 10.0, 0.3, 0.5, 0.4, 0.1)
+    yield from maps("pseudo-Voigt + line, 256 points, bounded", *voigt, bounds=(low, high), sigma=np.full(256, 0.02))
+    yield from sweeps(np.float64)
+    yield from sweeps(np.float32)
+    yield from correlation()
+
+
+def main(file: Path) -> None:
+    before = pickle.loads(file.read_bytes()) if file.exists() else {}  # of the run before, by the same user
+    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float64 arithmetic", flush=True)
+    kept = {}
+    for name, seconds, popt, perr in rows():
+        kept[name] = seconds, popt
+        line = f"{name:<82} {seconds:10.4f}"
+        if name in before:
+            other, its = before[name]
+            line += f"  {seconds / other:7.2f} times the other"
+            line += "" if popt is None else f", popt {np.nanmax(np.abs(popt - its) / perr):.1e} s.e. apart"
+        print(line, flush=True)
+        file.write_bytes(pickle.dumps(before | {name: kept[name] for name in kept if name not in before}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
