@@ -188,13 +188,13 @@ def value_kernel(model: Model, spec: KernelSpec, what: What):
     return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
 
 
-def values_kernel(model: Model, spec: KernelSpec):
-    """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: `value_kernel`'s residuals, for many params."""
+def values_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
+    """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: `value_kernel` for many params."""
 
     def build():
-        return jax.jit(jax.vmap(_build_values(model, spec, "residual"), in_axes=(0, None, None)))
+        return jax.jit(jax.vmap(_build_values(model, spec, what), in_axes=(0, None, None)))
 
-    return model.get(("values", spec), build)
+    return model.get(("values", spec, what), build)
 
 
 class Parts(NamedTuple):

@@ -299,7 +299,7 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
         newton=newton,
         newton_slope=newton_slope,
         decrement=decrement,
-        floor=rules.rounding_floor(lanes.size, params, columns**2, lanes.n_points),
+        floor=rules.rounding_floor(lanes.size, params, columns, lanes.n_points),
         distance=jnp.zeros_like(cost),
         n_full=n_full,
         optimality=optimality,

@@ -179,7 +179,8 @@ def fit_again(solution: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.n
     if again.status in FAILED and again.equations.cost >= solution.equations.cost:
         return solution
     note = " From p0 with its linear parameters solved for, since the fit from p0 itself had not converged."
-    return again._replace(message=again.message + note, history=solution.history + again.history)
+    later = [record._replace(nfev=record.nfev + solution.nfev) for record in again.history]
+    return again._replace(message=again.message + note, history=solution.history + later, nfev=solution.nfev + again.nfev)
 
 
 def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[Solution, Search]:
@@ -262,7 +263,7 @@ def _linear(screen, p0, reach):
     pairs = [(j, k) for j in range(p) for k in range(j + 1)]
     shifted = [p0 + step * (np.arange(p) == k) for k in range(p)]
     shifted += [p0 + step * (np.arange(p) == j) + step * (np.arange(p) == k) for j, k in pairs]
-    values = screen.residuals(np.array([p0, *shifted]))
+    values = screen.values(np.array([p0, *shifted]), "model")
     base, single, double = values[0], values[1 : 1 + p], values[1 + p :]
     straight = np.zeros((p, p), bool)
     for (j, k), both in zip(pairs, double, strict=True):
@@ -362,9 +363,9 @@ class _Screen:
         rest = (self.evaluation.f_scale, block, *self.bounds, self.linear & (steps > 1), steps)
         return self._batches(kernel, starts, *rest)
 
-    def residuals(self, params):
-        """Residuals (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
-        kernel = values_kernel(self.evaluation.model, self.spec)
+    def values(self, params, what):
+        """Residuals or model values (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
+        kernel = values_kernel(self.evaluation.model, self.spec, what)
         (values,) = self._batches(kernel, params, self.evaluation.f_scale, self.sample.block)
         values = values[:, : self.sample.block.geometry[0]]
         return values[:, np.isfinite(values[0]) | np.isfinite(values).any(axis=0)]
@@ -373,7 +374,7 @@ class _Screen:
         """What each point adds to the cost, (k, m)."""
         rho_of = LOSSES["linear" if self.spec.loss in LIKELIHOODS else self.spec.loss]  # of the deviance's residuals
         with float64():
-            rho = rho_of((self.residuals(params) / self.evaluation.f_scale) ** 2)[0]
+            rho = rho_of((self.values(params, "residual") / self.evaluation.f_scale) ** 2)[0]
         return 0.5 * self.evaluation.f_scale**2 * np.asarray(rho)
 
     def _batches(self, kernel, params, *rest):

@@ -102,14 +102,14 @@ def contraction(xp, here, there, full, was_full):
     return xp.where(full & was_full, kappa, 0.0)
 
 
-def rounding_floor(size, params, squares, n_points):
+def rounding_floor(size, params, columns, n_points):
     """The decrement that rounding leaves: of residuals, with ``size`` = sum w y^2, and of parameters inside the model.
 
-    ``params`` and ``squares``, the diagonal of J^T J, are (p,) or (p, lanes). Rounding of a parameter's effect differs from
-    point to point, so that p of n points' worth of it are left.
+    ``params`` and ``columns``, the lengths of those of J, are (p,) or (p, lanes). Rounding of a parameter's effect differs
+    from point to point, so that p of n points' worth of it are left.
     """
-    inside = (params**2 * squares).sum(axis=0) * len(params) / (n_points + (n_points == 0))
-    return ROUNDING**2 * size + PARAM_ROUNDING**2 * inside
+    inside = ((PARAM_ROUNDING * params * columns) ** 2).sum(axis=0) * len(params) / (n_points + (n_points == 0))
+    return ROUNDING**2 * size + inside
 
 
 def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):

@@ -51,8 +51,7 @@ MESSAGES = {
     "relative step {step:.2e} < {xtol:.2e}.",
     5: "Converged to rounding: no step lowers the gradient further, and the predicted relative reduction {relative:.2e} "
     "is below the rounding of the cost, {rounding:.2e}.",
-    STUCK: "Not converged: no step lowers the cost any more, but the optimum of the quadratic model is {distance:.2g} "
-    "standard errors away, and `accuracy` asks for {accuracy:.2g}.",
+    STUCK: "Not converged: no step lowers the cost any more, but {far}.",
     UNDETERMINED: "Not converged: the model does not depend on {undetermined} at the point where the fit ended.",
 }
 
@@ -151,6 +150,7 @@ class Point(NamedTuple):
     distance: float
     n_faded: int = 0  # parameters that the model no longer depends on
     n_full: int = 0  # full steps in a row that led here
+    contraction: float = 0.0  # of the distance by two of them
 
     cost = property(lambda self: self.equations.cost)
     finite = property(lambda self: self.equations.finite)
@@ -196,7 +196,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         tests_passed = tests_passed or proposed > 0
         if proposed or hopeless:
             if _arrived(here, options) and _wants_qr(here, options):
-                here = _stand(here.params, sweep(here.params, "qr"), here, options)
+                here = _by_qr(here, sweep, options)
             if _arrived(here, options):
                 status = proposed or TO_ROUNDING
             elif hopeless:
@@ -235,20 +235,20 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         history.append(_record(iteration, nfev, here, *step, started, equations.read))
 
     if _wants_qr(here, options) and status != -3:
-        here = _stand(here.params, sweep(here.params, "qr"), here, options)
+        here = _by_qr(here, sweep, options)
     undetermined = _undetermined(here)
     if status > 0 and undetermined.any():
         status = UNDETERMINED
     values = dict(optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol)
     values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
-    values |= dict(distance=here.distance, accuracy=options.accuracy)
     names = options.names or [f"parameter {k}" for k in range(len(p0))]
-    values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)))
+    values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)), far=_far(here, options))
     message = MESSAGES[status].format(**values)
     found = here.params, here.equations, here.factor, status, message, nfev, here.optimality, history, here.distance
     return Solution(*found, undetermined)
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _stand(params, equations, before: Point | None, options: Options, full: bool = False) -> Point:
     """The quadratic model at a point that a step from ``before`` led to.
 
@@ -277,16 +277,26 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     if dof > 0:
         known, chi_square = options.noise == "known", equations.pearson if options.noise == "pearson" else 2 * equations.cost
         variance = 1.0 if known else chi_square / dof
-    floor = float(rules.rounding_floor(equations.size, params, columns**2, n_points))
+    floor = float(rules.rounding_floor(equations.size, params, columns, n_points))
     reach = np.abs(params) if before is None else np.maximum(np.abs(params), before.reach)
     point = Point(
         params, equations, parts, longest, reach, hat, step, decrement, float(optimality), variance, dof, floor, np.nan
     )
-    n_full = before.n_full + 1 if full and before is not None else 0
-    kappa = rules.contraction(np, before, point, n_full > 0, n_full > 1) if n_full > 1 else 0.0
+    n_full, kappa = 0, 0.0
+    if before is not None and full:
+        n_full = before.n_full + 1
+        kappa = float(rules.contraction(np, before, point, True, n_full > 1))
     if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
         point = point._replace(n_faded=int(np.sum(_undetermined(point))))
-    return point._replace(distance=float(rules.distance(np, decrement, variance, kappa)), n_full=n_full)
+    distance = float(rules.distance(np, decrement, variance, kappa))
+    return point._replace(distance=distance, n_full=n_full, contraction=kappa)
+
+
+def _by_qr(here: Point, sweep, options: Options) -> Point:
+    """The same point, by a sweep that loses no digits."""
+    there = _stand(here.params, sweep(here.params, "qr"), here, options)
+    distance = float(rules.distance(np, there.decrement, there.variance, here.contraction))
+    return there._replace(distance=distance, n_full=here.n_full, contraction=here.contraction)
 
 
 def _nowhere(here: Point, equations: NormalEquations) -> Point:
@@ -311,6 +321,18 @@ def _arrived(here: Point, options: Options) -> bool:
     return bool(rules.converged(np, *state, options.accuracy))
 
 
+def _far(here: Point, options: Options) -> str:
+    """What speaks against success, in words."""
+    if here.floored:
+        return f"at {here.floored:,} points with counts the mean of the model is not positive"
+    if here.dof <= 0:
+        return f"by its quadratic model it could be lower by {here.decrement / (here.cost or 1.0):.2g} of its value"
+    return (
+        f"the optimum of the quadratic model is {here.distance:.2g} standard errors away, and `accuracy` asks for "
+        f"{options.accuracy:.2g}"
+    )
+
+
 def _wants_qr(here: Point, options: Options) -> bool:
     return options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here)
 
@@ -329,6 +351,7 @@ def _next_reduction(here, options) -> Reduction:
     return "qr" if _lossy(here) else "gram"
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def _propose(here: Point, radius: float, alpha: float, options: Options) -> tuple[Step, float]:
     hat, lower, upper = here.hat, options.lower, options.upper
     nearness = here.distance if np.isfinite(here.distance) else here.optimality
