@@ -40,7 +40,7 @@ def ready_model(f, p0, bounds, param_names, method=None):
     own = dict(zip(names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
         bounds = own | dict(bounds)
-    elif isinstance(bounds, tuple) and all(np.ndim(each) == 0 for each in bounds) and bounds == (-np.inf, np.inf):
+    elif isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == (-np.inf, np.inf):
         bounds = bounds if method == "lm" else tuple(zip(*own.values(), strict=True))  # "lm" knows no bounds
     if p0 is None or isinstance(p0, str):
         return None, bounds, tuple(names)
@@ -170,7 +170,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
         low, high = _pair(pairs.get(name, (None, None)))
         low = _on_the_map(f"bounds of {name}", -np.inf if low is None else low, map_shape)
         high = _on_the_map(f"bounds of {name}", np.inf if high is None else high, map_shape)
-        if not any(hasattr(each, "dask") for each in (low, high)) and not np.all(low < high):
+        if np.ndim(low) == np.ndim(high) == 0 and not low < high:  # arrays: where a pixel has points
             raise ValueError(f"Each lower bound must be strictly less than each upper bound: {name} has [{low}, {high}]")
         if isinstance(p0, Mapping) and name not in given:
             raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
@@ -189,7 +189,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
 
 def _over_the_map(name, values, map_shape, n=None):
     """One value for each parameter, of a sequence of them, an array (*map, p), or (``n`` given) one number for all."""
-    if n is not None and np.ndim(values) == 0:
+    if n is not None and not isinstance(values, (list, tuple)) and np.ndim(values) == 0:
         return [values] * n
     if getattr(values, "ndim", 1) == len(map_shape) + 1 and map_shape:
         return [values[..., k] for k in range(values.shape[-1])]

@@ -49,6 +49,7 @@ class Rules(NamedTuple):
     hides: bool  # points may be left out for their values, or since they cannot be read
     dtypes: tuple[np.dtype, ...]  # of the operands
     counts: bool = False  # y must not be negative
+    decode_cf: bool = True  # attributes of stored arrays have been applied, and are in x of predictions
 
     @property
     def copied(self) -> bool:

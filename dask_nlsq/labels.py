@@ -34,9 +34,9 @@ def label(values, labels: Labels | None):
 
 def labelled(data) -> bool:
     """Whether it is an xarray DataArray; a TypeError where it is a Dataset."""
-    if hasattr(data, "data_vars"):
+    if hasattr(type(data), "data_vars"):  # of the object itself a Delayed has anything
         raise TypeError(f"an xarray Dataset is no array: pass one of its variables, {list(data.data_vars)}")
-    return hasattr(data, "dims") and hasattr(data, "coords")
+    return hasattr(type(data), "dims") and hasattr(type(data), "coords")
 
 
 def by_name(xdata, ydata, sigma, mask):
