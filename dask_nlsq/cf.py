@@ -15,7 +15,7 @@ import numpy as np
 
 PACKING = ("scale_factor", "add_offset")
 MISSING = ("_FillValue", "missing_value")
-NEAR = 3  # values around a limit that are tried: rounding shifts it by one at most
+NEAR = 4  # times the rounding of a decoded value, within which the stored one at a limit is sought
 VALID = ("valid_min", "valid_max", "valid_range")
 
 
@@ -52,16 +52,20 @@ class Decoding(NamedTuple):
             found = numbers.get(each, ())
             if (found and len(found) != length) or (each in PACKING and not np.isfinite(found).all()):
                 raise _wrong(name, each, given[each])
-        (scale,), (offset,) = (numbers.get(each) or (default,) for each, default in zip(PACKING, (1.0, 0.0), strict=True))
+        scale, offset = (float(*numbers.get(each, ()) or (default,)) for each, default in zip(PACKING, (1, 0), strict=True))
         if scale == 0:
             raise _wrong(name, "scale_factor", given["scale_factor"])
-        low, high = zip(numbers.get("valid_range") or (-np.inf, np.inf), strict=True)
-        low = max(*low, *numbers.get("valid_min", ()), -np.inf)
-        high = min(*high, *numbers.get("valid_max", ()), np.inf)
-        missing = dict.fromkeys(number for each in MISSING for number in numbers.get(each, ()))
-        said = tuple(f"{each} {', '.join(f'{number:.10g}' for number in found)}" for each, found in numbers.items() if found)
-        found = cls(scale, offset, tuple(missing), *(None if np.isinf(end) else end for end in (low, high)), said)
-        return found if found.scaled or found.hides else None
+        least, most = numbers.get("valid_range") or (-np.inf, np.inf)
+        low, high = max(least, *numbers.get("valid_min", ()), -np.inf), min(most, *numbers.get("valid_max", ()), np.inf)
+        how = cls(
+            scale,
+            offset,
+            tuple(dict.fromkeys(number for each in MISSING for number in numbers.get(each, ()))),
+            None if np.isinf(low) else low,
+            None if np.isinf(high) else high,
+            tuple(f"{each} {', '.join(f'{number:.10g}' for number in found)}" for each, found in numbers.items() if found),
+        )
+        return how if how.scaled or how.hides else None
 
     @property
     def scaled(self) -> bool:
@@ -83,19 +87,23 @@ class Decoding(NamedTuple):
         return ends if self.scale > 0 else ends[::-1]
 
     def _stored_limit(self, limit, dtype, sign):
-        """The outermost stored value whose decoded one is not beyond ``limit``, the lower one for ``sign`` 1."""
+        """The outermost stored value whose decoded one is not beyond ``limit``: a lower limit for ``sign`` 1."""
         if limit is None or not np.isfinite(limit):
             return limit if limit is None else limit * np.sign(self.scale)
         guess = (limit - self.offset) / self.scale
-        if dtype.kind == "f":
-            around = [dtype.type(guess)]
-            for _ in range(NEAR):
-                around = [np.nextafter(around[0], -np.inf), *around, np.nextafter(around[-1], np.inf)]
-        else:
-            around = [int(np.floor(guess)) + k for k in range(-NEAR, NEAR + 1)]
-        outward = sign if self.scale > 0 else -sign
-        within = (float(each) for each in around[::outward] if sign * (float(each) * self.scale + self.offset - limit) >= 0)
-        return next(within, guess)
+        is_float = dtype.kind == "f"
+        number, spacing = (dtype.type, float(np.spacing(dtype.type(abs(guess))))) if is_float else (int, 1.0)
+        spread = NEAR * (np.finfo(float).eps * (abs(limit) + abs(self.offset)) / abs(self.scale) + spacing)
+        if not np.isfinite(guess + spread):
+            return guess
+        inward = sign * np.sign(self.scale)
+        inside, outside = number(guess + inward * spread), number(guess - inward * spread)
+        while (middle := number((float(inside) + float(outside)) / 2)) not in (inside, outside):
+            if sign * (float(middle) * self.scale + self.offset - limit) >= 0:
+                inside = middle
+            else:
+                outside = middle
+        return float(inside) if is_float else inside
 
     def hidden(self, stored: np.ndarray) -> np.ndarray:
         """Where ``stored`` holds no data."""
@@ -114,7 +122,7 @@ class Decoding(NamedTuple):
         empty = np.empty((0,) * array.ndim, dtype)
         hits = self.hidden if invalid is None and self.hides else getattr(invalid, "hits", None)
         meta = empty if hits is None and not isinstance(array._meta, np.ma.MaskedArray) else np.ma.masked_array(empty)
-        return array.map_blocks(_decode, self, hits, dtype=dtype, meta=meta)
+        return da.map_blocks(_decode, array, self, hits, dtype=dtype, meta=meta)
 
     def __str__(self):
         return ", ".join(self.said)

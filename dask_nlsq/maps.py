@@ -169,7 +169,8 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     popt = da.where(good[..., None], found["popt"], first)
     popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
     shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))
-    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + int(problem.y.nbytes))
+    once = problem.plan.read_bytes // problem.plan.n_bands
+    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + once)
     fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan, coarse=problem.operands["start"])
     return fine.with_operands(start=Operand(popt.reshape(*shape, popt.shape[-1]), 1))
 
