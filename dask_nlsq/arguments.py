@@ -8,6 +8,7 @@ from numbers import Integral, Real
 import numpy as np
 from scipy.optimize import Bounds
 
+from .arrays import has_masked, plain_array
 from .budget import count
 from .model import function_name, intern, parameter_names
 from .models import ReadyModel
@@ -207,7 +208,9 @@ def _over_the_map(name, values, map_shape, n=None):
 def _on_the_map(name, value, map_shape):
     """A number, or an array of the map's shape, NumPy or Dask."""
     value = getattr(value, "data", value) if hasattr(value, "dims") else value
-    if not hasattr(value, "dask"):
+    if hasattr(value, "dask"):
+        value = plain_array(name, value)
+    else:
         value = _numbers(name, value)
         if value.ndim == 0:
             return float(value)
@@ -236,6 +239,8 @@ def axes_of(axis, dims, ndim) -> tuple[int, ...]:
 
 
 def _numbers(name, value):
+    if has_masked(value):
+        value = plain_array(name, value)
     try:
         return np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):

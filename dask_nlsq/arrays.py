@@ -4,6 +4,7 @@ What a task, or the ``__getitem__`` of a foreign array, gives is compared with w
 anything is rechunked or joined: a chunk that is one value short would pair all later values with the wrong x.
 """
 
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def _gives_masks(data):
 
 def decoded(name: str, data, decode_cf: bool) -> tuple[Any, Decoding]:
     """What attributes of a Zarr array or h5py data set make of it, lazily, and how; other data as `stacked` gives them."""
-    if not (decode_cf and on_disk(data) and hasattr(data, "attrs")):
+    if not (decode_cf and on_disk(data) and isinstance(getattr(data, "attrs", None), Mapping)):
         return stacked(name, data), AS_STORED
     how = Decoding.of(name, data.attrs, data.dtype) or AS_STORED
     return (data if how is AS_STORED else how.lazily(as_array(name, data))), how
@@ -276,6 +277,22 @@ def _masked(data):
 def apart(name: str, data) -> tuple[Any, Any]:
     """Data of `as_array`, and what hides their points: a boolean array of their shape, None where they are not masked."""
     return parted(as_array(name, data))
+
+
+def plain_array(name: str, data) -> np.ndarray | da.Array:
+    """`as_array` of what is no data, such as starts and bounds, and must have all of its values.
+
+    Raises
+    ------
+    ValueError
+        Where it is masked.
+    """
+    array, hidden = apart(name, data)
+    if hidden is not None:
+        raise ValueError(
+            f"`{name}` is a masked array, and each value is needed: fill those that it hides, as with .filled(0)"
+        )
+    return array
 
 
 def parted(array) -> tuple[Any, Any]:

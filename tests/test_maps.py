@@ -379,6 +379,7 @@ def not_pointwise(x, area, center, width, offset):
     return area * x / jnp.sum(x**2) + offset
 
 
+HALF_MASKED = np.ma.masked_greater(TRUTH[..., 0], 4.5)
 BAD = {
     "axis too large": (dict(axis=3), ValueError, "`axis`.*3"),
     "axis twice": (dict(axis=(2, -1)), ValueError, "`axis`.*different"),
@@ -402,6 +403,8 @@ BAD = {
     "bounds unknown name": (dict(bounds=dict(widht=(0, 1))), ValueError, "`bounds` names 'widht'.*'width'"),
     "bounds too short": (dict(bounds=([0, 0], [1, 1])), ValueError, r"`bounds\[0\]` has 2 values"),
     "bounds map": (dict(bounds=dict(width=(0, np.ones(6)))), ValueError, r"`bounds of width`.*\(6,\)"),
+    "p0 masked": (dict(p0=[HALF_MASKED, 0, 1, 1]), ValueError, "`p0 of area` is a masked array.*fill"),
+    "bounds masked": (dict(bounds=dict(width=(0, HALF_MASKED))), ValueError, "`bounds of width` is a masked array"),
     "bounds no pair": (dict(bounds=3), ValueError, "`bounds` must be a pair"),
     "fixed unknown": (dict(fixed=dict(widht=1)), ValueError, "`fixed` names 'widht'"),
     "fixed all": (dict(fixed=dict.fromkeys(NAMES, 1.0)), ValueError, "`fixed` holds all"),
@@ -570,6 +573,19 @@ def test_masks_travel_with_every_array_that_has_one(name, kind):
     expected = fitted(Y, mask=hidden[..., None] if name == "sigma of the map" else hidden, **TIGHT)
     np.testing.assert_array_equal(found.n_points, expected.n_points)
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["p0", "bounds", "fixed"])
+def test_starts_and_bounds_are_compared_with_what_they_declare(name):
+    plane = da.from_array(TRUTH[..., 2], chunks=(3, 3))
+    lie = plane.map_blocks(lambda b: b[:, :2], dtype=float, chunks=plane.chunks, meta=np.empty((0, 0)))
+    call = dict(
+        p0=dict(p0=dict(zip(NAMES, [4, 0, lie, 0], strict=True))),
+        bounds=dict(p0=P0, bounds=dict(width=(0, lie))),
+        fixed=dict(p0=P0, fixed=dict(width=lie)),
+    )[name]
+    with pytest.raises(ValueError, match=r"chunk \(\d, \d\) of `.*width.*` has shape \(\d, 2\), but shape"):
+        fit_map(peak, X, Y, **call).compute()
 
 
 def test_a_shared_coordinate_that_is_not_finite_is_told():
