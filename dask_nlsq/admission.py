@@ -16,7 +16,7 @@ from .models import ReadyModel, guessed
 from .reduction import Sweep
 from .resources import active_client
 from .sample import pick
-from .store import Policy, is_stored, n_stored, open_all
+from .store import Opened, Policy, is_stored, n_stored, open_all
 from .trust_region import Solution
 
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
@@ -60,7 +60,10 @@ def open_data(
     data, opened = open_all(policy, look, bool(decode_cf), masks, **data)
     stored = [each for one in opened for each in one.stored]
     said = [(each.name, each.url, how) for one in opened for each, how in zip(one.stored, one.decodings, strict=True)]
-    decoding = next((one.decoding for one in opened if one.array is data["ydata"]), AS_STORED)
+    of_y = next((one for one in opened if one.array is data["ydata"]), None)
+    decoding = AS_STORED if of_y is None else of_y.decoding
+    if of_y is not None:
+        _check_alike(of_y, mask_values)
 
     def door(name, value):
         """Lists of lazy arrays as one, and attributes of h5py's data sets applied."""
@@ -86,6 +89,22 @@ def open_data(
         logger.info("%s (decode_cf=False leaves values as they are stored)", line)
     rules = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range), decoding=decoding)
     return data, stored, rules | dict(decoded=lines, decode_cf=bool(decode_cf))
+
+
+def _check_alike(opened: Opened, mask_values) -> None:
+    """Stored values that stand for no data are looked for in all arrays of a list, so they must mean the same."""
+    dtypes = [each.dtype for each in opened.stored]
+    packed_alike = opened.decoding is not AS_STORED or all(how is AS_STORED for how in opened.decodings)
+    if mask_values == ["largest"]:
+        unclear = any(t.kind == "u" and t.itemsize > 1 for t in dtypes) and (len(set(dtypes)) > 1 or not packed_alike)
+    else:
+        unclear = np.size(mask_values) > 0 and not packed_alike
+    if unclear:
+        raise ValueError(
+            f"`ydata` is a list of arrays that differ in dtype or packing ({', '.join(map(str, dict.fromkeys(dtypes)))}), "
+            "so that it is not clear which of their values stand for no data: say mask_values=(), and leave points out with "
+            "mask="
+        )
 
 
 def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:

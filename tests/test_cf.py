@@ -265,6 +265,18 @@ def test_arrays_of_a_list_may_be_packed_differently(tmp_path):
     same(curve_fit(decay, x, alike, p0=P0, **TIGHT), curve_fit(decay, x, np.tile(DECODED, 2), p0=P0, **TIGHT))
 
 
+def test_values_that_are_no_data_are_not_lost_in_arrays_that_differ(tmp_path):
+    y = np.round(1000 * Y).astype("u2")
+    short, long = in_zarr(tmp_path / "a", y, {}), in_zarr(tmp_path / "b", y.astype("u4"), {})
+    packed = in_zarr(tmp_path / "c", y, dict(scale_factor=0.5))
+    x = np.tile(X, 2)
+    for parts, options in (([short, long], {}), ([short, packed], {}), ([short, packed], dict(mask_values=[7]))):
+        with pytest.raises(ValueError, match=r"differ in dtype or packing \(uint16.*mask_values=\(\)"):
+            curve_fit(decay, x, parts, p0=[1000, 1, 0], **options)
+        curve_fit(decay, x, parts, p0=[1000, 1, 0], mask_values=())
+    curve_fit(decay, x, [short, long], p0=[1000, 1, 0], mask_values=[7])
+
+
 def test_a_covariance_goes_with_packed_values(tmp_path):
     y, attributes = SPOILED[:CHUNK], dict(scale_factor=SCALE, add_offset=OFFSET, valid_range=[-5000, 31999])
     hidden = (y < -5000) | (y > 31999)
