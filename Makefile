@@ -31,8 +31,9 @@ test-oldest:               ## tests of the core with the oldest versions of what
 	.venv-oldest/bin/python -m pip install --quiet --editable ".[test]" --constraint tests/oldest.txt
 	.venv-oldest/bin/python -m pytest -m "not slow" $(CORE)
 
-figures: .venv/ready       ## print every accuracy figure that the README quotes
+figures: .venv/ready       ## print every accuracy figure that the README quotes, and those of convergence
 	$(BIN)/python -m tests.accuracy
+	$(BIN)/python -m tests.convergence
 
 bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
 	$(BIN)/python -m pip install --quiet optimistix

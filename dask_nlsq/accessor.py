@@ -4,6 +4,7 @@
 points for accessors, so it would have to be imported, and each process that imports Dask would wait for that.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -11,6 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import xarray as xr
+from scipy.optimize import OptimizeWarning
 
 from .admission import NotConvergedError
 from .api import curve_fit
@@ -21,6 +23,7 @@ from .maps import fit_map
 from .model import parameter_names
 
 FAILED = (MapStatus.ITERATION_LIMIT, MapStatus.TOO_FEW_POINTS, MapStatus.NON_FINITE)
+DOUBTFUL = (MapStatus.STUCK, MapStatus.UNDETERMINED, MapStatus.SINGULAR)  # kept, with a warning
 SCIPYS = ("method", "check_finite")  # options of SciPy's curve_fit that have no meaning for a map
 
 
@@ -149,13 +152,19 @@ def _map_of_fits(call, fitted, errors):
 
 
 def _settled(record, errors, names):
-    """The fits of a block, NaN where they failed, or an error."""
+    """The fits of a block, NaN where they failed, or an error; a warning where they have not converged."""
+    if doubtful := _counts(record["status"], DOUBTFUL):
+        warnings.warn(
+            f"not converged: {doubtful} of {record.size} fits of a block; start closer by p0 or bounds, or see `status` of "
+            "dask_nlsq.fit_map",
+            OptimizeWarning,
+            stacklevel=2,
+        )
     failed = np.isin(record["status"], FAILED)
     if not failed.any():
         return record
     if errors == "raise":
-        codes, counts = np.unique(record["status"][failed], return_counts=True)
-        why = ", ".join(f"{n} {MapStatus(code).name.lower()}" for code, n in zip(codes, counts, strict=True))
+        why = _counts(record["status"], FAILED)
         at = ", ".join(f"{k}={v:.6g}" for k, v in zip(names, record["popt"][failed][0], strict=True))
         raise RuntimeError(
             f"Optimal parameters not found for {failed.sum()} of {failed.size} fits of a block: {why}; the first ended at "
@@ -164,6 +173,11 @@ def _settled(record, errors, names):
     record = record.copy()
     record["popt"][failed] = record["pcov"][failed] = np.nan
     return record
+
+
+def _counts(status, kinds) -> str:
+    codes, counts = np.unique(status[np.isin(status, kinds)], return_counts=True)
+    return ", ".join(f"{n} {MapStatus(code).name.lower()}" for code, n in zip(codes, counts, strict=True))
 
 
 def _one_fit(call, errors):

@@ -8,7 +8,8 @@ import numpy as np
 
 from .arrays import apart, decoded, stacked
 from .cf import AS_STORED
-from .chunks import SAMPLE_POINTS, Census, Chunk
+from .checks import check_jac
+from .chunks import LARGEST, SAMPLE_POINTS, Census, Chunk
 from .inputs import Problem, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
 from .model import Held, Model, ModelError, ModelShapeError, function_name, not_of_any_length
@@ -53,8 +54,6 @@ def open_data(
     ValueError
         Attributes that cannot be understood; scaled values where counts are needed.
     """
-    if not isinstance(decode_cf, (bool, np.bool_)):
-        raise TypeError(f"`decode_cf` must be True or False, not {decode_cf!r}")
     if mask_values is None:
         mask_values = ["largest"] if is_stored(data["ydata"]) else []
     data, opened = open_all(policy, look, bool(decode_cf), masks, **data)
@@ -144,11 +143,13 @@ def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy,
     return build_problem(xdata, ydata, **arguments, whole=True)
 
 
-def check_start(sweep: Sweep, start, lower, upper):
+def check_start(sweep: Sweep, names, start, lower, upper):
     rules = sweep.evaluation.rules
     if not rules.whole:
         elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
-        check_pointwise(sweep.evaluation.model, rules.layouts, sweep.sample(), start, elsewhere)
+        model, layouts, sample = sweep.evaluation.model, rules.layouts, sweep.sample()
+        check_pointwise(model, layouts, sample, start, elsewhere)
+        check_jac(model, layouts, sample, names, start, elsewhere)
 
 
 def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
@@ -190,6 +191,11 @@ def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int,
             raise ValueError(
                 f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
                 "leave points out"
+            )
+        if census.too_large:
+            raise ValueError(
+                f"`ydata` has values too large to be squared: {census.too_large:g}{where} is more than {LARGEST:g} times "
+                "sigma. mask=, mask_values= or valid_range= leaves points out; else give ydata and sigma in other units"
             )
         if census.n_negative:
             raise ValueError(
@@ -240,6 +246,7 @@ def not_finite_at_start(sweep: Sweep, model: Model, start, names):
         )
     total = sum(count for _, count in bad)
     return (
-        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity for {total} points "
-        f"(first in block {bad[0][0]}) at p0: {at}. Start from other values, or set bounds that keep the model finite"
+        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity, or more than "
+        f"{LARGEST**2:g} times sigma, for {total} points (first in block {bad[0][0]}) at p0: {at}. Start from other values, "
+        "or set bounds that keep the model finite"
     )

@@ -29,7 +29,8 @@ from .admission import (
     too_few,
 )
 from .arguments import (
-    check_choices,
+    accuracy_wanted,
+    check_options,
     finite_policy,
     jacobian,
     known_names,
@@ -49,7 +50,7 @@ from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
 from .diagnostics import combinations
 from .kernels import choose_jac_mode, take_apart
-from .labels import by_name
+from .labels import by_name, origins
 from .model import function_name, held, intern
 from .multistart import Search, polish, sample_size, search
 from .plan import Plan, make_plan
@@ -57,6 +58,7 @@ from .progress import Live, Observers
 from .reduction import Evaluation, Grouping, open_sweep
 from .resources import active_client
 from .result import FitResult
+from .rules import ACCURACY, STUCK, UNDETERMINED
 from .statistics import Noise, Totals
 from .store import Policy, warn_if_changed
 from .streaming import StreamingSweep, hybrid
@@ -87,6 +89,7 @@ def curve_fit(
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
+    accuracy: float | None = ACCURACY,
     max_nfev: int | None = None,
     maxfev: int | None = None,
     mask=None,
@@ -126,7 +129,8 @@ def curve_fit(
         stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
-        is one array, joined along the first axis.
+        is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
+        earliest one, durations seconds; NaT counts as nan.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -162,6 +166,9 @@ def curve_fit(
         Termination: relative reduction of the cost, relative step, gradient. None: that test is off. As in SciPy the
         gradient counts in the units of the data for "trf", "dogbox" and with bounds, and without them otherwise, as the
         cosine between the residual and the columns of the Jacobian.
+    accuracy : float or None
+        Standard errors. A fit has converged only where these tests pass and the optimum of the quadratic model is nearer
+        than that; see `dask_nlsq.rules`. None: SciPy's tests alone.
     max_nfev, maxfev : int, optional
         Most evaluations of the cost, one sweep over the data each; 100 p by default.
     mask : array_like, optional
@@ -240,7 +247,9 @@ def curve_fit(
     Warns
     -----
     scipy.optimize.OptimizeWarning
-        Where the data do not determine the covariance; pcov is inf then.
+        Where the data do not determine the covariance; pcov is inf then. Where a fit ends without success: no step lowers
+        the cost although the optimum of the quadratic model is far (status 11), or the model does not depend on a parameter
+        (status 12).
     RuntimeWarning
         Where a store was written to while its data were read anew in each sweep.
 
@@ -250,6 +259,7 @@ def curve_fit(
     `dask_nlsq.trust_region` and `dask_nlsq.kernels` for the methods and their sources.
     """
     given = dict(locals())
+    check_options(given)
     f, xdata, ydata = model_first(f, xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
@@ -258,14 +268,10 @@ def curve_fit(
     names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
     method = None if method == "auto" else method
     n_starts = starts_wanted(n_starts)
-    check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback` must be a function of a Record, not {callback!r}")
-    if method == "lm" and loss != "linear":
-        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if method == "lm" and np.any(np.isfinite([lower, upper])):
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
     model = intern(*held(f, jacobian(jac), all_start, free))
+    known = absolute_sigma or (loss == "poisson" and not reweighted)
     options = Options(
         lower=lower,
         upper=upper,
@@ -273,6 +279,9 @@ def curve_fit(
         ftol=tolerance("ftol", ftol),
         xtol=tolerance("xtol", xtol),
         gtol=tolerance("gtol", gtol),
+        accuracy=accuracy_wanted(accuracy),
+        noise="known" if known else "pearson" if reweighted else "cost",
+        names=tuple(names),
         max_nfev=limit(max_nfev, maxfev),
         gtol_relative=method in (None, "lm") and not np.any(np.isfinite([lower, upper])),
         reduction=reduction,
@@ -280,8 +289,6 @@ def curve_fit(
     )
     check, omit = finite_policy(check_finite, nan_policy)
     if checkpoint is not None:
-        if strategy not in ("auto", "streaming"):
-            raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={strategy!r}")
         strategy = "streaming"
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     without = as_given | dict(sigma=None) if reweighted else as_given
@@ -313,7 +320,7 @@ def curve_fit(
         @cache
         def admit():
             counts = admit_data(sweep.census(), problem, len(start))
-            check_start(sweep, start, lower, upper)
+            check_start(sweep, names, start, lower, upper)
             return counts
 
         if guesses:
@@ -335,7 +342,7 @@ def curve_fit(
             streamed.leave = stack.enter_context(Leave())
         if streamed:
             streamed.draw(len(start), needed=n_starts > 0)
-            check_start(streamed, start, lower, upper)
+            check_start(streamed, names, start, lower, upper)
             streamed.admit = admit  # what is in the data is known when the first sweep has read them
         else:
             admit()
@@ -366,12 +373,11 @@ def curve_fit(
     for each in stored if streamed else ():
         warn_if_changed(each)
     cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
-    known = absolute_sigma or (loss == "poisson" and not reweighted)
     pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
     popt = all_start.copy()
     popt[free] = solution.params
     assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = take_apart(solution.equations.parts, len(free))
+    parts = take_apart(solution.equations.parts, len(free))._replace(weights=sweep.weights)
     result = FitResult(
         popt=popt,
         pcov=spread_out(pcov, free, len(popt)),
@@ -385,6 +391,7 @@ def curve_fit(
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,
+        distance=solution.distance,
         plan=plan,
         reduction=solution.equations.reduction,
         jac_mode="user" if model.jac is not None else jac_mode,
@@ -397,15 +404,18 @@ def curve_fit(
         fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
         bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.tolist() if problem.factor is None else [np.nan] * 3)),
+        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
         parts=parts,
         factor=solution.factor,
         _evaluation=evaluation,
         _problem=problem,
         _labels=labels if problem.factor is None else None,  # whitened points have lost their places
+        _origins=origins(xdata),
     )
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
+    if solution.status == STUCK:
+        warnings.warn(f"{solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
     if solution.status == -3:
         logger.warning("%s", solution.message)
     logger.info("%s", result.summary())
@@ -415,6 +425,11 @@ def curve_fit(
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
     return result
 
+
+WAY_OUT = (
+    "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
+    "accuracy=None takes what SciPy's tests accept."
+)
 
 curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 
@@ -521,9 +536,11 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
     call.apply_defaults()
     given = call.arguments
+    check_options(given)
     p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
     _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
     start = every[free]
+    scale(given["x_scale"], len(every), free)
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))
     loss, reweighted = likelihood(given["loss"], given["sigma"])
@@ -544,7 +561,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
 def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
     """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
     p = len(solution.params)
-    pcov = covariance(solution.factor)
+    pcov = covariance(solution.factor) if solution.status != UNDETERMINED else None
     if pcov is not None and cost is None:
         return pcov
     if pcov is not None and cost is not None and n_points > p:

@@ -1,18 +1,24 @@
 """The arguments that are not data: checked once, with errors that say what to change."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from numbers import Integral, Real
+from os import PathLike
+from types import NoneType
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds
 
 from .arrays import has_masked, plain_array
-from .budget import count
+from .budget import FLOAT_MAX, count, positive
 from .model import function_name, intern, parameter_names
 from .models import ReadyModel
 from .trf_jit import LIKELIHOODS, LOSSES
+
+MOST_COUNT = 2**62  # evaluations, which kernels count in 64 bits
+MOST_STARTS = 10**6
 
 
 def model_first(f, xdata, ydata, caller="curve_fit"):
@@ -57,7 +63,7 @@ def parameters(f, p0, bounds, param_names, fixed=None, guesses=()):
         _check_names(names, p0=p0, fixed=fixed)
         if missing := [name for name in names if not (name in p0 or name in fixed or name in guesses)]:
             raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed, {names}")
-        param_names, p0 = names, [p0.get(name, fixed.get(name, np.nan)) for name in names]
+        param_names, p0 = names, [p0.get(name, np.nan) for name in names]
     if p0 is None:
         if not known:
             raise ValueError("Unable to determine number of fit parameters. Give p0: the model takes *params or none.")
@@ -175,8 +181,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
             raise ValueError(f"Each lower bound must be strictly less than each upper bound: {name} has [{low}, {high}]")
         if isinstance(p0, Mapping) and name not in given:
             raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
-        value = given.get(name)
-        value = _on_the_map(f"p0 of {name}", feasible(low, high) if value is None else value, map_shape)
+        value = _on_the_map(f"p0 of {name}", given.get(name, feasible(low, high)), map_shape)
         if np.ndim(value) == np.ndim(low) == np.ndim(high) == 0:
             if not np.isfinite(value):
                 raise ValueError(f"`p0` must be finite: {name} is {value}")
@@ -195,6 +200,8 @@ def _over_the_map(name, values, map_shape, n=None):
     if getattr(values, "ndim", 1) == len(map_shape) + 1 and map_shape:
         return [values[..., k] for k in range(values.shape[-1])]
     try:
+        if isinstance(values, (set, frozenset, str, bytes)):
+            raise TypeError
         values = list(values)
     except TypeError:
         raise ValueError(
@@ -230,21 +237,47 @@ def axes_of(axis, dims, ndim) -> tuple[int, ...]:
             if dims is None or each not in dims:
                 raise ValueError(f"`axis` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
             each = dims.index(each)
-        if isinstance(each, bool) or not isinstance(each, Integral) or not -ndim <= each < ndim:
+        if not _is_integer(each) or not -ndim <= each < ndim:
             raise ValueError(f"`axis` must name axes of `ydata`, which has {ndim}: not {axis!r}")
         found.append(int(each) % ndim)
     if not found or len(set(found)) < len(found):
         raise ValueError(f"`axis` must name one or several different axes, not {axis!r}")
-    return tuple(sorted(found))
+    if found != sorted(found):
+        in_order = tuple(name if isinstance(name, str) else k for k, name in sorted(zip(found, given, strict=True)))
+        raise ValueError(
+            f"`axis` must be in the order of the axes of `ydata`, and `xdata` with it: {in_order}, not {axis!r}"
+        )
+    return tuple(found)
 
 
 def _numbers(name, value):
+    """``value`` as float64: True, "1", None and complex values are no numbers."""
     if has_masked(value):
         value = plain_array(name, value)
     try:
-        return np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+        array = np.asarray(value)
+        if array.dtype.kind == "O" and array.size and all(map(_is_number, array.flat)):
+            array = array.astype(np.float64)
+        if array.dtype.kind not in "iuf" or not _without_flags(value):
+            raise TypeError
+        return np.asarray(array, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"`{name}` must be real numbers, not {value!r}") from None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _without_flags(value):
+    """Whether no True or False is among numbers, which NumPy would make 1 and 0 of."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_without_flags, value))
+    return not isinstance(value, (bool, np.bool_))
 
 
 def _takes(f, n):
@@ -258,6 +291,8 @@ def _takes(f, n):
 
 def _pair(bounds):
     try:
+        if isinstance(bounds, (set, frozenset, Mapping, str, bytes)):
+            raise TypeError
         lower, upper = bounds
     except (TypeError, ValueError) as err:
         raise ValueError(
@@ -282,20 +317,170 @@ def feasible(lower, upper):
     return np.where(np.isfinite(lower) & np.isfinite(upper), middle, inside)
 
 
-def check_choices(method, loss, strategy, reduction, jac_mode, tr_solver, on_bad_chunk, missing_chunks, verbose):
-    for name, value, allowed in [
-        ("method", method, (None, "trf", "lm", "dogbox")),
-        ("loss", loss, (*LOSSES, *LIKELIHOODS)),
-        ("strategy", strategy, ("auto", "standard", "chunked", "streaming")),
-        ("reduction", reduction, ("auto", "gram", "qr")),
-        ("jac_mode", jac_mode, ("auto", "columns", "arguments")),
-        ("tr_solver", tr_solver, (None, "exact", "cg")),
-        ("on_bad_chunk", on_bad_chunk, ("raise", "mask")),
-        ("missing_chunks", missing_chunks, ("error", "mask", "fill")),
-        ("verbose", verbose, (0, 1, 2)),
-    ]:
-        if value not in allowed:
+def _choice(*allowed):
+    def check(name, value):
+        if not isinstance(value, (str, Integral, np.bool_, NoneType)) or value not in allowed:
             raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+    return check
+
+
+def _flag(name, value):
+    """True, False, or 0 and 1."""
+    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
+        raise TypeError(f"`{name}` must be True or False, not {value!r}")
+
+
+def _optional(check):
+    def check_given(name, value):
+        if value is not None:
+            check(name, value)
+
+    return check_given
+
+
+def _path(name, value):
+    if not isinstance(value, (str, PathLike)):
+        raise TypeError(f"`{name}` must be a path, not {value!r}")
+
+
+def _function(name, value):
+    if not callable(value):
+        raise TypeError(f"`{name}` must be a function, not {value!r}")
+
+
+def _names(name, value):
+    in_order = isinstance(value, (list, tuple)) and value and all(isinstance(each, str) for each in value)
+    if not in_order or len(set(value)) < len(value):
+        raise ValueError(f"`{name}` must be different names in a list or tuple, not {value!r}")
+
+
+def _sigma(name, value):
+    """What is no data."""
+    array = value
+    try:
+        if isinstance(value, (list, tuple)) and not any(hasattr(each, "dtype") for each in value):
+            array = np.asarray(value)  # of others it would compute lazy ones, and lose masks
+        kind = dtype.kind if isinstance(dtype := getattr(array, "dtype", None), np.dtype) else "f"
+    except ValueError as err:
+        raise ValueError(f"`{name}` is not an array: {err}") from None
+    if kind == "b" or not _without_flags(value):
+        raise TypeError(f"`{name}` must be numbers, and neither True nor False: {value!r}")
+    if _is_number(value) and not 0 < value <= FLOAT_MAX:
+        raise ValueError(f"`{name}` must be positive, not {value!r}")
+
+
+def _mask(name, value):
+    if isinstance(value, Real):
+        _flag(name, value)
+
+
+def _values(name, value):
+    listed = isinstance(value, (list, tuple, set, frozenset, range)) or getattr(value, "ndim", 0) == 1
+    if not listed or not all(_is_number(getattr(each, "item", lambda each=each: each)()) for each in value):
+        raise ValueError(f"`{name}` must be a sequence of numbers, not {value!r}")
+
+
+def _range(name, value):
+    ends = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else []
+    known = [getattr(each, "item", lambda each=each: each)() for each in ends if each is not None]
+    if len(ends) != 2 or not all(map(_is_number, known)) or known != sorted(known) or any(each != each for each in known):
+        raise ValueError(f"`{name}` must be a pair (low, high), in order, None for no limit, not {value!r}")
+
+
+def jacobian(jac):
+    if callable(jac):
+        return jac
+    if not isinstance(jac, (str, NoneType)) or jac not in (None, "2-point", "3-point", "cs"):
+        raise ValueError(f"`jac` must be a callable, None, '2-point', '3-point' or 'cs', not {jac!r}")
+    return None
+
+
+def tolerance(name, value):
+    value = 0.0 if value is None else value
+    if not _is_number(value) or not 0 <= value <= FLOAT_MAX:
+        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value!r}")
+    return float(value)
+
+
+def _most(name, value):
+    if not _is_integer(value) or value <= 0:
+        raise ValueError(f"`{name}` must be None or a positive integer, not {value!r}")
+    return int(min(value, MOST_COUNT))
+
+
+def _scipys_most(name, value):
+    return None if _is_integer(value) and value == 0 else _most(name, value)
+
+
+def limit(max_nfev, maxfev):
+    """Most evaluations, of two names for them; None for the default, which SciPy's maxfev also calls 0."""
+    if max_nfev is not None:
+        return _most("max_nfev", max_nfev)
+    return None if maxfev is None else _scipys_most("maxfev", maxfev)
+
+
+def partitions(per_thread):
+    return None if per_thread is None else count("partitions_per_thread", per_thread)
+
+
+def starts_wanted(n_starts):
+    if not _is_integer(n_starts) or not 0 <= n_starts <= MOST_STARTS:
+        raise ValueError(f"`n_starts` must be 0 (p0 alone) or a number of starts, not {n_starts!r}")
+    return int(n_starts)
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "method": _choice(None, "auto", "trf", "lm", "dogbox"),
+    "loss": _choice(*LOSSES, *LIKELIHOODS),
+    "strategy": _choice("auto", "standard", "chunked", "streaming"),
+    "reduction": _choice("auto", "gram", "qr"),
+    "jac_mode": _choice("auto", "columns", "arguments"),
+    "tr_solver": _choice(None, "exact", "cg"),
+    "on_bad_chunk": _choice("raise", "mask"),
+    "missing_chunks": _choice("error", "mask", "fill"),
+    "verbose": _choice(0, 1, 2),
+    "nan_policy": lambda _, value: isinstance(value, str) or finite_policy(None, value),  # fits and maps know other words
+    "guess": _choice(None, "coarse-to-fine"),
+    "sigma": _sigma,
+    "mask": _mask,
+    "absolute_sigma": _flag,
+    "full_output": _flag,
+    "full_covariance": _flag,
+    "decode_cf": _flag,
+    "check_finite": _optional(_flag),
+    "progress": _optional(_flag),
+    "jac": lambda _, value: jacobian(value),
+    "callback": _optional(_function),
+    "param_names": _optional(_names),
+    "f_scale": positive,
+    "ftol": tolerance,
+    "xtol": tolerance,
+    "gtol": tolerance,
+    "accuracy": _optional(positive),
+    "max_nfev": _optional(_most),
+    "maxfev": _optional(_scipys_most),
+    "n_starts": lambda _, value: starts_wanted(value),
+    "memory_limit_gb": _optional(positive),
+    "partitions_per_thread": _optional(count),
+    "checkpoint": lambda name, value: callable(value) or _optional(_path)(name, value),  # or what makes a directory
+    "report": _optional(_path),
+    "mask_values": _optional(_values),
+    "valid_range": _optional(_range),
+}
+
+
+def check_options(given: Mapping[str, Any]) -> None:
+    """Refuse what no fit can work with, of all arguments that are neither data nor parameters."""
+    for name, value in given.items():
+        if name in CHECKS:
+            CHECKS[name](name, value)
+    if given.get("method") == "lm" and given["loss"] != "linear":
+        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
+    if given.get("checkpoint") is not None and given["strategy"] not in ("auto", "streaming"):
+        raise ValueError(
+            f"`checkpoint` is for data that are read anew in each sweep: not for strategy={given['strategy']!r}"
+        )
 
 
 def likelihood(loss, sigma):
@@ -309,14 +494,6 @@ def likelihood(loss, sigma):
     return loss, False
 
 
-def jacobian(jac):
-    if callable(jac):
-        return jac
-    if jac not in (None, "2-point", "3-point", "cs"):
-        raise ValueError(f"`jac` must be a callable, None, '2-point', '3-point' or 'cs', not {jac!r}")
-    return None
-
-
 def scale(x_scale, n, free):
     if isinstance(x_scale, str):
         if x_scale != "jac":
@@ -328,22 +505,9 @@ def scale(x_scale, n, free):
     return scale[free]
 
 
-def tolerance(name, value):
-    value = 0.0 if value is None else value
-    if not isinstance(value, Real) or not float(value) >= 0:
-        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value!r}")
-    return float(value)
-
-
-def limit(max_nfev, maxfev):
-    """Most evaluations, of two names for them; None for the default, which SciPy's maxfev also calls 0."""
-    if max_nfev is None:
-        max_nfev = maxfev or None
-    if max_nfev is None:
-        return None
-    if not isinstance(max_nfev, Integral) or max_nfev <= 0:
-        raise ValueError(f"`max_nfev` must be None or a positive integer, not {max_nfev!r}")
-    return int(max_nfev)
+def accuracy_wanted(value):
+    """Standard errors; inf where SciPy's tests alone decide."""
+    return np.inf if value is None else positive("accuracy", value)
 
 
 def known_names(function, options):
@@ -354,21 +518,11 @@ def known_names(function, options):
         raise TypeError(f"{function.__name__} has no argument {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
 
 
-def partitions(per_thread):
-    return None if per_thread is None else count("partitions_per_thread", per_thread)
-
-
-def starts_wanted(n_starts):
-    if isinstance(n_starts, bool) or not isinstance(n_starts, Integral) or n_starts < 0:
-        raise ValueError(f"`n_starts` must be 0 (p0 alone) or a number of starts, not {n_starts!r}")
-    return int(n_starts)
-
-
 def finite_policy(check_finite, nan_policy):
     """(count values that are not finite, leave their points out)."""
-    if nan_policy == "propagate":
+    if isinstance(nan_policy, str) and nan_policy == "propagate":
         raise ValueError("`nan_policy='propagate'` is not supported by this function.")
-    if nan_policy not in (None, "raise", "omit"):
+    if not isinstance(nan_policy, (str, NoneType)) or nan_policy not in (None, "raise", "omit"):
         raise ValueError("nan_policy must be one of {None, 'raise', 'omit'}")
     check = nan_policy is not None or check_finite is None or check_finite
     return check, nan_policy == "omit" and not check_finite

@@ -15,6 +15,7 @@ from dask.base import tokenize
 from dask.layers import ArrayBlockIdDep, ArrayChunkShapeDep
 
 from .cf import AS_STORED, Decoding
+from .labels import earliest, seconds, with_dates
 
 CHECKED = "nlsq-checked"  # in the names of arrays whose chunks are compared with what was declared
 NUMBERS = {int, float, bool, np.float64, np.int64}  # what most lists hold, of which none needs a look
@@ -53,23 +54,44 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
         array = da.from_array(source, chunks=stored, name=False, lock=lock, asarray=False, meta=meta)
     else:
         try:
-            array = np.asanyarray(data) if has_masked(data) else np.asarray(data)
+            array = np.asanyarray(data) if has_masked(data) else np.asarray(with_dates(data))
         except ValueError as err:  # lists of different lengths
             raise ValueError(f"`{name}` is not an array: {err}") from None
     _refuse_other_numbers(name, array.dtype)
     if isinstance(array, da.Array):
         array = _checked(name, array)
-        if any(0 in sizes for sizes in array.chunks) and array.size:
-            array = array.rechunk(tuple(tuple(size for size in sizes if size) for sizes in array.chunks))
+    if array.dtype.kind in "mM":
+        array = _seconds(array)
+    if isinstance(array, da.Array) and array.size and any(0 in sizes for sizes in array.chunks):
+        array = array.rechunk(tuple(tuple(size for size in sizes if size) for sizes in array.chunks))
     return array
 
 
 def _refuse_other_numbers(name, dtype):
-    if getattr(dtype, "kind", "O") not in "buif":
+    if getattr(dtype, "kind", "O") not in ("buifmM" if name.startswith("xdata") else "buif"):
         raise TypeError(
             f"`{name}` has dtype {dtype}: real numbers are needed (fit real and imaginary parts or amplitude and "
-            "phase of complex data separately, convert text and dates to numbers)"
+            "phase of complex data separately, convert text to numbers; dates may be `xdata`)"
         )
+
+
+def _seconds(array):
+    """Dates as seconds since the earliest one, lazily of a Dask array."""
+    array, hidden = parted(array)
+    of, ma = (da, da.ma) if isinstance(array, da.Array) else (np, np.ma)
+    if hidden is not None:
+        array = of.where(hidden, np.array("NaT", array.dtype), array)
+    origin = None
+    if array.dtype.kind == "M" and of is da:
+        origin = da.reduction(array, _first, _first, dtype=array.dtype, meta=np.empty((), array.dtype))
+    elif array.dtype.kind == "M":
+        origin = earliest(array)
+    found = seconds(array, origin)
+    return found if hidden is None else ma.masked_array(found, hidden)
+
+
+def _first(dates, axis, keepdims):
+    return np.fmin.reduce(dates, axis=axis, keepdims=keepdims)  # no NaT, where there is any other
 
 
 def stacked(name: str, data):

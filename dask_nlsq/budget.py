@@ -13,6 +13,7 @@ Gigabytes are GiB, 2^30 bytes, throughout.
 import logging
 import math
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -27,6 +28,7 @@ logger = logging.getLogger("dask_nlsq")
 
 GB = 2**30  # bytes
 DEFAULT_MEMORY_FRACTION = 0.75
+FLOAT_MAX = sys.float_info.max
 MEMORY_FRACTION_ENV_VAR = "NLSQ_MEMORY_FRACTION"
 MIN_MEMORY_FRACTION, MAX_MEMORY_FRACTION = 0.1, 0.9
 FALLBACK_THRESHOLD_GB = 16.0
@@ -45,9 +47,13 @@ def real(name: str, value, unit: str = "") -> float:
     """``value`` as a float; TypeError where it is no real number, ValueError where it is not finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{name}` must be a number{unit and ' of ' + unit}, not {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"`{name}` must be finite, not {value}")
-    return float(value)
+    return number
 
 
 def positive(name: str, value, unit: str = "") -> float:

@@ -22,7 +22,7 @@ from .kernels import fingerprint
 from .model import Held, Model
 from .store import is_stored
 
-VERSION = 2  # of the files
+VERSION = 3  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
 KEPT: tuple[str, ...] = (
@@ -36,7 +36,7 @@ KEPT: tuple[str, ...] = (
     "f_scale",
     "x_scale",
 )
-KEPT += ("ftol", "xtol", "gtol", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
+KEPT += ("ftol", "xtol", "gtol", "accuracy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
 KEPT += ("decode_cf", "fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
 LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
@@ -142,7 +142,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity["decoded"] = list(problem.decoded)
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
-    identity |= {f"content of `{name}`": zlib.crc32(np.ascontiguousarray(array).data) for name, array in arrays.items()}
+    identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
     return Checkpoint(path, identity, call, arrays)
 
 

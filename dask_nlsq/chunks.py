@@ -12,6 +12,8 @@ from .store import BadChunkError
 
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
+LARGEST = 1e75  # of y in units of sigma: sums of fourth powers must be finite
+MOST_INTEGER = np.iinfo(np.int64).max
 
 
 class Census(NamedTuple):
@@ -24,6 +26,7 @@ class Census(NamedTuple):
     n_omitted: int
     n_sigma_not_positive: int
     n_negative: int  # of y, where it has to be counts
+    too_large: float  # value of y that is too large for its sigma, 0 without any
     damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
 
 
@@ -125,7 +128,39 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
     not_positive = _count((pieces[1] <= 0) & ~hidden, shape)
     negative = _count((pieces[0] < 0) & ~hidden, shape) if rules.counts else 0
-    return Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative), pieces, is_invalid
+    too_large = _too_large(rules.layouts.y, *pieces[:2], hidden) if rules.check else 0.0
+    for layout, piece in zip(rules.layouts.x, pieces[2 + masked :], strict=True):
+        if layout.integer:
+            check_integers(piece, hidden, f"in block {index}")
+    counts = Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative, too_large)
+    return counts, pieces, is_invalid
+
+
+def check_integers(coordinate, hidden, where) -> None:
+    """Refuse coordinates that int64, in which kernels take integers, does not hold, of points that are not ``hidden``."""
+    if coordinate.dtype == np.uint64 and np.any(above := (coordinate > MOST_INTEGER) & ~hidden):
+        value = np.broadcast_to(coordinate, above.shape)[above][0]
+        raise ValueError(
+            f"`xdata` has integers above 2^63 - 1, such as {value} {where}, which int64 does not hold: subtract an offset"
+        )
+
+
+def _too_large(layout, y, sigma, hidden) -> float:
+    """The value of y that is largest in units of sigma, where that is too large to be squared; else 0."""
+    large = 2.0**64  # at least what integers and short floats may be
+    if y.dtype.kind == "f" and y.itemsize > 4:
+        large = max(float(y.max()), -float(y.min()))
+    elif y.dtype.kind == "f":
+        large = float(np.finfo(y.dtype).max)
+    large = large * abs(layout.scale) + abs(layout.offset)
+    if large <= LARGEST * float(sigma.min()):  # false where one of them is nan
+        return 0.0
+    with np.errstate(all="ignore"):
+        y = layout.decoded(y)
+        sizes = np.abs(y) / sigma
+    sizes = np.where(np.isfinite(y) & (sigma > 0) & ~hidden, sizes, 0.0)
+    k = int(np.argmax(sizes))
+    return float(np.broadcast_to(y, sizes.shape).flat[k]) if sizes.flat[k] > LARGEST else 0.0
 
 
 def _count(flags, shape):

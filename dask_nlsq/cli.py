@@ -136,6 +136,9 @@ WORKFLOW = click.option("--workflow", help="auto, standard, quality, fast, large
 STRATEGY = click.option("--strategy", help="auto, standard, chunked, streaming: where the data are held.")
 STARTS = click.option("--n-starts", type=int, help="Look for the best of so many starts.")
 MEMORY = click.option("--memory-limit", type=float, metavar="GiB", help="Most that each process may take.")
+ACCURACY = click.option(
+    "--accuracy", type=float, help="Standard errors from the optimum at which a fit has converged: 0.01."
+)
 MOST = click.option("--max-nfev", type=int, help="Most sweeps over the data.")
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
 CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which a killed fit is resumed.")
@@ -143,7 +146,7 @@ OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.
 REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
 DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS, BAD, MISSING, RAW)
-HOW = (WORKFLOW, STRATEGY, STARTS, MEMORY, MOST, SCHEDULER)
+HOW = (WORKFLOW, STRATEGY, STARTS, MEMORY, ACCURACY, MOST, SCHEDULER)
 
 
 def _call(
@@ -191,7 +194,7 @@ def _sweep_log(path):
             values = ", ".join(f"{value:.9g}" for value in record.params)
             file.write(
                 f"{datetime.now().astimezone().isoformat(timespec='seconds')} sweep {record.nfev} {verdict}: "
-                f"cost {record.cost:.9g}, optimality {record.optimality:.3g}, {record.seconds:.2f} s, at {values}\n"
+                f"cost {record.cost:.9g}, distance {record.distance:.3g} s.e., {record.seconds:.2f} s, at {values}\n"
             )
 
         yield line
@@ -250,6 +253,8 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
         if result.status == -3:
             failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
+        elif result.status > 0 and not result.success:
+            failed = failed or result.message
         click.echo(result.summary())
         if out is not None:
             _write(result, out, report and result.status != -3)  # who is told to leave reads nothing more
@@ -309,7 +314,7 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     *DATA,
     click.option("--axis", multiple=True, type=int, default=(-1,), show_default=True, help="Of the spectra in STORE."),
     click.option("--guess", help="coarse-to-fine: pixels start from fits of the means of their neighbourhood."),
-    *(STRATEGY, MEMORY, MOST, SCHEDULER),
+    *(STRATEGY, MEMORY, ACCURACY, MOST, SCHEDULER),
     click.option("--out", type=PATH, required=True, help="Zarr group for the maps."),
     click.option("--resume", is_flag=True, help="Go on with what is in --out."),
 )

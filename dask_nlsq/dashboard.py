@@ -119,7 +119,7 @@ def _page(live: LivePage, scheduler):
     from bokeh.models import BasicTicker, ColumnDataSource, Div, Whisker
     from bokeh.plotting import figure
 
-    columns = ("sweep", "cost", "optimality", "points_per_s")
+    columns = ("sweep", "cost", "distance", "points_per_s")
     sweeps = ColumnDataSource({name: [] for name in columns}, name="nlsq_sweeps")
     params = ColumnDataSource({name: [] for name in ("name", "value", "low", "high")}, name="nlsq_params")
     text = Div(text="no fit yet", name="nlsq_progress", sizing_mode="stretch_width")
@@ -134,7 +134,7 @@ def _page(live: LivePage, scheduler):
         return plot
 
     cost = curve("cost", "cost", y_axis_type="log")
-    gradient = curve("gradient (optimality)", "optimality", y_axis_type="log")
+    distance = curve("distance to the optimum, standard errors", "distance", y_axis_type="log")
     speed = curve("million points per second", "points_per_s")
     values = figure(title="parameters, in units of p0, with standard errors", y_range=[""], **size)
     values.scatter("value", "name", source=params, size=7)
@@ -163,7 +163,7 @@ def _page(live: LivePage, scheduler):
             }
 
     update()
-    grid = gridplot([[cost, gradient], [values, speed]], sizing_mode="stretch_width", toolbar_location=None)
+    grid = gridplot([[cost, distance], [values, speed]], sizing_mode="stretch_width", toolbar_location=None)
     return column(text, grid, workers, recent, sizing_mode="stretch_width"), update
 
 

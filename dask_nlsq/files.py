@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import numpy as np
 
-VERSION, RESULT = 1, "result.json"  # of the files
+VERSION, RESULT = 2, "result.json"  # of the files
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
 
 

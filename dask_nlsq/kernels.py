@@ -28,7 +28,8 @@ import numpy as np
 from jax import lax
 
 from .model import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
-from .trf_jit import EPS, LOSSES, MODEL_FLOOR, float64, masked_cost, poisson_terms
+from .rules import EPS
+from .trf_jit import LOSSES, MODEL_FLOOR, float64, masked_cost, poisson_terms
 
 Reduction = Literal["gram", "qr"]
 What = Literal["residual", "model", "band"]  # that `value_kernel` computes
@@ -217,18 +218,19 @@ class Parts(NamedTuple):
     squares: np.ndarray  # of the same
     n: np.ndarray  # points used
     n_tiles: np.ndarray  # with any of them
-    weights: np.ndarray  # (3,) of all: w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
+    floored: np.ndarray  # points with counts whose mean is below the floor of a Poisson likelihood
+    weights: np.ndarray  # (k, 3): w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
 
 
 def part_size(n_params: int) -> int:
-    return 2 * (n_params + 1) ** 2 + 8
+    return 2 * (n_params + 1) ** 2 + 9
 
 
 def take_apart(parts: np.ndarray, n_params: int) -> Parts:
     """`Parts` of the rows (k, part_size) that sweeps add up."""
     m = n_params + 1
-    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 5], axis=1)
-    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights.sum(axis=0))
+    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
+    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
 
 
 def build_sweep(model, spec):
@@ -296,7 +298,7 @@ def _update_factor(factor, rows):
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
-    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first five sums of `Parts`."""
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first six sums of `Parts`."""
     tile = _Tile(spec.layouts, block, first, len(fresh))
 
     def residual(params):
@@ -308,14 +310,15 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
     else:
         r, J = with_columns(residual, params, spec.jac_mode)
     if spec.loss == "poisson":
-        rows, cost = poisson_rows(r, J, _counts(spec, block, first, fresh))
+        rows, cost, floored = poisson_rows(r, J, _counts(spec, block, first, fresh))
         r = rows[-1]
     else:
         rows, cost = robust_rows(r, J, f_scale, spec.loss), masked_cost(r, fresh, f_scale, loss=spec.loss)
+        floored = 0.0
     hidden = tile.hidden()
     n = jnp.sum(fresh if hidden is None else fresh & ~hidden, dtype=jnp.int32).astype(jnp.float64)
     squares = 2 * cost if spec.loss == "linear" else r @ r
-    return rows, jnp.stack([cost, jnp.sum(r), squares, n, jnp.sign(n)])
+    return rows, jnp.stack([cost, jnp.sum(r), squares, n, jnp.sign(n), floored])
 
 
 def _weights(spec, block, first, fresh):
@@ -342,12 +345,15 @@ def with_columns(residual, params, jac_mode: JacMode):
 
 
 def poisson_rows(r, J, y):
-    """[J r]^T (p + 1, n) of Fisher's scoring for counts ``y``, and the cost; r = f - y, 0 for points that do not count.
+    """[J r]^T (p + 1, n) of Fisher's scoring for counts ``y``, the cost, and how many points have counts below the floor.
 
-    Divided by the root of the mean: J^T J is the information matrix then, and J^T r the gradient of the cost.
+    r = f - y, 0 for points that do not count. Divided by the root of the mean: J^T J is the information matrix then, and
+    J^T r the gradient of the cost. Where the mean is floored it does not change with the parameters.
     """
-    mean, half_deviance = poisson_terms(r, y)
-    return jnp.concatenate([J, (mean - y)[None]]) / jnp.sqrt(mean), jnp.sum(half_deviance)
+    mean, half_deviance, floored = poisson_terms(r, y)
+    J = jnp.where(floored, 0.0, J) / jnp.sqrt(mean)
+    residual = jnp.where(floored & (y == 0), 0.0, (mean - y) / jnp.sqrt(mean))
+    return jnp.concatenate([J, residual[None]]), jnp.sum(half_deviance), jnp.sum(floored & (y > 0), dtype=jnp.float64)
 
 
 def robust_rows(r, J, f_scale, loss):
@@ -477,7 +483,7 @@ def _build_values(model, spec, what):
                 every = jnp.ones(tile, bool)
                 piece = _residual(model, spec, params, block, first, every)
                 if spec.loss == "poisson":
-                    _, half_deviance = poisson_terms(piece, _counts(spec, block, first, every))
+                    _, half_deviance, _ = poisson_terms(piece, _counts(spec, block, first, every))
                     piece = jnp.sign(piece) * jnp.sqrt(2 * jnp.maximum(half_deviance, 0.0))
                 if (hidden := operands.hidden()) is not None:
                     piece = jnp.where(hidden, jnp.nan, piece)

@@ -69,7 +69,7 @@ def coordinates_of(xdata, ydata, axes):
     found = []
     for each, known in zip(given, named, strict=True):
         if known or labelled(each):
-            each = seconds(coords[each] if known else each)
+            each = coords[each] if known else each
             lead = [dim for dim in each.dims if dim not in ydata.dims] if set(fitted) <= set(each.dims) else []
             kept = fitted if set(each.dims) <= {*fitted, *lead} else list(ydata.dims)
             each = along_dims("xdata", each, ydata, [*lead, *kept])
@@ -78,11 +78,63 @@ def coordinates_of(xdata, ydata, axes):
     return found[0] if alone else tuple(found)
 
 
-def seconds(array):
-    """Dates as float seconds since the earliest one, durations as float seconds."""
+def with_dates(data):
+    """``data``, of pandas with a time zone or a list of dates as an array of datetime64 (UTC)."""
+    if getattr(getattr(data, "dtype", None), "tz", None) is not None:
+        return np.asarray(data, dtype="M8[ns]")
+    if isinstance(data, list) and data and isinstance(data[0], (np.datetime64, np.timedelta64)):
+        return np.array(data)
+    return data
+
+
+def seconds(array, origin):
+    """Dates as float seconds since ``origin``, durations as float seconds, NaT as nan."""
     if array.dtype.kind == "M":
-        array = array - array.min()
-    return array / np.timedelta64(1, "s") if array.dtype.kind == "m" else array
+        array = array - origin
+    return array / np.timedelta64(1, "s")
+
+
+def origins(xdata) -> tuple[str | None, ...]:
+    """The earliest date of each coordinate; None where it has none, or is not in memory."""
+    parts = [with_dates(each) for each in (xdata if isinstance(xdata, tuple) else (xdata,))]
+    here = [not hasattr(each, "dask") and not hasattr(each, "store") and is_kind(each, "M") for each in parts]
+    return tuple(str(earliest(_known(each))) if dates else None for each, dates in zip(parts, here, strict=True))
+
+
+def _known(dates):
+    """Dates in memory as an array, NaT where they are masked."""
+    if not isinstance(dates, np.ma.MaskedArray):
+        return np.asarray(dates)
+    return np.where(np.ma.getmaskarray(dates), np.array("NaT", dates.dtype), np.ma.getdata(dates))
+
+
+def earliest(dates: np.ndarray):
+    """The earliest date that is not NaT."""
+    return np.fmin.reduce(dates, axis=None) if dates.size else np.datetime64("NaT")
+
+
+def is_kind(array, kinds) -> bool:
+    return getattr(getattr(array, "dtype", None), "kind", " ") in kinds
+
+
+def since(x, known):
+    """``x`` of a prediction with dates as seconds since the earliest ones of the fit, ``known`` by `origins`.
+
+    Raises
+    ------
+    TypeError
+        Dates for a coordinate that had none in the fit, or whose earliest date is not known.
+    """
+    parts = [with_dates(each) for each in (x if isinstance(x, tuple) else (x,))]
+    for k, each in enumerate(parts):
+        if not is_kind(each, "mM"):
+            continue
+        origin = known[k] if k < len(known) else None
+        if origin is None and each.dtype.kind == "M":
+            raise TypeError(f"`x` has the dtype {each.dtype}: give seconds, since the earliest date of the fit")
+        array = each if hasattr(each, "dims") or hasattr(each, "dask") else _known(each)
+        parts[k] = seconds(array, np.datetime64(origin) if origin else None)
+    return tuple(parts) if isinstance(x, tuple) else parts[0]
 
 
 def along_dims(name, array, ydata, dims=None):
@@ -132,8 +184,6 @@ def at_labels(x, n_lead):
         return x, None
     dims = list(dict.fromkeys(dim for each in known for dim in each.dims))
     for k, each in enumerate(known):
-        if each.dtype.kind in "mM":
-            raise TypeError(f"`x` has the dtype {each.dtype}: give seconds, since the earliest date of the fit")
         for j, other in enumerate(known[:k]):
             _check_labels(f"x[{k}]", each, other, f"x[{j}]")
     plain = tuple(along_dims("x", each, each, dims) for each in parts)

@@ -21,8 +21,8 @@ from dask.layers import ArraySliceDep
 
 from .admission import open_data
 from .arguments import (
+    accuracy_wanted,
     axes_of,
-    check_choices,
     likelihood,
     limit,
     map_parameters,
@@ -32,6 +32,7 @@ from .arguments import (
 from .arrays import as_array, join_masks, parted
 from .budget import positive
 from .cf import Decoding
+from .chunks import check_integers
 from .inputs import Coordinates, invalid_values
 from .kernels import Layout, Layouts, assemble_x, check_model, check_pointwise, choose_jac_mode
 from .labels import coordinates_of, labelled
@@ -90,10 +91,9 @@ class BlockFit:
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
         begin = [each.start + (first if k == 0 else 0) for k, each in enumerate(place)]
         self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
-        pixels = Pixels(y, sigma, mask, x, *vectors)
-        n_pixels = len(y)
-        pixels = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), pixels)
-        pixels = pixels._replace(y=self._filled(y))
+        n_pixels, others = len(y), (sigma, mask, x, *vectors)
+        others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
+        pixels = Pixels(self._filled(y), *others)
         with float64():
             kernel = map_kernel(self.model, self.spec)
             shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
@@ -154,6 +154,8 @@ class BlockFit:
             raise ValueError(
                 f"loss='poisson' is for counts: `ydata` is negative {pixel.first(bad)}; mask= leaves points out"
             )
+        for c in x:
+            check_integers(c, mask, "in one block")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
                 if np.any(bad := ~np.isfinite(array)) and np.any(bad := bad & counted()):
@@ -165,7 +167,7 @@ class BlockFit:
     def _record(self, found: Fitted) -> np.ndarray:
         record, free = np.zeros(len(found.chi2), self.dtype), list(self.spec.free)
         record["popt"], record["chi2"], record["n_points"] = found.popt, found.chi2, found.n_points
-        record["nfev"], record["status"] = found.nfev, found.status
+        record["nfev"], record["status"], record["distance"] = found.nfev, found.status, found.distance
         record["at_bound"][:, free] = found.at_bound
         failed = np.isnan(found.chi2)
         record["perr"][failed] = np.nan
@@ -181,7 +183,7 @@ def record_dtype(n_params: int, full_covariance: bool) -> np.dtype:
     """Of what a pixel gets, in one array, so that reading, fitting and returning are one task."""
     p = (n_params,)
     fields = [("popt", "f8", p), ("perr", "f8", p), ("chi2", "f8"), ("n_points", "i4"), ("nfev", "i4")]
-    fields += [("status", "u1"), ("at_bound", "i1", p)]
+    fields += [("distance", "f8"), ("status", "u1"), ("at_bound", "i1", p)]
     return np.dtype(fields + [("pcov", "f8", 2 * p)] * full_covariance)
 
 
@@ -290,6 +292,7 @@ def build_map(
     ftol,
     xtol,
     gtol,
+    accuracy,
     max_nfev,
     param_names,
     fixed,
@@ -304,7 +307,6 @@ def build_map(
     memory_limit_gb,
 ) -> MapProblem:
     """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
-    check_choices(None, loss, strategy, "auto", jac_mode, None, on_bad_chunk, missing_chunks, 0)
     if likelihood(loss, sigma)[1]:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):
@@ -361,6 +363,7 @@ def build_map(
         tolerance("ftol", ftol),
         tolerance("xtol", xtol),
         tolerance("gtol", gtol),
+        accuracy_wanted(accuracy),
         limit(max_nfev, None) or 100 * p,
         positive("f_scale", f_scale),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib.util import find_spec
 from itertools import product
-from math import gcd
+from math import gcd, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class MapResult:
         Covariance; with ``full_covariance`` only.
     chi2 : array, shape map
         Twice the cost at popt.
+    distance : array, shape map
+        Standard errors to the optimum of the quadratic model; nan without degrees of freedom.
     n_points, nfev : array
         Points that counted, and evaluations of the model.
     status : array of uint8
@@ -150,7 +152,7 @@ class MapResult:
             loss=spec.loss,
             jac_mode=spec.jac_mode,
             absolute_sigma=spec.absolute_sigma,
-            limits=fit.limits._asdict(),
+            limits={name: value if isfinite(value) else None for name, value in fit.limits._asdict().items()},
             fit_axes=list(fit.fit_axes),
             data=_describe(y),
             blocks=self.problem.blocks,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from . import rules
 from .map_step import (
     RUNNING,
     Data,
@@ -25,10 +26,10 @@ from .map_step import (
     inverse,
     iterate,
     n_lanes,
-    off_the_bounds,
 )
 from .model import Model
-from .trust_region import ROUNDING
+from .statistics import at_bounds
+from .trust_region import OFF_BOUND
 
 REFILL = 0.75  # share of the lanes that work, below which the others are given new pixels
 GUESSED_TOGETHER = 64  # pixels: a guess may take far more memory than the data that it is made from
@@ -53,6 +54,7 @@ class Fitted(NamedTuple):
     popt: Any  # (pixels, p), of all parameters
     pcov: Any  # (pixels, p, p) of the free ones
     chi2: Any  # twice the cost
+    distance: Any  # standard errors to the optimum
     n_points: Any
     nfev: Any
     status: Any
@@ -115,13 +117,22 @@ def _empty(spec, pixels: Pixels) -> Lanes:
         return jnp.zeros((*shape, width), dtype)
 
     x = tuple(jnp.zeros((width if len(c) > 1 else 1, n), _dtype(c)) for c in pixels.x)
-    shapes = Point((p,), (p + 1, p + 1), (), (p,), (p,), (p,), (p, p), (p,), (), (), ())
-    numbers = dict.fromkeys(("predicted", "step_norm", "step_h_norm", "radius", "alpha"), zeros())
+    here = Point(**dict.fromkeys(Point._fields, zeros()))._replace(
+        **{name: zeros(p) for name in ("params", "longest", "d", "gradient", "newton")},
+        gram=zeros(p + 1, p + 1),
+        hessian=zeros(p, p),
+        finite=zeros(dtype=bool),
+        regular=zeros(dtype=bool),
+        n_faded=zeros(dtype=int),
+        n_full=zeros(dtype=int),
+    )
+    numbers = dict.fromkeys(("size", "predicted", "step_norm", "step_h_norm", "radius", "alpha"), zeros())
     return Lanes(
         data=Data(*jnp.zeros((2, width, n)), x),
         pixel=zeros(dtype=int) + len(pixels.y),
         start=zeros(pixels.start.shape[1]),
-        here=Point(*(zeros(*shape) for shape in shapes)),
+        here=here,
+        **dict.fromkeys(("full", "tests_passed"), zeros(dtype=bool)),
         **dict.fromkeys(("lower", "upper", "trial"), zeros(p)),
         **numbers,
         **dict.fromkeys(("n_points", "stalls", "nfev"), zeros(dtype=int)),
@@ -156,10 +167,11 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
 
     data = Data(rows(data.y), rows(data.weight), tuple(rows(c) if len(c) > 1 else c for c in data.x))
     n_points = rows(n_points)
+    weighed = jnp.sum(data.weight**2 * data.y * (1.0 if spec.loss == "poisson" else data.y), axis=1)
     start, lower, upper = map(vectors, (pixels.start, pixels.lower, pixels.upper))
     trial = start[jnp.array(spec.free)]
     if spec.bounded:
-        trial = off_the_bounds(trial, lower, upper)
+        trial = rules.off_the_bounds(jnp, trial, lower, upper, OFF_BOUND)
     status = jnp.where(jnp.all(jnp.isfinite(start), axis=0), RUNNING, int(MapStatus.NON_FINITE))
     status = jnp.where(n_points >= len(spec.free), status, int(MapStatus.TOO_FEW_POINTS))
     status = jnp.where(n_points == 0, int(MapStatus.MASKED), status)  # even where the start was a guess from nothing
@@ -171,6 +183,7 @@ def _load(spec, pixels: Pixels, data: Data, n_points, lanes: Lanes, pixel, idle)
         lower=lower,
         upper=upper,
         n_points=n_points,
+        size=weighed,
         trial=jnp.where(idle, trial, lanes.trial),
         nfev=jnp.where(idle, 0, lanes.nfev),
         status=jnp.where(idle, status, lanes.status),
@@ -200,6 +213,7 @@ def _no_result(spec, pixels: Pixels) -> Fitted:
         popt=jnp.full((P, p_all), jnp.nan),
         pcov=jnp.full((P, p, p), jnp.nan),
         chi2=jnp.full(P, jnp.nan),
+        distance=jnp.full(P, jnp.nan),
         n_points=jnp.zeros(P, jnp.int64),
         nfev=jnp.zeros(P, jnp.int64),
         status=jnp.full(P, int(MapStatus.MASKED), jnp.uint8),
@@ -213,15 +227,15 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     free = jnp.array(spec.free)
     done = (lanes.status != RUNNING) & (lanes.pixel < len(out.popt))
     target = jnp.where(done, lanes.pixel, len(out.popt))  # behind the last: dropped
-    fitted = (lanes.status <= MapStatus.ROUNDING) & (lanes.nfev > 0)
+    fitted = (lanes.status != MapStatus.NON_FINITE) & (lanes.nfev > 0)
     popt = lanes.start.at[free].set(here.params)
     popt = jnp.where(fitted, popt, jnp.nan)
     lengths = jnp.sqrt(jnp.stack([here.gram[k, k] for k in range(p)]))
-    faded = jnp.any(lengths * here.scale < ROUNDING, axis=0)  # of a peak without height the place is rounding
+    unknown = jnp.any(rules.undetermined(jnp, lengths, here.longest, here.params, lanes.size), axis=0)
     lengths = jnp.where(lengths > 0, lengths, 1.0)
     lengths = lengths[:, None] * lengths
     pcov, regular = inverse(here.gram[:p, :p] / lengths)
-    regular &= ~faded
+    regular &= ~unknown
     pcov = pcov / lengths
     if not spec.absolute_sigma:
         dof = lanes.n_points - p
@@ -229,12 +243,13 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     pcov = jnp.where(regular & ~jnp.isnan(pcov), pcov, jnp.inf)
     at_bound = jnp.zeros_like(here.params)
     if spec.bounded:
-        near_lower = here.params - lanes.lower < limits.xtol * jnp.maximum(1, jnp.abs(lanes.lower))
-        near_upper = lanes.upper - here.params < limits.xtol * jnp.maximum(1, jnp.abs(lanes.upper))
-        at_bound = jnp.where(near_lower, -1, jnp.where(near_upper, 1, 0))
+        perr = jnp.sqrt(jnp.stack([pcov[k, k] for k in range(p)]))
+        at_bound = at_bounds(here.params, perr, lanes.lower, lanes.upper)
     converged = (lanes.status >= MapStatus.GTOL) & (lanes.status <= MapStatus.ROUNDING)
     status = jnp.where(converged & jnp.any(at_bound != 0, axis=0), int(MapStatus.AT_BOUND), lanes.status)
-    status = jnp.where(converged & ~regular, int(MapStatus.SINGULAR), status)
+    ended = converged | (lanes.status == rules.STUCK)
+    status = jnp.where(ended & ~regular, int(MapStatus.SINGULAR), status)
+    status = jnp.where(ended & unknown, int(MapStatus.UNDETERMINED), status)
 
     def put(old, new):
         return old.at[target].set(new.astype(old.dtype), mode="drop")
@@ -243,6 +258,7 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
         popt=put(out.popt, popt.T),
         pcov=put(out.pcov, jnp.where(fitted, pcov, jnp.nan).transpose(2, 0, 1)),
         chi2=put(out.chi2, jnp.where(fitted, 2 * here.cost, jnp.nan)),
+        distance=put(out.distance, jnp.where(fitted, here.distance, jnp.nan)),
         n_points=put(out.n_points, lanes.n_points),
         nfev=put(out.nfev, lanes.nfev),
         status=put(out.status, status),

@@ -1,10 +1,10 @@
 """A step of many bounded trust-region fits at once, one in each *lane*.
 
-The method is that of `trust_region`: the same hat space, candidates, radius, acceptance and tolerances, on the gram
-matrix of each pixel's own rows ``[J r]``; its free steps are left out, which cost as much here as they save. Arrays end
+The method is that of `trust_region`: the same hat space and candidates, and by the same `rules`, on the gram matrix of each
+pixel's own rows ``[J r]``; its free steps are left out, which cost as much here as they save. Arrays end
 in the axis of the lanes, ``params`` is (p, lanes), so that each operation on small matrices is one on vectors. The
 subproblem is solved by elimination, which vectorises, in place of the SVD: where the data do not determine a direction
-its pivot is rounding, and no step is taken along it.
+its pivot is rounding, and is kept at the size of it.
 """
 
 from enum import IntEnum
@@ -16,14 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from . import rules
 from .kernels import JacMode, Layouts, assemble_x, poisson_rows, robust_rows, with_columns
 from .model import Model, evaluate
-from .trf_jit import EPS, MORE_ITERATIONS, MORE_RTOL, masked_cost
-from .trust_region import ROUNDING, STALLS
+from .rules import EPS, ROUNDING, STALLS, STUCK, TO_ROUNDING
+from .trf_jit import MORE_ITERATIONS, MORE_RTOL, masked_cost
+from .trust_region import FIRST_RADIUS
 
 MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
 LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
 GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
+PIVOT = 2**6 * EPS  # of the diagonal element: rounding of a gram matrix; two columns alike to 2 parts in 1e7 reach it
 RUNNING = 255  # status of a pixel that is being fitted
 
 
@@ -41,6 +44,8 @@ class MapStatus(IntEnum):
     TOO_FEW_POINTS = 8  # fewer than parameters
     NON_FINITE = 9  # the start, or the model or its derivatives there, are not finite
     MASKED = 10  # no point at all
+    STUCK = 11  # no step lowers the cost, although the optimum of the quadratic model is far
+    UNDETERMINED = 12  # the model does not depend on a parameter where the fit ended
 
 
 class Limits(NamedTuple):
@@ -49,6 +54,7 @@ class Limits(NamedTuple):
     ftol: float
     xtol: float
     gtol: float
+    accuracy: float
     max_nfev: int
     f_scale: float
 
@@ -71,13 +77,20 @@ class Point(NamedTuple):
     params: Any  # (p, lanes)
     gram: Any  # (p + 1, p + 1, lanes)
     cost: Any  # (lanes,)
-    scale: Any  # (p, lanes)
+    floored: Any  # points with counts below the floor of a Poisson likelihood
+    finite: Any
+    regular: Any  # the gram matrix has not lost the digits of any direction
+    n_faded: Any  # parameters that the model no longer depends on
+    longest: Any  # (p, lanes) columns of J so far
     d: Any  # step = d * step_h
     gradient: Any  # in hat space
     hessian: Any  # in hat space, (p, p, lanes)
     newton: Any  # step in hat space
     newton_slope: Any  # derivative of its length by the Levenberg-Marquardt parameter
     decrement: Any
+    floor: Any  # of the decrement, that rounding leaves
+    distance: Any
+    n_full: Any  # full steps in a row that led here
     optimality: Any
 
 
@@ -98,14 +111,17 @@ class Lanes(NamedTuple):
     lower: Any
     upper: Any
     n_points: Any
+    size: Any  # sum w y^2
     here: Point
     trial: Any  # (p, lanes)
+    full: Any  # the trial is the minimum of the quadratic model
     predicted: Any
     step_norm: Any
     step_h_norm: Any
     radius: Any
     alpha: Any
     stalls: Any
+    tests_passed: Any  # SciPy's, at some point
     nfev: Any
     status: Any
 
@@ -132,65 +148,59 @@ def as_x(spec, coordinates):
 
 def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
     """Evaluate the trial of each lane, accept or refuse it, and propose the next one."""
-    running, first = lanes.status == RUNNING, lanes.nfev == 0
-    gram, cost = _normal_equations(model, spec, limits, lanes)
-    there = _stand(spec, limits, lanes, gram, cost, first)
-    here = lanes.here
-    finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
+    running, first, before = lanes.status == RUNNING, lanes.nfev == 0, lanes.here
+    there = _stand(spec, limits, lanes, *_normal_equations(model, spec, limits, lanes))
+    verdict = rules.judge(jnp, before, there, lanes.predicted, lanes.stalls)
+    tests = rules.proposal(jnp, verdict, lanes.step_norm, _norm(before.params), limits.ftol, limits.xtol)
+    nothing = jnp.all(jnp.abs(lanes.trial - before.params) <= 4 * EPS * jnp.abs(before.params), axis=0)
+    hopeless = ~first & ~verdict.accepted & ((verdict.stalls >= STALLS) | nothing)
 
-    actual = here.cost - cost
-    by_gradient = (lanes.predicted >= 0) & (lanes.predicted < ROUNDING * here.cost) & finite
-    lower = there.decrement < here.decrement
-    accepted = finite & jnp.where(by_gradient, lower, actual > 0)
-    stalls = jnp.where(by_gradient, jnp.where(lower, 0, lanes.stalls + 1), lanes.stalls)
-    ratio = jnp.where(
-        lanes.predicted > 0, actual / lanes.predicted, jnp.where((lanes.predicted == 0) & (actual == 0), 1.0, 0.0)
-    )
-    ratio = jnp.where(by_gradient, jnp.where(lower, 1.0, 0.0), ratio)
-    relative = jnp.where(by_gradient, lanes.predicted, actual) / jnp.where(here.cost > 0, here.cost, jnp.inf)
-    measurable = limits.ftol > ROUNDING
-    by_ftol = (relative < jnp.where(by_gradient & ~measurable, 0.0, limits.ftol)) & (ratio > 0.25)
-    by_xtol = lanes.step_norm < limits.xtol * (limits.xtol + _norm(here.params))
-    status = jnp.where(by_ftol, jnp.where(by_xtol, 4, 2), jnp.where(by_xtol, 3, RUNNING))
-    stalled = jnp.where(measurable, jnp.where(stalls >= 1, 2, RUNNING), jnp.where(stalls >= STALLS, 5, RUNNING))
-    status = jnp.where(status == RUNNING, stalled, status)
-    status = jnp.where(finite & ~first, status, RUNNING)
-
-    radius = jnp.where((ratio > 0.75) & (lanes.step_h_norm > 0.95 * lanes.radius), 2 * lanes.radius, lanes.radius)
-    radius = jnp.where(finite & (ratio >= 0.25), radius, 0.25 * lanes.step_h_norm)
-    whole = _norm(there.params / there.d)
+    radius = rules.next_radius(jnp, lanes.radius, verdict.ratio, lanes.step_h_norm)
+    whole = _norm(jnp.where((there.longest > 0) & (there.d > 0), there.params / there.d, 0.0))
+    whole = jnp.maximum(whole, FIRST_RADIUS * jnp.sqrt(2 * there.cost))
     radius = jnp.where(first, jnp.where(whole > 0, whole, 1.0), radius)
     alpha = jnp.where(first, 0.0, lanes.alpha * lanes.radius / radius)
-    moves = running & (accepted | first)
-    here = jax.tree.map(lambda new, old: jnp.where(moves, new, old), there, here)
+    moves = running & (verdict.accepted | first)
+    here = jax.tree.map(
+        lambda new, old: jnp.where(moves, new, old), there, before._replace(n_full=jnp.zeros_like(before.n_full))
+    )
     nfev = lanes.nfev + running
 
-    status = jnp.where((status == RUNNING) & (nfev >= limits.max_nfev), int(MapStatus.ITERATION_LIMIT), status)
-    status = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), 1, status)
-    status = jnp.where(first & ~finite, int(MapStatus.NON_FINITE), status)
+    proposed = jnp.where(there.finite & ~first, tests, 0)
+    proposed = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), rules.GTOL, proposed)
+    tests_passed = (lanes.tests_passed & ~first) | (proposed > 0)
+    dof = lanes.n_points - len(spec.free)
+    arrived = rules.converged(here.distance, here.decrement, here.floor, dof, here.floored, limits.accuracy)
+    status = jnp.where((proposed > 0) & (arrived | ~here.regular), proposed, RUNNING)
+    status = jnp.where((status == RUNNING) & hopeless, jnp.where(arrived, TO_ROUNDING, STUCK), status)
+    ended = jnp.where(tests_passed, STUCK, int(MapStatus.ITERATION_LIMIT))
+    status = jnp.where((status == RUNNING) & (nfev >= limits.max_nfev), ended, status)
+    status = jnp.where(first & ~there.finite, int(MapStatus.NON_FINITE), status)
     status = jnp.where(running, status, lanes.status)
-    step_h, alpha = _solve_subproblem(here, radius, alpha)
-    step_h, predicted = _select_step(spec, here, step_h, radius, lanes.lower, lanes.upper)
+    step_h, alpha, inside = _solve_subproblem(here, radius, alpha)
+    step_h, predicted, uncut = _select_step(spec, here, step_h, radius, lanes.lower, lanes.upper)
     step = here.d * step_h
     trial = here.params + step
     if spec.bounded:
-        trial = jnp.clip(trial, jnp.nextafter(lanes.lower, lanes.upper), jnp.nextafter(lanes.upper, lanes.lower))
+        trial = rules.off_the_bounds(jnp, trial, lanes.lower, lanes.upper, 0.0)
     return lanes._replace(
         here=here,
         trial=trial,
+        full=inside & uncut,
         predicted=predicted,
         step_norm=_norm(step),
         step_h_norm=_norm(step_h),
         radius=radius,
         alpha=alpha,
-        stalls=jnp.where(first, 0, stalls),
+        stalls=jnp.where(first, 0, verdict.stalls),
+        tests_passed=tests_passed,
         nfev=nfev,
         status=status,
     )
 
 
 def _normal_equations(model, spec, limits, lanes):
-    """Gram matrices (p + 1, p + 1, lanes) of [J r], and costs."""
+    """Gram matrices (p + 1, p + 1, lanes) of [J r], costs, and counts where the mean is floored."""
 
     def one(params, start, coordinates, y, weight):
         valid = weight > 0
@@ -204,10 +214,10 @@ def _normal_equations(model, spec, limits, lanes):
 
         r, J = with_columns(residual, params, spec.jac_mode)
         if spec.loss == "poisson":
-            rows, cost = poisson_rows(r, J, jnp.where(valid, y, 1.0))
-            return rows @ rows.T, cost
+            rows, cost, floored = poisson_rows(r, J, jnp.where(valid, y, 1.0))
+            return rows @ rows.T, cost, floored
         rows = robust_rows(r, J, limits.f_scale, spec.loss)
-        return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss)
+        return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss), 0.0
 
     x, axes = each_or_shared(lanes.data.x)
     p, (width, n) = len(spec.free), lanes.data.y.shape
@@ -233,17 +243,18 @@ def _normal_equations(model, spec, limits, lanes):
         return jax.tree.map(put, found, parts), cut(k + 1)
 
     n_groups = jnp.max(jnp.where(lanes.status == RUNNING, jnp.arange(width), -1)) // size + 1
-    nothing = jnp.zeros((width, p + 1, p + 1)), jnp.zeros(width)
-    (gram, cost), _ = lax.fori_loop(0, n_groups, group, (nothing, cut(0)))
-    return gram.transpose(1, 2, 0), cost
+    nothing = jnp.zeros((width, p + 1, p + 1)), jnp.zeros(width), jnp.zeros(width)
+    (gram, cost, floored), _ = lax.fori_loop(0, n_groups, group, (nothing, cut(0)))
+    return gram.transpose(1, 2, 0), cost, floored
 
 
-def _stand(spec, limits, lanes, gram, cost, first) -> Point:
-    """The quadratic model at the trial of each lane; a scale never grows (see `trust_region`)."""
-    p, params = len(spec.free), lanes.trial
+def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
+    """The quadratic model at the trial of each lane (see `trust_region`)."""
+    p, params, first, before = len(spec.free), lanes.trial, lanes.nfev == 0, lanes.here
     columns = jnp.sqrt(jnp.stack([gram[k, k] for k in range(p)]))
-    own = 1 / jnp.where(columns > 0, columns, 1.0)
-    scale = jnp.where(first, own, 1 / jnp.maximum(columns, 1 / jnp.where(first, 1.0, lanes.here.scale)))
+    longest = jnp.where(first, columns, jnp.maximum(columns, before.longest))
+    lengths = rules.scale_lengths(jnp, columns, longest)
+    scale = 1 / jnp.where(lengths > 0, lengths, 1.0)
     g = gram[:p, p]
     v = dv = jnp.zeros_like(params)
     if spec.bounded:
@@ -253,11 +264,12 @@ def _stand(spec, limits, lanes, gram, cost, first) -> Point:
         d = jnp.sqrt(jnp.where(dv != 0, v / scale, 1.0)) * scale
     else:
         d, v = scale, jnp.ones_like(params)
+    diagonal = g * dv * scale
+    d = jnp.where(rules.held(jnp, params, v, diagonal), 0.0, d)
     gradient = d * g
     hessian = gram[:p, :p] * d[:, None] * d
-    diagonal = g * dv * scale
     hessian = jnp.stack([jnp.stack([hessian[i, j] + (diagonal[i] if i == j else 0.0) for j in range(p)]) for i in range(p)])
-    inverted, _ = inverse(hessian)
+    inverted, regular = inverse(hessian)
     newton = -_times(inverted, gradient)
     newton_slope = -_dot(newton, _times(inverted, newton)) / _norm(newton)
     decrement = -0.5 * _dot(gradient, newton)
@@ -265,7 +277,34 @@ def _stand(spec, limits, lanes, gram, cost, first) -> Point:
     if not spec.bounded:  # MINPACK's test, a cosine, as in `curve_fit`
         lengths = columns * jnp.sqrt(2 * cost)
         optimality = jnp.max(jnp.abs(g) / jnp.where(lengths > 0, lengths, 1.0), axis=0)
-    return Point(params, gram, cost, scale, d, gradient, hessian, newton, newton_slope, decrement, optimality)
+    finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
+    faded = jnp.sum(rules.undetermined(jnp, columns, longest, params, lanes.size), axis=0)
+    dof = lanes.n_points - p
+    variance = jnp.ones_like(cost) if spec.absolute_sigma else 2 * cost / dof
+    variance = jnp.where(dof > 0, variance, jnp.nan)
+    n_full = jnp.where(lanes.full & ~first, before.n_full + 1, 0)
+    point = Point(
+        params=params,
+        gram=gram,
+        cost=cost,
+        floored=floored,
+        finite=finite,
+        regular=regular,
+        n_faded=jnp.where(cost > ROUNDING**2 * lanes.size, faded, 0),
+        longest=longest,
+        d=d,
+        gradient=gradient,
+        hessian=hessian,
+        newton=newton,
+        newton_slope=newton_slope,
+        decrement=decrement,
+        floor=rules.rounding_floor(lanes.size, params, columns**2, lanes.n_points),
+        distance=jnp.zeros_like(cost),
+        n_full=n_full,
+        optimality=optimality,
+    )
+    kappa = rules.contraction(jnp, before, point, n_full > 0, n_full > 1)
+    return point._replace(distance=rules.distance(jnp, decrement, variance, kappa))
 
 
 def _solve_subproblem(here: Point, radius, alpha):
@@ -306,11 +345,14 @@ def _solve_subproblem(here: Point, radius, alpha):
     start = jnp.where(alpha > 0, alpha, inner_guess(lower, upper))
     state = (0, start, lower, upper, here.newton, inside | ~jnp.isfinite(here.newton_slope))
     _, alpha, _, _, step, _ = lax.while_loop(unfinished, refine, state)
-    return jnp.where(inside, here.newton, step), jnp.where(inside, 0.0, alpha)
+    return jnp.where(inside, here.newton, step), jnp.where(inside, 0.0, alpha), inside
 
 
 def _select_step(spec, here: Point, step_h, radius, lower, upper):
-    """The best of: the step up to the bound, its reflection there, the scaled gradient; in hat space, and its reduction."""
+    """The best of: the step up to the bound, its reflection there, the scaled gradient; in hat space.
+
+    With the reduction that the model predicts, and whether no bound has cut the step.
+    """
 
     def bend(a, b):
         return _dot(a, _times(here.hessian, b))
@@ -326,9 +368,10 @@ def _select_step(spec, here: Point, step_h, radius, lower, upper):
         return jnp.where((a > 0) & (low < t) & (t < high), t, jnp.where(at_low <= at_high, low, high))
 
     if not spec.bounded:
-        return step_h, reduction(step_h)
+        return step_h, reduction(step_h), jnp.ones_like(here.cost, bool)
     params, d = here.params, here.d
-    theta = jnp.maximum(0.995, 1 - here.optimality)
+    nearness = jnp.where(jnp.isfinite(here.distance), here.distance, here.optimality)
+    theta = jnp.maximum(0.995, 1 - nearness)
     step = d * step_h
     whole = jnp.all((params + step >= lower) & (params + step <= upper), axis=0)
 
@@ -353,7 +396,7 @@ def _select_step(spec, here: Point, step_h, radius, lower, upper):
     best, value = candidates[0], values[0]
     for other, its in zip(candidates[1:], values[1:], strict=True):
         best, value = jnp.where(its > value, other, best), jnp.where(its > value, its, value)
-    return jnp.where(whole, step_h, best), jnp.where(whole, reduction(step_h), value)
+    return jnp.where(whole, step_h, best), jnp.where(whole, reduction(step_h), value), whole
 
 
 def _to_bound(params, step, lower, upper):
@@ -370,14 +413,6 @@ def _to_sphere(start, direction, radius):
     root = jnp.sqrt(jnp.maximum(b * b - a * c, 0.0))
     q = -(b + jnp.copysign(root, b))  # without cancellation
     return jnp.maximum(q / a, jnp.where(q != 0, c / q, 0.0))
-
-
-def off_the_bounds(params, lower, upper, rstep=1e-10):
-    """`trust_region.strictly_feasible` at the start."""
-    inner_lower = lower + rstep * jnp.maximum(1, jnp.where(jnp.isfinite(lower), jnp.abs(lower), 0))
-    inner_upper = upper - rstep * jnp.maximum(1, jnp.where(jnp.isfinite(upper), jnp.abs(upper), 0))
-    inside = jnp.clip(params, inner_lower, inner_upper)
-    return jnp.where(inner_lower > inner_upper, lower + 0.5 * (upper - lower), inside)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -399,21 +434,22 @@ def _times(matrix, vector):
 def inverse(matrix):
     """Inverse of symmetric matrices, and whether the rank is full, by Gauss and Jordan's elimination in place.
 
-    Without pivoting, which positive definite matrices do not need. A pivot that is rounding against its diagonal element
-    leaves its row and column zero.
+    Without pivoting, which positive definite matrices do not need. A pivot that is rounding against its diagonal element is
+    kept at that size, so that no gradient is lost; one whose element is zero leaves its row and column zero.
     """
     p = len(matrix)
-    least, place = p * EPS * jnp.stack([matrix[k, k] for k in range(p)]), jnp.arange(p)[:, None]
+    diagonal, place = jnp.stack([matrix[k, k] for k in range(p)]), jnp.arange(p)[:, None]
+    least = PIVOT * diagonal
 
     def eliminate(k, state):
         matrix, regular = state
         row, column = matrix[k], matrix[:, k]
-        sound = row[k] > least[k]
-        pivot = jnp.where(sound, row[k], 1.0)
-        row = jnp.where(sound, jnp.where(place == k, 1.0, row) / pivot, 0.0)
+        some = diagonal[k] > 0
+        pivot = jnp.where(some, jnp.maximum(row[k], least[k]), 1.0)
+        row = jnp.where(some, jnp.where(place == k, 1.0, row) / pivot, 0.0)
         column = jnp.where(place == k, -1.0, column)
         rest = jnp.where((place == k) | (place[:, None] == k), 0.0, matrix)
-        return rest - column[:, None] * row, regular & sound
+        return rest - column[:, None] * row, regular & some & (matrix[k, k] > least[k])
 
     # a loop, since each element of the next matrix needs several of this one: fused they would be computed over and over
     return lax.fori_loop(0, p, eliminate, (matrix, jnp.ones(matrix.shape[-1], bool)))

@@ -11,11 +11,12 @@ import dask.array as da
 import numpy as np
 from dask.graph_manipulation import clone
 
-from .arguments import axes_of, model_first
+from .arguments import axes_of, check_options, model_first
 from .labels import along_dims, labelled, map_values
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
 from .map_step import MapStatus
+from .rules import ACCURACY
 
 BIN = 8  # pixels to each side of a bin of the coarse map
 
@@ -37,6 +38,7 @@ def fit_map(
     ftol: float | None = 1e-8,
     xtol: float | None = 1e-8,
     gtol: float | None = 1e-8,
+    accuracy: float | None = ACCURACY,
     max_nfev: int | None = None,
     param_names=None,
     fixed=None,
@@ -69,7 +71,7 @@ def fit_map(
         gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
         into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
     axis : int, str or tuple
-        The fit axes; names for xarray.
+        The fit axes, in the order that they have in ``ydata``; names for xarray.
     sigma, mask : array_like, optional
         As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
         shapes are ambiguous, with as many axes as ydata.
@@ -92,8 +94,8 @@ def fit_map(
         several passes ("auto", "streaming").
     on_bad_chunk : {"raise", "mask"}
         As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, max_nfev, param_names, mask_values, valid_range, missing_chunks, \
-    decode_cf, jac_mode
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, \
+    missing_chunks, decode_cf, jac_mode
         As in `dask_nlsq.curve_fit`.
     memory_limit_gb : float, optional
         GiB that may be taken for data; by default 75 % of what is available.
@@ -124,9 +126,8 @@ def fit_map(
     goes on to QR there. See `dask_nlsq.map_solver` for the method.
     """
     given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
+    check_options(given | dict(guess=guess))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
-    if guess not in (None, "coarse-to-fine"):
-        raise ValueError(f"`guess` must be None or 'coarse-to-fine', not {guess!r}; a function that guesses is p0=")
     labels: dict[str, Any] = {}
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]

@@ -123,22 +123,22 @@ def residual_histogram(result, ax=None, *, seen: Binned | None = None):
 
 
 def convergence(result, ax=None):
-    """How the fit came to its end: by sweep, the cost above the least one and the gradient, relative to the start."""
+    """How the fit came to its end: by sweep, the cost above the least one, and the standard errors to the optimum."""
     axes = _axes(ax, figsize=(4.8, 3.6))
     cost = np.array([record.cost for record in result.history])
-    gradient = np.array([record.optimality for record in result.history])
+    distance = np.array([record.distance for record in result.history])
     above = cost - np.nanmin(cost)
     rows = (
-        ("cost above the least", above, cost[0] - np.nanmin(cost), "o-", DATA),
-        ("scaled gradient", gradient, gradient[0], "s--", MODEL),
+        ("cost above the least, relative to the start", above, cost[0] - np.nanmin(cost), "o-", DATA),
+        ("distance to the optimum, standard errors", distance, 1.0, "s--", MODEL),
     )
     sweeps = np.arange(1, len(cost) + 1)
     for label, values, first, marks, colour in rows:
         drawn = np.where((values > 0) & np.isfinite(values), values, np.nan) / (first if first > 0 else 1.0)
         axes.plot(sweeps, drawn, marks, color=colour, markersize=4, label=label)
-    axes.set(xlabel="sweep", ylabel="relative to the start", yscale="log", xlim=(0.5, len(cost) + 0.5))
+    axes.set(xlabel="sweep", yscale="log", xlim=(0.5, len(cost) + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small")
     return axes
 
 

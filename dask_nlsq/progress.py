@@ -53,19 +53,28 @@ class Observers:
         if self.bar is None and record.seconds > self.bar_after:
             self.bar = tqdm(desc="curve_fit", unit=" sweeps", initial=record.nfev - 1)
         if self.bar is not None:
-            self.bar.set_postfix(cost=f"{record.cost:.6g}", optimality=f"{record.optimality:.1e}", refresh=False)
+            self.bar.set_postfix_str(f"cost {record.cost:.6g}, {distance_left(record)}", refresh=False)
             self.bar.update()
         self.live(record)
         if self.callback is not None:
             self.callback(record)
 
 
+def distance_left(record: Record) -> str:
+    """How far the optimum still is, as the quadratic model sees it."""
+    return (
+        f"{record.distance:.2g} standard errors to go"
+        if np.isfinite(record.distance)
+        else f"gradient {record.optimality:.1e}"
+    )
+
+
 def _print_record(record: Record):
     if record.iteration == 0:
-        columns = ("Iteration", "Sweeps", "Cost", "Cost reduction", "Step norm", "Optimality", "Reduction", "Seconds")
+        columns = ("Iteration", "Sweeps", "Cost", "Cost reduction", "Step norm", "Distance", "Reduction", "Seconds")
         print("".join(f"{column:^15}" for column in columns))
     step = ("", "") if record.iteration == 0 else (f"{record.actual:.2e}", f"{record.step_norm:.2e}")
-    values = (record.iteration, record.nfev, f"{record.cost:.6e}", *step, f"{record.optimality:.2e}", record.reduction)
+    values = (record.iteration, record.nfev, f"{record.cost:.6e}", *step, f"{record.distance:.2e}", record.reduction)
     print("".join(f"{value!s:^15}" for value in (*values, f"{record.seconds:.2f}")))
 
 
@@ -102,7 +111,7 @@ class Live:
         seconds, self.seconds = record.seconds - self.seconds, record.seconds
         rates = dict(points_per_s=self.plan.n_points / seconds / 1e6, gb_per_s=self.plan.sweep_bytes / seconds / 1e9)
         now = dict(params=record.params.tolist(), errors=self.errors)
-        self._tell(nfev=record.nfev, cost=record.cost, optimality=record.optimality, **now, **rates)
+        self._tell(nfev=record.nfev, cost=record.cost, distance=record.distance, **now, **rates)
 
     def guessed(self, start: np.ndarray) -> None:
         self._tell(p0=start.tolist())

@@ -18,8 +18,9 @@ from dask.delayed import Delayed
 from dask.sizeof import sizeof
 from distributed import Client
 from distributed.metrics import context_meter
+from numpy.linalg import norm
 
-from .chunks import Census, Chunk, Rules, prepare_chunk, release
+from .chunks import LARGEST, Census, Chunk, Rules, prepare_chunk, release
 from .cluster import Pieces
 from .config import threads
 from .inputs import Problem
@@ -42,9 +43,10 @@ from .loading import Load, compute_shared, plan_loads
 from .memory import get_memory_manager
 from .model import Model
 from .resources import keep_freed_memory
+from .rules import EPS
 from .sample import Sample, as_sample, pick, stratified_places
 from .store import BadChunkError
-from .trf_jit import EPS, float64, gradient, inherit_device
+from .trf_jit import LIKELIHOODS, float64, inherit_device
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
@@ -75,6 +77,7 @@ class NormalEquations(NamedTuple):
     reduction: Reduction
     parts: np.ndarray | None = None  # (k, part_size(p)) sums over consecutive runs of points, see `kernels.Parts`
     read: Read | None = None  # where the data are not held
+    size: float = 0.0  # sum w y^2, which says how large the rounding of the residuals is
 
     @property
     def pearson(self) -> float:
@@ -86,9 +89,19 @@ class NormalEquations(NamedTuple):
     def finite(self) -> bool:
         return bool(np.isfinite(self.cost) and np.isfinite(self.matrix).all())
 
+    @property
+    def n_points(self) -> int:
+        """Points used; 0 where no sums were kept."""
+        return 0 if self.parts is None else int(take_apart(self.parts, len(self.matrix) - 1).n.sum())
+
+    @property
+    def floored(self) -> int:
+        """Points with counts whose mean is below the least one at which a Poisson likelihood is evaluated."""
+        return 0 if self.parts is None else int(take_apart(self.parts, len(self.matrix) - 1).floored.sum())
+
 
 class Factor(NamedTuple):
-    """``R`` (p, p) upper triangular with R^T R = J^T J, ``projected`` = Q^T r, gradient J^T r, both (p,)."""
+    """``R`` (p, p) with R^T R = J^T J, ``projected`` = Q^T r, gradient J^T r, both (p,)."""
 
     R: np.ndarray
     projected: np.ndarray
@@ -97,40 +110,42 @@ class Factor(NamedTuple):
 
 
 def rank_tolerance(equations: NormalEquations) -> float:
-    """Relative size below which a singular value of J is rounding: p eps, or its root, as the gram matrix holds squares.
+    """Relative size below which a singular value of J, with columns of norm 1, is rounding.
 
-    The number of rows does not enter: what is decomposed has p of them, however many points there are.
+    That of the evaluation of the model, or the root of p eps where a gram matrix holds squares. The number of rows does not
+    enter: what is decomposed has p of them, however many points there are.
     """
     relative = (len(equations.matrix) - 1) * EPS
-    return relative if equations.reduction == "qr" else relative**0.5
+    return max(relative, COLUMN_ROUNDING) if equations.reduction == "qr" else relative**0.5
 
 
 def factor(equations: NormalEquations) -> Factor:
-    """What the trust-region method works on.
+    """What the trust-region method works on; all decisions about the rank are made on columns of norm 1.
 
-    The gram matrix is brought to unit diagonal and diagonalised, ``D^-1 G D^-1 = V w V^T``, so ``sqrt(w) V^T D`` is a
-    square root of it; a QR decomposition makes that triangular.
+    Directions in which the columns are alike to rounding are kept at twice the tolerance, so that the gradient stays whole
+    and no step along them is long. A column that is zero stays so.
     """
     p = len(equations.matrix) - 1
-    R = equations.matrix[:p, :p]
-    last = equations.matrix[:p, p]
-    if equations.reduction == "qr":
-        with float64():
-            g = np.asarray(gradient(R, last))
-        norms = np.linalg.norm(R, axis=0)
-        s = np.linalg.svd(R / np.where(norms > 0, norms, 1.0), compute_uv=False)
-        condition = s[0] / s[-1] if s[-1] > max(rank_tolerance(equations), COLUMN_ROUNDING) * s[0] else np.inf
-        return Factor(R, last, g, float(condition))
-    D = np.sqrt(np.diag(R))
-    D = np.where(D > 0, D, 1.0)
-    w, V = np.linalg.eigh(R / np.outer(D, D))
-    least = rank_tolerance(equations) ** 2 * w[-1]
-    # what lies below is rounding: kept at twice that, so that the gradient stays whole and such a direction is damped
-    root = np.sqrt(np.maximum(w, 2 * least))
-    Q, triangular = np.linalg.qr(root[:, None] * V.T * D)
-    projected = Q.T @ (V.T @ (last / D) / np.where(root > 0, root, 1.0))
-    condition = root[-1] / root[0] if w[0] > least else np.inf
-    return Factor(triangular, projected, last, float(condition))
+    R, last = equations.matrix[:p, :p], equations.matrix[:p, p]
+    by_gram = equations.reduction == "gram"
+    norms = np.sqrt(np.diag(R)) if by_gram else norm(R, axis=0)
+    moving = norms > 0
+    D = np.where(moving, norms, 1.0)
+    gradient = last if by_gram else R.T @ last
+    tolerance = rank_tolerance(equations)
+    if by_gram:
+        w, V = np.linalg.eigh(R / D / D[:, None])
+        s = np.sqrt(np.maximum(w, 0.0))
+    else:
+        _, s, Vt = np.linalg.svd(R / D)
+        s, V = s[::-1], Vt[::-1].T
+    regular = s[0] > tolerance * s[-1]
+    condition = float(s[-1] / s[0]) if regular else np.inf
+    if regular and not by_gram:
+        return Factor(R, last, gradient, condition)
+    s = np.maximum(s, 2**0.5 * tolerance * s[-1])
+    Q, triangular = np.linalg.qr(s[:, None] * V.T * np.where(moving, D, 0.0))
+    return Factor(triangular, Q.T @ (V.T @ (gradient / D) / np.where(s > 0, s, 1.0)), gradient, condition)
 
 
 def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tuple[np.ndarray, float]:
@@ -164,7 +179,9 @@ class Grouping(NamedTuple):
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
         n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        per_block = -(-min(most, problem.n_points) // n_blocks)  # the loop over 256 takes 0.3 ms
+        longest = max(problem.n_points, problem.run_points)
+        few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
+        per_block = -(-min(most, few) // n_blocks)  # the loop over 256 takes 0.3 ms
         return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
 
 
@@ -248,7 +265,7 @@ class Sweep:
 
     count = 0  # sweeps so far
     latest: tuple[np.ndarray, NormalEquations]  # parameters and result of the last one
-    weights: np.ndarray | None = None  # sums of w, w y and w y^2 of all data, from the first sweep
+    weights: np.ndarray | None = None  # (k, 3): of each part the sums of w, w y and w y^2, from the first sweep
     drawn = None  # what a sweep that does not hold the data knows beforehand
     chunks: list[Chunk]  # where they are held in this process
     jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
@@ -260,14 +277,15 @@ class Sweep:
         self.count += 1
         params = np.asarray(params, dtype=np.float64)
         matrix, cost, parts = self._reduce(params, How(reduction, self.jac_mode, self.weights is None))
-        equations = NormalEquations(np.asarray(matrix), float(cost), reduction, parts)
-        self._keep_weights(equations)
+        equations = self._weighed(NormalEquations(np.asarray(matrix), float(cost), reduction, parts))
         self.latest = params, equations
         return equations
 
-    def _keep_weights(self, equations):
+    def _weighed(self, equations: NormalEquations) -> NormalEquations:
+        """With the size of y; of counts, whose weights are 1 / mean, the sum of y stands for it."""
         if self.weights is None:
             self.weights = take_apart(equations.parts, len(equations.matrix) - 1).weights
+        return equations._replace(size=float(self.weights[:, 1 if self.evaluation.loss in LIKELIHOODS else 2].sum()))
 
     def points(self, n: int) -> Sample:
         """About ``n`` of the points that count, spread evenly over all data; no sweep.
@@ -436,10 +454,10 @@ def describe_partition(partition: Partition):
 
 
 def count_not_finite(partition: Partition, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-    """Per chunk of y: its index and how many residuals that count are not finite."""
+    """Per chunk of y: its index and how many residuals that count are not finite, or too large to be squared."""
     counts = []
     for chunk in partition.chunks:
-        bad = ~np.isfinite(partition.evaluation.values(chunk, params, "residual").ravel())
+        bad = ~(abs(partition.evaluation.values(chunk, params, "residual").ravel()) < LARGEST**2)
         ends = np.cumsum([census.n_points for census in chunk.censuses])
         for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
             counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))

@@ -202,7 +202,7 @@ def _pictures(result, coordinate, log):
         ]
     else:
         lost = '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
-    pictures += [("", "Cost and gradient by sweep", lambda ax: plots.convergence(result, ax))]
+    pictures += [("", "Cost and distance to the optimum by sweep", lambda ax: plots.convergence(result, ax))]
     if np.isfinite(np.diag(result.correlation)).sum() > 1:
         many = len(result.popt) > 8
         size = (8.6, 7.6) if many else SMALL
@@ -227,11 +227,11 @@ def _figure(kind, caption, draw, rows=1, size=SMALL):
 
 
 def _history(result):
-    head = ["sweep", "cost", "reduction", "predicted", "step", "gradient", "", "seconds"]
+    head = ["sweep", "cost", "reduction", "predicted", "step", "distance", "", "seconds"]
     read = any(record.read for record in result.history)
     rows = []
     for record in result.history:
-        few = [_number(each, 4) for each in (record.actual, record.predicted, record.step_norm, record.optimality)]
+        few = [_number(each, 4) for each in (record.actual, record.predicted, record.step_norm, record.distance)]
         verdict = "accepted" if record.accepted else "refused"
         row = [str(record.nfev), record.cost, *few, verdict, f"{record.seconds:.2f}"]
         rows.append(row + ([f"{record.read.gb_per_s:.2f}" if record.read else ""] if read else []))

@@ -17,12 +17,13 @@ from .environment import Place
 from .files import import_by, import_name, load_record, save_record
 from .inputs import Problem, build_problem
 from .kernels import Invalid, Layout, Layouts, Parts, fingerprint
-from .labels import Labels, at_labels, label
+from .labels import Labels, at_labels, label, since
 from .model import Held, Model, intern
 from .multistart import Search
 from .plan import Plan, several
 from .reduction import Evaluation, Factor, Grouping, Read, but_hidden, map_chunks
 from .report import report
+from .rules import TO_ROUNDING
 from .statistics import (
     Noise,
     Statistics,
@@ -102,9 +103,12 @@ class FitResult:
         Evaluations of the cost by the solver, and reads of all data (they differ where the solver had to go from "gram"
         to "qr" at the end).
     status, message, success
-        Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding.
+        Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding; 11: no step
+        lowers the cost although the optimum is far; 12: the model does not depend on a parameter. Success is 1 to 5.
     optimality : float
         Infinity norm of the scaled gradient.
+    distance : float
+        To the optimum of the quadratic model, in standard errors; nan without degrees of freedom.
     plan : Plan
         Where the data were held and how much memory that was predicted to take; ``plan.explain()`` prints it.
     reduction : str
@@ -151,6 +155,7 @@ class FitResult:
     status: int
     message: str
     optimality: float
+    distance: float
     plan: Plan
     reduction: str
     jac_mode: str
@@ -169,6 +174,7 @@ class FitResult:
     _evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
     _problem: Problem | None = field(repr=False)  # None where the data are not at hand
     _labels: Labels | None = field(default=None, repr=False)  # of the data, where they are xarray's
+    _origins: tuple[str | None, ...] = field(default=(), repr=False)  # earliest dates of the coordinates that had any
 
     @property
     def strategy(self) -> str:
@@ -177,7 +183,7 @@ class FitResult:
 
     @property
     def success(self) -> bool:
-        return self.status > 0
+        return 0 < self.status <= TO_ROUNDING
 
     @property
     def perr(self) -> np.ndarray:
@@ -230,7 +236,9 @@ class FitResult:
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """What is remarkable about the fit, in words; see `dask_nlsq.diagnostics`. Nothing is read."""
-        return diagnose(self)
+        held = self._problem is not None and not self._problem.lazy and self._evaluation.rules.whole  # as one part
+        residuals = np.ravel(self.residuals()) if held else None
+        return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
 
     @property
     def correlation(self) -> np.ndarray:
@@ -281,8 +289,8 @@ class FitResult:
     def predict(self, x=None):
         """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. Lazy where x is.
 
-        xarray's x broadcast by name, and give a DataArray. NaN where x is masked. With None: as the data, NaN in chunks that
-        cannot be read.
+        Dates count from the earliest one of the fit. xarray's x broadcast by name, and give a DataArray. NaN where x is
+        masked. With None: as the data, NaN in chunks that cannot be read.
         """
         points, labels = self._points(x)
         return label(self._values(points, "model"), labels)
@@ -360,7 +368,7 @@ class FitResult:
         rules = self._evaluation.rules
         if x is not None:
             parts = [decoded("x", each, rules.decode_cf)[0] for each in (x if isinstance(x, tuple) else [x])]
-            x = tuple(parts) if isinstance(x, tuple) else parts[0]
+            x = since(tuple(parts) if isinstance(x, tuple) else parts[0], self._origins)
             x, labels = at_labels(x, len(rules.layouts.x_lead))
             match rules.layouts.x_kind:
                 case "tuple":
@@ -425,6 +433,7 @@ class FitResult:
             "nfev",
             "sweeps",
             "optimality",
+            "distance",
         )
         names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
         return _jsonable(
@@ -457,7 +466,7 @@ class FitResult:
         points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
-            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}",
+            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}{self._nearness()}",
             f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, begun after {self.seconds['load']:.2f} s;"
             f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
@@ -473,6 +482,10 @@ class FitResult:
             names = self.param_names
             lines.append("correlations: " + "; ".join(f"{names[j]}, {names[i]} {value:+.3f}" for i, j, value in pairs))
         return "\n".join(lines)
+
+    def _nearness(self) -> str:
+        known = np.isfinite(self.distance)
+        return f"; {self.distance:.1e} standard errors from the optimum of the quadratic model" if known else ""
 
     def _known_statistics(self) -> dict[str, str]:
         """Those that exist, as text."""
@@ -524,7 +537,7 @@ class FitResult:
         fvec = fvec if self.n_masked + self.n_omitted == 0 else fvec[~np.isnan(fvec)]
         p = len(self.free)
         info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
-        return self.popt, self.pcov, info, self.message, min(self.status, 4)
+        return self.popt, self.pcov, info, self.message, min(self.status, 4) if self.success else 5
 
     def plot(self, ax=None, **options):
         """Data and model against a coordinate: `dask_nlsq.plots.fit`."""

@@ -10,7 +10,7 @@ from jax import lax
 
 from .kernels import KernelSpec, build_sweep
 from .model import Model
-from .trf_jit import EPS
+from .rules import EPS
 
 LINEAR_STEPS = 2  # of a screening: one to solve for the linear parameters, one for those that a bound then leaves
 DAMPING_START, DAMPING_END = 1e-2, 1e12  # of the unit diagonal, K. Madsen et al. 2004, section 3.2

@@ -39,6 +39,8 @@ from scipy import stats
 ROUNDING = 2**6 * np.finfo(float).eps
 FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no longer known to 1e-6
 AT_BOUND = 1e-2  # standard errors
+SHARE = 1e-3  # of the interval between two bounds, and of the size of parameter and bound
+TELLING = 1e6  # times the size of a parameter, above which its error says only that the data do not determine it
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
 
@@ -88,7 +90,7 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
     """All statistics of a fit of ``k`` parameters."""
     n, dof = totals.n, totals.n - k
     chi_square = 2 * totals.cost if noise.squares else np.nan
-    spread = totals.squares - _ratio(totals.weighted**2, totals.weight)
+    spread = totals.squares - _ratio(totals.weighted, totals.weight) * totals.weighted
     spread = spread if noise.loss == "linear" and spread > FLAT * totals.squares else np.nan
     r_squared = 1 - chi_square / spread
     if noise.likelihood:
@@ -148,14 +150,22 @@ def root(pcov: np.ndarray) -> np.ndarray:
     return perr[:, None] * V * np.sqrt(np.maximum(w, 0.0))
 
 
-def at_bounds(params: np.ndarray, perr: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; all (p,).
+def at_bounds(params, perr, lower, upper):
+    """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; arrays (p,) of NumPy or of JAX.
 
-    The solver stays inside the bounds: what is nearer than a small part of a standard error cannot be told from them.
+    At a bound is what is nearer to it than to the other one, by less than a hundredth of a standard error, and by less than
+    a thousandth of the interval between the bounds. An error that tells nothing (inf, or many times the size of parameter
+    and bound) counts only where parameter and bound agree to three digits, or the bound is 0. All of it is the same in any
+    units.
     """
-    error = np.where(np.isfinite(perr), perr, 0.0)
+    below, above, width = abs(params - lower), abs(upper - params), upper - lower
 
-    def near(bound):
-        return np.isfinite(bound) & (np.abs(params - bound) <= AT_BOUND * error + ROUNDING * np.abs(bound))
+    def near(distance, bound):
+        size = abs(params) + abs(bound)
+        agree = (distance <= SHARE * size) | (abs(bound) <= SHARE * abs(params))
+        told = (perr < np.inf) & (agree | (perr <= TELLING * size))
+        close = (distance <= AT_BOUND * perr) & (distance <= SHARE * width) & (told | (width < np.inf) & (perr == np.inf))
+        return (distance < np.inf) & (close | (distance <= ROUNDING * abs(bound)))
 
-    return np.where(near(lower), -1, np.where(near(upper), 1, 0)).astype(np.int8)
+    at_lower, at_upper = near(below, lower) & (below <= above), near(above, upper) & (above < below)
+    return at_upper.astype(np.int8) - at_lower.astype(np.int8)

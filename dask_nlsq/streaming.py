@@ -50,10 +50,11 @@ from .reduction import (
     merge_results,
 )
 from .resources import keep_freed_memory
+from .rules import off_the_bounds
 from .sample import Sample, as_sample, pick, spread
 from .store import BadChunkError
 from .trf_jit import inherit_device
-from .trust_region import Interrupted, NotFiniteAtStart, Options, Solution, solve, strictly_feasible
+from .trust_region import OFF_BOUND, Interrupted, NotFiniteAtStart, Options, Solution, solve
 
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
@@ -64,6 +65,7 @@ SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample tells nothing
 CHECKED = 8  # points of the sample on which the model is checked
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
 SAMPLE_SWEEPS = 30  # over the sample at most: less than one over all data
+ALIKE = 3.0  # standard errors of the sample: what differs by less it cannot tell from the start
 PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
@@ -185,14 +187,15 @@ def summarize(censuses: Iterable[Census], omit: bool) -> list[Census]:
     n_points = n_masked = n_omitted = 0
     wrong, damage = [], ()
     for census in censuses:
-        if census.n_sigma_not_positive or census.n_negative or (any(census.not_finite.values()) and not omit):
+        not_finite = any(census.not_finite.values()) and not omit
+        if not_finite or census.n_sigma_not_positive or census.n_negative or census.too_large:
             wrong.append(census)
         else:
             n_points += census.n_points
             n_masked += census.n_masked
             n_omitted += census.n_omitted
             damage += census.damage
-    total = Census((), n_points, n_masked, {}, n_omitted, 0, 0, tuple(sorted(damage, key=lambda err: err.args)))
+    total = Census((), n_points, n_masked, {}, n_omitted, 0, 0, 0.0, tuple(sorted(damage, key=lambda err: err.args)))
     return [total, *sorted(wrong, key=lambda census: census.index)]
 
 
@@ -312,7 +315,7 @@ class StreamingSweep(Sweep):
             if found is None:
                 found = self._read(params, reduction)
             self.count += 1
-            self._keep_weights(found)
+            found = self._weighed(found)
             self.known = dict([*self.known.items()][-1:]) | {key: found}
         self.latest = params, self.known[key]
         return self.known[key]
@@ -405,7 +408,7 @@ class StreamingSweep(Sweep):
             equations = NormalEquations(
                 arrays["matrices"][k], float(arrays["costs"][k]), reduction, arrays["parts"][k], read
             )
-            self._keep_weights(equations)
+            self._weighed(equations)
             self.finished.append((arrays["params"][k], equations))
             self.recorded[arrays["params"][k].tobytes() + reduction.encode()] = equations
         if "begun" in values:
@@ -472,14 +475,14 @@ class StreamingSweep(Sweep):
             return start
         sample = self.points(self.drawn.n_points)
         coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
-        own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None)
+        own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
         try:
             with SampleSweep(self.evaluation, sample, self.jac_mode) as small:
                 found = solve(small, start, own)
         except NotFiniteAtStart:
             return start
         self.drawn = self.drawn._replace(nfev=found.nfev)
-        warm, start = (strictly_feasible(p, options.lower, options.upper, rstep=1e-10) for p in (found.params, start))
+        warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (found.params, start))
         reduction = "qr" if options.reduction == "qr" else "gram"
         there = self(warm, reduction)
         expected = found.history[0].cost / sample.n_points  # per point
@@ -493,7 +496,7 @@ class SampleSweep:
 
     def __init__(self, evaluation: Evaluation, sample: Sample, jac_mode):
         rules = evaluation.rules._replace(layouts=sample.layouts)
-        self.evaluation = evaluation._replace(rules=rules, grouping=Grouping(per_block=0))
+        self.evaluation = evaluation._replace(rules=rules, grouping=Grouping())
         self.jac_mode = jac_mode
         n, n_operands = sample.n_points, len(sample.block.buffers)
         edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
@@ -512,8 +515,38 @@ class SampleSweep:
     def __call__(self, params: np.ndarray, reduction: Reduction) -> NormalEquations:
         how = How(reduction, self.jac_mode)
         parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
-        matrix, cost, _ = merge_results([found for (found,) in parts], reduction)
-        return NormalEquations(matrix, float(cost), reduction)
+        matrix, cost, sums = merge_results([found for (found,) in parts], reduction)
+        return NormalEquations(matrix, float(cost), reduction, sums)
+
+
+def not_seen(equations: NormalEquations, params: np.ndarray) -> np.ndarray:
+    """Parameters (p,) that could double, and move a sample by no more than one residual: those of a peak that it misses."""
+    effect = np.sqrt(np.diag(equations.matrix)[:-1]) * np.abs(params)
+    return (params != 0) & (effect**2 < 2 * equations.cost / max(equations.n_points, 1))
+
+
+def without(equations: NormalEquations, parameters: np.ndarray) -> NormalEquations:
+    """Gram matrix of a model that does not depend on these parameters (p,)."""
+    kept = np.append(~parameters, True)
+    return equations._replace(matrix=np.where(np.outer(kept, kept), equations.matrix, 0.0))
+
+
+def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
+    """Where the fit of a sample ended, but as at ``start`` along directions in which the sample cannot tell the two apart.
+
+    A peak that the sample has missed keeps its start so, in place of what the noise made of it. Directions are those of the
+    singular vectors of J at the end, with columns of norm 1.
+    """
+    factor, equations = found.factor, found.equations
+    norms = np.linalg.norm(factor.R, axis=0)
+    norms = np.where(norms > 0, norms, 1.0)
+    _, s, Vt = np.linalg.svd(factor.R / norms)
+    along = Vt @ (norms * (found.params - start))
+    sigma = np.sqrt(2 * equations.cost / max(equations.n_points - len(start), 1))
+    alike = np.abs(s * along) < ALIKE * sigma
+    mixed = start + Vt[~alike].T @ along[~alike] / norms
+    worse = sweep(mixed, "gram").cost - equations.cost
+    return mixed if worse < 0.5 * ALIKE**2 * sigma**2 * np.count_nonzero(alike) else found.params  # false for nan
 
 
 def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Solution:

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-EPS = 2.0**-52  # spacing of float64 at 1
+from .rules import EPS
+
 MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
 MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
 
@@ -116,11 +117,15 @@ MODEL_FLOOR = 1e-10  # counts: the least mean at which a Poisson likelihood is e
 
 
 def poisson_terms(r, y):
-    """Mean of each point, and half its deviance, ``mean - y + y log(y / mean)``; ``r`` = f - y, counts ``y``, both (n,)."""
+    """Mean of each point, half its deviance ``mean - y + y log(y / mean)``, and where the mean is floored.
+
+    ``r`` = f - y, counts ``y``, all (n,). Below the floor a point without counts adds nothing.
+    """
+    floored = r + y <= MODEL_FLOOR
     mean = jnp.maximum(r + y, MODEL_FLOOR)
     some = jnp.where(y > 0, y, 1.0)
-    t = jnp.where(r + y > MODEL_FLOOR, r, MODEL_FLOOR - y) / some
-    return mean, jnp.where(y > 0, some * (t - jnp.log1p(t)), mean)
+    t = jnp.where(floored, MODEL_FLOOR - y, r) / some
+    return mean, jnp.where(y > 0, some * (t - jnp.log1p(t)), jnp.where(floored, 0.0, mean)), floored
 
 
 @partial(jax.jit, static_argnames="loss")
@@ -128,12 +133,6 @@ def masked_cost(residual, valid, f_scale, loss="linear"):
     """``0.5 * f_scale^2 * sum rho((residual / f_scale)^2)`` over the valid points; residual and valid (n,)."""
     rho = LOSSES[loss]((residual / f_scale) ** 2)[0] * f_scale**2
     return 0.5 * jnp.sum(jnp.where(valid, rho, 0.0))
-
-
-@jax.jit
-def gradient(R, projected):
-    """Gradient of the cost, ``J^T r = R^T Q^T r``, shape (p,)."""
-    return R.T @ projected
 
 
 @jax.jit
@@ -147,16 +146,32 @@ def hat_space(params, g, lower, upper, scale):
     return HatSpace(v, d, g * dv * scale, d * g)
 
 
+def newton(R, projected, stiffness):
+    """Minimiser (p,) of the quadratic model with ``J^T J + diag(stiffness)``, and the decrement: what it would lower.
+
+    By an SVD of the columns of [R; sqrt(stiffness)], brought to norm 1, so that no unit and no scale of the trust region
+    enters. No step is taken along a column that is zero.
+    """
+    lengths = np.sqrt(np.sum(R**2, axis=0) + stiffness)
+    still = lengths == 0
+    lengths = np.where(still, 1.0, lengths)
+    U, s, Vt = np.linalg.svd(np.concatenate([R, np.diag(np.sqrt(stiffness) + still)]) / lengths, full_matrices=False)
+    uf = U[: len(R)].T @ projected
+    return -(Vt.T @ (uf / s)) / lengths, 0.5 * float(uf @ uf)
+
+
 @jax.jit
 def spectrum(R, projected, d, diagonal):
-    """SVD that every radius at this point shares; R (p, p), the rest (p,)."""
-    augmented = jnp.concatenate([R * d, jnp.diag(jnp.sqrt(diagonal))])
+    """SVD that every radius at this point shares; R (p, p), the rest (p,). Along a column that is zero no step is taken."""
+    R_h = R * d
+    still = (jnp.sum(R_h**2, axis=0) == 0) & (diagonal == 0)
+    augmented = jnp.concatenate([R_h, jnp.diag(jnp.sqrt(diagonal) + still)])
     U, s, Vt = jnp.linalg.svd(augmented, full_matrices=False)
     return Spectrum(s, Vt.T, U[: len(d)].T @ projected)
 
 
 @jax.jit
-def solve_svd(spectral, radius, alpha, rank_tolerance):
+def solve_svd(spectral, radius, alpha):
     """Exact minimiser in the ball, and the Levenberg-Marquardt parameter that belongs to it.
 
     Parameters
@@ -164,8 +179,6 @@ def solve_svd(spectral, radius, alpha, rank_tolerance):
     spectral : Spectrum
     radius, alpha : float
         Trust-region radius and a first guess of the parameter (0: none).
-    rank_tolerance : float
-        Singular values below ``rank_tolerance * s[0]`` count as zero.
 
     Returns
     -------
@@ -174,9 +187,8 @@ def solve_svd(spectral, radius, alpha, rank_tolerance):
         ``(J_h^T J_h + C + alpha I) step_h = -g_h``.
     """
     s, V, uf = spectral
-    kept = s > rank_tolerance * s[0]
-    uf = jnp.where(kept, uf, 0.0)  # the data say nothing about the other directions: no step along them
-    s = jnp.where(kept, s, 1.0)
+    uf = jnp.where(s > 0, uf, 0.0)
+    s = jnp.where(s > 0, s, 1.0)
     suf = s * uf
     newton = -V @ (uf / s)
     inside = jnp.linalg.norm(newton) <= radius

@@ -6,23 +6,19 @@ is accepted or not, and nothing is read twice. The method is SciPy's ``trf`` [1]
 space, the best of the trust-region step, its reflection at the first bound, and the scaled gradient as candidates,
 radius and termination as there.
 
-Three things are added. **Free steps:** the term that hat space adds to J^T J for the bounds shortens steps even where the
-optimum is far from all of them, and along weakly determined directions most. So near the optimum, where a Gauss-Newton
-step without it stays within the trust region and well within the bounds, and little is left to gain, that one is taken.
-**Reduction:** where the condition of ``R`` says that the gram matrix has lost digits, the next sweep uses QR. **The last
-digits:** once the predicted reduction is below the rounding of the cost, the actual one is noise, and SciPy's loop
-refuses good steps. The gradient is still accurate then, so a step is judged by it:
-it is accepted if it lowers the reduction that a Gauss-Newton step from the new point would still predict,
-
-    decrement = 1/2 ||U^T Q^T r||^2 = 1/2 g^T (J^T J)^-1 g,
-
-half the squared distance to the optimum in units of the standard errors (times the residual variance).
+Four things are added. **The gate:** SciPy's tests propose to stop, and the loop stops where the optimum of the quadratic
+model is near in standard errors as well; see `rules`. A fit that can go no further although it is far has the status
+`STUCK`, one with a parameter that the model does not depend on `UNDETERMINED`. **Free steps:** the term that hat space adds
+to J^T J for the bounds shortens steps even where the optimum is far from all of them, and along weakly determined directions
+most. So near the optimum, where a Gauss-Newton step without it stays within the trust region and well within the bounds, and
+little is left to gain, that one is taken. **Reduction:** where the condition of ``R`` says that the gram matrix has lost
+digits, the next sweep uses QR. **The last digits:** once the predicted reduction is below the rounding of the cost, the
+actual one is noise, and SciPy's loop refuses good steps. The gradient is still accurate then, so a step is judged by it: it
+is accepted if it lowers the decrement.
 
 References
 ----------
 .. [1] SciPy, ``scipy.optimize.least_squares(method="trf")``, after Branch, Coleman and Li (see `trf_jit`).
-.. [2] J. E. Dennis, R. B. Schnabel, "Numerical Methods for Unconstrained Optimization", section 6.4 (radius), 7.2
-       (termination).
 """
 
 import time
@@ -33,14 +29,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.linalg import norm
 
-from .reduction import Factor, NormalEquations, Read, Reduction, factor, rank_tolerance
-from .trf_jit import EPS, HatSpace, Spectrum, float64, hat_space, solve_cg, solve_svd, spectrum
+from . import rules
+from .reduction import Factor, NormalEquations, Read, Reduction, factor
+from .rules import EPS, GTOL, ROUNDING, STALLS, STUCK, TO_ROUNDING, UNDETERMINED
+from .trf_jit import HatSpace, float64, hat_space, newton, solve_cg, solve_svd, spectrum
 
 CG_ABOVE = 500  # parameters: beyond, an SVD of (2p, p) in each step is slower than conjugate gradients
 GRAM_CONDITION_LIMIT = 1e4  # eps * 1e4^2 = 2e-8: the digits of the covariance that the gram matrix then costs
-ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and blocks, generously
 WITHIN = 0.999  # of the radius: the step is the unconstrained one
-STALLS = 3  # rejected steps, each a quarter of the one before, after which the gradient counts as rounding too
+FIRST_RADIUS = 0.01  # of the residual, in whose units the radius is: of parameters that start at zero nothing else is known
+OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
 
 MESSAGES = {
     -3: "Stopped by a signal, at the best point so far; finished sweeps are kept in the checkpoint, for `resume`.",
@@ -53,6 +51,9 @@ MESSAGES = {
     "relative step {step:.2e} < {xtol:.2e}.",
     5: "Converged to rounding: no step lowers the gradient further, and the predicted relative reduction {relative:.2e} "
     "is below the rounding of the cost, {rounding:.2e}.",
+    STUCK: "Not converged: no step lowers the cost any more, but the optimum of the quadratic model is {distance:.2g} "
+    "standard errors away, and `accuracy` asks for {accuracy:.2g}.",
+    UNDETERMINED: "Not converged: the model does not depend on {undetermined} at the point where the fit ended.",
 }
 
 
@@ -72,12 +73,13 @@ class Record(NamedTuple):
     seconds: float  # since the start
     reduction: Reduction  # at the point where the loop now stands
     read: Read | None = None  # what the trial step has read, where the data are not held
+    distance: float = np.nan  # standard errors to the optimum of the quadratic model, from where the loop now stands
 
     def __repr__(self):
         verdict = "accepted" if self.accepted else "refused"
         return (
             f"<Record {self.nfev}: {verdict}, cost {self.cost:.8g}, predicted {self.predicted:.3g}, "
-            f"step {self.step_norm:.3g}, optimality {self.optimality:.2g}, {self.seconds:.2f} s>"
+            f"step {self.step_norm:.3g}, distance {self.distance:.2g} s.e., {self.seconds:.2f} s>"
         )
 
 
@@ -97,6 +99,9 @@ class Options:
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters
     callback: Callable[[Record], None] | None = None
     free_below: float = 0.1  # predicted share of the cost from which free steps are taken; from farther off they go astray
+    accuracy: float = np.inf  # standard errors from the optimum at which a fit has converged; inf: SciPy's tests alone
+    noise: Literal["known", "cost", "pearson"] = "cost"  # what the variance of the residuals is taken from
+    names: tuple[str, ...] = ()  # of the parameters, for messages
 
     @property
     def solver(self) -> Literal["exact", "cg"]:
@@ -112,6 +117,8 @@ class Solution(NamedTuple):
     nfev: int
     optimality: float
     history: list[Record]
+    distance: float  # standard errors to the optimum of the quadratic model, nan without degrees of freedom
+    undetermined: np.ndarray  # (p,) parameters that the model does not depend on at the end
 
 
 class NotFiniteAtStart(ValueError):
@@ -132,11 +139,21 @@ class Point(NamedTuple):
     params: np.ndarray
     equations: NormalEquations
     factor: Factor
-    scale: np.ndarray  # of the parameters, (p,)
+    longest: np.ndarray  # columns of J so far, (p,); 0 for those that were always zero
     hat: HatSpace
-    spectral: Spectrum | None  # where the subproblem is solved exactly
-    optimality: float
+    newton: np.ndarray  # step to the minimum of the model, (p,)
     decrement: float
+    optimality: float
+    variance: float  # of the residuals, nan without degrees of freedom
+    dof: float
+    floor: float  # decrement that rounding leaves
+    distance: float
+    n_faded: int = 0  # parameters that the model no longer depends on
+    n_full: int = 0  # full steps in a row that led here
+
+    cost = property(lambda self: self.equations.cost)
+    finite = property(lambda self: self.equations.finite)
+    floored = property(lambda self: self.equations.floored)
 
 
 class Step(NamedTuple):
@@ -145,6 +162,7 @@ class Step(NamedTuple):
     step: np.ndarray
     step_h: np.ndarray
     predicted: float
+    full: bool = False  # to the minimum of the model: neither the radius nor a bound has cut it
 
 
 def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndarray, options: Options) -> Solution:
@@ -158,29 +176,39 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     started = time.perf_counter()
     lower, upper = options.lower, options.upper
     max_nfev = options.max_nfev or 100 * len(p0)
-    params = strictly_feasible(np.asarray(p0, dtype=np.float64), lower, upper, rstep=1e-10)
+    params = rules.off_the_bounds(np, np.asarray(p0, dtype=np.float64), lower, upper, OFF_BOUND)
     equations = sweep(params, "qr" if options.reduction == "qr" else "gram")
     nfev, iteration, status, alpha, stalls = 1, 0, None, 0.0, 0
     if not equations.finite:
         raise NotFiniteAtStart("the cost or its derivatives are not finite at the start point")
     here = _stand(params, equations, None, options)
-    radius = float(norm(params / here.hat.d)) or 1.0
+    moved = float(norm(np.where(here.longest > 0, params / here.hat.d, 0.0)))
+    radius = max(moved, FIRST_RADIUS * (2 * here.cost) ** 0.5) or 1.0
     relative: float = np.inf
     step_norm: float = np.inf
+    proposed, tests_passed, hopeless = 0, False, False  # of the last step
     history = [_record(iteration, nfev, here, np.nan, np.nan, np.nan, radius, True, started, equations.read)]
 
     while True:
         if here.optimality < options.gtol or here.optimality == 0:
-            status = 1
+            proposed = GTOL
+        tests_passed = tests_passed or proposed > 0
+        if proposed or hopeless:
+            if _arrived(here, options) and _wants_qr(here, options):
+                here = _stand(here.params, sweep(here.params, "qr"), here, options)
+            if _arrived(here, options):
+                status = proposed or TO_ROUNDING
+            elif hopeless:
+                status = STUCK
         if status is None and nfev >= max_nfev:
-            status = 0
+            status = STUCK if tests_passed else 0
         if options.callback is not None and _stopped(options.callback, history[-1]) and status is None:
             status = -2
         if status is not None:
             break
 
         candidate, alpha = _propose(here, radius, alpha, options)
-        trial = strictly_feasible(here.params + candidate.step, lower, upper, rstep=0)
+        trial = rules.off_the_bounds(np, here.params + candidate.step, lower, upper, 0.0)
         try:
             equations = sweep(trial, _next_reduction(here, options))
         except Interrupted:
@@ -190,74 +218,101 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         iteration += 1
         step_norm, step_h_norm = float(norm(candidate.step)), float(norm(candidate.step_h))
 
-        if not equations.finite:
-            radius = 0.25 * step_h_norm
-            actual, accepted = np.nan, False
-        else:
-            there = _stand(trial, equations, here.scale, options)
-            actual = here.equations.cost - equations.cost
-            by_gradient = 0 <= candidate.predicted < ROUNDING * here.equations.cost
-            if by_gradient:
-                accepted = there.decrement < here.decrement
-                stalls = 0 if accepted else stalls + 1
-                ratio, change = (1.0 if accepted else 0.0), candidate.predicted
-            else:
-                accepted = actual > 0
-                ratio, change = _ratio(actual, candidate.predicted), actual
-            relative = change / here.equations.cost if here.equations.cost > 0 else 0.0
-            # a tolerance below rounding asks for what can be had: then only the gradient decides
-            measurable = options.ftol > ROUNDING
-            ftol = options.ftol if measurable or not by_gradient else 0.0
-            status = _terminated(relative, step_norm, norm(here.params), ratio, ftol, options.xtol)
-            if status is None and stalls >= (1 if measurable else STALLS):
-                status = 2 if measurable else 5
-            new_radius = _update_radius(radius, ratio, step_h_norm)
-            alpha *= radius / new_radius
-            radius = new_radius
-            if accepted:
-                here = there
-        step = (actual, candidate.predicted, step_norm, radius, accepted)
+        there = _stand(trial, equations, here, options, candidate.full) if equations.finite else _nowhere(here, equations)
+        verdict = rules.judge(np, here, there, candidate.predicted, stalls)
+        accepted, relative, stalls = bool(verdict.accepted), float(verdict.relative), int(verdict.stalls)
+        proposed = 0
+        if there.finite:
+            proposed = int(rules.proposal(np, verdict, step_norm, norm(here.params), options.ftol, options.xtol))
+        nothing = np.all(np.abs(trial - here.params) <= 4 * EPS * np.abs(here.params))
+        hopeless = not accepted and bool(stalls >= STALLS or nothing)
+        new_radius = float(rules.next_radius(np, radius, verdict.ratio, step_h_norm))
+        alpha *= radius / new_radius
+        radius = new_radius
+        step = (here.cost - there.cost if there.finite else np.nan, candidate.predicted, step_norm, radius, accepted)
+        here = there if accepted else here._replace(n_full=0)
         history.append(_record(iteration, nfev, here, *step, started, equations.read))
 
-    if options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here) and status != -3:
-        here = _stand(here.params, sweep(here.params, "qr"), here.scale, options)
+    if _wants_qr(here, options) and status != -3:
+        here = _stand(here.params, sweep(here.params, "qr"), here, options)
+    undetermined = _undetermined(here)
+    if status > 0 and undetermined.any():
+        status = UNDETERMINED
     values = dict(optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol)
     values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
+    values |= dict(distance=here.distance, accuracy=options.accuracy)
+    names = options.names or [f"parameter {k}" for k in range(len(p0))]
+    values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)))
     message = MESSAGES[status].format(**values)
-    return Solution(here.params, here.equations, here.factor, status, message, nfev, here.optimality, history)
+    found = here.params, here.equations, here.factor, status, message, nfev, here.optimality, history, here.distance
+    return Solution(*found, undetermined)
 
 
-def _stand(params, equations, previous_scale, options) -> Point:
-    """The quadratic model at a point. With x_scale="jac" a scale never grows, as in Moré's (and SciPy's) method."""
-    parts = factor(equations)
+def _stand(params, equations, before: Point | None, options: Options, full: bool = False) -> Point:
+    """The quadratic model at a point that a step from ``before`` led to.
+
+    With x_scale="jac" a scale never grows, as in Moré's (and SciPy's) method, except where a column has become very much
+    shorter than it was. A column that is zero is no length scale.
+    """
+    parts, p = factor(equations), len(params)
+    columns = norm(parts.R, axis=0)
+    longest = columns if before is None else np.maximum(columns, before.longest)
     if isinstance(options.x_scale, str):
-        columns = norm(parts.R, axis=0)
-        if previous_scale is None:
-            scale = 1 / np.where(columns > 0, columns, 1.0)
-        else:
-            scale = 1 / np.maximum(columns, 1 / previous_scale)
+        lengths = rules.scale_lengths(np, columns, longest)
+        scale = 1 / np.where(lengths > 0, lengths, 1.0)
     else:
         scale = options.x_scale
     with float64():
         hat = HatSpace(*map(np.asarray, hat_space(params, parts.gradient, options.lower, options.upper, scale)))
-        if options.solver == "cg":
-            spectral = None
-            newton_h = np.asarray(solve_cg(parts.R, parts.projected, hat.d, hat.diagonal, np.inf))
-            decrement = -0.5 * float(hat.gradient @ newton_h)
-        else:
-            spectral = _spectrum(parts, hat)
-            kept = spectral.s > rank_tolerance(equations) * spectral.s[0]
-            decrement = 0.5 * float(np.sum(spectral.uf[kept] ** 2))
+    held = rules.held(np, params, hat.v, hat.diagonal)
+    step, decrement = _newton(parts, hat.diagonal / hat.d**2, options, held)
     optimality = norm(parts.gradient * hat.v, np.inf)
     if options.gtol_relative:
-        lengths = norm(parts.R, axis=0) * np.sqrt(2 * equations.cost)
+        lengths = columns * np.sqrt(2 * equations.cost)
         optimality = norm(parts.gradient / np.where(lengths > 0, lengths, 1.0), np.inf)
-    return Point(params, equations, parts, scale, hat, spectral, float(optimality), decrement)
+    n_points = equations.n_points
+    dof = n_points - p
+    variance = np.nan
+    if dof > 0:
+        known, chi_square = options.noise == "known", equations.pearson if options.noise == "pearson" else 2 * equations.cost
+        variance = 1.0 if known else chi_square / dof
+    floor = float(rules.rounding_floor(equations.size, params, columns**2, n_points))
+    point = Point(params, equations, parts, longest, hat, step, decrement, float(optimality), variance, dof, floor, np.nan)
+    n_full = before.n_full + 1 if full and before is not None else 0
+    kappa = rules.contraction(np, before, point, n_full > 0, n_full > 1) if n_full > 1 else 0.0
+    if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
+        point = point._replace(n_faded=int(np.sum(_undetermined(point))))
+    return point._replace(distance=float(rules.distance(np, decrement, variance, kappa)), n_full=n_full)
 
 
-def _spectrum(factor, hat):
+def _nowhere(here: Point, equations: NormalEquations) -> Point:
+    """A trial at which cost or derivatives are not finite."""
+    return here._replace(equations=equations)
+
+
+def _newton(parts: Factor, stiffness, options: Options, held):
+    """Step to the minimum of the model and the decrement; parameters that a bound has ``held`` (p,) stay where they are."""
+    R, stiffness = np.where(held, 0.0, parts.R), np.where(held, 0.0, stiffness)
+    if options.solver == "exact":
+        return newton(R, parts.projected, stiffness)
+    lengths = np.sqrt(np.sum(R**2, axis=0) + stiffness)
+    d = 1 / np.where(lengths > 0, lengths, 1.0)
     with float64():
-        return Spectrum(*map(np.asarray, spectrum(factor.R, factor.projected, hat.d, hat.diagonal)))
+        step = d * np.asarray(solve_cg(R, parts.projected, d, stiffness * d**2, np.inf))
+    return step, -0.5 * float(parts.gradient @ step)
+
+
+def _arrived(here: Point, options: Options) -> bool:
+    found = rules.converged(here.distance, here.decrement, here.floor, here.dof, here.floored, options.accuracy)
+    return bool(found)
+
+
+def _wants_qr(here: Point, options: Options) -> bool:
+    return options.reduction == "auto" and here.equations.reduction == "gram" and _lossy(here)
+
+
+def _undetermined(here: Point) -> np.ndarray:
+    return rules.undetermined(np, norm(here.factor.R, axis=0), here.longest, here.params, here.equations.size)
 
 
 def _lossy(point):
@@ -272,27 +327,27 @@ def _next_reduction(here, options) -> Reduction:
 
 def _propose(here: Point, radius: float, alpha: float, options: Options) -> tuple[Step, float]:
     hat, lower, upper = here.hat, options.lower, options.upper
-    theta = max(0.995, 1 - here.optimality)  # how far towards a bound a step may go
+    nearness = here.distance if np.isfinite(here.distance) else here.optimality
+    theta = max(0.995, 1 - nearness)  # how far towards a bound a step may go
     if np.any(hat.diagonal):
-        unbounded = hat._replace(diagonal=np.zeros_like(hat.diagonal))
-        free = here._replace(hat=unbounded, spectral=None if here.spectral is None else _spectrum(here.factor, unbounded))
-        step_h, _ = _subproblem(free, radius, 0.0, options)
-        if norm(step_h) < WITHIN * radius and theta * _to_bound(here.params, hat.d * step_h, lower, upper)[0] >= 1:
-            step = _select_step(free, step_h, radius, lower, upper, theta)
-            if step.predicted < options.free_below * here.equations.cost:
-                return step, 0.0
-    step_h, alpha = _subproblem(here, radius, alpha, options)
-    return _select_step(here, step_h, radius, lower, upper, theta), alpha
-
-
-def _subproblem(here: Point, radius: float, alpha: float, options: Options) -> tuple[np.ndarray, float]:
-    hat = here.hat
+        free, _ = _newton(here.factor, np.zeros_like(hat.d), options, False)
+        step_h = free / hat.d
+        if norm(step_h) < WITHIN * radius and theta * _to_bound(here.params, free, lower, upper)[0] >= 1:
+            unbounded = here._replace(hat=hat._replace(diagonal=np.zeros_like(hat.diagonal)))
+            step = _select_step(unbounded, step_h, radius, lower, upper, theta)
+            if step.predicted < options.free_below * here.cost:
+                return step._replace(full=True), 0.0
+    step_h = here.newton / hat.d
+    if norm(step_h) <= radius:
+        step = _select_step(here, step_h, radius, lower, upper, theta)
+        return step._replace(full=step.step_h is step_h), 0.0
+    parts = here.factor
     with float64():
-        if here.spectral is None:
-            step_h = solve_cg(here.factor.R, here.factor.projected, hat.d, hat.diagonal, radius)
+        if options.solver == "cg":
+            step_h = solve_cg(parts.R, parts.projected, hat.d, hat.diagonal, radius)
         else:
-            step_h, alpha = solve_svd(here.spectral, radius, alpha, rank_tolerance(here.equations))
-    return np.asarray(step_h), float(alpha)
+            step_h, alpha = solve_svd(spectrum(parts.R, parts.projected, hat.d, hat.diagonal), radius, alpha)
+    return _select_step(here, np.asarray(step_h), radius, lower, upper, theta), float(alpha)
 
 
 def _select_step(here: Point, step_h, radius, lower, upper, theta) -> Step:
@@ -360,40 +415,6 @@ def _to_sphere(start, direction, radius):
     return max(q / a, c / q if q else 0.0)
 
 
-def strictly_feasible(params, lower, upper, rstep):
-    """``params`` moved off the bounds: by ``rstep`` relatively, or by one float where rstep is 0."""
-    if rstep == 0:
-        inner_lower, inner_upper = np.nextafter(lower, upper), np.nextafter(upper, lower)
-    else:
-        finite_lower, finite_upper = np.where(np.isfinite(lower), lower, 0), np.where(np.isfinite(upper), upper, 0)
-        inner_lower = lower + rstep * np.maximum(1, abs(finite_lower))
-        inner_upper = upper - rstep * np.maximum(1, abs(finite_upper))
-    inside = np.clip(params, inner_lower, inner_upper)
-    tight = inner_lower > inner_upper
-    return np.where(tight, lower + 0.5 * (upper - lower), inside) if tight.any() else inside
-
-
-def _ratio(actual, predicted):
-    if predicted > 0:
-        return actual / predicted
-    return 1.0 if predicted == actual == 0 else 0.0
-
-
-def _update_radius(radius, ratio, step_h_norm):
-    if ratio < 0.25:
-        return 0.25 * step_h_norm
-    if ratio > 0.75 and step_h_norm > 0.95 * radius:
-        return 2.0 * radius
-    return radius
-
-
-def _terminated(relative, step_norm, params_norm, ratio, ftol, xtol):
-    """SciPy's tests: relative reduction of the cost where the model was right about it, relative step."""
-    ftol_satisfied = relative < ftol and ratio > 0.25
-    xtol_satisfied = step_norm < xtol * (xtol + params_norm)
-    return {(True, True): 4, (True, False): 2, (False, True): 3}.get((bool(ftol_satisfied), bool(xtol_satisfied)))
-
-
 def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepted, started, read) -> Record:
     seconds = time.perf_counter() - started
     cost, kind = here.equations.cost, here.equations.reduction
@@ -412,6 +433,7 @@ def _record(iteration, nfev, here, actual, predicted, step_norm, radius, accepte
         seconds,
         kind,
         read,
+        here.distance,
     )
 
 

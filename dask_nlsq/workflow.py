@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .budget import MemoryBudget, Strategy, count, positive
+from .rules import ACCURACY
 
 __all__ = [
     "MemoryBudget",
@@ -23,6 +24,7 @@ logger = logging.getLogger("dask_nlsq")
 # points from which the next tolerance holds: tiny, small, medium, large, very large, huge, massive
 TIERS = [1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_001]
 TOLERANCES = [1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5]
+LOOSE_ACCURACY = {1e-6: 0.03, 1e-5: 0.1}  # standard errors, of the loosest tolerances; else `rules.ACCURACY`
 
 
 class OptimizationGoal(Enum):
@@ -80,7 +82,7 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     ValueError
         An unknown preset or goal.
     """
-    if workflow not in PRESETS:
+    if not isinstance(workflow, str) or workflow not in PRESETS:
         raise ValueError(f"`workflow` must be one of {', '.join(map(repr, PRESETS))}, not {workflow!r}")
     preset = PRESETS[workflow]
     effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]
@@ -88,7 +90,9 @@ def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -
     if n_starts is None:
         n_starts = (preset.n_starts or GOAL_STARTS) if effect.multistart else 0
     where = dict(strategy=preset.strategy, partitions_per_thread=effect.partitions_per_thread)
-    return where | dict(n_starts=n_starts) | _tolerances(tier + effect.tier)
+    tolerances = _tolerances(tier + effect.tier)
+    accuracy = LOOSE_ACCURACY.get(tolerances["ftol"], ACCURACY)
+    return where | dict(n_starts=n_starts, accuracy=accuracy) | tolerances
 
 
 def _tolerances(tier: int) -> dict[str, float]:

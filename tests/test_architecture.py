@@ -7,18 +7,18 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "labels", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "workflow",
-    "trf_jit", "model", "guesses", "models", "kernels", "cf", "store", "chunks", "arrays", "inputs", "checkpoint",
-    "loading", "cluster", "sample", "reduction", "binning", "plots", "trust_region", "screening", "multistart",
-    "streaming", "plan", "report", "statistics", "uncertainty", "diagnostics", "result", "progress", "arguments",
-    "admission", "map_step", "map_plan", "map_solver", "map_blocks", "map_result", "maps", "api", "accessor", "__init__",
-    "demo", "words", "kept", "cli",
+    "config", "labels", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "rules",
+    "workflow", "trf_jit", "model", "guesses", "models", "kernels", "cf", "store", "chunks", "arrays", "inputs",
+    "checkpoint", "loading", "cluster", "sample", "reduction", "binning", "plots", "trust_region", "screening",
+    "multistart", "streaming", "plan", "report", "statistics", "uncertainty", "diagnostics", "result", "progress",
+    "arguments", "checks", "admission", "map_step", "map_plan", "map_solver", "map_blocks", "map_result", "maps", "api",
+    "accessor", "__init__", "demo", "words", "kept", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
     "jax": {
-        "sizes", "trf_jit", "model", "guesses", "models", "kernels", "screening", "map_step", "map_solver", "map_blocks",
-        "demo",
+        "sizes", "trf_jit", "model", "guesses", "models", "kernels", "screening", "map_step", "map_solver",
+        "map_blocks", "demo", "checks",
     },
     "dask": {
         "config", "environment", "cf", "store", "arrays", "inputs", "loading", "cluster", "reduction", "binning",

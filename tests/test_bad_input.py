@@ -1,5 +1,6 @@
 """Bad input gets one clear error, at the door: which argument, which value, which limit, what to do."""
 
+import inspect
 import math
 
 import dask.array as da
@@ -9,7 +10,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit
+from dask_nlsq import curve_fit, fit, fit_map, plan_fit
 
 from .clusters import assert_nothing_left
 
@@ -42,7 +43,8 @@ SHAPES_AND_TYPES = {
     "complex": (TypeError, "`ydata` has dtype complex128: real numbers", X, Y + 1j, {}),
     "objects": (TypeError, "`xdata` has dtype object", np.array([object()] * 50), Y, {}),
     "text": (TypeError, "`ydata` has dtype <U1", X, np.array(["a"] * 50), {}),
-    "dates": (TypeError, "`xdata` has dtype datetime64", np.array(["2026-01-01"] * 50, "M8[D]"), Y, {}),
+    "dates as y": (TypeError, "`ydata` has dtype datetime64", X, np.array(["2026-01-01"] * 50, "M8[D]"), {}),
+    "no date": (ValueError, "50 of the values of `xdata`", np.array(["NaT"] * 50, "M8[D]"), Y, {}),
     "unknown chunks": (
         ValueError,
         r"call ydata.compute_chunk_sizes\(\)",
@@ -75,12 +77,13 @@ OPTIONS = {
     "bounds not a pair": ("must be a pair", {"bounds": 3}),
     "bounds not a number": ("must not contain nan", {"bounds": (np.nan, 1)}),
     "sigma zero": ("`sigma` must be positive: 3 values", {"sigma": np.where(np.arange(50) < 3, 0, 1)}),
-    "sigma negative": ("`sigma` must be positive: 50 values", {"sigma": -1}),
+    "sigma negative": ("`sigma` must be positive, not -1", {"sigma": -1}),
+    "sigma negative everywhere": ("`sigma` must be positive: 50 values", {"sigma": -np.ones(50)}),
     "covariance in blocks": ('all points at once: use strategy="standard"', {"sigma": np.eye(50), "strategy": "chunked"}),
     "covariance not definite": ("`sigma` must be positive definite", {"sigma": -np.eye(50)}),
     "covariance of small values not symmetric": ("symmetric", {"sigma": 1e-10 * (np.tri(50) + 3 * np.eye(50))}),
     "covariance not symmetric": ("symmetric", {"sigma": np.tri(50)}),
-    "unknown method": ("`method` must be one of None, 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
+    "unknown method": ("`method` must be one of None, 'auto', 'trf', 'lm', 'dogbox', not 'newton'", {"method": "newton"}),
     "unknown loss": ("`loss` must be one of", {"loss": "tukey"}),
     "unknown strategy": ("`strategy` must be one of", {"strategy": "magic"}),
     "unknown jac": ("`jac` must be a callable", {"jac": "4-point"}),
@@ -91,7 +94,7 @@ OPTIONS = {
     "max_nfev zero": ("`max_nfev` must be None or a positive integer", {"max_nfev": 0}),
     "max_nfev a fraction": ("`max_nfev` must be None or a positive integer", {"max_nfev": 2.5}),
     "ftol text": ("`ftol` must be a number", {"ftol": "1e-8"}),
-    "names no text": ("`param_names` must be 2 different names", {"param_names": [1, 2]}),
+    "names no text": ("`param_names` must be different names", {"param_names": [1, 2]}),
     "lm with a loss": ("supports only 'linear' loss", {"method": "lm", "loss": "huber"}),
     "list of pairs": (r"make zip\(\*bounds\)", {"bounds": [(0, 1), (0, 1), (0, 1)]}),
     "names too few": ("`param_names` must be 2 different names", {"param_names": ["a"]}),
@@ -103,6 +106,74 @@ OPTIONS = {
 def test_options_that_make_no_sense(message, options):
     with pytest.raises(ValueError, match=message):
         curve_fit(decay, X, Y, **options)
+
+
+WRONG = {
+    "True": True, "False": False, "text": "False", "None": None, "[1]": [1], "()": (), "{}": {}, "{zz: 1}": {"zz": 1},
+    "nan": math.nan, "inf": math.inf, "1j": 1j, "object": object(), "array": np.arange(3.0), "texts": np.array(["a", "b"]),
+    "bytes": b"x", "-1": -1, "2.5": 2.5, "1e400": 10**400, "0": 0, "ragged": [[1, 2], [3]], "[None, 1]": [None, 1],
+    "[True, 1]": [True, 1.0], "['1', '2']": ["1", "2"], "[1j, 1]": [1j, 1], "np.True": np.True_, "set": {1, 2}, "1": 1,
+    "complex": np.array([1j, 2]), "{a: True}": {"a": True}, "{a: '1'}": {"a": "1"}, "{a: None}": {"a": None},
+    "{a: 1j}": {"a": 1j}, "{a: [1]}": {"a": [1]}, "{a: (True, 2)}": {"a": (True, 2)}, "{a: ('0', 2)}": {"a": ("0", 2)},
+}  # fmt: skip
+FLAG = {"True", "False", "np.True", "0", "1"}
+TOLERANCE, NUMBERS = {"None", "0", "1", "2.5"}, {"1", "2.5", "[1]"}
+RIGHT = {  # by argument; those that are not here take none of them
+    "p0": {"None"},
+    "sigma": NUMBERS | {"None", "text", "['1', '2']"},  # paths
+    "absolute_sigma": FLAG,
+    "check_finite": FLAG | {"None"},
+    "bounds": {"{}", "ragged"},  # a vector and a number
+    "method": {"None"},
+    "jac": {"None"},
+    "full_output": FLAG,
+    "full_covariance": FLAG,
+    "nan_policy": {"None"},
+    "f_scale": {"1", "2.5"},
+    "x_scale": NUMBERS,
+    **dict.fromkeys(["ftol", "xtol", "gtol"], TOLERANCE),
+    "max_nfev": {"None", "1", "1e400"},
+    "maxfev": {"None", "0", "1", "1e400"},
+    "mask": FLAG | {"None", "text", "['1', '2']", "[1]", "[True, 1]"},
+    "mask_values": {"None", "()", "[1]", "array", "set"},
+    "valid_range": {"None", "[None, 1]"},
+    "param_names": {"None", "['1', '2']"},
+    "fixed": {"None", "{}"},
+    "decode_cf": FLAG,
+    "tr_solver": {"None"},
+    "memory_limit_gb": {"None", "1", "2.5"},
+    "partitions_per_thread": {"None", "1"},
+    "n_starts": {"0", "1"},
+    "checkpoint": {"None", "text"},
+    "report": {"None", "text"},
+    "callback": {"None"},
+    "progress": FLAG | {"None"},
+    "verbose": FLAG,
+    "goal": {"None"},
+    "guess": {"None"},
+    "axis": {"0", "1", "-1", "[1]"},
+}
+RIGHT_OF = {
+    (fit, "n_starts"): {"None", "0", "1"},
+    (fit_map, "nan_policy"): set(),
+    (fit_map, "bounds"): {"{}", "[None, 1]"},
+}
+ARGUMENTS = [
+    (function, name)
+    for function in (curve_fit, plan_fit, fit, fit_map)
+    for name in inspect.signature(curve_fit if function is plan_fit else function).parameters
+    if name not in ("f", "xdata", "ydata", "curve_fit_options")
+]
+
+
+@pytest.mark.parametrize(("function", "name"), ARGUMENTS, ids=lambda each: getattr(each, "__name__", each))
+def test_what_is_no_value_of_an_argument_is_refused_by_its_name(function, name):
+    right = RIGHT_OF.get((function, name), RIGHT.get(name, set()))
+    y = np.stack([Y, Y]) if function is fit_map else Y
+    for label in WRONG.keys() - right:
+        with pytest.raises((ValueError, TypeError), match=rf"`{name}|{name} (must|of)|Each lower bound"):
+            function(decay, X, y, **{name: WRONG[label]})
+            pytest.fail(f"{name}={label} was accepted")
 
 
 def test_unknown_keyword_is_a_type_error():
@@ -144,8 +215,80 @@ def test_check_finite_wins_over_omit():
         curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=True, nan_policy="omit")
 
 
+TOO_LARGE = {  # options, value, block of 10 points
+    "one value": (dict(ydata=spoiled(Y, 1e300, 23)), r"1e\+300", 2),
+    "one negative value": (dict(ydata=spoiled(Y, -1e153, 23)), r"-1e\+153", 2),
+    "all of them": (dict(ydata=Y * 1e153), r"2e\+153", 0),
+    "a tiny sigma": (dict(sigma=1e-150), "2", 0),
+    "one tiny sigma": (dict(sigma=spoiled(np.ones(50), 1e-200, 23)), "1.25.*", 2),
+    "both": (dict(ydata=Y * 1e153, sigma=1e-150), r"2e\+153", 0),
+    "counts": (dict(ydata=spoiled(Y, 1e300, 23), loss="poisson"), r"1e\+300", 2),
+    "beside a nan": (dict(ydata=spoiled(spoiled(Y, 1e300, 23), np.nan, 24), nan_policy="omit"), r"1e\+300", 2),
+}
+
+
+@pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
+@pytest.mark.parametrize("options, value, block", TOO_LARGE.values(), ids=TOO_LARGE)
+def test_values_that_are_too_large_to_be_squared_are_named(options, value, block, strategy):
+    options, where = dict(xdata=X, ydata=Y) | options, ""
+    if strategy != "standard":
+        options = {k: da.from_array(v, 10) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+        where = rf" \(first in block \({block},\)\)"
+    with pytest.raises(ValueError, match=rf"`ydata` has values too large to be squared: {value}{where} is more than 1e\+75"):
+        curve_fit(decay, **options, strategy=strategy)
+
+
+@pytest.mark.parametrize("way", [dict(mask=np.arange(50) == 23), dict(mask_values=[1e300]), dict(valid_range=(None, 1e9))])
+def test_values_that_are_too_large_may_be_masked(way):
+    found = curve_fit(decay, X, spoiled(Y, 1e300, 23), **way)
+    np.testing.assert_allclose(found.popt, [2, 1], rtol=1e-6)
+
+
+def test_values_that_are_too_large_are_found_at_the_start_where_they_are_not_counted():
+    with pytest.raises(ValueError, match=r"more than 1e\+150 times sigma, for 1 points \(first in block \(0,\)\)"):
+        curve_fit(decay, X, spoiled(Y, 1e300, 23), check_finite=False)
+
+
+@pytest.mark.parametrize("loss", ["linear", "soft_l1"])
+def test_large_values_that_are_not_counted_end_in_no_overflow(loss):
+    y = (Y + 0.01 * np.random.default_rng(0).normal(size=50)) * 1e153
+    found = curve_fit(decay, X, y, [2e153, 1], check_finite=False, loss=loss)
+    assert found.summary() and found.diagnostics and found.to_dict()
+
+
+@pytest.mark.parametrize("chunks", [None, 7])
+def test_integer_coordinates_that_int64_does_not_hold_are_refused(chunks):
+    index = np.arange(50, dtype=np.uint64) + np.uint64(2**63 - 25)
+    near = index - np.uint64(25)
+    y = 3.0 * (np.arange(50) % 2) + 1
+
+    def model(x, a, b):
+        return a * (x[0] % 2) + b
+
+    def arrays(*given):
+        return [each if chunks is None else da.from_array(each, chunks) for each in given]
+
+    x, last, y = arrays(index, near, y)
+    np.testing.assert_allclose(curve_fit(model, (last,), y).popt, [3, 1], rtol=1e-6)
+    where = r"in block \(0,\)" if chunks is None else r"in block \(3,\)"
+    with pytest.raises(ValueError, match=rf"`xdata` has integers above 2\^63 - 1, such as 92233720368547758.. {where}"):
+        curve_fit(model, (x,), y)
+    mask = index > 2**63 - 1
+    assert curve_fit(model, (x,), y, mask=mask).n_points == 25
+    if chunks is None:
+        with pytest.raises(ValueError, match=r"`xdata` has integers above 2\^63 - 1"):
+            fit_map(model, (x,), np.stack([y, y])).compute()
+
+
+@pytest.mark.parametrize("axis", [(2, 0), (-1, 0), (2, 1)])
+def test_axes_out_of_order_are_refused_since_x_follows_those_of_y(axis):
+    y = np.ones((3, 4, 3))
+    with pytest.raises(ValueError, match=r"`axis` must be in the order of the axes of `ydata`, and `xdata` with it: \("):
+        fit_map(decay, np.ones((3, 3)), y, axis=axis)
+
+
 def test_unchecked_nan_is_found_at_the_start():
-    with pytest.raises(ValueError, match="nan or infinity for 1 points"):
+    with pytest.raises(ValueError, match=r"nan or infinity,.* for 1 points"):
         curve_fit(decay, X, spoiled(Y, np.nan, 5), check_finite=False)
 
 
@@ -164,7 +307,7 @@ MODELS = {
     "complex": (TypeError, "returned complex values", lambda x, a, b: a * jnp.exp(1j * b * x)),
     "wrong shape": (ValueError, r"returned an array of shape \(3,\).*shape \(50,\), one value per point",
                     lambda x, a, b: jnp.ones(3) * a),
-    "nan at p0": (ValueError, r"nan or infinity for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
+    "nan at p0": (ValueError, r"nan or infinity,.* for 50 points.*a=1, b=1", lambda x, a, b: a * jnp.log(x - b - 1e-9)),
     "derivative at p0": (ValueError, "derivatives of .* are not finite.*a=1, b=1", lambda x, a, b: jnp.sqrt(a - 1) + b * x),
     "not pointwise": (ValueError, "not pointwise", lambda x, a, b: a * jnp.cumsum(x) + b),
 }  # fmt: skip

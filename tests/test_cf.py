@@ -159,7 +159,7 @@ def test_scaled_values_are_no_counts(tmp_path):
     with pytest.raises(ValueError, match=message):
         fit_map(decay, X, path, p0=P0, loss="poisson")
     with pytest.raises(ValueError, match=message):
-        curve_fit(decay, np.tile(X, 2), [path, in_zarr(tmp_path / "z", y, {})], p0=P0, loss="poisson")
+        curve_fit(decay, np.tile(X, 2), [path, in_zarr(tmp_path / "z", y, {})], p0=P0, loss="poisson", mask_values=())
 
 
 @pytest.mark.parametrize("scale", [0.1, -0.1, 0.07])

@@ -219,3 +219,79 @@ def test_data_without_noise_have_nothing_to_say():
     x = np.linspace(0, 10, 400)
     assert len(curve_fit(decay, x, 2 * np.exp(-0.5 * x) + 0.3, p0=[1, 1, 0]).diagnostics.lines) == 1
     assert len(curve_fit(lambda x, a, b: a * x + b, x, 0 * x, p0=[1, 1]).diagnostics.lines) == 1
+
+
+def few_points(n, missed=0.05, seed=0):
+    """A decay that has a slow wave on it, of ``missed`` times the height."""
+    x, y = decay_data(n, noise=0.02, seed=seed)
+    return x, y + missed * np.sin(2 * x)
+
+
+@pytest.mark.parametrize("kind", ["array", "chunks", "streaming", "whole", "covariance"])
+@pytest.mark.parametrize("n", [80, 213, 400])
+def test_residuals_of_few_points_that_come_in_runs_are_found(n, kind):
+    x, y = few_points(n)
+    options = dict(p0=[1, 1, 0], reduction="qr")
+    if kind in ("chunks", "streaming"):
+        x, y = da.from_array(x, chunks=50), da.from_array(y, chunks=50)
+        options["strategy"] = "streaming" if kind == "streaming" else "auto"
+    elif kind == "whole":
+        result = curve_fit(lambda x, a, b, c: a * jnp.exp(-b * jnp.asarray(few_points(n)[0])) + c, x, y, **options)
+    elif kind == "covariance":
+        options["sigma"] = 4e-4 * np.eye(n)
+    if kind != "whole":
+        result = curve_fit(decay, x, y, **options)
+    count, expected, deviation = result.diagnostics.runs
+    r = np.asarray(result.residuals()).ravel()
+    if n < 256 or kind in ("whole", "covariance"):  # of single points
+        assert count == 1 + np.count_nonzero(np.diff(r > 0)) and "neighbouring points" in str(result.diagnostics)
+    assert count < expected - 4 * deviation and "residuals of the same sign" in str(result.diagnostics)
+
+
+def test_points_that_are_masked_interrupt_no_run():
+    x, y = few_points(120)
+    mask = np.zeros(120, bool)
+    mask[::3] = True
+    result, without = curve_fit(decay, x, y, p0=[1, 1, 0], mask=mask), curve_fit(decay, x[~mask], y[~mask], p0=[1, 1, 0])
+    assert result.diagnostics.runs == without.diagnostics.runs and result.diagnostics.runs[0] < 40
+
+
+def test_correlated_parameters_are_not_called_separated():
+    x = np.linspace(7, 8, 400)
+    result = curve_fit(lambda x, a, b: a * x + b, x, 2 * x + np.random.default_rng(0).normal(size=400), p0=[1, 0])
+    lines = result.diagnostics.lines
+    assert result.condition < 100 and "correlated to -0.99" in lines[1]
+    assert lines[0].startswith("parameters are poorly separated: condition")
+
+
+def counts(n, height, seed=0):
+    """Counts of a decay, the means and x."""
+    x = np.linspace(0, 10, n)
+    mean = height * (2 * np.exp(-0.5 * x) + 0.3)
+    return x, np.random.default_rng(seed).poisson(mean), mean
+
+
+@pytest.mark.parametrize("options", [dict(loss="poisson"), dict(sigma="poisson")], ids=["likelihood", "weights"])
+@pytest.mark.parametrize("height", [0.02, 0.3, 1.0, 4.0, 1000.0])
+@pytest.mark.parametrize("n", [200, 5000])
+def test_counts_that_the_model_explains_have_nothing_to_say_however_few(options, height, n):
+    for seed in range(5):
+        x, y, _ = counts(n, height, seed)
+        result = curve_fit(
+            decay, x, y, p0=[2 * height, 0.5, 0.3 * height], bounds=([0, 0.05, 1e-3 * height], np.inf), **options
+        )
+        words = ("reduced", "same sign", "drift", "chi-square is larger")
+        assert not any(word in line for line in result.diagnostics.lines[1:] for word in words), result.diagnostics
+
+
+@pytest.mark.parametrize("n", [60, 200, 5000])
+def test_counts_that_the_model_does_not_explain_are_said(n):
+    x, _, mean = counts(n, 100)
+    y = np.random.default_rng(1).poisson(mean * (1 + 0.8 * np.sin(9 * x)))
+    start = dict(p0=[200, 0.5, 30], bounds=(0, np.inf))
+    found = curve_fit(decay, x, y, loss="poisson", **start)
+    (line,) = (line for line in found.diagnostics.lines if "reduced deviance" in line)
+    assert f"reduced deviance {found.reduced_chi_square:.4g}, +" in line and "the model misses something" in line
+    found = curve_fit(decay, x, y, sigma="poisson", **start)
+    (line,) = (line for line in found.diagnostics.lines if "reduced chi-square" in line)
+    assert f"reduced chi-square {found.reduced_chi_square:.4g}, +" in line and "the model misses something" in line

@@ -1,6 +1,7 @@
 """Any kind of array, any chunks: the same problem."""
 
 import gc
+import pickle
 
 import dask
 import dask.array as da
@@ -14,8 +15,7 @@ import scipy.sparse
 import xarray as xr
 import zarr
 
-import dask_nlsq
-from dask_nlsq import clear_memory_pool, curve_fit, get_memory_manager
+from dask_nlsq import clear_memory_pool, curve_fit, fit_map, get_memory_manager, load, plan_fit, resume
 from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk, release
 from dask_nlsq.inputs import build_problem
 from dask_nlsq.loading import plan_loads
@@ -413,7 +413,7 @@ def test_predictions_are_nan_where_x_is_masked(reference):
 def test_a_list_of_lazy_arrays_is_not_computed_at_the_door(nothing_runs, tmp_path):
     parts = [da.from_array(X, 100), da.from_array(X, 100)]
     build_problem(parts, [da.from_array(Y, 100)] * 2, parts, check=True, omit=False)
-    dask_nlsq.plan_fit(decay, parts, parts, p0=[1, 1, 0], sigma=parts, mask=parts)
+    plan_fit(decay, parts, parts, p0=[1, 1, 0], sigma=parts, mask=parts)
 
 
 @pytest.mark.parametrize("kind", ["dask", "hdf5", "xarray dask"])
@@ -452,3 +452,105 @@ def test_other_kinds_of_data_are_refused_with_what_to_pass_instead(kind):
             continue  # coordinates
         with pytest.raises(error, match=message.replace("ydata", name)):
             curve_fit(decay, **CHUNKED | {name: data}, p0=[1, 1, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dates
+
+SECONDS = np.linspace(0, 5, 60)
+DATES = np.datetime64("2026-01-01", "ns") + (1e9 * SECONDS).astype("m8[ns]")
+SIGNAL = 2 * np.exp(-0.7 * SECONDS) + 0.01 * np.random.default_rng(0).normal(size=60)
+ORDER = np.random.default_rng(1).permutation(60)
+
+
+def fading(x, a, b):
+    return a * jnp.exp(-b * x)
+
+
+def fading_of_first(x, a, b):
+    return fading(x[0], a, b)
+
+
+DATED = {
+    "datetime64": lambda: DATES,
+    "microseconds": lambda: DATES.astype("M8[us]"),
+    "timedelta64": lambda: DATES - DATES[0],
+    "list": lambda: list(DATES),
+    "Series": lambda: pd.Series(DATES),
+    "DatetimeIndex": lambda: pd.DatetimeIndex(DATES),
+    "time zone": lambda: pd.Series(DATES).dt.tz_localize("Europe/Berlin"),
+    "TimedeltaIndex": lambda: pd.DatetimeIndex(DATES) - pd.Timestamp(DATES[0]),
+    "DataArray": lambda: xr.DataArray(DATES, dims="t"),
+}
+
+
+@pytest.mark.parametrize("make", DATED.values(), ids=DATED)
+def test_dates_are_seconds_since_the_earliest_one_in_fits_maps_and_predictions(make):
+    x, expected = make(), curve_fit(fading, SECONDS, SIGNAL)
+    y = xr.DataArray(SIGNAL, dims="t") if isinstance(x, xr.DataArray) else SIGNAL
+    found = curve_fit(fading, x, y)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    assert plan_fit(fading, x, y).n_points == 60
+    for part in (slice(None), slice(10, 20)):
+        np.testing.assert_allclose(found.predict(x[part]), expected.predict(SECONDS[part]), rtol=1e-6)
+        np.testing.assert_allclose(found.confidence_band(x[part]), expected.confidence_band(SECONDS[part]), rtol=1e-6)
+    np.testing.assert_allclose(found.predict(SECONDS), expected.predict(SECONDS), rtol=1e-6)
+    if not isinstance(x, xr.DataArray):
+        np.testing.assert_allclose(curve_fit(fading_of_first, (x,), y).predict((x,)), expected.predict(), rtol=1e-6)
+        np.testing.assert_allclose(fit_map(fading, x, np.stack([y, y])).compute().popt[1], expected.popt, rtol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_dates_in_dask_arrays_and_stores_become_seconds_lazily(strategy, tmp_path):
+    expected = curve_fit(fading, SECONDS, SIGNAL)
+    store = zarr.create_array(store=tmp_path / "t", data=DATES[ORDER].astype("i8"), chunks=(20,))
+    lazy = da.from_array(DATES[ORDER], 7)
+    for x in (lazy, da.from_array(store, 20).astype("M8[ns]")):
+        found = curve_fit(fading, x, da.from_array(SIGNAL[ORDER], 11), strategy=strategy)
+        np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+        with pytest.raises(TypeError, match=r"`x` has the dtype datetime64.*since the earliest date of the fit"):
+            found.predict(x)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_dates_that_are_masked_are_left_out_and_are_not_the_earliest_one(lazy):
+    hidden = np.arange(60) % 9 == 4
+    x = np.ma.masked_array(np.where(hidden, np.datetime64("1900-01-01", "ns"), DATES), hidden)
+    given = da.from_array(x, chunks=20, asarray=False) if lazy else x
+    found, expected = curve_fit(fading, given, SIGNAL), curve_fit(fading, SECONDS, SIGNAL, mask=hidden)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    assert found.n_masked == hidden.sum()
+    if not lazy:
+        predicted = np.where(hidden, np.nan, np.asarray(expected.predict(SECONDS)))
+        np.testing.assert_allclose(np.asarray(found.predict(x)), predicted, rtol=1e-6)
+
+
+def test_a_date_of_a_coordinate_that_had_none_in_the_fit_is_refused():
+    with pytest.raises(TypeError, match=r"`x` has the dtype datetime64"):
+        curve_fit(fading, SECONDS, SIGNAL).predict(DATES)
+
+
+def test_the_earliest_date_of_a_fit_survives_files_and_checkpoints(tmp_path):
+    found = curve_fit(fading, DATES, SIGNAL)
+    found.save(tmp_path / "result")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(found)).predict(DATES[5:9]), found.predict(DATES[5:9]))
+    np.testing.assert_array_equal(load(tmp_path / "result").predict(DATES[5:9]), found.predict(DATES[5:9]))
+    kept = curve_fit(fading, DATES, SIGNAL, checkpoint=tmp_path / "checkpoint")
+    again = resume(tmp_path / "checkpoint", fading)
+    np.testing.assert_array_equal(again.popt, kept.popt)
+    np.testing.assert_array_equal(again.predict(DATES[5:9]), kept.predict(DATES[5:9]))
+
+
+@pytest.mark.parametrize("kind", ["datetime64", "Series", "dask", "DataArray"])
+def test_a_date_that_is_missing_is_counted_or_left_out_alone(kind):
+    dates = DATES.copy()
+    dates[[0, 3]] = np.datetime64("NaT")
+    of = {"Series": pd.Series, "dask": lambda x: da.from_array(x, 7), "DataArray": lambda x: xr.DataArray(x, dims="t")}
+    x = of.get(kind, np.asarray)(dates)
+    y = xr.DataArray(SIGNAL, dims="t") if kind == "DataArray" else SIGNAL
+    with pytest.raises(ValueError, match=r"2 of the values of `xdata`.*nan_policy"):
+        curve_fit(fading, x, y)
+    found = curve_fit(fading, x, y, nan_policy="omit")
+    expected = curve_fit(fading, np.delete(SECONDS, [0, 3]) - SECONDS[1], np.delete(SIGNAL, [0, 3]))
+    assert found.n_omitted == 2
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)

@@ -21,8 +21,6 @@ pytestmark = pytest.mark.filterwarnings("error")  # as in SciPy's pytest.ini
 # What cannot pass, and why.
 KNOWN_FAILURES = {
     "test_args_in_kwargs": "expects ValueError for `args`, a keyword that we do not have: Python says TypeError",
-    "test_gh4555": "a log(x+1+b) + c log(x+1+d) + e from a = b = c = d = 1: exact derivatives keep the two terms equal, so "
-    "the covariance does not exist; SciPy's finite differences break the tie by rounding",
     "test_gh4555b": "the reference is MINPACK's covariance, from the Jacobian before the last step, 1.6e-6 from the one at "
     "the optimum where 2e-7 is asked; SciPy's own trf misses it by as much",
     "test_gh13670": "the model keeps the last params it saw and compares: a side effect on values, which a traced function "

@@ -198,6 +198,56 @@ def test_the_root_of_a_covariance_gives_it_back_whatever_the_units():
     np.testing.assert_allclose(root(pcov) @ root(pcov).T, pcov, rtol=1e-12)
 
 
-def test_bounds_are_hit_within_a_small_part_of_the_error():
-    params, lower, upper = np.array([1e-12, 1e-12, 5.0, 5.0]), np.zeros(4), np.array([1.0, 1.0, 5.0, np.inf])
-    assert at_bounds(params, np.array([1e-13, 1e-3, 0.0, np.inf]), lower, upper).tolist() == [0, -1, 1, 0]
+INF = np.inf
+AT_BOUNDS = {  # value, error, lower, upper, place
+    "nearer than a hundredth of the error": (1e-12, 1e-3, 0, 1, -1),
+    "farther": (1e-12, 1e-13, 0, 1, 0),
+    "exactly, without an error": (5, 0, 0, 5, 1),
+    "not determined, half-open": (5, INF, 0, INF, 0),
+    "not determined, in the middle": (5, INF, 4, 6, 0),
+    "not determined, at an end": (5.9999, INF, 4, 6, 1),
+    "an error that tells nothing, in the middle": (5.0, 1e12, 4, 6, 0),
+    "an error that tells nothing, at the end": (6.0, 1e12, 4, 6, 1),
+    "an error that tells nothing, half-open": (6.0, 1e12, 4, INF, 0),
+    "an error that tells nothing, from above": (-6.0, 1e12, -INF, -4, 0),
+    "half-open": (1e-12, 1e-3, 0, INF, -1),
+    "half-open, far below the error": (1e-25, 1e-3, 0, INF, -1),
+    "half-open, just above 0": (1.1e-8, 1e-3, 1e-9, INF, -1),
+    "small units": (5e-9, 1.4e-11, 0, INF, 0),
+    "small units at the bound": (1e-20, 1.4e-11, 0, INF, -1),
+    "a large offset": (2457000.5, 0.001, 2457000, INF, 0),
+    "a large offset at the bound": (2457000 + 1e-9, 0.001, 2457000, INF, -1),
+    "no bounds": (1.0, 1e12, -INF, INF, 0),
+    "a wide interval": (5.0, 0.1, 0, 1e6, 0),
+    "no value": (np.nan, np.nan, 0, 1, 0),
+    "an error that is nan": (1e-12, np.nan, 0, 1, 0),
+    "held outside of its bounds": (0.3, 0.0, 5, 9, 0),
+    "the middle of a tiny interval": (1.0, 1.0, 1 - 1e-9, 1 + 1e-9, 0),
+    "the end of a tiny interval": (1.0 + 1e-9, 1.0, 1 - 1e-9, 1 + 1e-9, 1),
+}
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-12, 1e9])
+def test_a_parameter_is_at_the_nearer_bound_if_at_any_in_all_units(unit):
+    *columns, places = np.array([*AT_BOUNDS.values()], dtype=float).T
+    found = at_bounds(*(unit * column for column in columns))
+    wrong = {name: place for name, place in zip(AT_BOUNDS, found - places, strict=True) if place}
+    assert not wrong and found.dtype == np.int8
+
+
+def test_fits_and_maps_take_the_same_places_at_bounds():
+    *columns, places = np.array([*AT_BOUNDS.values()], dtype=float).T
+    with jax.enable_x64(True):
+        found = jax.jit(at_bounds)(*map(jnp.asarray, columns))
+        assert found.dtype == jnp.int8
+        np.testing.assert_array_equal(found, places)
+
+
+def test_the_place_of_a_peak_without_height_is_at_the_bound_where_it_ends():
+    x, y = np.linspace(0, 10, 200), -abs(0.01 * np.random.default_rng(0).normal(size=200))
+    found = dask_nlsq.curve_fit(
+        lambda x, a, c: a * jnp.exp(-((x - c) ** 2)), x, y, [1, 5.5], bounds=([0, 4], [3, 6])
+    )  # a ends at 0, c near 6 with an error of 1e9
+    end = 1 if found.popt[1] > 5 else -1
+    assert found.perr[1] > 1e6 and abs(found.popt[1] - 5 - end) < 1e-3
+    assert found.at_bound.tolist() == [-1, end]

@@ -1,0 +1,154 @@
+"""The rules of a trust-region fit: is a trial accepted, how does the radius follow, and has the fit converged.
+
+They are array functions, so that one fit (numbers) and the lanes of a map (arrays of them) obey the same ones: ``xp`` is
+`numpy` or `jax.numpy`.
+
+**SciPy's tests propose, the distance decides.** At each accepted point the quadratic model knows how much its minimum
+would still lower the cost, the decrement ``1/2 g^T (J^T J + diag(|g_k| / v_k))^-1 g``, with v_k the distance to a finite
+bound that the gradient pushes against. With s2, the factor that scales the covariance there,
+
+    distance = sqrt(2 decrement / s2)
+
+is the length of the step to that minimum in standard errors. It depends on no unit. A small reduction of the cost or a
+short step (``ftol``, ``xtol``, ``gtol`` [1]_) only proposes to stop: the fit has converged where the distance is below
+``accuracy`` as well. Where full steps contract the distance by kappa only (large residuals), what is left is that of a
+geometric series, and ``distance / (1 - kappa)`` counts. Exact data converge to the rounding of the residuals instead.
+
+References
+----------
+.. [1] J. E. Dennis, R. B. Schnabel, "Numerical Methods for Unconstrained Optimization", sections 6.4 (radius), 7.2
+       (termination); the thresholds are those of `scipy.optimize.least_squares`.
+"""
+
+from typing import Any, NamedTuple
+
+EPS = 2.0**-52  # spacing of float64 at 1
+ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and blocks, generously
+PARAM_ROUNDING = 2 * EPS  # relative, of a parameter inside the model: t - centre has the rounding of both
+ACCURACY = 0.01  # standard errors from the optimum at which a fit has converged
+SLOWEST = 0.999  # contraction of full steps that counts at most: rounding does not contract at all
+LINEAR, MOST_GROWTH = 1e-3, 1e3  # misfit of a linear model, relative to the reduction; factor for the radius then
+LENGTH_MEMORY = 1e10  # times its present length, that a column of J is remembered to have been
+STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
+
+GTOL, FTOL, XTOL, FTOL_XTOL, TO_ROUNDING = 1, 2, 3, 4, 5  # statuses of fits that have converged
+STUCK, UNDETERMINED = 11, 12  # of fits that have not
+
+
+class Verdict(NamedTuple):
+    """What a trial was worth; numbers, or arrays of the lanes."""
+
+    accepted: Any
+    ratio: Any  # of actual and predicted reduction
+    relative: Any  # reduction of the cost
+    by_gradient: Any  # the cost is flat to rounding, and the gradient has judged
+    stalls: Any  # refusals in a row where the gradient judges
+
+
+def judge(xp, here, there, predicted, stalls) -> Verdict:
+    """Compare a trial with the point that it started from, both of them points of the loop.
+
+    Once the predicted reduction is below the rounding of the cost the actual one is noise: the trial is accepted if it
+    lowers the decrement. A trial with more counts where the mean is floored (Poisson), or more parameters on which the model
+    does not depend, is never accepted: the gradient knows no way back from there.
+    """
+    actual = here.cost - there.cost
+    by_gradient = there.finite & (predicted >= 0) & (predicted < ROUNDING * here.cost)
+    better = xp.where(by_gradient, there.decrement < here.decrement, actual > 0)
+    accepted = there.finite & better & (there.floored <= here.floored) & (there.n_faded <= here.n_faded)
+    ratio = actual / xp.where(predicted > 0, predicted, 1.0)
+    ratio = xp.where(predicted > 0, ratio, xp.where((predicted == 0) & (actual == 0), 1.0, 0.0))
+    ratio = xp.where(by_gradient, xp.where(accepted, 1.0, 0.0), xp.where(accepted, ratio, xp.minimum(ratio, 0.0)))
+    ratio = xp.where(there.finite, ratio, 0.0)
+    relative = xp.where(by_gradient, predicted, actual) / xp.where(here.cost > 0, here.cost, xp.inf)
+    return Verdict(accepted, ratio, relative, by_gradient, xp.where(by_gradient & ~accepted, stalls + 1, 0))
+
+
+def next_radius(xp, radius, ratio, step_norm):
+    """A quarter of the step where the model was wrong, at least twice the radius where it was right up to the edge.
+
+    The misfit of the model grows with the step: where it is far below `LINEAR` the radius is far too small.
+    """
+    right = (ratio > 0.75) & (step_norm > 0.95 * radius)
+    growth = xp.clip(LINEAR / xp.maximum(xp.abs(ratio - 1), EPS), 2.0, MOST_GROWTH)
+    return xp.where(ratio < 0.25, 0.25 * step_norm, xp.where(right, growth * radius, radius))
+
+
+def proposal(xp, verdict: Verdict, step_norm, params_norm, ftol, xtol):
+    """The status with which SciPy's tests would stop after a step, 0 where they would go on.
+
+    A tolerance below rounding asks for what can be had: then only the gradient decides.
+    """
+    measurable = ftol > ROUNDING
+    tolerance = xp.where(verdict.by_gradient & ~xp.asarray(measurable), 0.0, ftol)
+    small = (verdict.relative < tolerance) & (verdict.ratio > 0.25)
+    short = step_norm < xtol * (xtol + params_norm)
+    status = xp.where(small, xp.where(short, FTOL_XTOL, FTOL), xp.where(short, XTOL, 0))
+    stalled = verdict.stalls >= xp.where(measurable, 1, STALLS)
+    return xp.where((status == 0) & stalled, xp.where(measurable, FTOL, TO_ROUNDING), status)
+
+
+def distance(xp, decrement, variance, contraction):
+    """Standard errors to the optimum; nan without degrees of freedom, where the variance is nan."""
+    plain = xp.sqrt(2 * decrement / xp.where((decrement > 0) & (variance != 0), variance, 1.0))
+    return plain / (1 - xp.minimum(contraction, SLOWEST))
+
+
+def contraction(xp, here, there, full, was_full):
+    """By which two full steps in a row shorten the distance; 0 where they were not full."""
+    kappa = xp.sqrt(there.decrement / xp.where(here.decrement > 0, here.decrement, xp.inf))
+    return xp.where(full & was_full, kappa, 0.0)
+
+
+def rounding_floor(size, params, squares, n_points):
+    """The decrement that rounding leaves: of residuals, with ``size`` = sum w y^2, and of parameters inside the model.
+
+    ``params`` and ``squares``, the diagonal of J^T J, are (p,) or (p, lanes). Rounding of a parameter's effect differs from
+    point to point, so that p of n points' worth of it are left.
+    """
+    inside = (params**2 * squares).sum(axis=0) * len(params) / (n_points + (n_points == 0))
+    return ROUNDING**2 * size + PARAM_ROUNDING**2 * inside
+
+
+def converged(distance, decrement, floor, dof, floored, accuracy):
+    """Whether a fit may stop here; ``accuracy`` is inf where SciPy's tests alone decide."""
+    near = (distance < accuracy) | (decrement <= floor) | (dof <= 0) | (accuracy == float("inf"))
+    return near & (floored == 0)
+
+
+def held(xp, params, v, stiffening):
+    """Parameters that stand at a bound which the gradient pushes against: rounding is all that lies between.
+
+    ``v`` is the distance to that bound, and ``stiffening`` is positive where there is one.
+    """
+    return (stiffening > 0) & (v <= 4 * EPS * xp.abs(params))
+
+
+def scale_lengths(xp, columns, longest):
+    """Lengths (p,) of the columns of J that scale the trust region: the longest so far, as far as that is remembered.
+
+    A column that has become very much shorter is scaled anew: the region would leave its parameter no freedom.
+    """
+    return xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
+
+
+def undetermined(xp, columns, longest, params, size):
+    """Parameters on which the model does not depend: whose column is zero, or has faded to less than y is rounded."""
+    faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(size))
+    return (columns == 0) | faded
+
+
+def off_the_bounds(xp, params, lower, upper, share):
+    """``params`` strictly inside the bounds: at least a ``share`` of the interval away from them, one float where that is 0.
+
+    Where there is one bound only, it is a share of the parameter's size.
+    """
+    width = upper - lower
+    either = xp.isfinite(lower) | xp.isfinite(upper)
+    bound = xp.abs(xp.where(xp.isfinite(lower), lower, xp.where(xp.isfinite(upper), upper, 0.0)))
+    size = xp.where(xp.isfinite(width), width, xp.maximum(bound, xp.abs(params)))
+    margin = xp.where(either, share * xp.where(size > 0, size, 1.0), 0.0)
+    low = xp.maximum(lower + margin, xp.nextafter(lower, upper))
+    high = xp.minimum(upper - margin, xp.nextafter(upper, lower))
+    middle = xp.where(xp.isfinite(width), lower, 0.0) + 0.5 * xp.where(xp.isfinite(width), width, 0.0)
+    return xp.where(low > high, middle, xp.minimum(xp.maximum(params, low), high))
