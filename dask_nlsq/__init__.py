@@ -9,7 +9,7 @@ _ROOMS = {
     "BadChunkError": "store",
     "CheckpointError": "checkpoint",
     "FitResult": "result",
-    "MapPlan": "map_blocks",
+    "MapPlan": "map_plan",
     "MapResult": "map_result",
     "MapStatus": "map_step",
     "MemoryBudget": "budget",

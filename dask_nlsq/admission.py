@@ -1,46 +1,121 @@
 """The data of a fit at the door: opened, aligned, admitted; and what is said where a fit of them cannot go on."""
 
+import logging
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from .arrays import apart, decoded, stacked
+from .cf import AS_STORED
 from .checks import check_jac
 from .chunks import LARGEST, SAMPLE_POINTS, Census, Chunk
-from .inputs import Problem, as_array, build_problem, build_whitened
+from .inputs import Problem, build_problem, build_whitened
 from .kernels import check_model, check_pointwise
 from .model import Held, Model, ModelError, ModelShapeError, function_name, not_of_any_length
 from .models import ReadyModel, guessed
 from .reduction import Sweep
 from .resources import active_client
 from .sample import pick
-from .store import Policy, is_stored, n_stored, open_all
+from .store import Opened, Policy, is_stored, n_stored, open_all
 from .trust_region import Solution
 
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
 GUESS_POINTS = 2048  # from which a ready model guesses its start
 GUESS_RUNS = 8  # runs of chunks, at least, that are read for it where the data are not held
 
+logger = logging.getLogger("dask_nlsq")
+
 
 def count_points(ydata) -> int:
     if is_stored(ydata):
         return n_stored(ydata)
+    ydata = stacked("ydata", ydata)
     return ydata.size if hasattr(ydata, "size") else np.size(ydata)
 
 
-def open_data(data: dict[str, Any], policy: Policy, mask_values, valid_range, look: bool = True):
-    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both."""
+def open_data(
+    data: dict[str, Any],
+    policy: Policy,
+    mask_values,
+    valid_range,
+    decode_cf: bool,
+    loss: str,
+    *,
+    look: bool = True,
+    masks: bool = False,
+):
+    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both.
+
+    With ``masks`` chunks that are to be left out come as masked ones.
+
+    Raises
+    ------
+    ValueError
+        Attributes that cannot be understood; scaled values where counts are needed.
+    """
     if mask_values is None:
         mask_values = ["largest"] if is_stored(data["ydata"]) else []
-    data, stored = open_all(policy, look, **data)
-    return data, stored, dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range))
+    data, opened = open_all(policy, look, bool(decode_cf), masks, **data)
+    stored = [each for one in opened for each in one.stored]
+    said = [(each.name, each.url, how) for one in opened for each, how in zip(one.stored, one.decodings, strict=True)]
+    of_y = next((one for one in opened if one.array is data["ydata"]), None)
+    decoding = AS_STORED if of_y is None else of_y.decoding
+    if of_y is not None:
+        _check_alike(of_y, mask_values)
+
+    def door(name, value):
+        """Lists of lazy arrays as one, and attributes of h5py's data sets applied."""
+        nonlocal decoding
+        if isinstance(value, tuple) and name == "xdata":
+            return tuple(door(f"{name}[{k}]", each) for k, each in enumerate(value))
+        found, how = decoded(name, value, decode_cf)
+        said.append((name, getattr(value, "name", ""), how))
+        if name == "ydata" and how is not AS_STORED:  # kernels decode it
+            decoding, found = how, value
+        return found
+
+    data = {name: door(name, value) for name, value in data.items()}
+    if loss == "poisson" and (
+        scaled := next((how for name, _, how in said if name.startswith("ydata") and how.scaled), None)
+    ):
+        raise ValueError(
+            f"loss='poisson' and sigma='poisson' are for counts, and `ydata` is scaled ({scaled}): fit it with sigma=, or, "
+            "where the stored numbers are the counts, say decode_cf=False"
+        )
+    lines = tuple(f"`{name}` ({place}): {how}" for name, place, how in said if how is not AS_STORED)
+    for line in lines:
+        logger.info("%s (decode_cf=False leaves values as they are stored)", line)
+    rules = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, valid_range), decoding=decoding)
+    return data, stored, rules | dict(decoded=lines, decode_cf=bool(decode_cf))
+
+
+def _check_alike(opened: Opened, mask_values) -> None:
+    """Stored values that stand for no data are looked for in all arrays of a list, so they must mean the same."""
+    dtypes = [each.dtype for each in opened.stored]
+    packed_alike = opened.decoding is not AS_STORED or all(how is AS_STORED for how in opened.decodings)
+    if mask_values == ["largest"]:
+        unclear = any(t.kind == "u" and t.itemsize > 1 for t in dtypes) and (len(set(dtypes)) > 1 or not packed_alike)
+    else:
+        unclear = np.size(mask_values) > 0 and not packed_alike
+    if unclear:
+        raise ValueError(
+            f"`ydata` is a list of arrays that differ in dtype or packing ({', '.join(map(str, dict.fromkeys(dtypes)))}), "
+            "so that it is not clear which of their values stand for no data: say mask_values=(), and leave points out with "
+            "mask="
+        )
 
 
 def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:
     y_size = count_points(ydata)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
-        covariance_of_y = np.asarray(as_array("sigma", sigma), dtype=np.float64)
-        problem = build_whitened(xdata, ydata, covariance_of_y, mask, check=rules["check"], omit=rules["omit"])
+        covariance_of_y, hidden = apart("sigma", sigma)
+        if hidden is not None and np.any(hidden):
+            raise ValueError(
+                "`sigma` is a covariance matrix with masked elements: leave points out with mask=, and fill them"
+            )
+        covariance_of_y = np.asarray(covariance_of_y, dtype=np.float64)
+        problem = build_whitened(xdata, ydata, covariance_of_y, mask, **rules)
         check_model(model, problem.rules.layouts, problem.n_points, n_params)
         return problem
     split = strategy == "chunked" and active_client() is not None

@@ -44,11 +44,11 @@ from .arguments import (
     starts_wanted,
     tolerance,
 )
+from .arrays import check_sendable
 from .budget import positive
 from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
 from .diagnostics import combinations
-from .inputs import check_sendable
 from .kernels import choose_jac_mode, take_apart
 from .labels import by_name, origins
 from .model import function_name, held, intern
@@ -97,6 +97,7 @@ def curve_fit(
     valid_range=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
+    decode_cf: bool = True,
     param_names=None,
     fixed: Mapping[str, float] | None = None,
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
@@ -171,17 +172,24 @@ def curve_fit(
     max_nfev, maxfev : int, optional
         Most evaluations of the cost, one sweep over the data each; 100 p by default.
     mask : array_like, optional
-        Broadcasts against y; where it is true (not zero) a point is left out. A masked array as ydata works as well.
+        Broadcasts against y; where it is true (not zero) a point is left out. So are points where xdata, ydata or sigma are
+        masked arrays, NumPy's or Dask's.
     mask_values : sequence of numbers, optional
-        Values of y that stand for no data; their points count as masked. None: for arrays in Zarr stores the largest value
-        of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; () for none at all.
+        Values of y, as they are stored, that stand for no data; their points count as masked. None: for arrays in Zarr
+        stores the largest value of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; ()
+        for none at all.
     valid_range : pair, optional
-        Lowest and highest value of y that counts, each may be None.
+        Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
+        values.
     on_bad_chunk : {"raise", "mask"}
         What becomes of chunks of Zarr arrays that cannot be read: an error that says which, or their points are left out
         and the chunks listed in the result's ``damage``.
     missing_chunks : {"error", "mask", "fill"}
         What becomes of chunks that are absent: an error before anything is read, left out, or read as fill values.
+    decode_cf : bool
+        Whether the attributes ``scale_factor``, ``add_offset``, ``_FillValue``, ``missing_value``, ``valid_min``,
+        ``valid_max`` and ``valid_range`` of Zarr arrays and h5py data sets are applied; the plan says which were. They mask
+        stored values; an array's own fill value, which has no attribute, does not.
     param_names : sequence of str, optional
         Names for messages and tables; from the signature of ``f`` by default.
     fixed : dict, optional
@@ -285,7 +293,7 @@ def curve_fit(
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     without = as_given | dict(sigma=None) if reweighted else as_given
     policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = open_data(without, policy, mask_values, valid_range)
+    data, stored, rules = open_data(without, policy, mask_values, valid_range, decode_cf, loss)
     rules |= dict(check=check, omit=omit, counts=loss == "poisson")
     problem = align_data(model, len(start), **data, strategy=strategy, rules=rules)
     if problem.n_points < len(start):
@@ -295,7 +303,7 @@ def curve_fit(
     if plan.strategy == "standard":
         client = None
     if client is not None:
-        check_sendable(**data)
+        check_sendable(**as_given)
         for line in plan.advice:
             logger.warning("%s", line)
     evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Grouping.of(problem, len(start)))
@@ -536,10 +544,11 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     scale(given["x_scale"], len(every), free)
     check, omit = finite_policy(given["check_finite"], given["nan_policy"])
     model = intern(*held(f, jacobian(given["jac"]), every, free))
-    _, reweighted = likelihood(given["loss"], given["sigma"])
+    loss, reweighted = likelihood(given["loss"], given["sigma"])
     xdata, sigma, mask, _ = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
     data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    data, _, rules = open_data(data, Policy(), given["mask_values"], given["valid_range"], look=False)
+    values = given["mask_values"], given["valid_range"], given["decode_cf"]
+    data, _, rules = open_data(data, Policy(), *values, loss, look=False)
     rules |= dict(check=check, omit=omit)
     problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)
     where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import Bounds
 
+from .arrays import has_masked, plain_array
 from .budget import FLOAT_MAX, count, positive
 from .model import function_name, intern, parameter_names
 from .models import ReadyModel
@@ -46,7 +47,7 @@ def ready_model(f, p0, bounds, param_names, method=None):
     own = dict(zip(names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
         bounds = own | dict(bounds)
-    elif isinstance(bounds, tuple) and all(np.ndim(each) == 0 for each in bounds) and bounds == (-np.inf, np.inf):
+    elif isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == (-np.inf, np.inf):
         bounds = bounds if method == "lm" else tuple(zip(*own.values(), strict=True))  # "lm" knows no bounds
     if p0 is None or isinstance(p0, str):
         return None, bounds, tuple(names)
@@ -176,7 +177,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
         low, high = _pair(pairs.get(name, (None, None)))
         low = _on_the_map(f"bounds of {name}", -np.inf if low is None else low, map_shape)
         high = _on_the_map(f"bounds of {name}", np.inf if high is None else high, map_shape)
-        if not any(hasattr(each, "dask") for each in (low, high)) and not np.all(low < high):
+        if np.ndim(low) == np.ndim(high) == 0 and not low < high:  # arrays: where a pixel has points
             raise ValueError(f"Each lower bound must be strictly less than each upper bound: {name} has [{low}, {high}]")
         if isinstance(p0, Mapping) and name not in given:
             raise ValueError(f"`p0` has no {name!r}: it must name all parameters that are not fixed, {names}")
@@ -194,7 +195,7 @@ def map_parameters(f, p0, bounds, param_names, fixed, map_shape):
 
 def _over_the_map(name, values, map_shape, n=None):
     """One value for each parameter, of a sequence of them, an array (*map, p), or (``n`` given) one number for all."""
-    if n is not None and np.ndim(values) == 0:
+    if n is not None and not isinstance(values, (list, tuple)) and np.ndim(values) == 0:
         return [values] * n
     if getattr(values, "ndim", 1) == len(map_shape) + 1 and map_shape:
         return [values[..., k] for k in range(values.shape[-1])]
@@ -214,7 +215,9 @@ def _over_the_map(name, values, map_shape, n=None):
 def _on_the_map(name, value, map_shape):
     """A number, or an array of the map's shape, NumPy or Dask."""
     value = getattr(value, "data", value) if hasattr(value, "dims") else value
-    if not hasattr(value, "dask"):
+    if hasattr(value, "dask"):
+        value = plain_array(name, value)
+    else:
         value = _numbers(name, value)
         if value.ndim == 0:
             return float(value)
@@ -249,6 +252,8 @@ def axes_of(axis, dims, ndim) -> tuple[int, ...]:
 
 def _numbers(name, value):
     """``value`` as float64: True, "1", None and complex values are no numbers."""
+    if has_masked(value):
+        value = plain_array(name, value)
     try:
         array = np.asarray(value)
         if array.dtype.kind == "O" and array.size and all(map(_is_number, array.flat)):
@@ -352,8 +357,11 @@ def _names(name, value):
 
 def _sigma(name, value):
     """What is no data."""
+    array = value
     try:
-        kind = getattr(np.asarray(value) if isinstance(value, (list, tuple)) else value, "dtype", np.dtype(float)).kind
+        if isinstance(value, (list, tuple)) and not any(hasattr(each, "dtype") for each in value):
+            array = np.asarray(value)  # of others it would compute lazy ones, and lose masks
+        kind = dtype.kind if isinstance(dtype := getattr(array, "dtype", None), np.dtype) else "f"
     except ValueError as err:
         raise ValueError(f"`{name}` is not an array: {err}") from None
     if kind == "b" or not _without_flags(value):
@@ -439,6 +447,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "absolute_sigma": _flag,
     "full_output": _flag,
     "full_covariance": _flag,
+    "decode_cf": _flag,
     "check_finite": _optional(_flag),
     "progress": _optional(_flag),
     "jac": lambda _, value: jacobian(value),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .arrays import has_masked, stacked
 from .files import import_by, import_name, read_arrays, write_arrays, write_whole
 from .inputs import Problem
 from .kernels import fingerprint
@@ -36,7 +37,7 @@ KEPT: tuple[str, ...] = (
     "x_scale",
 )
 KEPT += ("ftol", "xtol", "gtol", "accuracy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
-KEPT += ("fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
+KEPT += ("decode_cf", "fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
 LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
@@ -139,6 +140,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
     identity["model"] = fingerprint(model, problem.rules.layouts, n_free)
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
+    identity["decoded"] = list(problem.decoded)
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
     identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
     return Checkpoint(path, identity, call, arrays)
@@ -160,7 +162,9 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
             return {"path": absolute(value)}
         if isinstance(value, list) and value and all(isinstance(each, (str, Path)) for each in value):
             return {"paths": [absolute(each) for each in value]}
-        if is_stored(value) or hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
+        if is_stored(value) or has_masked(value) or stacked(name, value) is not value:
+            return None
+        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
             return None
         array = np.asarray(value)
         if array.nbytes > MOST_KEPT or array.dtype.hasobject or isinstance(value, np.ma.MaskedArray):

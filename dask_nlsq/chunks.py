@@ -52,6 +52,7 @@ class Rules(NamedTuple):
     hides: bool  # points may be left out for their values, or since they cannot be read
     dtypes: tuple[np.dtype, ...]  # of the operands
     counts: bool = False  # y must not be negative
+    decode_cf: bool = True  # attributes of stored arrays have been applied, and are in x of predictions
 
     @property
     def copied(self) -> bool:
@@ -127,7 +128,7 @@ def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
     not_positive = _count((pieces[1] <= 0) & ~hidden, shape)
     negative = _count((pieces[0] < 0) & ~hidden, shape) if rules.counts else 0
-    too_large = _too_large(*pieces[:2], hidden) if rules.check else 0.0
+    too_large = _too_large(rules.layouts.y, *pieces[:2], hidden) if rules.check else 0.0
     for layout, piece in zip(rules.layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
             check_integers(piece, hidden, f"in block {index}")
@@ -144,17 +145,19 @@ def check_integers(coordinate, hidden, where) -> None:
         )
 
 
-def _too_large(y, sigma, hidden) -> float:
+def _too_large(layout, y, sigma, hidden) -> float:
     """The value of y that is largest in units of sigma, where that is too large to be squared; else 0."""
     large = 2.0**64  # at least what integers and short floats may be
     if y.dtype.kind == "f" and y.itemsize > 4:
         large = max(float(y.max()), -float(y.min()))
     elif y.dtype.kind == "f":
         large = float(np.finfo(y.dtype).max)
+    large = large * abs(layout.scale) + abs(layout.offset)
     if large <= LARGEST * float(sigma.min()):  # false where one of them is nan
         return 0.0
     with np.errstate(all="ignore"):
-        sizes = np.abs(y.astype(np.float64)) / sigma
+        y = layout.decoded(y)
+        sizes = np.abs(y) / sigma
     sizes = np.where(np.isfinite(y) & (sigma > 0) & ~hidden, sizes, 0.0)
     k = int(np.argmax(sizes))
     return float(np.broadcast_to(y, sizes.shape).flat[k]) if sizes.flat[k] > LARGEST else 0.0

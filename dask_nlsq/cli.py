@@ -26,14 +26,16 @@ WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxE
 
 
 # how the messages of the package name what is an option here
-OPTIONS = re.compile(r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks)\b(?:=True)?")
+OPTIONS = re.compile(
+    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|decode_cf(?==False))\b(?:=True|=False)?"
+)
 
 
 class Failure(click.ClickException):
     """One line on stderr, and an exit code."""
 
     def __init__(self, text: str, exit_code: int):
-        text = OPTIONS.sub(lambda found: f"--{found[1].replace('_', '-')}", text)
+        text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{found[1].replace('_', '-')}", text)
         super().__init__(" ".join(text.split()))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 
@@ -127,6 +129,9 @@ NAN = click.option("--nan-policy", help="raise, or omit: leave out points that a
 LOSS = click.option("--loss", help="linear, soft_l1, huber, cauchy, arctan or poisson.")
 BAD = click.option("--on-bad-chunk", help="raise, or mask: leave out chunks that cannot be read.")
 MISSING = click.option("--missing-chunks", help="error, mask, or fill: what becomes of chunks that are absent.")
+RAW = click.option(
+    "--no-decode-cf", is_flag=True, help="Fit values as they are stored: scale_factor, _FillValue and such are left."
+)
 WORKFLOW = click.option("--workflow", help="auto, standard, quality, fast, large_robust, streaming, hpc_distributed.")
 STRATEGY = click.option("--strategy", help="auto, standard, chunked, streaming: where the data are held.")
 STARTS = click.option("--n-starts", type=int, help="Look for the best of so many starts.")
@@ -140,11 +145,13 @@ CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which 
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
 REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
-DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS)
-HOW = (BAD, MISSING, WORKFLOW, STRATEGY, STARTS, MEMORY, ACCURACY, MOST, SCHEDULER)
+DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS, BAD, MISSING, RAW)
+HOW = (WORKFLOW, STRATEGY, STARTS, MEMORY, ACCURACY, MOST, SCHEDULER)
 
 
-def _call(store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_range, axis=None, read=True, **options):
+def _call(
+    store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_range, no_decode_cf, axis=None, read=True, **options
+):
     """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
     from . import words
     from .arguments import axes_of
@@ -155,14 +162,14 @@ def _call(store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_ra
     array = open_array("STORE", store)
     if axis is not None:
         options["axis"] = axes_of(axis, None, array.ndim)
-    x = words.coordinates(x, array, options.get("axis"), read)
+    x = words.coordinates(x, array, options.get("axis"), read, not no_decode_cf)
     options["memory_limit_gb"] = options.pop("memory_limit")
     options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
     options |= dict(mask_values=words.mask_values(mask_values), valid_range=words.valid_range(valid_range))
     options["mask"] = None if mask is None else absolute(mask)
     call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
     said = {name: value for name, value in options.items() if value is not None and value is not False and value != {}}
-    return call | said
+    return call | said | ({"decode_cf": False} if no_decode_cf else {})
 
 
 def _cluster(address):
@@ -297,7 +304,8 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     if x and "path" not in (kept["data"]["ydata"] or {}):
         raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
     if x:
-        call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]))
+        decode_cf = kept["options"]["decode_cf"]
+        call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]), decode_cf=decode_cf)
     call = {name: value for name, value in call.items() if value is not None}
     _solve(api.resume, call, scheduler, directory, out, report, log)
 

@@ -11,15 +11,15 @@ from functools import cached_property, reduce
 from itertools import product
 from math import prod
 from numbers import Real
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import dask.array as da
 import numpy as np
 
+from .arrays import apart, as_array, join_masks, parted
+from .cf import AS_STORED, Decoding
 from .chunks import Rules, block_cuts
 from .kernels import Invalid, Layout, Layouts
-from .labels import earliest, seconds, with_dates
 from .memory import buffer_bytes
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
@@ -35,6 +35,7 @@ class Problem:
     rules: Rules
     factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
+    decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,95 +135,6 @@ class Problem:
 # at the door
 
 
-def as_array(name: str, data) -> np.ndarray | da.Array:
-    """NumPy for what is in memory, Dask for what is not; real numbers only."""
-    if data is None or isinstance(data, (str, bytes, PurePath)) or hasattr(data, "array_keys"):
-        kind = "a group: pass one of its arrays" if hasattr(data, "array_keys") else f"{data!r}: pass an array"
-        raise TypeError(f"`{name}` is {kind}. Open a store first, as with zarr.open_array(path, mode='r')")
-    if hasattr(data, "dims") and hasattr(data, "data"):  # xarray
-        data = data.data
-    if isinstance(data, da.Array):
-        array = data
-        if any(np.isnan(size) for sizes in array.chunks for size in sizes):
-            raise ValueError(f"`{name}` is a Dask array of unknown chunk sizes: call {name}.compute_chunk_sizes() first")
-        if any(0 in sizes for sizes in array.chunks) and array.size:
-            array = array.rechunk(tuple(tuple(size for size in sizes if size) for sizes in array.chunks))
-    elif _on_disk(data):
-        # one shard, or one chunk, is the smallest piece that a store can read by itself
-        stored = getattr(data, "shards", None) or getattr(data, "chunks", None) or "auto"
-        lock = not hasattr(data, "store")
-        array = da.from_array(_Reopened(data) if hasattr(data, "file") else data, chunks=stored, name=False, lock=lock)
-    else:
-        try:
-            array = np.asarray(with_dates(data))
-        except ValueError as err:  # lists of different lengths
-            raise ValueError(f"`{name}` is not an array: {err}") from None
-    if array.dtype.kind in "mM" and name.startswith("xdata"):
-        array = _seconds(array)
-    if array.dtype.kind not in "buif":
-        raise TypeError(
-            f"`{name}` has dtype {array.dtype}: real numbers are needed (fit real and imaginary parts or amplitude and "
-            "phase of complex data separately, convert text to numbers; dates may be `xdata`)"
-        )
-    return array
-
-
-def _seconds(array):
-    """Dates as seconds since the earliest one, lazily of a Dask array."""
-    origin = None
-    if array.dtype.kind == "M" and isinstance(array, da.Array):
-        origin = da.reduction(array, _first, _first, dtype=array.dtype, meta=np.empty((), array.dtype))
-    elif array.dtype.kind == "M":
-        origin = earliest(array)
-    return seconds(array, origin)
-
-
-def _first(dates, axis, keepdims):
-    return np.fmin.reduce(dates, axis=axis, keepdims=keepdims)  # no NaT, where there is any other
-
-
-class _Reopened:
-    """An h5py dataset that a worker opens again by its file and name, since an open one cannot be sent."""
-
-    def __init__(self, dataset):
-        self.dataset, self.shape, self.dtype, self.ndim = dataset, dataset.shape, dataset.dtype, dataset.ndim
-
-    def __getitem__(self, item):
-        return self.dataset[item]
-
-    def __reduce__(self):
-        return _reopen, (type(self.dataset.file), self.dataset.file.filename, self.dataset.name)
-
-
-def check_sendable(**arguments) -> None:
-    """Workers open HDF5 files themselves, which they cannot while someone writes.
-
-    Raises
-    ------
-    TypeError
-        Where a data set is of a file that is open for writing.
-    """
-    for name, argument in arguments.items():
-        for each in argument if isinstance(argument, tuple) else (argument,):
-            mode = getattr(getattr(each, "file", None), "mode", "r")
-            if mode != "r":
-                raise TypeError(
-                    f"`{name}` is in {each.file.filename}, which is open for writing, so that workers cannot read it: open "
-                    "it with mode 'r', or use strategy=\"standard\""
-                )
-
-
-def _reopen(file_type, filename, name):
-    return _Reopened(file_type(filename, "r")[name])
-
-
-def _on_disk(data):
-    array_like = all(hasattr(data, attribute) for attribute in ("shape", "dtype", "__getitem__"))
-    # NumPy and JAX have the second attribute, pandas the third
-    in_memory = isinstance(data, np.generic) or hasattr(data, "__array_priority__") or hasattr(data, "to_numpy")
-    return array_like and not in_memory
-
-
 def build_problem(
     xdata,
     ydata,
@@ -234,7 +146,10 @@ def build_problem(
     whole: bool = False,
     split: bool = False,
     hides: bool = False,
-    sentinels=(),
+    sentinels=((), None),
+    decoding: Decoding = AS_STORED,
+    decoded: tuple[str, ...] = (),
+    decode_cf: bool = True,
     counts: bool = False,
 ) -> Problem:
     """Check shapes and dtypes and align the operands; reads no data.
@@ -253,6 +168,10 @@ def build_problem(
         Whether chunks that cannot be read are left out.
     sentinels : tuple
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
+    decoding : Decoding
+        What the stored values of y mean.
+    decoded, decode_cf
+        What `Problem` and `Rules` are to say of it.
     counts : bool
         Whether y must not be negative.
 
@@ -263,22 +182,25 @@ def build_problem(
     TypeError
         Data that are not real numbers.
     """
-    if _is_masked(sigma):
-        raise TypeError("`sigma` is a masked array: pass its data, and its mask as mask=")
-    ydata, mask = unmasked(ydata, mask)
-    xdata = _plain(xdata)
-    y = as_array("ydata", ydata)
+    y, hidden = apart("ydata", ydata)
     x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
+    parts = [parted(c) for c in coordinates]
+    coordinates = [c for c, _ in parts]
     if y.size == 1 and coordinates and x_kind != "tuple":  # SciPy broadcasts a single y
         y = np.broadcast_to(np.asarray(y), coordinates[0].shape)
     if y.size == 0:
         raise ValueError("`ydata` must not be empty!")
     if y.ndim == 0:
         y = y.reshape(1)
-    sigma = np.ones(1) if sigma is None else as_array("sigma", sigma)
+    sigma, hidden_sigma = apart("sigma", np.ones(1) if sigma is None else sigma)
     operands = [y, _broadcastable("sigma", sigma, y.shape)]
+    masks = [("ydata", hidden), ("sigma", hidden_sigma), *(("xdata", each) for _, each in parts)]
     if mask is not None:
-        operands.append(_broadcastable("mask", as_array("mask", mask), y.shape))
+        masks += [("mask", each) for each in apart("mask", mask)]
+    masks = [_broadcastable(name, each, y.shape) for name, each in masks if each is not None]
+    mask = masks[0] if len(masks) == 1 else join_masks(each != 0 for each in masks)
+    if mask is not None:
+        operands.append(mask)
     elif omit or hides:
         operands.append(np.zeros((1,) * y.ndim, bool))
     operands += [_broadcastable("xdata", c, y.shape) for c in coordinates]
@@ -290,11 +212,11 @@ def build_problem(
     operands = tuple(_aligned(operand, chunks, lazy) for operand in operands)
 
     def layout(operand, coordinate=False):
-        return Layout(operand.shape == y.shape, coordinate and x_kind == "tuple" and operand.dtype.kind in "iu")
+        return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
 
     masked = mask is not None or omit or hides
     layouts = Layouts(
-        y=Layout(True),
+        y=Layout(True, scale=decoding.scale, offset=decoding.offset),
         sigma=layout(operands[1]),
         # points that are left out for their values need a mask of their own
         mask=(Layout(True) if omit or hides else layout(operands[2])) if masked else None,
@@ -302,7 +224,7 @@ def build_problem(
         x_kind=x_kind,
         x_lead=x_lead,
         ndim=y.ndim,
-        invalid=invalid_values(*sentinels, y.dtype) if sentinels else None,
+        invalid=invalid_values(*sentinels, y.dtype, decoding),
     )
     largest = [max(sizes) for sizes in chunks]
     capacities = tuple(
@@ -314,12 +236,12 @@ def build_problem(
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
     dtypes = tuple(operand.dtype for operand in operands)
-    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes, counts)
-    return Problem(operands, chunks, rules)
+    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes, counts, decode_cf)
+    return Problem(operands, chunks, rules, decoded=decoded)
 
 
-def invalid_values(mask_values, valid_range, dtype) -> Invalid | None:
-    """What a value of y must not be, of what ``dtype`` can hold."""
+def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
+    """What a value of y must not be, of what ``dtype`` can hold: as it is stored, but for ``valid_range``."""
     try:
         values = [value.item() if hasattr(value, "item") else value for value in mask_values]
         if values == ["largest"]:
@@ -332,42 +254,42 @@ def invalid_values(mask_values, valid_range, dtype) -> Invalid | None:
             "`mask_values` must be a sequence of numbers and `valid_range` a pair (low, high), None for no limit, not "
             f"{mask_values!r} and {valid_range!r}"
         ) from None
+    low, high = decoding.stored_limits(low, high, dtype)
+    values = [*dict.fromkeys((*values, *decoding.missing))]
+    lows, highs = ([each for each in ends if each is not None] for ends in ((low, decoding.low), (high, decoding.high)))
+    low, high = max(lows, default=None), min(highs, default=None)
     if dtype.kind in "iu":
         info = np.iinfo(dtype)
         values = [value for value in values if value == value and info.min <= value <= info.max]
+        if (low is not None and low > info.max) or (high is not None and high < info.min):
+            low, high = info.max, info.min  # none counts
         low = None if low is None or low <= info.min else int(np.ceil(low))
         high = None if high is None or high >= info.max else int(np.floor(high))
+    elif dtype.kind == "f":  # as the comparison rounds them, wherever it is made
+        with np.errstate(over="ignore"):
+            low, high = (None if each is None else float(dtype.type(each)) for each in (low, high))
+            values = [float(dtype.type(each)) for each in values]
     found = Invalid(tuple(values), low, high)
     return found if found != ((), None, None) else None
 
 
-def _is_masked(data):
-    return isinstance(getattr(data, "_meta", data), np.ma.MaskedArray)
-
-
-def unmasked(ydata, mask):
-    """Data and mask of a masked array, NumPy's or Dask's, joined with ``mask``."""
-    if not _is_masked(ydata):
-        return ydata, mask
-    of = da.ma if isinstance(ydata, da.Array) else np.ma
-    hidden = of.getmaskarray(ydata)
-    return of.getdata(ydata), hidden if mask is None else hidden | (as_array("mask", mask) != 0)
-
-
-def _plain(xdata):
-    """x without masked arrays; what they hide has no place in a model, so they are refused."""
-    if any(_is_masked(each) for each in (xdata if isinstance(xdata, tuple) else (xdata,))):
-        raise TypeError("`xdata` is a masked array: pass its data, and its mask as mask=")
-    return xdata
+def _indexes(x_kind, coordinate) -> bool:
+    """Whether the model gets a coordinate as integers, which may index a table."""
+    return x_kind == "tuple" and coordinate.dtype.kind in "iu"
 
 
 def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
-    """How the model takes x, the leading axes of a stacked x, and x as a list of arrays that broadcast against y."""
+    """How the model takes x, the leading axes of a stacked x, and x as a list of arrays, masked where they were given so.
+
+    Without the shape of y one array is not taken for a stack of several.
+    """
     if xdata is None:
         return "none", (), []
     if isinstance(xdata, tuple) and not all(np.isscalar(c) for c in xdata):
         return "tuple", (), [as_array(f"xdata[{k}]", c) for k, c in enumerate(xdata)]
     x = as_array("xdata", xdata)
+    if shape is None:
+        return "single", (), [x]
     lead = x.shape[: x.ndim - len(shape)]
     if lead and shape and x.shape[len(lead) :] == shape:
         return "stacked", lead, [x[index] for index in np.ndindex(lead)]
@@ -382,31 +304,38 @@ class Coordinates(NamedTuple):
     kind: str
     lead: tuple[int, ...]
     arrays: list
+    hidden: list  # what masks of x leave out, with y's axes
 
     @classmethod
     def of(cls, xdata, shape, fit_axes) -> "Coordinates":
         fit_shape = tuple(shape[k] for k in fit_axes)
+        fitted = tuple(n if k in fit_axes else 1 for k, n in enumerate(shape))
 
         def own(c):
-            return np.ndim(c) == len(shape) > len(fit_shape)
+            return c.ndim == len(shape) > len(fit_shape)
 
-        parts = xdata if isinstance(xdata, tuple) else (xdata,)
-        if xdata is None or not any(map(own, parts)):
-            kind, lead, arrays = _coordinates(xdata, fit_shape)
-            arrays = [_broadcastable("xdata", c, fit_shape) for c in arrays]
-            return cls(kind, lead, [np.broadcast_to(np.asarray(c), fit_shape) for c in arrays])
-        arrays = []
-        for k, c in enumerate(parts):
-            c = as_array(f"xdata[{k}]", c)
+        kind, lead, given = _coordinates(xdata, None)
+        if not any(map(own, given)):
+            kind, lead, given = _coordinates(tuple(given) if kind == "tuple" else given[0] if given else None, fit_shape)
+        arrays, hidden = [], []
+        for c in given:
             if own(c):
-                arrays.append(_broadcastable("xdata", c, shape))
+                c, mask = (each if each is None else _broadcastable("xdata", each, shape) for each in parted(c))
             else:
-                arrays.append(np.broadcast_to(np.asarray(_broadcastable("xdata", c, fit_shape)), fit_shape))
-        return cls("tuple" if isinstance(xdata, tuple) else "single", (), arrays)
+                c = c.compute() if isinstance(c, da.Array) else c
+                c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
+                c = np.broadcast_to(c, fit_shape)
+                mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
+            arrays.append(c)
+            hidden += [] if mask is None else [mask]
+        return cls(kind, lead, arrays, hidden)
 
     def shared(self, fit_axes) -> tuple[np.ndarray | None, ...]:
         """(n,) each; None for one that pixels differ in."""
         return tuple(np.array(c).ravel() if c.ndim == len(fit_axes) else None for c in self.arrays)
+
+    def integer(self, k: int) -> bool:
+        return _indexes(self.kind, self.arrays[k])
 
 
 def _broadcastable(name, array, shape):
@@ -434,28 +363,31 @@ def _aligned(operand, chunks, lazy):
     return operand
 
 
-def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool) -> Problem:
+def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool, **rules) -> Problem:
     """A problem with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
 
     Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
-    does, so that the model sees those only that count.
+    does, so that the model sees those only that count. ``rules`` are further ones of `build_problem`.
 
     Raises
     ------
     ValueError
         Where the covariance matrix is not finite, symmetric and positive definite.
     """
-    problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True)
-    pieces = problem.pieces((0,) * len(problem.shape))
-    pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
+    problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True, **rules)
     layouts, dropped = problem.rules.layouts, 0
-    if layouts.mask is not None:
-        hidden = np.broadcast_to(pieces[2] != 0, problem.shape)
-        coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[3:]]
+    if layouts.mask is not None or layouts.invalid is not None or layouts.y != Layout(True):
+        pieces = problem.pieces((0,) * len(problem.shape))
+        pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
+        hidden = np.zeros(problem.shape, bool)
+        if layouts.mask is not None:
+            hidden |= pieces.pop(2) != 0
+        if layouts.invalid is not None:
+            hidden |= layouts.invalid.hits(pieces[0])
+        coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[2:]]
         if omit:
-            hidden = hidden | ~np.isfinite(pieces[0])
-            for coordinate in coordinates:
-                hidden = hidden | ~np.isfinite(coordinate)
+            for values in (pieces[0], *coordinates):
+                hidden |= ~np.isfinite(values)
         keep = ~hidden.ravel()
         x = [coordinate.ravel()[keep] for coordinate in coordinates]
         x = {
@@ -468,7 +400,9 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
             raise ValueError(f"no data: all {keep.size} points are masked or omitted (mask: true leaves a point out)")
         dropped = int(keep.size - np.count_nonzero(keep))
         covariance = covariance[np.ix_(keep, keep)]
-        problem = build_problem(x, pieces[0].ravel()[keep], check=check, omit=False, whole=True)
+        y = layouts.y.decoded(pieces[0].ravel()[keep])
+        told = {name: rules[name] for name in ("decoded", "decode_cf") if name in rules}
+        problem = build_problem(x, y, check=check, omit=False, whole=True, **told)
     symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
     if not np.isfinite(covariance).all() or not symmetric:
         raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")

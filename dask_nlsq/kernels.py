@@ -55,10 +55,17 @@ class Layout(NamedTuple):
 
     dense: bool
     integer: bool = False  # keep integers (as int64), so that the model can index a table
+    scale: float = 1.0  # a value is ``stored * scale + offset``
+    offset: float = 0.0
+
+    def decoded(self, stored):
+        """Values of what is stored, as float64; NumPy or JAX."""
+        values = stored.astype("float64")
+        return values if (self.scale, self.offset) == (1.0, 0.0) else values * self.scale + self.offset
 
 
 class Invalid(NamedTuple):
-    """Values of y that stand for no data: single ones, and those below ``low`` or above ``high``."""
+    """Values of y, as they are stored, that stand for no data: single ones, and those below ``low`` or above ``high``."""
 
     values: tuple[float, ...]
     low: float | None
@@ -427,7 +434,7 @@ class _Tile:
         values = self._stored(k, layout)
         if layout is self.layouts.mask:
             return values
-        return values.astype(jnp.int64 if layout.integer else jnp.float64)
+        return values.astype(jnp.int64) if layout.integer else layout.decoded(values)
 
     def _stored(self, k, layout):
         buffer, ndim = self.block.buffers[k], self.layouts.ndim

@@ -34,9 +34,9 @@ def label(values, labels: Labels | None):
 
 def labelled(data) -> bool:
     """Whether it is an xarray DataArray; a TypeError where it is a Dataset."""
-    if hasattr(data, "data_vars"):
+    if hasattr(type(data), "data_vars"):  # of the object itself a Delayed has anything
         raise TypeError(f"an xarray Dataset is no array: pass one of its variables, {list(data.data_vars)}")
-    return hasattr(data, "dims") and hasattr(data, "coords")
+    return hasattr(type(data), "dims") and hasattr(type(data), "coords")
 
 
 def by_name(xdata, ydata, sigma, mask):
@@ -98,7 +98,14 @@ def origins(xdata) -> tuple[str | None, ...]:
     """The earliest date of each coordinate; None where it has none, or is not in memory."""
     parts = [with_dates(each) for each in (xdata if isinstance(xdata, tuple) else (xdata,))]
     here = [not hasattr(each, "dask") and not hasattr(each, "store") and is_kind(each, "M") for each in parts]
-    return tuple(str(earliest(np.asarray(each))) if dates else None for each, dates in zip(parts, here, strict=True))
+    return tuple(str(earliest(_known(each))) if dates else None for each, dates in zip(parts, here, strict=True))
+
+
+def _known(dates):
+    """Dates in memory as an array, NaT where they are masked."""
+    if not isinstance(dates, np.ma.MaskedArray):
+        return np.asarray(dates)
+    return np.where(np.ma.getmaskarray(dates), np.array("NaT", dates.dtype), np.ma.getdata(dates))
 
 
 def earliest(dates: np.ndarray):
@@ -125,7 +132,7 @@ def since(x, known):
         origin = known[k] if k < len(known) else None
         if origin is None and each.dtype.kind == "M":
             raise TypeError(f"`x` has the dtype {each.dtype}: give seconds, since the earliest date of the fit")
-        array = each if hasattr(each, "dims") or hasattr(each, "dask") else np.asarray(each)
+        array = each if hasattr(each, "dims") or hasattr(each, "dask") else _known(each)
         parts[k] = seconds(array, np.datetime64(origin) if origin else None)
     return tuple(parts) if isinstance(x, tuple) else parts[0]
 

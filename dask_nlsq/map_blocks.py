@@ -6,16 +6,18 @@ read once, and else in as few *bands* of the map's first axis as memory allows, 
 """
 
 import threading
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import ceil, inf, prod
+from math import prod
 from typing import Any, NamedTuple
 
 import dask.array as da
 import jax
 import numpy as np
+from dask.layers import ArraySliceDep
 
 from .admission import open_data
 from .arguments import (
@@ -27,68 +29,21 @@ from .arguments import (
     ready_model,
     tolerance,
 )
-from .budget import GB, effective_fraction, positive
+from .arrays import as_array, join_masks, parted
+from .budget import positive
+from .cf import Decoding
 from .chunks import check_integers
-from .config import threads
-from .environment import size
-from .inputs import Coordinates, as_array, invalid_values, unmasked
+from .inputs import Coordinates, invalid_values
 from .kernels import Layout, Layouts, assemble_x, check_model, check_pointwise, choose_jac_mode
 from .labels import coordinates_of, labelled
+from .map_plan import MapPlan, capacity, plan_blocks
 from .map_solver import Fitted, Pixels, map_kernel
-from .map_step import LANE_POINTS, Limits, MapSpec
+from .map_step import Limits, MapSpec
 from .model import Model, advice, function_name, intern
-from .plan import MemoryBudgetError, several
-from .resources import active_client, available_memory, workers_memory
 from .store import Policy, Stored
 from .trf_jit import float64
 
-BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds, and 16 bytes each beside those that are read
-SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
-JOINING = 2.5  # times the data, while chunks along the fit axes are joined: as they come, their pieces, the blocks
-WORKING = 24  # bytes for each value of a block that is being fitted
 _first_call = threading.Lock()
-
-
-@dataclass(frozen=True)
-class MapPlan:
-    """How a map will be fitted. Sizes in bytes.
-
-    Attributes
-    ----------
-    n_pixels, n_points, n_params, n_blocks : int
-        Pixels of the map, points of each, parameters, tasks.
-    n_bands : int
-        Parts of the map that are fitted one after the other; each reads all chunks of the data that it touches.
-    read_bytes : int
-        That will be read: the data as they are stored, times the bands where chunks along the fit axes are joined.
-    peak_bytes : int
-        Predicted for the data of all threads.
-    reason : str
-    """
-
-    n_pixels: int
-    n_points: int
-    n_params: int
-    n_blocks: int
-    n_bands: int
-    read_bytes: int
-    peak_bytes: int
-    reason: str
-
-    def explain(self) -> None:
-        """Print the plan, which is also ``str(plan)``."""
-        print(self)
-
-    def __str__(self):
-        bands = several(self.n_bands, "band")
-        return "\n".join(
-            [
-                f"map      {self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}",
-                f"blocks   {self.n_blocks:,} in {bands}: {self.reason}",
-                f"reads    {size(self.read_bytes)}",
-                f"memory   {size(self.peak_bytes)} for data",
-            ]
-        )
 
 
 class Operand(NamedTuple):
@@ -96,6 +51,21 @@ class Operand(NamedTuple):
 
     array: Any
     last: int = 0  # further axes at the end: 1 for parameters
+
+
+class _Pixel(NamedTuple):
+    """Pixels of a block by their places in the map."""
+
+    shape: tuple[int, ...]  # of the block
+    begin: list[int]
+
+    def first(self, bad) -> str:
+        """Words for the first pixel, along the first axis, where ``bad`` is true."""
+        if not self.shape:
+            return "in the only pixel"
+        k = int(np.argmax(bad.any(axis=1)))
+        place = tuple(int(a + b) for a, b in zip(np.unravel_index(k, self.shape), self.begin, strict=True))
+        return f"in pixel {place}"
 
 
 @dataclass(frozen=True)
@@ -110,14 +80,17 @@ class BlockFit:
     x: tuple[np.ndarray | None, ...]  # (n,) each; None: comes with the block
     dtype: np.dtype
     raises: bool  # where values are not finite
+    names: tuple[str, ...]  # of all parameters
 
-    def __call__(self, y, sigma, mask, start, lower, upper, *own) -> np.ndarray:
+    def __call__(self, place, y, sigma, mask, start, lower, upper, *own, first=0) -> np.ndarray:
+        """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
         shape = tuple(s for k, s in enumerate(y.shape) if k not in self.fit_axes)
         rest = iter(own)
         x = tuple(self._rows(next(rest), shape) if c is None else c[None] for c in self.x)
         y, sigma, mask = self._rows(y, shape), self._rows(sigma, shape), self._rows(mask, shape)
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
-        self._check(y, sigma, mask, x, *vectors[1:])
+        begin = [each.start + (first if k == 0 else 0) for k, each in enumerate(place)]
+        self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
         n_pixels, others = len(y), (sigma, mask, x, *vectors)
         others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
         pixels = Pixels(self._filled(y), *others)
@@ -152,27 +125,43 @@ class BlockFit:
         missing = self.capacity - len(array)
         return array if not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
-    def _check(self, y, sigma, mask, x, lower, upper):
-        if not np.all(lower < upper):
+    def _check(self, pixel, y, sigma, mask, x, lower, upper):
+        """Values that cannot be fitted are an error, but for points and pixels that do not count anyway."""
+
+        def counted():
+            invalid = self.spec.layouts.invalid
+            return ~mask if invalid is None else ~(mask | invalid.hits(y))
+
+        crossed = ~(lower < upper)
+        if crossed.any():
+            used = counted() & np.isfinite(y) & np.isfinite(sigma)
+            for c in x:
+                used = used & np.isfinite(c)
+            crossed = crossed & used.any(axis=1)[:, None]
+        if crossed.any():
+            k, column = np.argwhere(crossed)[0]
+            low, high = (each[min(k, len(each) - 1), column] for each in (lower, upper))
             raise ValueError(
-                f"Each lower bound must be strictly less than each upper bound: {int(np.sum(~(lower < upper)))} are not, in "
-                "one block; to hold a parameter use fixed="
+                "Each lower bound must be strictly less than each upper bound: "
+                f"{self.names[self.spec.free[column]]} has [{low}, {high}] {pixel.first(crossed)}; to hold a parameter use "
+                "fixed="
             )
-        if np.any((sigma <= 0) & ~mask):
+        if np.any(bad := sigma <= 0) and np.any(bad := bad & counted()):
             raise ValueError(
-                "`sigma` must be positive: there are values that are zero or negative; use mask= to leave out points"
+                f"`sigma` must be positive: it is zero or negative {pixel.first(bad)}; use mask= to leave out points"
             )
-        if self.spec.loss == "poisson" and np.any((y < 0) & ~mask):
-            raise ValueError("loss='poisson' is for counts: there are negative values in `ydata`; mask= leaves points out")
+        if self.spec.loss == "poisson" and np.any(bad := y < 0) and np.any(bad := bad & counted()):
+            raise ValueError(
+                f"loss='poisson' is for counts: `ydata` is negative {pixel.first(bad)}; mask= leaves points out"
+            )
         for c in x:
             check_integers(c, mask, "in one block")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
-                bad = int(np.sum(~np.isfinite(array) & ~mask))
-                if bad:
+                if np.any(bad := ~np.isfinite(array)) and np.any(bad := bad & counted()):
                     raise ValueError(
-                        f"The input contains nan or infinity: {bad} of the values of `{name}` in one block. "
-                        'nan_policy="omit" leaves these points out'
+                        f"The input contains nan or infinity: {int(np.sum(bad))} of the values of `{name}` in one block, "
+                        f'first {pixel.first(bad)}. nan_policy="omit" leaves these points out'
                     )
 
     def _record(self, found: Fitted) -> np.ndarray:
@@ -232,7 +221,7 @@ class MapProblem:
                 edges.append(end)
             end += n
         bands = tuple(slice(a, b) for a, b in pairwise([*edges, end])) if blocks else self.bands
-        fit = replace(self.fit, capacity=_capacity(blocks, self.plan.n_points))
+        fit = replace(self.fit, capacity=capacity(blocks, self.plan.n_points))
         return replace(self, fit=fit, bands=bands, blocks=blocks)
 
     def records(self) -> da.Array:
@@ -245,10 +234,17 @@ class MapProblem:
         axes, arguments = self.map_axes, []
         for operand in (Operand(self.y), *self.operands.values()):
             arguments += self.part(operand, rows)
+        first, *others = self.blocks if axes else [()]
+        ends = np.cumsum(first)
+        inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
+        place = ArraySliceDep((inside, *others) if axes else ())
         return da.blockwise(
             self.fit,
             axes,
+            place,
+            axes,
             *arguments,
+            first=rows.start,
             dtype=self.fit.dtype,
             meta=np.empty((0,) * len(axes), self.fit.dtype),
             concatenate=True,
@@ -260,7 +256,8 @@ class MapProblem:
         """An operand on some rows of the map, in its blocks, and its axes as `blockwise` counts them."""
         array, last = operand
         axes, want = self.map_axes, {}
-        if array.ndim == last or (isinstance(array, np.ndarray) and all(array.shape[k] == 1 for k in axes) and axes):
+        may_be_shared = axes and isinstance(array, np.ndarray) and array is not self.y
+        if array.ndim == last or (may_be_shared and all(array.shape[k] == 1 for k in axes)):
             return array, None  # the same for all pixels
         for place, (k, sizes) in enumerate(zip(axes, self.blocks, strict=True)):
             if array.shape[k] == 1:
@@ -303,6 +300,9 @@ def build_map(
     mask_values,
     valid_range,
     strategy,
+    on_bad_chunk,
+    missing_chunks,
+    decode_cf,
     jac_mode,
     memory_limit_gb,
 ) -> MapProblem:
@@ -311,13 +311,14 @@ def build_map(
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if nan_policy not in ("omit", "raise"):
         raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
-    ydata, hidden = unmasked(ydata, None)
     dims = getattr(ydata, "dims", None)
     if labelled(ydata):
         xdata = coordinates_of(xdata, ydata, axes_of(axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    data, stored, rules = open_data(as_given, Policy(), mask_values, valid_range)
-    y = as_array("ydata", data["ydata"])
+    policy = Policy(on_bad_chunk, missing_chunks)
+    data, stored, rules = open_data(as_given, policy, mask_values, valid_range, decode_cf, loss, masks=True)
+    stored_size = as_array("ydata", data["ydata"]).itemsize
+    y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
     if y.size == 0:
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(axis, dims, y.ndim)
@@ -333,11 +334,11 @@ def build_map(
         y=Layout(True),
         sigma=Layout(True),
         mask=Layout(True),
-        x=tuple(Layout(True, coordinates.kind == "tuple" and c.dtype.kind in "iu") for c in coordinates.arrays),
+        x=tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays))),
         x_kind=coordinates.kind,
         x_lead=coordinates.lead,
         ndim=1,
-        invalid=invalid_values(*rules["sentinels"], y.dtype),
+        invalid=invalid,
     )
     check_model(model, layouts, n, len(names))
     if guess is not None:
@@ -346,7 +347,8 @@ def build_map(
     if jac_mode == "auto" and not any(each is None for each in shared):
         known = [guess is None and not isinstance(each, da.Array) for each in start]
         check = np.array([np.asarray(v).flat[0] if k else 1.0 for v, k in zip(start, known, strict=True)])
-        check_pointwise(model, layouts, tuple(c.astype(float) for c in shared), check)
+        types = [np.int64 if each.integer else np.float64 for each in layouts.x]
+        check_pointwise(model, layouts, tuple(c.astype(t) for c, t in zip(shared, types, strict=True)), check)
     spec = MapSpec(
         layouts=layouts,
         free=free,
@@ -365,27 +367,74 @@ def build_map(
         limit(max_nfev, None) or 100 * p,
         positive("f_scale", f_scale),
     )
-    left_out = along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes) != 0
+    sigma, hidden_sigma = parted(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], y.shape, fit_axes))
+    masks = parted(along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes))
+    masks = [each != 0 for each in (*masks, hidden, hidden_sigma, *coordinates.hidden) if each is not None]
+    left_out = join_masks(masks)
+    _check_shared(shared, left_out, map_axes, nan_policy)
     operands = {
-        "sigma": Operand(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], y.shape, fit_axes)),
-        "mask": Operand(left_out if hidden is None else left_out | hidden),
+        "sigma": Operand(sigma),
+        "mask": Operand(left_out),
         "start": over_the_map(start, y.shape, fit_axes),
         "lower": over_the_map(lower, y.shape, fit_axes),
         "upper": over_the_map(upper, y.shape, fit_axes),
     }
     operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
-    bands, blocks, plan = _plan(y, fit_axes, len(names), strategy, memory_limit_gb)
+    bands, blocks, plan = plan_blocks(y, fit_axes, len(names), strategy, memory_limit_gb)
+    plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
     fit = BlockFit(
         model=model,
         spec=spec,
         limits=limits,
         fit_axes=fit_axes,
-        capacity=_capacity(blocks, n),
+        capacity=capacity(blocks, n),
         x=shared,
         dtype=record_dtype(len(names), full_covariance),
         raises=nan_policy == "raise",
+        names=names,
     )
     return MapProblem(fit, y, operands, bands, blocks, plan, names, tuple(stored))
+
+
+def _values(ydata, sentinels, decoding: Decoding):
+    """y, what hides its values, and which of them stand for no data; scaled ones are decoded, as they are read."""
+    y = as_array("ydata", ydata)
+    invalid = invalid_values(*sentinels, y.dtype, decoding)
+    if decoding.scaled:
+        y, invalid = decoding.lazily(y, invalid), None
+    return *parted(y), invalid
+
+
+def _check_shared(shared, left_out, map_axes, nan_policy) -> None:
+    """Points where a coordinate that all pixels share is not finite are left out of all of them, which is said.
+
+    Raises
+    ------
+    ValueError
+        Where ``nan_policy`` is "raise", and no mask leaves them out.
+    """
+    bad = np.zeros(1, bool)
+    for c in shared:
+        bad = bad | (False if c is None else ~np.isfinite(c))
+    if not bad.any():
+        return
+    if isinstance(left_out, np.ndarray):
+        bad = bad & ~left_out.all(axis=map_axes).ravel()
+    elif nan_policy == "raise":
+        return  # blocks will tell which points count
+    count, everything = int(bad.sum()), len(bad)
+    if count and nan_policy == "raise":
+        raise ValueError(
+            f"The input contains nan or infinity: {count} of the {everything} values of `xdata`, which all pixels share. "
+            "mask= leaves these points out"
+        )
+    if count:
+        warnings.warn(
+            f"{count} of {everything} points are left out of every pixel, since `xdata`, which all pixels share, is not "
+            "finite there: correct it, or leave these points out with mask=",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _check_guess(guess: Model, layouts: Layouts, n: int, names) -> None:
@@ -402,7 +451,7 @@ def _check_guess(guess: Model, layouts: Layouts, n: int, names) -> None:
 
 
 def along(name, array, shape, fit_axes):
-    """``sigma`` or ``mask`` with as many axes as y: of y's shape, the fit axes' or the map's, or broadcasting to y's."""
+    """``sigma`` or ``mask`` with y's axes, of y's shape, the fit axes' or the map's, or broadcasting to y's."""
     array = as_array(name, array)
     if array.ndim == 0:
         return array.reshape((1,) * len(shape))
@@ -433,78 +482,3 @@ def over_the_map(values: list[Any], shape, fit_axes) -> Operand:
     lib = da if any(isinstance(each, da.Array) for each in values) else np
     return Operand(lib.stack([lib.broadcast_to(lib.reshape(lib.asarray(each), mapped) if np.ndim(each) else each, mapped)
                               for each in values], axis=-1).astype(np.float64), 1)  # fmt: skip
-
-
-def _capacity(blocks, n):
-    """Pixels, of ``n`` points, of the largest block; if it is small a power of 4, which other maps may have compiled for."""
-    most = prod(max(sizes) for sizes in blocks)
-    few = 4 ** max(3, (most - 1).bit_length() + 1 >> 1)
-    return few if few * n <= LANE_POINTS else most
-
-
-def _plan(y, fit_axes, n_params, strategy, memory_limit_gb):
-    """Bands, blocks along the map axes, and the plan."""
-    map_axes = [k for k in range(y.ndim) if k not in fit_axes]
-    n = prod(y.shape[k] for k in fit_axes)
-    lazy = isinstance(y, da.Array)
-    chunks = [y.chunks[k] if lazy else (y.shape[k],) for k in map_axes]
-    cut = lazy and any(y.numblocks[k] > 1 for k in fit_axes)
-    client, fraction = active_client(), effective_fraction()[0]
-    may_take = fraction * (sum((workers_memory(client) or {}).values()) if client else available_memory())
-    if memory_limit_gb is not None:
-        may_take = positive("memory_limit_gb", memory_limit_gb) * GB
-    n_threads = sum(client.nthreads().values()) if client else threads()
-    value_bytes = WORKING + 2 * y.itemsize
-    half = may_take / (2 * n_threads * value_bytes)  # the other half is for what is read
-    most = max(1, int(min(BLOCK_VALUES if lazy else SPLIT_VALUES, half)) // n)
-    blocks = _split(chunks, most)
-    largest = prod(max(sizes) for sizes in blocks) * n
-    working = min(n_threads, prod(len(sizes) for sizes in blocks)) * largest * value_bytes
-    rows = y.shape[map_axes[0]] if map_axes else 1
-    bands, reason = (slice(0, rows),), "as the data are chunked along the map"
-    if cut:
-        joining, room = JOINING * y.nbytes, may_take - working
-        n_bands = ceil(joining / room) if room > 0 else inf
-        if n_bands > (1 if strategy in ("standard", "chunked") else rows):
-            raise MemoryBudgetError(
-                f"joining the chunks of `ydata` along the fit axes takes {size(joining)} at once, beside "
-                f"{size(working)} for the blocks; there are {size(may_take)}",
-                'raise memory_limit_gb, use strategy="auto", which reads the data several times, or rechunk them on disk',
-            )
-        reason = f"chunks along the fit axes are joined, which takes {size(joining / n_bands)} of {size(may_take)}"
-        height = rows // n_bands
-        ends = range(0, rows, height)
-        bands = tuple(slice(a, min(a + height, rows)) for a in ends)
-        if n_bands > 1:
-            chunks[0] = tuple(band.stop - band.start for band in bands)
-        blocks = _split(chunks, most)
-    elif working > may_take and (lazy or memory_limit_gb is not None):
-        raise MemoryBudgetError(
-            f"{several(n_threads, 'thread')} with blocks of {size(largest * y.itemsize)} take {size(working)}; there are "
-            f"{size(may_take)}",
-            "rechunk the map axes into smaller chunks, or raise memory_limit_gb",
-        )
-    plan = MapPlan(
-        n_pixels=y.size // n,
-        n_points=n,
-        n_params=n_params,
-        n_blocks=prod(len(sizes) for sizes in blocks),
-        n_bands=len(bands),
-        read_bytes=y.nbytes * len(bands),
-        peak_bytes=int(working + (joining / len(bands) if cut else 0)),
-        reason=reason,
-    )
-    return bands, tuple(map(tuple, blocks)), plan
-
-
-def _split(chunks, most: int) -> list[tuple[int, ...]]:
-    """Chunks along the map axes, cut so that no block has more than ``most`` pixels; the first axes are cut first."""
-    found = [tuple(sizes) for sizes in chunks]
-    for k in range(len(found)):
-        others = prod(max(sizes) for sizes in found[:k] + found[k + 1 :])
-        longest = max(1, most // others)
-        if max(found[k]) > longest:
-            found[k] = tuple(
-                part for n in found[k] for part in (*[longest] * (n // longest), *([n % longest] if n % longest else []))
-            )
-    return found

@@ -20,7 +20,8 @@ import zarr
 from tqdm.dask import TqdmCallback
 
 from .kernels import fingerprint
-from .map_blocks import MapPlan, MapProblem, Operand
+from .map_blocks import MapProblem, Operand
+from .map_plan import MapPlan
 from .map_step import MapStatus
 from .model import function_name
 from .plots import maps
@@ -158,6 +159,7 @@ class MapResult:
             operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
             coarse=None if self.problem.coarse is None else _describe(self.problem.coarse.array),
             coordinates=[None if c is None else _describe(c) for c in fit.x],
+            decoded=list(self.plan.decoded),
             stores={each.name: each.describe() for each in self.problem.sources},
         )
         return json.loads(json.dumps(identity))
@@ -187,6 +189,12 @@ class MapResult:
             raise ValueError(
                 "this map is computed already: call to_zarr on what fit_map returned, or to_xarray().to_zarr(path)"
             )
+        for name, (_, values, _) in self.labels.get("coords", {}).items():
+            if values.dtype.kind == "O" and values.size and isinstance(values.flat[0], tuple):
+                raise ValueError(
+                    f"the coordinate {name!r} of `ydata` is a MultiIndex, which a store cannot hold: fit "
+                    f"ydata.reset_index({name!r}), which keeps its levels as coordinates"
+                )
         path, identity = Path(path).absolute(), self._provenance
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not resume:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any, Literal
+from uuid import uuid4
 
 import dask.array as da
 import numpy as np
@@ -45,6 +46,9 @@ def fit_map(
     full_covariance: bool = False,
     mask_values=None,
     valid_range=None,
+    on_bad_chunk: Literal["raise", "mask"] = "raise",
+    missing_chunks: Literal["error", "mask", "fill"] = "error",
+    decode_cf: bool = True,
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     memory_limit_gb: float | None = None,
@@ -72,9 +76,11 @@ def fit_map(
         As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
         shapes are ambiguous, with as many axes as ydata.
     bounds : pair or dict
-        ``(lower, upper)`` or ``{name: (lower, upper)}``; numbers or arrays of the map's shape, None for no bound.
+        ``(lower, upper)`` or ``{name: (lower, upper)}``; numbers or arrays of the map's shape, None for no bound. Pixels
+        without points need none that make sense.
     nan_policy : {"omit", "raise"}
-        "omit": points that are not finite do not count. "raise": they are an error when they are met.
+        "omit": points that are not finite do not count; a warning where that is in a coordinate that all pixels share.
+        "raise": they are an error when they are met.
     fixed : dict, optional
         Values of parameters that are not fitted, by name; numbers or arrays of the map's shape.
     guess : {None, "coarse-to-fine"}
@@ -86,7 +92,10 @@ def fit_map(
     strategy : {"auto", "standard", "chunked", "streaming"}
         Where data are cut along the fit axes: read at once ("standard", "chunked"), or, where they do not fit in memory, in
         several passes ("auto", "streaming").
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, jac_mode
+    on_bad_chunk : {"raise", "mask"}
+        As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, \
+    missing_chunks, decode_cf, jac_mode
         As in `dask_nlsq.curve_fit`.
     memory_limit_gb : float, optional
         GiB that may be taken for data; by default 75 % of what is available.
@@ -102,6 +111,13 @@ def fit_map(
         Arguments that do not fit together, at once; values of sigma that are not positive when they are read.
     MemoryBudgetError
         Blocks that do not fit in memory.
+    BadChunkError, MissingChunksError
+        As in `dask_nlsq.curve_fit`.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where points are left out of every pixel since a shared coordinate is not finite there.
 
     Notes
     -----
@@ -132,8 +148,9 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     axes, fit, last = problem.map_axes, problem.fit, problem.y.ndim
     if any(c is None for c in fit.x) or not axes:
         raise ValueError("guess='coarse-to-fine' takes means of spectra: it needs a map, and xdata that all pixels share")
-    own = {name: Operand(_read_apart(each.array), each.last) for name, each in problem.operands.items()}
-    bins = _binned(replace(problem, y=_read_apart(problem.y), operands=own))
+    y, *arrays = _read_apart(problem.y, *(each.array for each in problem.operands.values()))
+    own = {name: Operand(array, each.last) for array, (name, each) in zip(arrays, problem.operands.items(), strict=True)}
+    bins = _binned(replace(problem, y=y, operands=own))
     mean = da.nanmean(bins, axis=axes, keepdims=True)
     operands = {name: _of_all(operand, axes) for name, operand in own.items()}
 
@@ -153,14 +170,19 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     popt = da.where(good[..., None], found["popt"], first)
     popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
     shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))
-    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + int(problem.y.nbytes))
+    once = problem.plan.read_bytes // problem.plan.n_bands
+    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + once)
     fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan, coarse=problem.operands["start"])
     return fine.with_operands(start=Operand(popt.reshape(*shape, popt.shape[-1]), 1))
 
 
-def _read_apart(array):
-    """The same with tasks of its own: else all that is read for the coarse fits would be kept for those of the pixels."""
-    return clone(array) if isinstance(array, da.Array) else array
+def _read_apart(*arrays):
+    """The same with tasks of their own: else all that is read for the coarse fits would be kept for those of the pixels.
+
+    What several need, as data and their mask, is read once for them.
+    """
+    seed = uuid4().hex
+    return [clone(array, seed=seed) if isinstance(array, da.Array) else array for array in arrays]
 
 
 def _binned(problem: MapProblem) -> da.Array:

@@ -71,6 +71,8 @@ class Plan:
         That one thread needs beside them to read one run of chunks.
     places : tuple of Place
         This process first, then the workers that hold data.
+    decoded : tuple of str
+        Attributes of stored arrays that are applied to their values, a line for each array.
     """
 
     strategy: Strategy
@@ -83,6 +85,7 @@ class Plan:
     held_bytes: int
     in_flight_bytes: int
     places: tuple[Place, ...]
+    decoded: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> float:
@@ -117,6 +120,7 @@ class Plan:
             ("in flight", f"{size(self.in_flight_bytes)} per thread while data are read"),
             ("a sweep", f"{size(self.sweep_bytes)} from {source}, in {several(self.n_partitions, 'task')}"),
         ]
+        rows[2:2] = [("decoded", each) for each in self.decoded]
         columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
         lines = [f"{name:<12}{value}" for name, value in rows]
         lines += ["", *table([columns, *map(_cells, self.places)])]
@@ -220,6 +224,7 @@ def make_plan(
         held_bytes=needs.held,
         in_flight_bytes=int(needs.in_flight),
         places=places,
+        decoded=problem.decoded,
     )
     logger.info("%r", plan)
     return plan

@@ -550,3 +550,10 @@ def map_chunks(problem: Problem, evaluation: Evaluation, params: np.ndarray, wha
         shape = (*VALUES_LEAD[what], *load.shape)
         grid[load.index] = da.from_delayed(values, shape, dtype=np.float64) if problem.lazy else values
     return da.block(grid.tolist()) if problem.lazy else np.block(grid.tolist())
+
+
+def but_hidden(problem: Problem, values):
+    """Values with y's axes as their last ones, NaN where the mask of the problem is true."""
+    if problem.rules.layouts.mask is None:
+        return values
+    return (da if problem.lazy else np).where(problem.operands[2] != 0, np.nan, values)

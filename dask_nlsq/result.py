@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import plots
+from .arrays import decoded
 from .chunks import Rules
 from .diagnostics import Diagnostics, diagnose
 from .environment import Place
@@ -20,7 +21,7 @@ from .labels import Labels, at_labels, label, since
 from .model import Held, Model, intern
 from .multistart import Search
 from .plan import Plan, several
-from .reduction import Evaluation, Factor, Grouping, Read, map_chunks
+from .reduction import Evaluation, Factor, Grouping, Read, but_hidden, map_chunks
 from .report import report
 from .rules import TO_ROUNDING
 from .statistics import (
@@ -288,8 +289,8 @@ class FitResult:
     def predict(self, x=None):
         """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. Lazy where x is.
 
-        Dates count from the earliest one of the fit. xarray's x broadcast by name, and give a DataArray. With None: as the
-        data, NaN in chunks that cannot be read.
+        Dates count from the earliest one of the fit. xarray's x broadcast by name, and give a DataArray. NaN where x is
+        masked. With None: as the data, NaN in chunks that cannot be read.
         """
         points, labels = self._points(x)
         return label(self._values(points, "model"), labels)
@@ -366,7 +367,9 @@ class FitResult:
         """Points at x, of the fit where it is None, and the labels of what is computed there."""
         rules = self._evaluation.rules
         if x is not None:
-            x, labels = at_labels(since(x, self._origins), len(rules.layouts.x_lead))
+            parts = [decoded("x", each, rules.decode_cf)[0] for each in (x if isinstance(x, tuple) else [x])]
+            x = since(tuple(parts) if isinstance(x, tuple) else parts[0], self._origins)
+            x, labels = at_labels(x, len(rules.layouts.x_lead))
             match rules.layouts.x_kind:
                 case "tuple":
                     shape = np.broadcast_shapes(*(np.shape(c) for c in x))
@@ -385,7 +388,8 @@ class FitResult:
         if isinstance(model, NamedModel):
             model = model.find(self._evaluation.rules.layouts, len(self.free))
         params = self.popt[list(self.free)]
-        return map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), params, what, *spread)
+        found = map_chunks(points, self._evaluation._replace(model=model, rules=points.rules), params, what, *spread)
+        return found if points is self._problem else but_hidden(points, found)
 
     def __copy__(self):
         return replace(self)  # with the data

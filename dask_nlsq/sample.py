@@ -71,6 +71,7 @@ def pick(rules: Rules, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np
             values.append(found)
     if layouts.invalid is not None:
         counts &= ~layouts.invalid.hits(values[0])
+    values[0] = layouts.y.decoded(values[0])
     return np.array(values), counts & np.isfinite(values).all(axis=0)
 
 

@@ -28,11 +28,13 @@ from zarr.abc.store import Store
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ZipStore
 
+from .cf import AS_STORED, Decoding
 from .config import codec_pipeline, setting
 
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
 TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 DECODING: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -139,13 +141,13 @@ def open_array(name: str, source) -> zarr.Array:
     FileNotFoundError
         Where nothing is there.
     TypeError
-        Where it is a group.
+        Where it is a group, or a file of another format.
     OSError
         Where the store does not answer, or not to us.
     """
     if isinstance(source, zarr.Array):
         return source
-    store, path = _store(source)
+    store, path = _store(name, source)
     pipeline = codec_pipeline()
     try:
         with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
@@ -163,15 +165,24 @@ def open_array(name: str, source) -> zarr.Array:
     return zarr.Array(opened)
 
 
-def _store(source):
+def _store(name, source):
     """A store, or what Zarr makes one of, and the path in it."""
     text = str(source)
     if urlsplit(text).scheme and not isinstance(source, PurePath) and "://" in text:
         return text, None
     file = next((parent for parent in (Path(text), *Path(text).parents) if parent.is_file()), None)
-    if file is not None and file.suffix == ".zip":  # Zarr takes a .zip for a directory
+    if file is None:
+        return text, None
+    if file.suffix == ".zip":  # Zarr takes a .zip for a directory
         return ZipStore(file, mode="r"), Path(text).relative_to(file).as_posix().removeprefix(".") or None
-    return text, None
+    with open(file, "rb") as opened:
+        is_hdf5 = opened.read(len(HDF5)) == HDF5
+    way_out = (
+        "an HDF5 file: open it with h5py and pass one of its data sets, as h5py.File(path)['entry/data']"
+        if is_hdf5
+        else "a file, and no Zarr store: open it with a library for its format, and pass the array"
+    )
+    raise TypeError(f"`{name}`: {str(file)!r} is {way_out}")
 
 
 def n_stored(data) -> int:
@@ -179,10 +190,21 @@ def n_stored(data) -> int:
     return sum(open_array("ydata", each).size for each in (data if isinstance(data, list) else [data]))
 
 
-def as_dask(name: str, data, policy: Policy) -> tuple[da.Array, list["Stored"]]:
+class Opened(NamedTuple):
+    """Stored arrays as a Dask array, and what is known of them."""
+
+    array: da.Array
+    stored: list["Stored"]
+    decoding: Decoding  # what is still to be done with the values
+    decodings: list[Decoding]  # of each of the arrays, done or not
+
+
+def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
     """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
 
-    Several arrays are concatenated along their first axis.
+    Several arrays are concatenated along their first axis. Values are decoded, and masked where there are none; but those of
+    ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
+    are masked as well, in place of an error.
 
     Raises
     ------
@@ -199,31 +221,42 @@ def as_dask(name: str, data, policy: Policy) -> tuple[da.Array, list["Stored"]]:
         raise ValueError(
             f"`{name}`: arrays are joined along their first axis, and the others differ: {[each.shape for each in stored]}"
         )
-    arrays = [
-        da.from_array(each, chunks=each.chunks or -1, name=False, asarray=False, meta=np.empty((0,) * each.ndim, each.dtype))
-        for each in stored
-    ]
-    return (arrays[0] if len(arrays) == 1 else da.concatenate(arrays)), stored
+    found = [decode_cf and Decoding.of(each.name, each.array.attrs, each.dtype) for each in stored]
+    decodings = [each or AS_STORED for each in found]
+    by_kernels = name == "ydata" and len(set(map(repr, decodings))) == 1
+    arrays = []
+    for each, decoding in zip(stored, decodings, strict=True):
+        empty = np.empty((0,) * each.ndim, each.dtype)
+        source, meta = (Masking(each), np.ma.masked_array(empty)) if masks else (each, empty)
+        array = da.from_array(source, chunks=each.chunks or -1, name=False, asarray=False, meta=meta)
+        arrays.append(array if by_kernels or decoding is AS_STORED else decoding.lazily(array))
+    array = arrays[0] if len(arrays) == 1 else da.concatenate(arrays)
+    return Opened(array, stored, decodings[0] if by_kernels else AS_STORED, decodings)
 
 
-def open_all(policy: Policy, look: bool, **arguments) -> tuple[dict[str, Any], list["Stored"]]:
-    """The arguments with Dask arrays in the place of what is stored, in tuples as well; ``look`` at all chunks' keys."""
+def open_all(
+    policy: Policy, look: bool, decode_cf: bool = True, masks: bool = False, **arguments
+) -> tuple[dict[str, Any], list[Opened]]:
+    """The arguments with Dask arrays in the place of what is stored, in a tuple of coordinates as well.
+
+    ``look`` at all chunks' keys; ``decode_cf`` and ``masks`` as in `as_dask`.
+    """
     found, opened = {}, []
 
     def door(name, data):
-        if isinstance(data, tuple):
+        if isinstance(data, tuple) and name == "xdata":
             return tuple(door(f"{name}[{k}]", each) for k, each in enumerate(data))
         if not is_stored(data):
             return data
-        array, stored = as_dask(name, data, policy)
-        opened.extend(stored)
-        return array
+        opened.append(as_dask(name, data, policy, decode_cf, masks and policy.masks))
+        return opened[-1].array
 
     for name, data in arguments.items():
         found[name] = door(name, data)
     if look:
-        _say_unchecked(opened)
-        for stored in opened:
+        every = [stored for each in opened for stored in each.stored]
+        _say_unchecked(every)
+        for stored in every:
             look_ahead(stored)
     return found, opened
 
@@ -305,6 +338,23 @@ class Stored:
         if await _size(self.array.store, self.key(index)) is None:
             raise FileNotFoundError("it was there when the fit began, and is not any more")
         return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
+
+
+class Masking:
+    """A `Stored` that masks the chunks which are to be left out, where nothing else keeps count of them."""
+
+    def __init__(self, stored: Stored):
+        self.stored, self.shape, self.dtype, self.ndim = stored, stored.shape, stored.dtype, stored.ndim
+
+    def __getitem__(self, item) -> np.ma.MaskedArray:
+        try:
+            return np.ma.masked_array(self.stored[item])
+        except BadChunkError as err:
+            if not err.masked:
+                raise
+            logger.warning("left out: chunk %s of %s, %s (key %s)", err.index, err.array, err.cause, err.key)
+            shape = np.broadcast_to(False, self.shape)[item].shape
+            return np.ma.masked_array(np.zeros(shape, self.dtype), True)
 
 
 def _said(err) -> str:

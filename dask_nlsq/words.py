@@ -13,7 +13,7 @@ import zarr
 
 from .checkpoint import MOST_KEPT, absolute
 from .models import named
-from .store import open_array
+from .store import Policy, as_dask, open_array
 
 WITHIN = 1e-6  # of a step: a stop that is so little above a value leaves it out as well
 INTEGER = r"\s*[-+]?\d+\s*"
@@ -47,11 +47,11 @@ def model(text: str):
     return found
 
 
-def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
+def coordinates(texts, array: zarr.Array, axes=None, read: bool = True, decode_cf: bool = True):
     """x for the fit axes of an array (all, if None): of ``start:stop:step``, or the path of an array.
 
     The k-th of them, where it is a vector, belongs to the k-th fit axis, a single one to the last; where there is one axis,
-    all belong to it. Without ``read`` vectors have the right shape only.
+    all belong to it. Without ``read`` vectors have the right shape only. ``decode_cf`` as in `dask_nlsq.curve_fit`.
 
     Raises
     ------
@@ -61,11 +61,11 @@ def coordinates(texts, array: zarr.Array, axes=None, read: bool = True):
     axes = range(array.ndim) if axes is None else axes
     shape = tuple(array.shape[k] for k in axes)
     last = len(shape) - 1 if len(texts) == 1 else 0
-    found = tuple(_coordinate(text, last + k, shape, array, read) for k, text in enumerate(texts))
+    found = tuple(_coordinate(text, last + k, shape, array, read, decode_cf) for k, text in enumerate(texts))
     return found[0] if len(found) == 1 else found
 
 
-def _coordinate(text, k, shape, array, read):
+def _coordinate(text, k, shape, array, read, decode_cf):
     is_range = RANGE.fullmatch(text)
     if is_range:
         begin, step, n = _range(text, is_range.groups())
@@ -85,8 +85,10 @@ def _coordinate(text, k, shape, array, read):
         vector = begin + step * da.arange(n, chunks=(array.shards or array.chunks)[k])
     elif is_range:
         vector = begin + step * np.arange(n)
+    elif read:
+        vector = as_dask("x", stored, Policy(), decode_cf).array.compute()
     else:
-        vector = stored[...] if read else np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
+        vector = np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
     return vector.reshape(-1, *(1,) * (len(shape) - 1 - k))
 
 

@@ -8,11 +8,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the bottom up: a room imports only from rooms before it
     "config", "labels", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "rules",
-    "workflow", "trf_jit", "model", "guesses", "models", "kernels", "store", "chunks", "inputs", "checkpoint", "loading",
-    "cluster", "sample", "reduction", "binning", "plots", "trust_region", "screening", "multistart", "streaming", "plan",
-    "report", "statistics", "uncertainty", "diagnostics", "result", "progress", "arguments", "checks", "admission",
-    "map_step", "map_solver", "map_blocks", "map_result", "maps", "api", "accessor", "__init__", "demo", "words",
-    "kept", "cli",
+    "workflow", "trf_jit", "model", "guesses", "models", "kernels", "cf", "store", "chunks", "arrays", "inputs",
+    "checkpoint", "loading", "cluster", "sample", "reduction", "binning", "plots", "trust_region", "screening",
+    "multistart", "streaming", "plan", "report", "statistics", "uncertainty", "diagnostics", "result", "progress",
+    "arguments", "checks", "admission", "map_step", "map_plan", "map_solver", "map_blocks", "map_result", "maps", "api",
+    "accessor", "__init__", "demo", "words", "kept", "cli",
 ]  # fmt: skip
 # fmt: off
 KNOWS = {
@@ -21,8 +21,8 @@ KNOWS = {
         "map_blocks", "demo", "checks",
     },
     "dask": {
-        "config", "environment", "store", "inputs", "loading", "cluster", "reduction", "binning", "streaming", "plan",
-        "progress", "map_blocks", "map_result", "maps", "demo", "words",
+        "config", "environment", "cf", "store", "arrays", "inputs", "loading", "cluster", "reduction", "binning",
+        "streaming", "plan", "progress", "map_plan", "map_blocks", "map_result", "maps", "demo", "words",
     },
     "distributed": {
         "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",

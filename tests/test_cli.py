@@ -301,6 +301,12 @@ def test_map_goes_on_with_what_is_there_and_counts_pixels(tmp_path):
     fails(3, "no pixel converged", "map", nothing, *arguments[2:-1], tmp_path / "none.zarr")
     (Path(counts) / "c" / "1" / "0" / "0").write_bytes(b"")
     fails(4, r"chunk \(1, 0, 0\) of `ydata`", *arguments[:-1], tmp_path / "damaged.zarr")
+    outcome = converges(*arguments[:-1], tmp_path / "masked.zarr", "--on-bad-chunk", "mask")
+    assert "11 of 24 converged" in outcome.stdout and re.search(r"13 +masked", outcome.stdout)
+    (Path(counts) / "c" / "1" / "0" / "0").unlink()
+    fails(4, "1 of 2 chunks.*--missing-chunks", *arguments[:-1], tmp_path / "missing.zarr")
+    again = converges(*arguments[:-1], tmp_path / "missing.zarr", "--missing-chunks", "mask")
+    assert "11 of 24 converged" in again.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------------------

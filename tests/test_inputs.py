@@ -5,11 +5,13 @@ import pickle
 
 import dask
 import dask.array as da
+import dask.bag
 import h5py
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse
 import xarray as xr
 import zarr
 
@@ -233,6 +235,228 @@ def test_buffers_come_back_when_reading_fails():
     assert get_memory_manager().get_memory_stats()["pool_arrays"] == 3 * 3
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what chunks are declared to be, and what they are
+
+CHUNKED = dict(xdata=X, ydata=Y, sigma=np.full(N, 0.05), mask=X > 4.9)
+
+
+def lying(array, change):
+    """A Dask array whose chunks are ``change`` of those that it declares."""
+    dask_array = da.from_array(array, chunks=300)
+    return dask_array.map_blocks(change, dtype=array.dtype, chunks=dask_array.chunks, meta=np.empty(0, array.dtype))
+
+
+def hiding(block):
+    return np.ma.masked_array(block, np.arange(len(block)) % 7 == 3)
+
+
+LIES = {
+    "half": (
+        lambda b: b[: len(b) // 2],
+        r"chunk \(\d,\) of `{}` has shape \((150|49),\), but shape \((300|99),\) was declared",
+    ),
+    "one short": (lambda b: b[:-1], r"of `{}` has shape \((299|98),\), but shape \((300|99),\) was declared.*chunks="),
+    "another axis": (lambda b: b[:, None], r"of `{}` has shape \((300|99), 1\), but"),
+    "masked": (hiding, r"of `{}` is a masked array, but a plain one was declared.*meta=numpy.ma.masked_array"),
+    "objects": (lambda b: b.astype(object), r"of `{}` has dtype object, but dtype (float64|bool) was declared"),
+    "complex": (lambda b: b + 1j, r"of `{}` has dtype complex128, but dtype (float64|bool) was declared"),
+    "sparse": (lambda b: scipy.sparse.coo_array(b[None]), r"of `{}` is sparse, but a dense one was declared.*toarray"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("name", CHUNKED)
+def test_a_chunk_that_is_not_what_was_declared_is_an_error(name, lie):
+    change, message = LIES[lie]
+    call = CHUNKED | {name: lying(CHUNKED[name], change)}
+    with pytest.raises(ValueError, match=message.format(name)):
+        curve_fit(decay, **call, p0=[1, 1, 0])
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+@pytest.mark.parametrize("name", ["xdata", "ydata"])
+def test_a_short_chunk_is_an_error_with_each_strategy(name, strategy):
+    call = CHUNKED | {name: lying(CHUNKED[name], lambda b: b[:-1])}
+    with pytest.raises(ValueError, match=f"of `{name}` has shape"):
+        curve_fit(decay, **call, p0=[1, 1, 0], strategy=strategy)
+
+
+def test_a_short_chunk_is_an_error_before_it_is_joined_with_others():
+    x = da.from_array(X, chunks=111)
+    y = lying(Y, lambda b: b[:-1])
+    for call in (dict(xdata=x, ydata=y), dict(xdata=y, ydata=x), dict(xdata=(x, y), ydata=x)):
+        model = (lambda x, a, b, c: decay(x[0], a, b, c)) if isinstance(call["xdata"], tuple) else decay
+        with pytest.raises(ValueError, match="has shape"):
+            curve_fit(model, **call, p0=[1, 1, 0])
+
+
+def test_a_short_chunk_of_coordinates_of_a_prediction_is_an_error(reference):
+    with pytest.raises(ValueError, match="of `xdata` has shape"):
+        reference.predict(lying(X, lambda b: b[:-1])).compute()
+
+
+def test_a_short_chunk_of_a_covariance_is_an_error():
+    sigma = da.from_array(np.eye(50), chunks=(25, 50)).map_blocks(lambda b: b[:-1], dtype=float, chunks=((25, 25), (50,)))
+    with pytest.raises(ValueError, match=r"of `sigma` has shape \(24, 50\)"):
+        curve_fit(decay, X[:50], Y[:50], sigma=sigma, p0=[1, 1, 0])
+
+
+def test_a_short_chunk_is_an_error_on_a_worker(workers):
+    with workers.as_current(), pytest.raises(ValueError, match="of `ydata` has shape"):
+        curve_fit(decay, X, lying(Y, lambda b: b[:-1]), p0=[1, 1, 0])
+
+
+def test_floats_where_integers_are_declared_are_an_error_and_integers_where_floats_are_declared_are_not():
+    k = np.arange(N)
+    table = jnp.asarray(X)
+
+    def indexed(x, a, b, c):
+        return decay(table[x[0]], a, b, c)
+
+    with pytest.raises(ValueError, match=r"`xdata\[0\]` has dtype float64, but dtype int64 was declared.*dtype="):
+        curve_fit(indexed, (lying(k, lambda b: b + 0.7),), Y, p0=[1, 1, 0])
+    whole = lying(np.round(100 * Y), lambda b: b.astype("i4"))
+    found, expected = (curve_fit(decay, X, y, p0=[1, 1, 0]).popt for y in (whole, np.round(100 * Y)))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+class Foreign:
+    """An array of a library that gives slices and no more, by default masked ones, as netCDF4 does."""
+
+    def __init__(self, values, slices=hiding):
+        self.values, self.slices, self.shape, self.dtype = values, slices, values.shape, values.dtype
+
+    def __getitem__(self, item):
+        return self.slices(self.values[item])
+
+
+@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
+def test_slices_that_are_masked_leave_points_out(name):
+    hidden = np.arange(N) % 7 == 3
+    arrays = dict(xdata=X, ydata=Y, sigma=np.full(N, 0.05))
+    spoiled = np.where(hidden, -99.0, arrays[name])
+    found = curve_fit(decay, **arrays | {name: Foreign(spoiled, lambda b: np.ma.masked_less(b, -98))}, **TIGHT)
+    assert np.array_equal(found.popt, curve_fit(decay, **arrays, mask=hidden, **TIGHT).popt)
+    assert found.n_masked == hidden.sum()
+
+
+def test_slices_of_a_foreign_array_are_compared_with_what_it_declares():
+    with pytest.raises(ValueError, match="`ydata` has shape"):
+        curve_fit(decay, X, Foreign(Y, lambda b: b[:-1]))
+    sometimes = Foreign(Y, lambda b: hiding(b) if len(b) > 1 else b)
+    with pytest.raises(ValueError, match="`ydata` is a masked array, but a plain one was declared"):
+        curve_fit(decay, X, sometimes)
+
+
+MASKS = {
+    "numpy": lambda a, hidden: np.ma.masked_array(a, hidden),
+    "dask": lambda a, hidden: da.ma.masked_array(da.from_array(a, 250), da.from_array(hidden, 250)),
+    "list": lambda a, hidden: [np.ma.masked if h else float(v) for v, h in zip(a, hidden, strict=True)],
+    "list of one": lambda a, hidden: [np.ma.masked_array(a, hidden)],
+    "list of lists": lambda a, hidden: [[np.ma.masked_array(a, hidden)]],
+    "list of dask": lambda a, hidden: [da.ma.masked_array(da.from_array(a, 250), da.from_array(hidden, 250))],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
+def test_masks_travel_with_every_array_that_has_one(name, kind):
+    hidden = np.arange(N) % 5 == 2
+    arrays = dict(xdata=X, ydata=Y, sigma=np.full(N, 0.05))
+    expected = curve_fit(decay, **arrays, mask=hidden | (X > 4.9), **TIGHT)
+    given = MASKS[kind](np.where(hidden, 1e3, arrays[name]), hidden)
+    n_axes = 3 if kind == "list of lists" else 2 if kind.startswith("list of") else 1
+    arrays = {each: value.reshape((1,) * (n_axes - 1) + (N,)) for each, value in arrays.items()}
+    found = curve_fit(decay, **arrays | {name: given}, mask=X > 4.9, **TIGHT)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)
+    assert found.n_masked == expected.n_masked
+
+
+def test_a_masked_mask_hides_what_it_does_not_know():
+    hidden = np.ma.masked_array(X > 4.9, np.arange(N) % 5 == 2)
+    found = curve_fit(decay, X, Y, mask=hidden, **TIGHT)
+    assert np.array_equal(found.popt, curve_fit(decay, X, Y, mask=hidden.filled(True), **TIGHT).popt)
+
+
+def test_one_coordinate_of_several_may_be_masked():
+    y = np.stack([Y, Y])
+    row, column = np.arange(2.0)[:, None], np.ma.masked_array(X, np.arange(N) % 5 == 2)
+    found = curve_fit(lambda x, a, b, c: decay(x[1], a, b, c) + 0 * x[0], (row, column), y, p0=[1, 1, 0], **TIGHT)
+    np.testing.assert_allclose(found.popt, curve_fit(decay, X, Y, mask=column.mask, p0=[1, 1, 0], **TIGHT).popt, rtol=1e-9)
+    assert found.n_masked == 2 * column.mask.sum()
+
+
+def test_a_masked_covariance_is_refused():
+    with pytest.raises(ValueError, match="`sigma` is a covariance matrix with masked elements"):
+        curve_fit(decay, X[:9], Y[:9], sigma=np.ma.masked_array(np.eye(9), np.eye(9) * (np.arange(9) == 3)))
+
+
+def test_values_that_are_no_data_do_not_count_with_a_covariance():
+    y, matrix = np.where(X > 4, -999, Y), 0.0025 * np.eye(N)
+    expected = curve_fit(decay, X, Y, sigma=matrix, mask=X > 4, **TIGHT)
+    for options in (dict(mask_values=[-999]), dict(valid_range=(-9, None))):
+        found = curve_fit(decay, X, y, sigma=matrix, **options, **TIGHT)
+        assert np.array_equal(found.popt, expected.popt)
+        assert found.n_masked == (X > 4).sum()
+
+
+def test_predictions_are_nan_where_x_is_masked(reference):
+    hidden = np.arange(N) % 5 == 2
+    expected = np.where(hidden, np.nan, np.asarray(reference.predict(X)))
+    spoiled = np.ma.masked_array(np.where(hidden, -1e3, X), hidden)
+    np.testing.assert_array_equal(reference.predict(spoiled), expected)
+    np.testing.assert_array_equal(reference.predict(da.from_array(spoiled, 100, asarray=False)).compute(), expected)
+    assert np.isnan(reference.confidence_band(spoiled)[0][hidden]).all()
+
+
+def test_a_list_of_lazy_arrays_is_not_computed_at_the_door(nothing_runs, tmp_path):
+    parts = [da.from_array(X, 100), da.from_array(X, 100)]
+    build_problem(parts, [da.from_array(Y, 100)] * 2, parts, check=True, omit=False)
+    plan_fit(decay, parts, parts, p0=[1, 1, 0], sigma=parts, mask=parts)
+
+
+@pytest.mark.parametrize("kind", ["dask", "hdf5", "xarray dask"])
+def test_a_list_of_lazy_arrays_is_their_stack(kind, reference, tmp_path):
+    made = KINDS[kind](Y, tmp_path)
+    found = curve_fit(decay, [X, X], [made, made], **TIGHT)
+    np.testing.assert_allclose(found.popt, reference.popt, rtol=1e-7)
+    assert found.n_points == 2 * N
+
+
+STORED = zarr.create_array({}, shape=(N,), dtype=float, chunks=(100,), fill_value=0)
+FOREIGN = {
+    "sparse": (scipy.sparse.csr_matrix(np.ones((N, 1))), TypeError, r"`ydata` is sparse: pass ydata.toarray\(\)"),
+    "dask of sparse": (
+        da.from_array(np.ones((N, 1))).map_blocks(scipy.sparse.csr_matrix),
+        TypeError,
+        r"`ydata` is sparse: pass ydata.map_blocks\(lambda block: block.toarray\(\)\)",
+    ),
+    "tuple of paths": (("a.zarr", "b.zarr"), TypeError, "`ydata` is a tuple of stored arrays: pass a list"),
+    "tuple of stores": ((STORED, STORED), TypeError, "`ydata` is a tuple of stored arrays: pass a list"),
+    "zarr and dask": ([STORED, da.ones(N)], TypeError, r"`ydata` is a list of Zarr.*dask.array.concatenate"),
+    "path and numpy": (["a.zarr", Y], TypeError, r"`ydata` is a list of Zarr.*dask.array.concatenate"),
+    "different lengths": ([da.ones(N), da.ones(3)], ValueError, r"different shapes, \(999,\), \(3,\).*concatenate"),
+    "delayed": (dask.delayed(Y), TypeError, "`ydata` is a Dask Delayed.*: pass a Dask array.*from_delayed"),
+    "bag": (dask.bag.from_sequence([1, 2]), TypeError, "`ydata` is a Dask Bag: pass a Dask array"),
+    "objects": (Y.astype(object), TypeError, "`ydata` has dtype object"),
+    "dask of objects": (da.from_array(Y.astype(object), chunks=100), TypeError, "`ydata` has dtype object"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_kinds_of_data_are_refused_with_what_to_pass_instead(kind):
+    data, error, message = FOREIGN[kind]
+    for name in ("ydata", "xdata", "sigma", "mask"):
+        if kind.startswith("tuple") and name == "xdata":
+            continue  # coordinates
+        with pytest.raises(error, match=message.replace("ydata", name)):
+            curve_fit(decay, **CHUNKED | {name: data}, p0=[1, 1, 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dates
+
 SECONDS = np.linspace(0, 5, 60)
 DATES = np.datetime64("2026-01-01", "ns") + (1e9 * SECONDS).astype("m8[ns]")
 SIGNAL = 2 * np.exp(-0.7 * SECONDS) + 0.01 * np.random.default_rng(0).normal(size=60)
@@ -247,7 +471,7 @@ def fading_of_first(x, a, b):
     return fading(x[0], a, b)
 
 
-KINDS = {
+DATED = {
     "datetime64": lambda: DATES,
     "microseconds": lambda: DATES.astype("M8[us]"),
     "timedelta64": lambda: DATES - DATES[0],
@@ -260,7 +484,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("make", DATED.values(), ids=DATED)
 def test_dates_are_seconds_since_the_earliest_one_in_fits_maps_and_predictions(make):
     x, expected = make(), curve_fit(fading, SECONDS, SIGNAL)
     y = xr.DataArray(SIGNAL, dims="t") if isinstance(x, xr.DataArray) else SIGNAL
@@ -286,6 +510,19 @@ def test_dates_in_dask_arrays_and_stores_become_seconds_lazily(strategy, tmp_pat
         np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
         with pytest.raises(TypeError, match=r"`x` has the dtype datetime64.*since the earliest date of the fit"):
             found.predict(x)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_dates_that_are_masked_are_left_out_and_are_not_the_earliest_one(lazy):
+    hidden = np.arange(60) % 9 == 4
+    x = np.ma.masked_array(np.where(hidden, np.datetime64("1900-01-01", "ns"), DATES), hidden)
+    given = da.from_array(x, chunks=20, asarray=False) if lazy else x
+    found, expected = curve_fit(fading, given, SIGNAL), curve_fit(fading, SECONDS, SIGNAL, mask=hidden)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    assert found.n_masked == hidden.sum()
+    if not lazy:
+        predicted = np.where(hidden, np.nan, np.asarray(expected.predict(SECONDS)))
+        np.testing.assert_allclose(np.asarray(found.predict(x)), predicted, rtol=1e-6)
 
 
 def test_a_date_of_a_coordinate_that_had_none_in_the_fit_is_refused():

@@ -445,3 +445,15 @@ def test_coarse_fits_from_another_start_are_another_map(tmp_path):
     lazy(P0).to_zarr(tmp_path / "maps.zarr")
     with pytest.raises(ValueError, match=r"another fit\. Changed: coarse"):
         lazy([2 * P0[0], *P0[1:]]).to_zarr(tmp_path / "maps.zarr", resume=True)
+
+
+def test_a_multiindex_is_refused_before_anything_is_fitted_or_written(tmp_path):
+    stacked = labelled(Y).drop_vars(["time", "label"]).stack(pixel=("row", "column")).transpose("pixel", "energy")
+    found = fit_map(peak, "energy", stacked, P0, axis="energy")
+    with pytest.raises(ValueError, match=r"'pixel' of `ydata` is a MultiIndex.*ydata.reset_index\('pixel'\)"):
+        found.to_zarr(tmp_path / "maps")
+    assert not (tmp_path / "maps").exists()
+    again = fit_map(peak, "energy", stacked.reset_index("pixel"), P0, axis="energy")
+    again.to_zarr(tmp_path / "maps")
+    opened = xr.open_zarr(tmp_path / "maps", consolidated=False)
+    np.testing.assert_array_equal(opened.row, np.repeat(COORDS["row"][1], 6))

@@ -10,7 +10,8 @@ import xarray as xr
 import zarr
 from distributed import Client
 
-from dask_nlsq import MapStatus, MemoryBudgetError, fit_map
+import dask_nlsq.accessor  # noqa: F401  # registers .nlsq
+from dask_nlsq import BadChunkError, MapStatus, MemoryBudgetError, MissingChunksError, fit_map, models
 from dask_nlsq.arguments import map_parameters
 from tests import clusters
 from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, digits, required
@@ -378,6 +379,7 @@ def not_pointwise(x, area, center, width, offset):
     return area * x / jnp.sum(x**2) + offset
 
 
+HALF_MASKED = np.ma.masked_greater(TRUTH[..., 0], 4.5)
 BAD = {
     "axis too large": (dict(axis=3), ValueError, "`axis`.*3"),
     "axis twice": (dict(axis=(2, -1)), ValueError, "`axis`.*different"),
@@ -398,10 +400,11 @@ BAD = {
     "p0 outside": (dict(bounds=([5, -3, 0, 0], 9)), ValueError, "outside.*area = 4.0"),
     "p0 dict map": (dict(p0=dict(area=np.ones(5), center=0, width=1, offset=0)), ValueError, r"`p0 of area`.*\(5, 6\)"),
     "bounds crossed": (dict(bounds=dict(width=(2, 1))), ValueError, "width has"),
-    "bounds crossed in a pixel": (dict(bounds=dict(width=(0, TRUTH[..., 1]))), ValueError, "Each lower bound.*width"),
     "bounds unknown name": (dict(bounds=dict(widht=(0, 1))), ValueError, "`bounds` names 'widht'.*'width'"),
     "bounds too short": (dict(bounds=([0, 0], [1, 1])), ValueError, r"`bounds\[0\]` has 2 values"),
     "bounds map": (dict(bounds=dict(width=(0, np.ones(6)))), ValueError, r"`bounds of width`.*\(6,\)"),
+    "p0 masked": (dict(p0=[HALF_MASKED, 0, 1, 1]), ValueError, "`p0 of area` is a masked array.*fill"),
+    "bounds masked": (dict(bounds=dict(width=(0, HALF_MASKED))), ValueError, "`bounds of width` is a masked array"),
     "bounds no pair": (dict(bounds=3), ValueError, "`bounds` must be a pair"),
     "fixed unknown": (dict(fixed=dict(widht=1)), ValueError, "`fixed` names 'widht'"),
     "fixed all": (dict(fixed=dict.fromkeys(NAMES, 1.0)), ValueError, "`fixed` holds all"),
@@ -438,14 +441,23 @@ def test_bad_arguments_are_one_error_that_names_them(name):
         fit_map(**arguments)
 
 
+PLACES = np.arange(30).reshape(BLOCK)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         (dict(sigma=np.where(np.arange(N) == 3, 0.0, 1.0)), "`sigma` must be positive"),
         (dict(ydata=np.where(Y > 4, np.nan, Y), nan_policy="raise"), "nan or infinity.*`ydata`"),
         (dict(bounds=dict(width=(0, da.from_array(TRUTH[..., 1])))), "Each lower bound"),
+        (dict(bounds=dict(width=(0, TRUTH[..., 1]))), "Each lower bound.*width has"),
+        (dict(bounds=dict(width=(0, np.where(PLACES == 13, 0.0, 9.0)))), r"width has \[0.0, 0.0\] in pixel \(2, 1\)"),
+        (dict(bounds=dict(width=(np.where(PLACES == 29, np.nan, 0.0), 9))), r"width has \[nan, 9.0\] in pixel \(4, 5\)"),
+        (dict(sigma=np.where(PLACES == 13, 0.0, 1.0)), r"`sigma` must be positive.*in pixel \(2, 1\)"),
+        (dict(ydata=np.where(PLACES[..., None] == 13, -1.0, 1.0 + 0 * Y), loss="poisson"), r"negative in pixel \(2, 1\)"),
+        (dict(ydata=np.where(PLACES[..., None] == 13, np.inf, Y), nan_policy="raise"), r"first in pixel \(2, 1\)"),
     ],
-    ids=["sigma", "nan", "lazy bounds"],
+    ids=["sigma", "nan", "lazy bounds", "bounds", "equal", "nan bounds", "sigma of a pixel", "counts", "infinity"],
 )
 def test_bad_values_are_an_error_when_they_are_met(changed, message):
     found = fit_map(**dict(f=peak, xdata=X, ydata=Y, p0=P0) | changed)
@@ -469,3 +481,170 @@ def test_bounds_over_the_map_have_a_start_within():
 def test_fixed_parameters_that_are_none_are_refused(options, error):
     with pytest.raises((TypeError, ValueError), match=error):
         fit_map(peak, X, np.ones((2, N)), P0, **options)
+
+
+def test_a_pixel_is_named_by_its_place_in_the_map_whatever_its_block_and_band():
+    stack, sigma = da.from_array(STACK, chunks=(1, -1, -1)), np.ones(STACK.shape[1:])
+    sigma[13, 5] = 0
+    found = fit_map(peak, X, stack, P0, axis=0, sigma=sigma, memory_limit_gb=1.2e5 / 2**30)
+    assert len(found.problem.bands) > 1
+    with pytest.raises(ValueError, match=r"in pixel \(13, 5\)"):
+        found.compute()
+
+
+def test_bounds_and_sigma_of_pixels_without_points_need_not_make_sense():
+    hidden = PLACES % 7 == 3
+    upper = np.where(hidden, np.where(PLACES % 2, 0.0, np.nan), 9.0)
+    call = dict(mask=hidden[..., None] & np.ones(N, bool), bounds=dict(width=(0, upper)), **TIGHT)
+    found = fitted(Y, sigma=np.where(hidden, 0.0, 1.0), **call)
+    expected = fitted(Y, mask=call["mask"], bounds=dict(width=(0, 9)), **TIGHT)
+    assert (found.status[hidden] == MapStatus.MASKED).all()
+    np.testing.assert_array_equal(found.popt[~hidden], expected.popt[~hidden])
+    nowhere = np.where(hidden[..., None], np.nan, Y)
+    np.testing.assert_array_equal(fitted(nowhere, bounds=dict(width=(0, upper)), **TIGHT).popt, expected.popt)
+
+
+def test_values_that_are_no_data_are_no_negative_counts():
+    counts = np.round(100 * np.abs(Y)).astype("i4")
+    counts[1, 2, 7:9] = -1
+    found = fit_map(peak, X, counts, [400, 0, 1, 30], loss="poisson", mask_values=[-1]).compute()
+    assert found.n_points[1, 2] == N - 2
+
+
+def test_bounds_may_be_arrays_for_some_parameters_and_numbers_for_others():
+    low = TRUTH[..., 0] - 1
+    found = fitted(Y, bounds=([low, -3, 0, -9], [1e4, 3, 9, 9]), **TIGHT)
+    expected = fitted(Y, bounds=dict(area=(low, 1e4), center=(-3, 3), width=(0, 9), offset=(-9, 9)), **TIGHT)
+    same_bits(found, expected)
+    ready = fit_map(models.gaussian, X, Y, bounds=([low, -3, 0], [1e4, 3, 9])).compute()
+    assert np.isfinite(ready.popt).all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (30, 1), (1, 30)])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_maps_with_axes_of_length_1(shape, lazy):
+    n = int(np.prod(shape))
+    y = Y.reshape(-1, N)[:n].reshape(*shape, N)
+    found = fitted(da.from_array(y, chunks=-1) if lazy else y, **TIGHT)
+    assert found.popt.shape == (*shape, 4)
+    expected = fitted(Y, **TIGHT).popt.reshape(-1, 4)[:n].reshape(*shape, 4)
+    np.testing.assert_allclose(found.popt, expected, rtol=1e-7)
+
+
+def test_integer_coordinates_of_a_tuple_may_index_a_table():
+    def indexed(x, *params):
+        return peak(jnp.asarray(X)[x[0]], *params)
+
+    found = fit_map(indexed, (np.arange(N),), Y, P0, param_names=NAMES, **TIGHT).compute()
+    np.testing.assert_allclose(found.popt, fitted(Y, **TIGHT).popt, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what chunks and masks hold
+
+
+@pytest.mark.parametrize("name", ["ydata", "xdata", "sigma", "mask"])
+def test_a_chunk_of_another_shape_than_declared_is_an_error(name):
+    arrays = dict(ydata=Y, xdata=np.broadcast_to(X, Y.shape), sigma=np.ones(Y.shape), mask=np.zeros(Y.shape, bool))
+    for change in (lambda b: b[:, :, :-1], lambda b: b[:1], lambda b: b.swapaxes(0, 1)):
+        array = da.from_array(arrays[name], chunks=(3, 2, 20))
+        lie = array.map_blocks(change, dtype=array.dtype, chunks=array.chunks, meta=np.empty((0, 0, 0), array.dtype))
+        with pytest.raises(ValueError, match=rf"chunk \(\d, \d, \d\) of `{name}.* has shape .*was declared"):
+            fit_map(peak, **arrays | {name: lie}, p0=P0).compute()
+
+
+MASKED_KINDS = {
+    "numpy": lambda a, hidden: np.ma.masked_array(a, hidden),
+    "dask": lambda a, hidden: da.ma.masked_array(da.from_array(a), da.from_array(hidden)),
+    "list": lambda a, hidden: list(np.ma.masked_array(a, hidden)),
+}
+
+
+@pytest.mark.parametrize("kind", MASKED_KINDS)
+@pytest.mark.parametrize("name", ["x", "own x", "y", "sigma", "sigma of the map"])
+def test_masks_travel_with_every_array_that_has_one(name, kind):
+    rng = np.random.default_rng(3)
+    array = {"x": X, "sigma of the map": np.ones(BLOCK)}.get(name, Y)
+    array = {"own x": np.broadcast_to(X, Y.shape), "sigma": np.ones(Y.shape)}.get(name, array)
+    hidden = rng.random(array.shape) < 0.2
+    given = MASKED_KINDS[kind](np.where(hidden, 1e4, array), hidden)
+    argument = {"x": "xdata", "own x": "xdata", "y": "ydata"}.get(name, "sigma")
+    found = fit_map(peak, **dict(xdata=X, ydata=Y, p0=P0, **TIGHT) | {argument: given}).compute()
+    expected = fitted(Y, mask=hidden[..., None] if name == "sigma of the map" else hidden, **TIGHT)
+    np.testing.assert_array_equal(found.n_points, expected.n_points)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["p0", "bounds", "fixed"])
+def test_starts_and_bounds_are_compared_with_what_they_declare(name):
+    plane = da.from_array(TRUTH[..., 2], chunks=(3, 3))
+    lie = plane.map_blocks(lambda b: b[:, :2], dtype=float, chunks=plane.chunks, meta=np.empty((0, 0)))
+    call = dict(
+        p0=dict(p0=dict(zip(NAMES, [4, 0, lie, 0], strict=True))),
+        bounds=dict(p0=P0, bounds=dict(width=(0, lie))),
+        fixed=dict(p0=P0, fixed=dict(width=lie)),
+    )[name]
+    with pytest.raises(ValueError, match=r"chunk \(\d, \d\) of `.*width.*` has shape \(\d, 2\), but shape"):
+        fit_map(peak, X, Y, **call).compute()
+
+
+def test_a_shared_coordinate_that_is_not_finite_is_told():
+    x = np.where(np.arange(N) % 20 == 3, np.nan, X)
+    with pytest.warns(RuntimeWarning, match="2 of 40 points are left out of every pixel.*`xdata`"):
+        found = fit_map(peak, x, Y, P0, **TIGHT)
+    same_bits(found.compute(), fit_map(peak, x, Y, P0, mask=np.isnan(x), **TIGHT).compute())  # told by the mask: no warning
+    with pytest.warns(RuntimeWarning, match="1 of 40 points"):
+        fit_map(peak, x, Y, P0, mask=np.arange(N) == 3)
+    with pytest.raises(ValueError, match="2 of the 40 values of `xdata`, which all pixels share"):
+        fit_map(peak, x, Y, P0, nan_policy="raise")
+    fit_map(peak, x, Y, P0, nan_policy="raise", mask=np.isnan(x), **TIGHT).compute()
+    with pytest.warns(RuntimeWarning, match="2 of 40 points"):
+        DX.assign_coords(energy=x).nlsq.curvefit("energy", peak, p0=dict(zip(NAMES, P0, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stores that are damaged or incomplete
+
+
+def damaged(tmp_path):
+    """A store of Y in chunks of 2 x 6 x 20, of which one is truncated and one absent."""
+    stored = zarr.create_array(
+        tmp_path / "y", shape=Y.shape, dtype=float, chunks=(2, 6, 20), config={"write_empty_chunks": True}
+    )
+    stored[...] = Y
+    (tmp_path / "y/c/0/0/1").write_bytes((tmp_path / "y/c/0/0/1").read_bytes()[:20])
+    (tmp_path / "y/c/2/0/0").unlink()
+    hidden = np.zeros(Y.shape, bool)
+    hidden[:2, :, 20:] = hidden[4:, :, :20] = True
+    return hidden
+
+
+def test_damaged_and_absent_chunks_are_errors_that_name_them(tmp_path):
+    damaged(tmp_path)
+    with pytest.raises(MissingChunksError, match=r"1 of 6 chunks.*\(2, 0, 0\)"):
+        fit_map(peak, X, tmp_path / "y", P0)
+    with pytest.raises(BadChunkError, match=r"chunk \(0, 0, 1\) of `ydata`"):
+        fit_map(peak, X, tmp_path / "y", P0, missing_chunks="mask").compute()
+    with pytest.raises(ValueError, match="`missing_chunks` must be one of"):
+        fit_map(peak, X, tmp_path / "y", P0, missing_chunks="omit")
+
+
+@pytest.mark.parametrize("guess", [None, "coarse-to-fine"])
+def test_damaged_and_absent_chunks_may_be_left_out(tmp_path, guess, caplog):
+    hidden = damaged(tmp_path)
+    options = dict(on_bad_chunk="mask", missing_chunks="mask", guess=guess, **TIGHT)
+    found = fit_map(peak, X, tmp_path / "y", P0, **options).compute()
+    expected = fit_map(peak, X, Y, P0, mask=hidden, guess=guess, **TIGHT).compute()
+    np.testing.assert_array_equal(found.n_points, expected.n_points)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    assert "left out: chunk (0, 0, 1) of `ydata`" in caplog.text
+
+
+def test_absent_chunks_may_mean_fill_values(tmp_path):
+    damaged(tmp_path)
+    options = dict(on_bad_chunk="mask", missing_chunks="fill", **TIGHT)
+    found = fit_map(peak, X, tmp_path / "y", P0, **options).compute()
+    expected = Y.copy()
+    expected[4:, :, :20] = 0
+    np.testing.assert_array_equal(found.popt[2:], fitted(expected, **TIGHT).popt[2:])
+    assert (found.n_points[:2] == 20).all()

@@ -5,6 +5,7 @@ import time
 
 import dask
 import fsspec
+import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from obstore.store import HTTPStore
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
-from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit
+from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit, fit_map
 from dask_nlsq.store import Policy, Stored, has_checksum, look_ahead, open_array
 
 from .served import served
@@ -144,6 +145,18 @@ def test_what_is_not_there_or_a_group_is_said(tmp_path):
         curve_fit(decay, X, [tmp_path / "a", tmp_path / "b"], p0=P0)
 
 
+def test_a_file_of_another_format_is_said(tmp_path):
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["entry/counts"] = Y
+    np.save(tmp_path / "y.npy", Y)
+    for path in (tmp_path / "y.h5", tmp_path / "y.h5/entry/counts", str(tmp_path / "y.h5")):
+        for call in (dict(xdata=X, ydata=path), dict(xdata=path, ydata=Y), dict(xdata=X, ydata=Y, sigma=path)):
+            with pytest.raises(TypeError, match=r"y.h5' is an HDF5 file: open it with h5py and pass one of its data sets"):
+                curve_fit(decay, **call, p0=P0)
+    with pytest.raises(TypeError, match=r"`ydata`: '.*y.npy' is a file, and no Zarr store"):
+        fit_map(decay, X, tmp_path / "y.npy", P0)
+
+
 def test_the_codec_pipeline_is_configured(tmp_path):
     write(tmp_path / "y")
     with dask.config.set({"nlsq.codec-pipeline": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
@@ -207,7 +220,7 @@ def test_floats_may_have_sentinels_in_memory():
     ],
 )
 def test_sentinels_are_checked(options):
-    with pytest.raises(ValueError, match="`mask_values` must be"):
+    with pytest.raises(ValueError, match="`(mask_values|valid_range)` must be"):
         curve_fit(decay, X, Y, p0=P0, **options)
 
 
