@@ -284,6 +284,7 @@ class Sweep:
     def _weighed(self, equations: NormalEquations) -> NormalEquations:
         """With the size of y; of counts, whose weights are 1 / mean, the sum of y stands for it."""
         if self.weights is None:
+            assert equations.parts is not None  # as after each sweep over all data
             self.weights = take_apart(equations.parts, len(equations.matrix) - 1).weights
         return equations._replace(size=float(self.weights[:, 1 if self.evaluation.loss in LIKELIHOODS else 2].sum()))
 

@@ -24,7 +24,7 @@ References
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.linalg import norm
@@ -152,9 +152,17 @@ class Point(NamedTuple):
     n_full: int = 0  # full steps in a row that led here
     contraction: float = 0.0  # of the distance by two of them
 
-    cost = property(lambda self: self.equations.cost)
-    finite = property(lambda self: self.equations.finite)
-    floored = property(lambda self: self.equations.floored)
+    @property
+    def cost(self) -> float:
+        return self.equations.cost
+
+    @property
+    def finite(self) -> bool:
+        return self.equations.finite
+
+    @property
+    def floored(self) -> int:
+        return self.equations.floored
 
 
 class Step(NamedTuple):
@@ -239,7 +247,9 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     undetermined = _undetermined(here)
     if status > 0 and undetermined.any():
         status = UNDETERMINED
-    values = dict(optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol)
+    values: dict[str, Any] = dict(
+        optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol
+    )
     values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
     names = options.names or [f"parameter {k}" for k in range(len(p0))]
     values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)), far=_far(here, options))

@@ -220,7 +220,7 @@ def test_floats_may_have_sentinels_in_memory():
     ],
 )
 def test_sentinels_are_checked(options):
-    with pytest.raises(ValueError, match="`(mask_values|valid_range)` must be"):
+    with pytest.raises(ValueError, match=r"`(mask_values|valid_range)` must be"):
         curve_fit(decay, X, Y, p0=P0, **options)
 
 
