@@ -27,8 +27,8 @@ from scipy.stats import qmc
 
 from .kernels import values_kernel
 from .reduction import Evaluation, How, NormalEquations, Sweep, factor
-from .rules import STUCK, UNDETERMINED
-from .sample import Sample
+from .rules import STUCK, TO_ROUNDING, UNDETERMINED
+from .sample import NoSample, Sample
 from .screening import LINEAR_STEPS, screen_kernel
 from .trf_jit import LIKELIHOODS, LOSSES, float64
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
@@ -168,7 +168,10 @@ def fit_again(solution: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.n
     """
     if solution.status not in FAILED or (solution.status == 0 and options.max_nfev is not None):
         return solution
-    start = separated(evaluation, sweep.points(sample_size(len(p0))), p0, options.lower, options.upper)
+    try:
+        start = separated(evaluation, sweep.points(sample_size(len(p0))), p0, options.lower, options.upper)
+    except NoSample:
+        return solution
     if start is None or np.array_equal(start, p0):
         return solution
     logger.info("not converged from p0: another fit begins with its linear parameters solved for")
@@ -176,8 +179,8 @@ def fit_again(solution: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.n
         again = fit(sweep, start, options)
     except NotFiniteAtStart:
         return solution
-    if again.status in FAILED and again.equations.cost >= solution.equations.cost:
-        return solution
+    if not 0 < again.status <= TO_ROUNDING and again.equations.cost >= solution.equations.cost:
+        return solution if again.status in FAILED else solution._replace(status=again.status, message=again.message)
     note = " From p0 with its linear parameters solved for, since the fit from p0 itself had not converged."
     later = [record._replace(nfev=record.nfev + solution.nfev) for record in again.history]
     return again._replace(message=again.message + note, history=solution.history + later, nfev=solution.nfev + again.nfev)

@@ -10,6 +10,10 @@ from .chunks import Chunk, Rules, aligned_copy
 from .kernels import Block, Layout, Layouts
 
 
+class NoSample(ValueError):
+    """There is no point to draw: none of those that were read counts."""
+
+
 class Sample(NamedTuple):
     """A few of the points of a problem, or all, as one block of their own."""
 

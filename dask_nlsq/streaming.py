@@ -51,7 +51,7 @@ from .reduction import (
 )
 from .resources import keep_freed_memory
 from .rules import off_the_bounds
-from .sample import Sample, as_sample, pick, spread
+from .sample import NoSample, Sample, as_sample, pick, spread
 from .store import BadChunkError
 from .trf_jit import inherit_device
 from .trust_region import OFF_BOUND, Interrupted, NotFiniteAtStart, Options, Solution, solve
@@ -460,7 +460,7 @@ class StreamingSweep(Sweep):
     def points(self, n: int) -> Sample:
         """About ``n`` of the points of the sample."""
         if self.drawn is None or self.drawn.n_points == 0:
-            raise ValueError("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
+            raise NoSample("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
         n_total = round(self.n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
         return as_sample(self.evaluation.rules.layouts, self.values, min(n, self.values.shape[1]), n_total)
 

@@ -148,6 +148,7 @@ class Point(NamedTuple):
     dof: float
     floor: float  # decrement that rounding leaves
     distance: float
+    floored: int = 0  # points with counts below the floor of a Poisson likelihood
     n_faded: int = 0  # parameters that the model no longer depends on
     n_full: int = 0  # full steps in a row that led here
     contraction: float = 0.0  # of the distance by two of them
@@ -159,10 +160,6 @@ class Point(NamedTuple):
     @property
     def finite(self) -> bool:
         return self.equations.finite
-
-    @property
-    def floored(self) -> int:
-        return self.equations.floored
 
 
 class Step(NamedTuple):
@@ -299,7 +296,7 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
         point = point._replace(n_faded=int(np.sum(_undetermined(point))))
     distance = float(rules.distance(np, decrement, variance, kappa))
-    return point._replace(distance=distance, n_full=n_full, contraction=kappa)
+    return point._replace(distance=distance, floored=equations.floored, n_full=n_full, contraction=kappa)
 
 
 def _by_qr(here: Point, sweep, options: Options) -> Point:
