@@ -8,6 +8,7 @@ from .kernels import Layouts, assemble_x
 from .model import Model, evaluate, evaluate_jac
 from .trf_jit import float64
 
+SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared
 WRONG = 0.5  # of a column's length: an approximation that leaves out small terms is nearer
 
 
@@ -38,14 +39,15 @@ def check_jac(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], na
         def value(params):
             return jnp.broadcast_to(evaluate(model, x, tuple(params)), (n,))
 
-        return jax.jacfwd(value)(params), evaluate_jac(model, x, tuple(params))
+        return value(params), jax.jacfwd(value)(params), evaluate_jac(model, x, tuple(params))
 
     for start in starts:
         with float64():
-            exact, given = map(np.asarray, jax.jit(both)(jnp.asarray(start)))
+            value, exact, given = map(np.asarray, jax.jit(both)(jnp.asarray(start)))
         known = np.isfinite(exact).all(axis=1) & np.isfinite(given).all(axis=1)
         lengths, off = np.linalg.norm(exact[known], axis=0), np.linalg.norm((given - exact)[known], axis=0)
-        wrong = (lengths > 0) & (off > WRONG * np.maximum(lengths, np.linalg.norm(given[known], axis=0)))
+        seen = lengths * np.maximum(np.abs(start), 1.0) > SEEN * np.linalg.norm(value[known])
+        wrong = seen & (lengths > 0) & (off > WRONG * np.maximum(lengths, np.linalg.norm(given[known], axis=0)))
         if wrong.any():
             k = int(np.argmax(wrong))
             ratio = float(np.sum(given[known, k] * exact[known, k]) / lengths[k] ** 2)

@@ -118,7 +118,7 @@ def _empty(spec, pixels: Pixels) -> Lanes:
 
     x = tuple(jnp.zeros((width if len(c) > 1 else 1, n), _dtype(c)) for c in pixels.x)
     here = Point(**dict.fromkeys(Point._fields, zeros()))._replace(
-        **{name: zeros(p) for name in ("params", "longest", "d", "gradient", "newton")},
+        **{name: zeros(p) for name in ("params", "longest", "reach", "d", "gradient", "newton")},
         gram=zeros(p + 1, p + 1),
         hessian=zeros(p, p),
         finite=zeros(dtype=bool),

@@ -19,9 +19,8 @@ from jax import lax
 from . import rules
 from .kernels import JacMode, Layouts, assemble_x, poisson_rows, robust_rows, with_columns
 from .model import Model, evaluate
-from .rules import EPS, ROUNDING, STALLS, STUCK, TO_ROUNDING
+from .rules import EPS, ROUNDING, SLIGHT, STALLS, STUCK, TO_ROUNDING
 from .trf_jit import MORE_ITERATIONS, MORE_RTOL, masked_cost
-from .trust_region import FIRST_RADIUS
 
 MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
 LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
@@ -82,6 +81,7 @@ class Point(NamedTuple):
     regular: Any  # the gram matrix has not lost the digits of any direction
     n_faded: Any  # parameters that the model no longer depends on
     longest: Any  # (p, lanes) columns of J so far
+    reach: Any  # the largest that each parameter has been, in size, (p, lanes)
     d: Any  # step = d * step_h
     gradient: Any  # in hat space
     hessian: Any  # in hat space, (p, p, lanes)
@@ -152,13 +152,12 @@ def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
     there = _stand(spec, limits, lanes, *_normal_equations(model, spec, limits, lanes))
     verdict = rules.judge(jnp, before, there, lanes.predicted, lanes.stalls)
     tests = rules.proposal(jnp, verdict, lanes.step_norm, _norm(before.params), limits.ftol, limits.xtol)
-    nothing = jnp.all(jnp.abs(lanes.trial - before.params) <= 4 * EPS * jnp.abs(before.params), axis=0)
-    hopeless = ~first & ~verdict.accepted & ((verdict.stalls >= STALLS) | nothing)
+    still = jnp.all(rules.same(jnp, lanes.trial, before.params), axis=0)
+    hopeless = ~first & ~verdict.accepted & ((verdict.stalls >= STALLS) | still)
 
     radius = rules.next_radius(jnp, lanes.radius, verdict.ratio, lanes.step_h_norm)
     whole = _norm(jnp.where((there.longest > 0) & (there.d > 0), there.params / there.d, 0.0))
-    whole = jnp.maximum(whole, FIRST_RADIUS * jnp.sqrt(2 * there.cost))
-    radius = jnp.where(first, jnp.where(whole > 0, whole, 1.0), radius)
+    radius = jnp.where(first, rules.first_radius(jnp, whole, _norm(there.newton), there.cost), radius)
     alpha = jnp.where(first, 0.0, lanes.alpha * lanes.radius / radius)
     moves = running & (verdict.accepted | first)
     here = jax.tree.map(
@@ -168,19 +167,20 @@ def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
 
     proposed = jnp.where(there.finite & ~first, tests, 0)
     proposed = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), rules.GTOL, proposed)
-    tests_passed = (lanes.tests_passed & ~first) | (proposed > 0)
+    tests_passed = (lanes.tests_passed & ~first & (verdict.relative < SLIGHT)) | (proposed > 0)
     dof = lanes.n_points - len(spec.free)
     state = here.distance, here.decrement, here.cost, here.floor, dof, here.floored
     arrived = rules.converged(jnp, *state, limits.accuracy)
-    status = jnp.where((proposed > 0) & (arrived | ~here.regular), proposed, RUNNING)
+    status = jnp.where((proposed > 0) & (arrived | ~here.regular & (here.floored == 0)), proposed, RUNNING)
     status = jnp.where((status == RUNNING) & hopeless, jnp.where(arrived, TO_ROUNDING, STUCK), status)
     ended = jnp.where(tests_passed, STUCK, int(MapStatus.ITERATION_LIMIT))
     status = jnp.where((status == RUNNING) & (nfev >= limits.max_nfev), ended, status)
     status = jnp.where(first & ~there.finite, int(MapStatus.NON_FINITE), status)
     status = jnp.where(running, status, lanes.status)
-    step_h, alpha, inside = _solve_subproblem(here, radius, alpha)
-    step_h, predicted, uncut = _select_step(spec, here, step_h, radius, lanes.lower, lanes.upper)
-    step = here.d * step_h
+    scaled = _reined_in(here, radius)
+    step_h, alpha, inside = _solve_subproblem(scaled, radius, alpha)
+    step_h, predicted, uncut = _select_step(spec, scaled, step_h, radius, lanes.lower, lanes.upper)
+    step = scaled.d * step_h
     trial = here.params + step
     if spec.bounded:
         trial = rules.off_the_bounds(jnp, trial, lanes.lower, lanes.upper, 0.0)
@@ -284,6 +284,7 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
     variance = jnp.ones_like(cost) if spec.absolute_sigma else 2 * cost / dof
     variance = jnp.where(dof > 0, variance, jnp.nan)
     n_full = jnp.where(lanes.full & ~first, before.n_full + 1, 0)
+    reach = jnp.where(first, jnp.abs(params), jnp.maximum(jnp.abs(params), before.reach))
     point = Point(
         params=params,
         gram=gram,
@@ -293,19 +294,29 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
         regular=regular,
         n_faded=jnp.where(cost > ROUNDING**2 * lanes.size, faded, 0),
         longest=longest,
+        reach=reach,
         d=d,
         gradient=gradient,
         hessian=hessian,
         newton=newton,
         newton_slope=newton_slope,
         decrement=decrement,
-        floor=rules.rounding_floor(lanes.size, params, columns, lanes.n_points),
+        floor=rules.rounding_floor(jnp, lanes.size, params, reach, columns, lanes.n_points),
         distance=jnp.zeros_like(cost),
         n_full=n_full,
         optimality=optimality,
     )
     kappa = rules.contraction(jnp, before, point, n_full > 0, n_full > 1)
-    return point._replace(distance=rules.distance(jnp, decrement, variance, kappa))
+    return point._replace(distance=rules.distance(jnp, decrement, variance, kappa, point.floor))
+
+
+def _reined_in(here: Point, radius) -> Point:
+    """The point in a hat space in which no step within the radius is far longer than its parameter has been."""
+    d = rules.reined_in(jnp, here.d, here.reach, radius)
+    share = jnp.where(here.d > 0, d / jnp.where(here.d > 0, here.d, 1.0), 1.0)
+    newton = here.newton / share
+    # the derivative of the length of the step by the parameter is that of the other space, a first guess for the iteration
+    return here._replace(d=d, gradient=share * here.gradient, hessian=share[:, None] * here.hessian * share, newton=newton)
 
 
 def _solve_subproblem(here: Point, radius, alpha):

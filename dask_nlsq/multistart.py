@@ -19,6 +19,7 @@ References
 """
 
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,13 +28,14 @@ from scipy.stats import qmc
 
 from .kernels import values_kernel
 from .reduction import Evaluation, How, NormalEquations, Sweep, factor
-from .rules import STUCK, TO_ROUNDING, UNDETERMINED
+from .rules import STUCK, UNDETERMINED
 from .sample import NoSample, Sample
 from .screening import LINEAR_STEPS, screen_kernel
 from .trf_jit import LIKELIHOODS, LOSSES, float64
-from .trust_region import NotFiniteAtStart, Options, Solution, solve
+from .trust_region import MESSAGES, Interrupted, NotFiniteAtStart, Options, Record, Solution, solve
 
 logger = logging.getLogger("dask_nlsq")
+MOST_SEPARATED = 50  # parameters, for pairs of which the model is evaluated to find the linear ones
 FAILED = (0, STUCK, UNDETERMINED)  # statuses
 SAMPLE_POINTS = 4096  # of the sample, and
 POINTS_PER_PARAM = 40  # at least
@@ -161,29 +163,42 @@ def separated(evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower, upp
     return params[0] if np.isfinite(costs[0]) else None
 
 
-def fit_again(solution: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndarray, options: Options, fit) -> Solution:
+def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndarray, options: Options, fit) -> Solution:
     """A second try where a fit from ``p0`` has not converged: amplitudes that are far off throw the other parameters away.
 
-    From where the parameters in which the model is linear are solved for; the better of the two solutions.
+    From where the parameters in which the model is linear are solved for; the better of the two solutions, with the
+    evaluations of both.
     """
-    if solution.status not in FAILED or (solution.status == 0 and options.max_nfev is not None):
-        return solution
+    left = None if options.max_nfev is None else options.max_nfev - first.nfev
+    if first.status not in FAILED or left == 0 or len(p0) > MOST_SEPARATED:
+        return first
     try:
         start = separated(evaluation, sweep.points(sample_size(len(p0))), p0, options.lower, options.upper)
     except NoSample:
-        return solution
+        return first
     if start is None or np.array_equal(start, p0):
-        return solution
+        return first
     logger.info("not converged from p0: another fit begins with its linear parameters solved for")
+    last = first.history[-1]
+
+    def later(record: Record) -> Record:
+        so_far = dict(nfev=record.nfev + first.nfev, iteration=record.iteration + last.iteration + 1)
+        return record._replace(**so_far, seconds=record.seconds + last.seconds)
+
+    observe = options.callback
+    callback = None if observe is None else lambda record: observe(later(record))
     try:
-        again = fit(sweep, start, options)
+        second = fit(sweep, start, replace(options, callback=callback, max_nfev=left))
     except NotFiniteAtStart:
-        return solution
-    if not 0 < again.status <= TO_ROUNDING and again.equations.cost >= solution.equations.cost:
-        return solution if again.status in FAILED else solution._replace(status=again.status, message=again.message)
+        return first
+    except Interrupted:
+        return first._replace(status=-3, message=MESSAGES[-3])
     note = " From p0 with its linear parameters solved for, since the fit from p0 itself had not converged."
-    later = [record._replace(nfev=record.nfev + solution.nfev) for record in again.history]
-    return again._replace(message=again.message + note, history=solution.history + later, nfev=solution.nfev + again.nfev)
+    second = second._replace(message=second.message + note)
+    lower, stopped = second.equations.cost < first.equations.cost, second.status < 0
+    found = second if lower else first._replace(status=second.status, message=second.message) if stopped else first
+    history = first.history + [later(record) for record in second.history]
+    return found._replace(nfev=first.nfev + second.nfev, history=history)
 
 
 def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[Solution, Search]:

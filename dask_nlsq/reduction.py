@@ -122,8 +122,9 @@ def rank_tolerance(equations: NormalEquations) -> float:
 def factor(equations: NormalEquations) -> Factor:
     """What the trust-region method works on; all decisions about the rank are made on columns of norm 1.
 
-    Directions in which the columns are alike to rounding are kept at twice the tolerance, so that the gradient stays whole
-    and no step along them is long. A column that is zero stays so.
+    Directions in which the columns are alike to rounding are kept at the size of the tolerance, since covariances and
+    singular values need a regular R. A factor knows that the data say nothing about them: no step leads along. A gram matrix
+    may only have lost the digits, so the gradient stays whole. A column that is zero stays so.
     """
     p = len(equations.matrix) - 1
     R, last = equations.matrix[:p, :p], equations.matrix[:p, p]
@@ -143,9 +144,11 @@ def factor(equations: NormalEquations) -> Factor:
     condition = float(s[-1] / s[0]) if regular else np.inf
     if regular and not by_gram:
         return Factor(R, last, gradient, condition)
-    s = np.maximum(s, 2**0.5 * tolerance * s[-1])
+    lost = s <= tolerance * s[-1]
+    s = np.where(lost, 2**0.5 * tolerance * s[-1], s)
     Q, triangular = np.linalg.qr(s[:, None] * V.T * np.where(moving, D, 0.0))
-    return Factor(triangular, Q.T @ (V.T @ (gradient / D) / np.where(s > 0, s, 1.0)), gradient, condition)
+    along = V.T @ (gradient / D) / np.where(s > 0, s, 1.0)
+    return Factor(triangular, Q.T @ (along if by_gram else np.where(lost, 0.0, along)), gradient, condition)
 
 
 def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tuple[np.ndarray, float]:

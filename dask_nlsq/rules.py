@@ -23,14 +23,18 @@ References
 from typing import Any, NamedTuple
 
 EPS = 2.0**-52  # spacing of float64 at 1
+SAME = 4 * EPS  # relative difference of two values of a parameter that count as one
 ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and blocks, generously
 PARAM_ROUNDING = 2 * EPS  # relative, of a parameter inside the model: t - centre has the rounding of both
 ACCURACY = 0.01  # standard errors from the optimum at which a fit has converged
 SLOWEST = 0.999  # contraction of full steps that counts at most: rounding does not contract at all
 LINEAR, MOST_GROWTH = 1e-3, 1e3  # misfit of a linear model, relative to the reduction; factor for the radius then
+LEAST_RADIUS = 1e-300
+FIRST_RADIUS = 0.01  # of the residuals, at least
 LENGTH_MEMORY = 1e10  # times its present length, that a column of J is remembered to have been
 LEAST_RATIO = 0.2  # of actual and predicted reduction: a lower cost by less is luck, and leads to other optima
 MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has been
+SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 
 GTOL, FTOL, XTOL, FTOL_XTOL, TO_ROUNDING = 1, 2, 3, 4, 5  # statuses of fits that have converged
@@ -73,7 +77,7 @@ def next_radius(xp, radius, ratio, step_norm):
     """
     right = (ratio > 0.75) & (step_norm > 0.95 * radius)
     growth = xp.clip(LINEAR / xp.maximum(xp.abs(ratio - 1), EPS), 2.0, MOST_GROWTH)
-    return xp.where(ratio < 0.25, 0.25 * step_norm, xp.where(right, growth * radius, radius))
+    return xp.where(ratio < 0.25, xp.maximum(0.25 * step_norm, LEAST_RADIUS), xp.where(right, growth * radius, radius))
 
 
 def proposal(xp, verdict: Verdict, step_norm, params_norm, ftol, xtol):
@@ -90,10 +94,10 @@ def proposal(xp, verdict: Verdict, step_norm, params_norm, ftol, xtol):
     return xp.where((status == 0) & stalled, xp.where(measurable, FTOL, TO_ROUNDING), status)
 
 
-def distance(xp, decrement, variance, contraction):
-    """Standard errors to the optimum; nan without degrees of freedom, where the variance is nan."""
+def distance(xp, decrement, variance, contraction, floor):
+    """Standard errors to the optimum, 0 where rounding is all that is left; nan without degrees of freedom."""
     plain = xp.sqrt(2 * decrement / xp.where((decrement > 0) & (variance != 0), variance, 1.0))
-    return plain / (1 - xp.minimum(contraction, SLOWEST))
+    return xp.where(decrement <= floor, 0.0, plain / (1 - xp.minimum(contraction, SLOWEST)))
 
 
 def contraction(xp, here, there, full, was_full):
@@ -102,12 +106,14 @@ def contraction(xp, here, there, full, was_full):
     return xp.where(full & was_full, kappa, 0.0)
 
 
-def rounding_floor(size, params, columns, n_points):
+def rounding_floor(xp, size, params, reach, columns, n_points):
     """The decrement that rounding leaves: of residuals, with ``size`` = sum w y^2, and of parameters inside the model.
 
     ``params`` and ``columns``, the lengths of those of J, are (p,) or (p, lanes). Rounding of a parameter's effect differs
-    from point to point, so that p of n points' worth of it are left.
+    from point to point, so that p of n points' worth of it are left. Data that are all zero have no size: there the largest
+    that the parameters have been, ``reach``, says how large the model was.
     """
+    params = xp.where(size > 0, params, reach)
     inside = ((PARAM_ROUNDING * params * columns) ** 2).sum(axis=0) * len(params) / (n_points + (n_points == 0))
     return ROUNDING**2 * size + inside
 
@@ -121,6 +127,11 @@ def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
     return (near | (decrement <= floor) | (accuracy == float("inf"))) & (floored == 0)
 
 
+def same(xp, trial, params):
+    """Where a trial is the point itself, to rounding."""
+    return xp.abs(trial - params) <= SAME * xp.abs(params)
+
+
 def reined_in(xp, d, reach, radius):
     """``d`` (p,) such that no step within the radius is longer than `MOST_CHANGE` times what its parameter has been.
 
@@ -129,12 +140,22 @@ def reined_in(xp, d, reach, radius):
     return xp.minimum(d, xp.where(reach > 0, MOST_CHANGE * reach / radius, xp.inf))
 
 
+def first_radius(xp, moved, newton, cost):
+    """Of the trust region, in the units of the residuals: the effect of the parameters, where ``moved`` is its length.
+
+    Of parameters that start at zero nothing is known but the residuals that they are to explain; where no other can move
+    yet, the ``newton`` step alone says how far.
+    """
+    radius = xp.maximum(xp.where(moved > 0, moved, newton), FIRST_RADIUS * xp.sqrt(2 * cost))
+    return xp.where(radius > 0, radius, 1.0)
+
+
 def held(xp, params, v, stiffening):
     """Parameters that stand at a bound which the gradient pushes against: rounding is all that lies between.
 
     ``v`` is the distance to that bound, and ``stiffening`` is positive where there is one.
     """
-    return (stiffening > 0) & (v <= 4 * EPS * xp.abs(params))
+    return (stiffening > 0) & ((v <= SAME * xp.abs(params)) & (v != xp.abs(params)) | (v <= LEAST_RADIUS))
 
 
 def scale_lengths(xp, columns, longest):

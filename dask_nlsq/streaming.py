@@ -478,11 +478,13 @@ class StreamingSweep(Sweep):
         own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
         try:
             with SampleSweep(self.evaluation, sample, self.jac_mode) as small:
-                found = solve(small, start, own)
+                unseen = not_seen(small(start, "gram"), start)
+                found = solve(lambda params, reduction: without(small(params, reduction), unseen), start, own)
+                warm = told_apart(found, start, small)
         except NotFiniteAtStart:
             return start
         self.drawn = self.drawn._replace(nfev=found.nfev)
-        warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (found.params, start))
+        warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
         reduction = "qr" if options.reduction == "qr" else "gram"
         there = self(warm, reduction)
         expected = found.history[0].cost / sample.n_points  # per point

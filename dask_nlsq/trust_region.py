@@ -23,6 +23,7 @@ References
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -31,13 +32,12 @@ from numpy.linalg import norm
 
 from . import rules
 from .reduction import Factor, NormalEquations, Read, Reduction, factor
-from .rules import EPS, GTOL, ROUNDING, STALLS, STUCK, TO_ROUNDING, UNDETERMINED
+from .rules import GTOL, ROUNDING, SLIGHT, STALLS, STUCK, TO_ROUNDING, UNDETERMINED
 from .trf_jit import HatSpace, float64, hat_space, newton, solve_cg, solve_svd, spectrum
 
 CG_ABOVE = 500  # parameters: beyond, an SVD of (2p, p) in each step is slower than conjugate gradients
 GRAM_CONDITION_LIMIT = 1e4  # eps * 1e4^2 = 2e-8: the digits of the covariance that the gram matrix then costs
 WITHIN = 0.999  # of the radius: the step is the unconstrained one
-FIRST_RADIUS = 0.01  # of the residual, in whose units the radius is: of parameters that start at zero nothing else is known
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
 
 MESSAGES = {
@@ -51,7 +51,7 @@ MESSAGES = {
     "relative step {step:.2e} < {xtol:.2e}.",
     5: "Converged to rounding: no step lowers the gradient further, and the predicted relative reduction {relative:.2e} "
     "is below the rounding of the cost, {rounding:.2e}.",
-    STUCK: "Not converged: no step lowers the cost any more, but {far}.",
+    STUCK: "Not converged: {ended}, but {far}.",
     UNDETERMINED: "Not converged: the model does not depend on {undetermined} at the point where the fit ended.",
 }
 
@@ -189,7 +189,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         raise NotFiniteAtStart("the cost or its derivatives are not finite at the start point")
     here = _stand(params, equations, None, options)
     moved = float(norm(np.where(here.longest > 0, params / here.hat.d, 0.0)))
-    radius = max(moved, FIRST_RADIUS * (2 * here.cost) ** 0.5) or 1.0
+    radius = float(rules.first_radius(np, moved, norm(here.newton / here.hat.d), here.cost))
     relative: float = np.inf
     step_norm: float = np.inf
     proposed, tests_passed, hopeless = 0, False, False  # of the last step
@@ -198,10 +198,14 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     while True:
         if here.optimality < options.gtol or here.optimality == 0:
             proposed = GTOL
-        tests_passed = tests_passed or proposed > 0
+        tests_passed = proposed > 0 or (tests_passed and relative < SLIGHT)
         if proposed or hopeless:
             if _arrived(here, options) and _wants_qr(here, options):
-                here = _by_qr(here, sweep, options)
+                try:
+                    here = _by_qr(here, sweep, options)
+                except Interrupted:
+                    status = -3
+                    break
             if _arrived(here, options):
                 status = proposed or TO_ROUNDING
             elif hopeless:
@@ -215,6 +219,9 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
 
         candidate, alpha = _propose(here, radius, alpha, options)
         trial = rules.off_the_bounds(np, here.params + candidate.step, lower, upper, 0.0)
+        hopeless = bool(np.all(rules.same(np, trial, here.params)))
+        if hopeless:
+            continue
         try:
             equations = sweep(trial, _next_reduction(here, options))
         except Interrupted:
@@ -230,8 +237,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         proposed = 0
         if there.finite:
             proposed = int(rules.proposal(np, verdict, step_norm, norm(here.params), options.ftol, options.xtol))
-        nothing = np.all(np.abs(trial - here.params) <= 4 * EPS * np.abs(here.params))
-        hopeless = not accepted and bool(stalls >= STALLS or nothing)
+        hopeless = stalls >= STALLS
         new_radius = float(rules.next_radius(np, radius, verdict.ratio, step_h_norm))
         alpha *= radius / new_radius
         radius = new_radius
@@ -240,7 +246,8 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         history.append(_record(iteration, nfev, here, *step, started, equations.read))
 
     if _wants_qr(here, options) and status != -3:
-        here = _by_qr(here, sweep, options)
+        with suppress(Interrupted):  # what the gram matrix says is there
+            here = _by_qr(here, sweep, options)
     undetermined = _undetermined(here)
     if status > 0 and undetermined.any():
         status = UNDETERMINED
@@ -248,6 +255,8 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol
     )
     values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
+    exceeded = "SciPy's tests were passed before the maximum number of function evaluations was exceeded"
+    values |= dict(ended="no step lowers the cost any more" if hopeless else exceeded)
     names = options.names or [f"parameter {k}" for k in range(len(p0))]
     values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)), far=_far(here, options))
     message = MESSAGES[status].format(**values)
@@ -273,7 +282,8 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     with float64():
         hat = HatSpace(*map(np.asarray, hat_space(params, parts.gradient, options.lower, options.upper, scale)))
     held = rules.held(np, params, hat.v, hat.diagonal)
-    step, decrement = _newton(parts, hat.diagonal / hat.d**2, options, held)
+    stiffness = np.where(held | (hat.diagonal == 0), 0.0, np.abs(parts.gradient) / hat.v)
+    step, decrement = _newton(parts, stiffness, options, held)
     optimality = norm(parts.gradient * hat.v, np.inf)
     if options.gtol_relative:
         lengths = columns * np.sqrt(2 * equations.cost)
@@ -284,8 +294,8 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     if dof > 0:
         known, chi_square = options.noise == "known", equations.pearson if options.noise == "pearson" else 2 * equations.cost
         variance = 1.0 if known else chi_square / dof
-    floor = float(rules.rounding_floor(equations.size, params, columns, n_points))
     reach = np.abs(params) if before is None else np.maximum(np.abs(params), before.reach)
+    floor = float(rules.rounding_floor(np, equations.size, params, reach, columns, n_points))
     point = Point(
         params, equations, parts, longest, reach, hat, step, decrement, float(optimality), variance, dof, floor, np.nan
     )
@@ -295,14 +305,17 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
         kappa = float(rules.contraction(np, before, point, True, n_full > 1))
     if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
         point = point._replace(n_faded=int(np.sum(_undetermined(point))))
-    distance = float(rules.distance(np, decrement, variance, kappa))
+    distance = float(rules.distance(np, decrement, variance, kappa, floor))
     return point._replace(distance=distance, floored=equations.floored, n_full=n_full, contraction=kappa)
 
 
 def _by_qr(here: Point, sweep, options: Options) -> Point:
     """The same point, by a sweep that loses no digits."""
-    there = _stand(here.params, sweep(here.params, "qr"), here, options)
-    distance = float(rules.distance(np, there.decrement, there.variance, here.contraction))
+    equations = sweep(here.params, "qr")
+    if not equations.finite:
+        return here
+    there = _stand(here.params, equations, here, options)
+    distance = float(rules.distance(np, there.decrement, there.variance, here.contraction, there.floor))
     return there._replace(distance=distance, n_full=here.n_full, contraction=here.contraction)
 
 
@@ -313,7 +326,7 @@ def _nowhere(here: Point, equations: NormalEquations) -> Point:
 
 def _newton(parts: Factor, stiffness, options: Options, held):
     """Step to the minimum of the model and the decrement; parameters that a bound has ``held`` (p,) stay where they are."""
-    R, stiffness = np.where(held, 0.0, parts.R), np.where(held, 0.0, stiffness)
+    R = np.where(held, 0.0, parts.R)
     if options.solver == "exact":
         return newton(R, parts.projected, stiffness)
     lengths = np.sqrt(np.sum(R**2, axis=0) + stiffness)
@@ -363,14 +376,12 @@ def _propose(here: Point, radius: float, alpha: float, options: Options) -> tupl
     hat, lower, upper = here.hat, options.lower, options.upper
     nearness = here.distance if np.isfinite(here.distance) else here.optimality
     theta = max(0.995, 1 - nearness)  # how far towards a bound a step may go
-    if np.any(hat.diagonal) and np.all(
-        np.abs(here.newton) <= rules.MOST_CHANGE * np.where(here.reach > 0, here.reach, np.inf)
-    ):
+    if np.any(hat.diagonal):
         free, _ = _newton(here.factor, np.zeros_like(hat.d), options, False)
-        step_h = free / hat.d
+        step_h = free / rules.reined_in(np, hat.d, here.reach, radius)
         if norm(step_h) < WITHIN * radius and theta * _to_bound(here.params, free, lower, upper)[0] >= 1:
             unbounded = here._replace(hat=hat._replace(diagonal=np.zeros_like(hat.diagonal)))
-            step = _select_step(unbounded, step_h, radius, lower, upper, theta)
+            step = _select_step(unbounded, free / hat.d, radius, lower, upper, theta)
             if step.predicted < options.free_below * here.cost:
                 return step._replace(full=True), 0.0
     d = rules.reined_in(np, hat.d, here.reach, radius)

@@ -132,6 +132,7 @@ RIGHT = {  # by argument; those that are not here take none of them
     "f_scale": {"1", "2.5"},
     "x_scale": NUMBERS,
     **dict.fromkeys(["ftol", "xtol", "gtol"], TOLERANCE),
+    "accuracy": {"None", "1", "2.5"},
     "max_nfev": {"None", "1", "1e400"},
     "maxfev": {"None", "0", "1", "1e400"},
     "mask": FLAG | {"None", "text", "['1', '2']", "[1]", "[True, 1]"},

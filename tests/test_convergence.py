@@ -239,7 +239,7 @@ def test_a_center_with_a_large_offset_does_not_hide_the_width_from_the_accessor(
 
 def test_a_center_with_a_large_offset_does_not_hide_the_width_on_the_command_line(dimmed, tmp_path):
     data, t = store(tmp_path / "y.zarr", dimmed, 100), store(tmp_path / "t.zarr", DATES, 100)
-    p0 = f"amplitude=-0.02,center={DIP_START[1]},width=0.05,c0=1"
+    p0 = f"gaussian_amplitude=-0.02,gaussian_center={DIP_START[1]},gaussian_width=0.05,polynomial_c0=1"
     found = from_command_line(data, "--model", "gaussian+polynomial:0", "--x", t, "--p0", p0)
     assert found[2] == pytest.approx(0.0302, abs=1e-4)
 

@@ -64,6 +64,7 @@ def test_where_the_cost_is_flat_to_rounding_the_decrement_decides(xp):
 def test_the_radius_follows_the_model(xp, ratio, length, radius):
     """Doubled only where the model was right and the step at the edge; far more where the model is all but linear."""
     assert float(rules.next_radius(xp, 8.0, xp.asarray(ratio), length)) == pytest.approx(radius, rel=1e-3)
+    assert float(rules.next_radius(xp, 8.0, xp.asarray(0.0), 0.0)) > 0
 
 
 def test_scipys_tests_propose(xp):
@@ -81,14 +82,15 @@ def test_scipys_tests_propose(xp):
 
 
 def test_the_distance_is_in_standard_errors_and_counts_slow_convergence(xp):
-    def distance(decrement, variance, kappa=0.0):
-        return float(rules.distance(xp, xp.asarray(decrement), xp.asarray(variance), kappa))
+    def distance(decrement, variance, kappa=0.0, floor=0.0):
+        return float(rules.distance(xp, xp.asarray(decrement), xp.asarray(variance), kappa, floor))
 
     assert distance(2.0, 4.0) == 1.0
     assert distance(2.0, 4.0, 0.75) == 4.0  # 1 + 0.75 + 0.75^2 + ...
     assert distance(2.0, 4.0, 1.5) == pytest.approx(1e3)  # rounding does not contract
     assert distance(0.0, 0.0) == 0.0
     assert np.isnan(distance(2.0, np.nan))
+    assert distance(2.0, 1e-30, floor=3.0) == 0.0  # exact data
 
 
 def test_contraction_is_that_of_two_full_steps(xp):
@@ -115,8 +117,15 @@ def test_rounding_of_a_parameter_inside_the_model_is_part_of_the_floor(xp):
     """A centre of 2.4e6 and a width of 0.03: the difference of time and centre is known to 1e-8 of the width."""
     params, columns = xp.asarray([2.4e6]), xp.asarray([1 / 0.03 * 10])  # 100 points that change by 1 over a width
     expected = (2 * rules.EPS * 2.4e6 / 0.03) ** 2
-    assert float(rules.rounding_floor(0.0, params, columns, 100)) == pytest.approx(expected)
-    assert float(rules.rounding_floor(1.0, params * 0, columns, 100)) == rules.ROUNDING**2
+    small = 1e-30
+    assert float(rules.rounding_floor(xp, small, params, params, columns, 100)) == pytest.approx(expected)
+    assert float(rules.rounding_floor(xp, 1.0, params * 0, params, columns, 100)) == rules.ROUNDING**2
+    assert float(rules.rounding_floor(xp, 0.0, params * 0, params, columns, 100)) == pytest.approx(expected)  # y = 0
+
+
+def test_a_parameter_at_its_bound_is_held_where_rounding_is_all_that_lies_between(xp):
+    v, params = xp.asarray([2e-16, 1e-3, 2e-16, 5e-324]), xp.asarray([1.0, 1.0, 1.0, 5e-324])
+    np.testing.assert_array_equal(rules.held(xp, params, v, xp.asarray([1.0, 1.0, 0.0, 1.0])), [True, False, False, True])
 
 
 def test_a_column_is_remembered_but_not_for_ever(xp):
