@@ -55,7 +55,8 @@ def open_data(
         Attributes that cannot be understood; scaled values where counts are needed.
     """
     if mask_values is None:
-        mask_values = ["largest"] if is_stored(data["ydata"]) else []
+        in_file = is_stored(data["ydata"]) or hasattr(data["ydata"], "file")  # of h5py
+        mask_values = ["largest"] if in_file else []
     data, opened = open_all(policy, look, bool(decode_cf), masks, **data)
     stored = [each for one in opened for each in one.stored]
     said = [(each.name, each.url, how) for one in opened for each, how in zip(one.stored, one.decodings, strict=True)]

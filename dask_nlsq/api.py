@@ -176,7 +176,7 @@ def curve_fit(
         masked arrays, NumPy's or Dask's.
     mask_values : sequence of numbers, optional
         Values of y, as they are stored, that stand for no data; their points count as masked. None: for arrays in Zarr
-        stores the largest value of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; ()
+        stores and HDF5 files the largest value of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; ()
         for none at all.
     valid_range : pair, optional
         Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
@@ -416,7 +416,7 @@ def curve_fit(
     if solution.status == 0:
         raise NotConvergedError(not_converged(solution, names), result)
     if solution.status == STUCK:
-        warnings.warn(f"{solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
+        warnings.warn(f"Not converged: {solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
     if solution.status == -3:
         logger.warning("%s", solution.message)
     logger.info("%s", result.summary())
@@ -427,6 +427,11 @@ def curve_fit(
     return result
 
 
+CHANGE = {
+    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
+    "it with `fixed`. A model with steps has no derivatives",
+    False: "Hold one of them with `fixed`, or start components that are alike from different values",
+}
 WAY_OUT = (
     "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
     "accuracy=None takes what SciPy's tests accept."
@@ -567,8 +572,8 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
         return pcov
     if pcov is not None and cost is not None and n_points > p:
         return pcov * (2 * cost / (n_points - p))
-    why = "".join(f": {each}" for each in combinations(solution.factor, names))
-    why += ". Hold one of them with `fixed`, or start components that are alike from different values" if why else ""
+    reasons = combinations(solution.factor, names)
+    why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
     warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
     return np.full((p, p), np.inf)
 

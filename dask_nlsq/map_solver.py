@@ -250,6 +250,7 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     ended = converged | (lanes.status == rules.STUCK)
     status = jnp.where(ended & ~regular, int(MapStatus.SINGULAR), status)
     status = jnp.where(ended & unknown, int(MapStatus.UNDETERMINED), status)
+    status = jnp.where(ended & (here.floored > 0), rules.STUCK, status)
 
     def put(old, new):
         return old.at[target].set(new.astype(old.dtype), mode="drop")

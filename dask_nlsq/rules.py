@@ -123,7 +123,7 @@ def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
 
     Without degrees of freedom the decrement is compared with the cost, as if there were one.
     """
-    near = xp.where(dof > 0, distance < accuracy, decrement < accuracy**2 * cost)
+    near = xp.where(dof > 0, distance < accuracy, decrement < xp.minimum(accuracy, 1.0) ** 2 * cost)
     return (near | (decrement <= floor) | (accuracy == float("inf"))) & (floored == 0)
 
 

@@ -51,8 +51,8 @@ MESSAGES = {
     "relative step {step:.2e} < {xtol:.2e}.",
     5: "Converged to rounding: no step lowers the gradient further, and the predicted relative reduction {relative:.2e} "
     "is below the rounding of the cost, {rounding:.2e}.",
-    STUCK: "Not converged: {ended}, but {far}.",
-    UNDETERMINED: "Not converged: the model does not depend on {undetermined} at the point where the fit ended.",
+    STUCK: "{ended}, but {far}.",
+    UNDETERMINED: "The model does not depend on {undetermined} at the point where the fit ended.",
 }
 
 
@@ -249,22 +249,23 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
         with suppress(Interrupted):  # what the gram matrix says is there
             here = _by_qr(here, sweep, options)
     undetermined = _undetermined(here)
-    if status > 0 and undetermined.any():
-        status = UNDETERMINED
+    if status > 0 and (here.floored or undetermined.any()):
+        status = STUCK if here.floored else UNDETERMINED
     values: dict[str, Any] = dict(
         optimality=here.optimality, gtol=options.gtol, relative=relative, ftol=options.ftol, xtol=options.xtol
     )
     values |= dict(step=step_norm / (float(norm(here.params)) or 1.0), rounding=ROUNDING)
     exceeded = "SciPy's tests were passed before the maximum number of function evaluations was exceeded"
-    values |= dict(ended="no step lowers the cost any more" if hopeless else exceeded)
+    values |= dict(ended="No step lowers the cost any more" if hopeless else exceeded)
     names = options.names or [f"parameter {k}" for k in range(len(p0))]
     values |= dict(undetermined=" and ".join(names[k] for k in np.flatnonzero(undetermined)), far=_far(here, options))
     message = MESSAGES[status].format(**values)
-    found = here.params, here.equations, here.factor, status, message, nfev, here.optimality, history, here.distance
-    return Solution(*found, undetermined)
+    found = here.params, here.equations, here.factor, status, message, nfev, here.optimality, history
+    distance = np.nan if here.floored or undetermined.any() else here.distance  # that of the others says nothing
+    return Solution(*found, distance, undetermined)
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def _stand(params, equations, before: Point | None, options: Options, full: bool = False) -> Point:
     """The quadratic model at a point that a step from ``before`` led to.
 
