@@ -176,8 +176,8 @@ def curve_fit(
         masked arrays, NumPy's or Dask's.
     mask_values : sequence of numbers, optional
         Values of y, as they are stored, that stand for no data; their points count as masked. None: for arrays in Zarr
-        stores and HDF5 files the largest value of unsigned integers of 16 bits and more, which detectors write for dead pixels and gaps; ()
-        for none at all.
+        stores and HDF5 files the largest value of unsigned integers of 16 bits and more, which detectors write for dead
+        pixels and gaps; () for none at all.
     valid_range : pair, optional
         Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
         values.

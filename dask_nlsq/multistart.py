@@ -153,7 +153,12 @@ def search(
 
 
 def separated(evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
-    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none."""
+    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none.
+
+    Of counts by least squares, which has a gradient where the mean is not positive.
+    """
+    if evaluation.loss in LIKELIHOODS:
+        evaluation = evaluation._replace(loss="linear")
     screen = _Screen(evaluation, sample, lower, upper, len(p0))
     p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
     screen.linear = _linear(screen, p0, _reach(p0, screen(p0[None], 1)[2][0]))
