@@ -43,7 +43,7 @@ from .loading import Load, compute_shared, plan_loads
 from .memory import get_memory_manager
 from .model import Model
 from .resources import keep_freed_memory
-from .rules import EPS
+from .rules import EPS, ROUNDING
 from .sample import Sample, as_sample, pick, stratified_places
 from .store import BadChunkError
 from .trf_jit import LIKELIHOODS, float64, inherit_device
@@ -124,7 +124,8 @@ def factor(equations: NormalEquations) -> Factor:
 
     Directions in which the columns are alike to rounding are kept at the size of the tolerance, since covariances and
     singular values need a regular R. A factor knows that the data say nothing about them: no step leads along. A gram matrix
-    may only have lost the digits, so the gradient stays whole. A column that is zero stays so.
+    may only have lost the digits, so what the gradient has along them stays unless it is rounding. A column that is zero
+    stays so.
     """
     p = len(equations.matrix) - 1
     R, last = equations.matrix[:p, :p], equations.matrix[:p, p]
@@ -147,8 +148,10 @@ def factor(equations: NormalEquations) -> Factor:
     lost = s <= tolerance * s[-1]
     s = np.where(lost, 2**0.5 * tolerance * s[-1], s)
     Q, triangular = np.linalg.qr(s[:, None] * V.T * np.where(moving, D, 0.0))
-    along = V.T @ (gradient / D) / np.where(s > 0, s, 1.0)
-    return Factor(triangular, Q.T @ (along if by_gram else np.where(lost, 0.0, along)), gradient, condition)
+    along = V.T @ (gradient / D)
+    rounding = ROUNDING * np.sqrt(equations.pearson) if by_gram else np.inf
+    along = np.where(lost & (np.abs(along) <= rounding), 0.0, along)
+    return Factor(triangular, Q.T @ (along / np.where(s > 0, s, 1.0)), gradient, condition)
 
 
 def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tuple[np.ndarray, float]:

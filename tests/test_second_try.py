@@ -1,0 +1,117 @@
+"""Fits that do not converge from p0: what they say, and the second try from their linear parameters."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import OptimizeWarning
+
+from dask_nlsq import MapStatus, NotConvergedError, curve_fit, fit_map
+
+X = np.linspace(0, 5, 200)
+RNG = np.random.default_rng(0)
+DECAYING = 3e9 * np.exp(-1.3 * X) + 5e8 + 1e7 * RNG.normal(size=200)
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+def test_amplitudes_that_are_nine_orders_off_are_found_by_the_second_try():
+    seen = []
+    fit = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=seen.append)
+    np.testing.assert_allclose(fit.popt, [3e9, 1.3, 5e8], rtol=0.02)
+    assert fit.success
+    assert "linear parameters solved for" in fit.message
+    # the callback and the history see every evaluation of both
+    assert [record.nfev for record in seen] == [record.nfev for record in fit.history] == [*range(1, fit.nfev + 1)]
+    assert [record.iteration for record in fit.history] == [*range(fit.nfev)]
+    assert np.all(np.diff([record.seconds for record in fit.history]) >= 0)
+    assert fit.sweeps >= fit.nfev
+
+
+@pytest.mark.parametrize("most", [1, 20])
+def test_the_second_try_never_exceeds_max_nfev(most):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fit = curve_fit(decay, X, DECAYING, [1, 1, 1], max_nfev=most)
+    except NotConvergedError as err:
+        fit = err.result
+    assert fit.nfev == most
+    assert not fit.success
+
+
+def test_a_stop_in_the_second_try_keeps_the_better_point():
+    def stop(record):
+        if record.nfev == 301:
+            raise StopIteration
+
+    alone = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=lambda record: None).history[300].cost
+    fit = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=stop)
+    assert fit.status == -2
+    assert fit.cost <= alone
+
+
+def test_a_fit_that_converges_has_no_second_try():
+    fit = curve_fit(decay, X, DECAYING, [2e9, 1, 1e8])
+    assert "linear parameters" not in fit.message
+
+
+@pytest.mark.parametrize("p0", [[0, 1, 0], [0, 0, 0], [-40, 1, -5], [1e-12, 1, 0], [40, 1, -39]])
+@pytest.mark.parametrize("options", [{"loss": "poisson"}, {"sigma": "poisson"}], ids=["likelihood", "weights"])
+def test_counts_are_fitted_from_starts_at_which_the_mean_is_not_positive(p0, options):
+    counts = np.random.default_rng(0).poisson(50 * np.exp(-X) + 1)
+    best = curve_fit(decay, X, counts, [50, 1, 1], loss="poisson")
+    fit = curve_fit(decay, X, counts, p0, **options)
+    assert fit.success
+    np.testing.assert_allclose(fit.popt, best.popt, atol=0.01 * best.perr.min())
+
+
+def test_pixels_whose_mean_is_not_positive_at_the_start_are_stuck_and_not_successes():
+    counts = np.random.default_rng(0).poisson(50 * np.exp(-X) + 1, size=(3, 200))
+    assert np.all(fit_map(decay, X, counts, [0, 1, 0], loss="poisson").compute().status == MapStatus.STUCK)
+
+
+@pytest.mark.parametrize("reduction", ["auto", "gram", "qr"])
+def test_columns_that_depend_on_each_other_do_not_walk_away(reduction):
+    y = 3 * np.exp(-1.3 * X) + 0.5 + 0.01 * np.random.default_rng(1).normal(size=200)
+
+    def two(x, a, b, k, c):
+        return (a + b) * jnp.exp(-k * x) + c
+
+    with pytest.warns(OptimizeWarning, match="do not determine one combination"):
+        fit = curve_fit(two, X, y, [1, 1, 1, 0.1], reduction=reduction)
+    assert fit.success
+    np.testing.assert_allclose(fit.popt, [1.5, 1.5, 1.3, 0.5], atol=0.01)
+    assert np.isinf(fit.pcov).all()
+
+
+@pytest.mark.parametrize("bounds", [(-np.inf, np.inf), (0, np.inf)], ids=["no bounds", "bounds"])
+def test_data_that_are_zero_everywhere_converge_in_few_evaluations(bounds):
+    def line(x, a, b):
+        return a * x + b
+
+    fit = curve_fit(line, X, np.zeros(200), [1, 1], bounds=bounds)
+    assert fit.success and fit.nfev < 100
+    np.testing.assert_allclose(fit.popt, 0, atol=1e-12)
+    dark = fit_map(line, X, np.zeros((4, 200)), [1, 1], bounds=bounds).compute()
+    assert dark.success.all() and dark.nfev.max() < 100
+
+
+def test_a_start_at_which_no_parameter_can_move_is_said_at_once():
+    with pytest.warns(OptimizeWarning, match="does not change with"):
+        fit = curve_fit(lambda x, a, b: a * b * x, X, X, [0, 0])
+    assert (fit.status, fit.success, fit.nfev) == (12, False, 1)
+    assert np.isnan(fit.distance)
+
+
+def test_a_parameter_that_is_pressed_against_its_bound_ends_there_in_any_unit():
+    for unit in (1e-12, 1.0, 1e12):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit = curve_fit(lambda x, a: a * x, X, -3 * unit * X, [2 * unit], bounds=(unit, np.inf), ftol=1e-12, xtol=1e-12)
+        assert fit.success
+        assert fit.popt[0] == pytest.approx(unit, rel=1e-12)
+        assert fit.at_bound[0] == -1
