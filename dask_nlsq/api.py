@@ -50,7 +50,7 @@ from .checkpoint import Leave, open_checkpoint, read_call
 from .cluster import attached
 from .diagnostics import combinations
 from .kernels import choose_jac_mode, take_apart
-from .labels import by_name, origins
+from .labels import by_name, origins, warn_if_packed
 from .model import function_name, held, intern
 from .multistart import Search, fit_again, polish, sample_size, search
 from .plan import Plan, make_plan
@@ -261,6 +261,8 @@ def curve_fit(
     given = dict(locals())
     check_options(given)
     f, xdata, ydata = model_first(f, xdata, ydata)
+    if decode_cf:
+        warn_if_packed(ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
     loss, reweighted = likelihood(loss, sigma)
     p0, bounds, guesses = ready_model(f, p0, bounds, param_names, method)

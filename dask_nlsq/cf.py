@@ -40,11 +40,15 @@ class Decoding(NamedTuple):
         """
         given = {each: attributes.get(each) for each in (*PACKING, *MISSING, *VALID)}
         given = {each: value for each, value in given.items() if value is not None}
-        if str(_plain(attributes.get("_Unsigned", ""))).lower() == "true" and dtype.kind == "i":
+        unsigned = str(_plain(attributes.get("_Unsigned", ""))).lower()
+        if (unsigned, dtype.kind) in (("true", "i"), ("false", "u")):
             raise ValueError(
-                f"`{name}` has the attribute _Unsigned, by which its integers are unsigned ones: open it with xarray, or "
-                "fit the values as they are stored by decode_cf=False"
+                f"`{name}` has the attribute _Unsigned, by which its integers of dtype {dtype} have or lack a sign: open it "
+                "with xarray, or fit the values as they are stored by decode_cf=False"
             )
+        for each in PACKING:
+            if each in attributes and attributes[each] is None:
+                raise _wrong(name, each, None)
         if not given or dtype.kind not in "buif":
             return None
         numbers = {each: _numbers(name, each, value, dtype) for each, value in given.items()}

@@ -3,11 +3,14 @@
 xarray's arrays are known by their ``dims`` and ``coords``; it is imported only to label what is computed of some.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
 
 
 class Labels(NamedTuple):
@@ -42,11 +45,35 @@ def labelled(data) -> bool:
 def by_name(xdata, ydata, sigma, mask):
     """x, sigma and mask of one fit of all of an xarray ``ydata``, as plain arrays with its axes, and its labels."""
     if not labelled(ydata):
+        _check_rows(xdata, ydata)
         return xdata, sigma, mask, None
     matrix = labelled(sigma) and sigma.shape == (ydata.size,) * 2 != ydata.shape  # a covariance
     sigma = sigma if matrix else along_dims("sigma", sigma, ydata)
     xdata = coordinates_of(xdata, ydata, range(ydata.ndim))
     return xdata, sigma, along_dims("mask", mask, ydata), Labels.of([ydata], ydata.dims)
+
+
+def _check_rows(xdata, ydata):
+    """Refuse pandas objects whose rows have other labels than those of y, since rows are paired by place."""
+    for each in xdata if isinstance(xdata, tuple) else (xdata,):
+        pandas = all(hasattr(one, "to_numpy") and hasattr(one, "index") for one in (each, ydata))
+        if pandas and not each.index.equals(ydata.index):
+            raise ValueError(
+                "`xdata` and `ydata` have different row labels, and rows are paired by place: reindex one of them, or pass "
+                "to_numpy() of both"
+            )
+
+
+def warn_if_packed(ydata) -> None:
+    """Warn of an xarray array that was opened without decoding: its attributes are not applied."""
+    packed = [name for name in PACKED if labelled(ydata) and name in ydata.attrs]
+    if packed:
+        warnings.warn(
+            f"`ydata` has the attributes {', '.join(packed)}, which are not applied to xarray data: open them with "
+            "mask_and_scale=True, or use decode_cf=False if the values are meant as they are stored",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def coordinates_of(xdata, ydata, axes):
@@ -87,10 +114,22 @@ def with_dates(data):
     return data
 
 
+def _by_calendar(array) -> bool:
+    return np.datetime_data(array.dtype)[0] in ("Y", "M")
+
+
 def seconds(array, origin):
-    """Dates as float seconds since ``origin``, durations as float seconds, NaT as nan."""
+    """Dates as float seconds since ``origin``, durations as float seconds, NaT as nan.
+
+    Raises
+    ------
+    TypeError
+        Durations in years or months, which have no fixed length.
+    """
     if array.dtype.kind == "M":
-        array = array - origin
+        array = array.astype("M8[s]") - origin if _by_calendar(array) else array - origin
+    if _by_calendar(array):
+        raise TypeError(f"`xdata` has durations of dtype {array.dtype}, of no fixed length: give days, or numbers")
     return array / np.timedelta64(1, "s")
 
 

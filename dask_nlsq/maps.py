@@ -12,7 +12,7 @@ import numpy as np
 from dask.graph_manipulation import clone
 
 from .arguments import axes_of, check_options, model_first
-from .labels import along_dims, labelled, map_values
+from .labels import along_dims, labelled, map_values, warn_if_packed
 from .map_blocks import MapProblem, Operand, build_map
 from .map_result import MapResult
 from .map_step import MapStatus
@@ -129,6 +129,8 @@ def fit_map(
     check_options(given | dict(guess=guess))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     labels: dict[str, Any] = {}
+    if decode_cf:
+        warn_if_packed(ydata)
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]
         given |= {name: along_dims(name, given[name], ydata) for name in ("sigma", "mask")}

@@ -408,3 +408,29 @@ def test_the_command_line_decodes_what_it_names_and_may_leave_it(tmp_path):
 
 def test_a_dask_array_and_an_array_in_memory_have_no_attributes():
     assert curve_fit(decay, X, da.from_array(Y, 500), p0=P0).plan.decoded == ()
+
+
+@pytest.mark.parametrize("sign, dtype", [("true", "i2"), ("false", "u2")])
+def test_integers_whose_sign_an_attribute_changes_are_refused(sign, dtype, tmp_path):
+    array = zarr.create_array(tmp_path / "y.zarr", shape=(20,), dtype=dtype)
+    array[...] = np.arange(20)
+    array.attrs["_Unsigned"] = sign
+    with pytest.raises(ValueError, match="_Unsigned"):
+        curve_fit(lambda x, a, b: a * x + b, np.arange(20.0), array, [1, 1])
+
+
+def test_a_scale_that_is_null_is_refused(tmp_path):
+    array = zarr.create_array(tmp_path / "y.zarr", shape=(20,), dtype="i2")
+    array.attrs.update(scale_factor=None, add_offset=1.5)
+    with pytest.raises(ValueError, match="scale_factor=None"):
+        curve_fit(lambda x, a, b: a * x + b, np.arange(20.0), array, [1, 1])
+
+
+def test_xarray_data_that_were_not_decoded_are_warned_of():
+    y = xr.DataArray(3.0 * np.arange(20), dims="x", attrs={"scale_factor": 0.1})
+    call = dict(f=lambda x, a, b: a * x + b, xdata=np.arange(20.0), ydata=y, p0=[1, 1])
+    with pytest.warns(RuntimeWarning, match="scale_factor, which are not applied"):
+        curve_fit(**call)
+    with pytest.warns(RuntimeWarning, match="scale_factor, which are not applied"):
+        fit_map(**call | {"ydata": xr.concat([y, y], "pixel")})
+    curve_fit(**call, decode_cf=False)

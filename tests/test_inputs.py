@@ -554,3 +554,18 @@ def test_a_date_that_is_missing_is_counted_or_left_out_alone(kind):
     expected = curve_fit(fading, np.delete(SECONDS, [0, 3]) - SECONDS[1], np.delete(SIGNAL, [0, 3]))
     assert found.n_omitted == 2
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+
+
+def test_dates_by_the_calendar_become_seconds_and_durations_by_it_are_refused():
+    years = np.array(["2000", "2001", "2002", "2003"], "M8[Y]")
+    fit = curve_fit(lambda x, a, b: a * x / 86400 + b, years, [0.0, 366, 731, 1096], [2, 1])
+    np.testing.assert_allclose(fit.popt, [1, 0], atol=1e-6)
+    with pytest.raises(TypeError, match="no fixed length"):
+        curve_fit(lambda x, a, b: a * x + b, np.arange(5).astype("m8[M]"), np.arange(5.0), [1, 1])
+
+
+def test_pandas_rows_with_other_labels_are_refused():
+    x, y = pd.Series(np.arange(5.0)), pd.Series(2 * np.arange(5.0) + 1)
+    with pytest.raises(ValueError, match="different row labels"):
+        curve_fit(lambda x, a, b: a * x + b, x, y[::-1], [1, 1])
+    np.testing.assert_allclose(curve_fit(lambda x, a, b: a * x + b, x, y, [1, 1]).popt, [2, 1])
