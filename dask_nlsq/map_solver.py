@@ -231,7 +231,8 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     popt = lanes.start.at[free].set(here.params)
     popt = jnp.where(fitted, popt, jnp.nan)
     lengths = jnp.sqrt(jnp.stack([here.gram[k, k] for k in range(p)]))
-    unknown = jnp.any(rules.undetermined(jnp, lengths, here.longest, here.params, lanes.size), axis=0)
+    magnitude = rules.magnitude(jnp, lanes.size, here.reach, lengths)
+    unknown = jnp.any(rules.undetermined(jnp, lengths, here.longest, here.params, magnitude), axis=0)
     lengths = jnp.where(lengths > 0, lengths, 1.0)
     lengths = lengths[:, None] * lengths
     pcov, regular = inverse(here.gram[:p, :p] / lengths)

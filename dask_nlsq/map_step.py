@@ -279,12 +279,13 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
         lengths = columns * jnp.sqrt(2 * cost)
         optimality = jnp.max(jnp.abs(g) / jnp.where(lengths > 0, lengths, 1.0), axis=0)
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
-    faded = jnp.sum(rules.undetermined(jnp, columns, longest, params, lanes.size), axis=0)
     dof = lanes.n_points - p
     variance = jnp.ones_like(cost) if spec.absolute_sigma else 2 * cost / dof
     variance = jnp.where(dof > 0, variance, jnp.nan)
     n_full = jnp.where(lanes.full & ~first, before.n_full + 1, 0)
     reach = jnp.where(first, jnp.abs(params), jnp.maximum(jnp.abs(params), before.reach))
+    magnitude = rules.magnitude(jnp, lanes.size, reach, columns)
+    faded = jnp.sum(rules.undetermined(jnp, columns, longest, params, magnitude), axis=0)
     point = Point(
         params=params,
         gram=gram,
@@ -292,7 +293,7 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
         floored=floored,
         finite=finite,
         regular=regular,
-        n_faded=jnp.where(cost > ROUNDING**2 * lanes.size, faded, 0),
+        n_faded=jnp.where(cost > ROUNDING**2 * magnitude, faded, 0),
         longest=longest,
         reach=reach,
         d=d,
@@ -301,7 +302,7 @@ def _stand(spec, limits, lanes, gram, cost, floored) -> Point:
         newton=newton,
         newton_slope=newton_slope,
         decrement=decrement,
-        floor=rules.rounding_floor(jnp, lanes.size, params, reach, columns, lanes.n_points),
+        floor=rules.rounding_floor(magnitude, params, columns, lanes.n_points),
         distance=jnp.zeros_like(cost),
         n_full=n_full,
         optimality=optimality,

@@ -106,16 +106,21 @@ def contraction(xp, here, there, full, was_full):
     return xp.where(full & was_full, kappa, 0.0)
 
 
-def rounding_floor(xp, size, params, reach, columns, n_points):
-    """The decrement that rounding leaves: of residuals, with ``size`` = sum w y^2, and of parameters inside the model.
+def magnitude(xp, size, reach, columns):
+    """What rounding is relative to: ``size`` = sum w y^2, or, where the data are zero, what the model has been, squared.
 
-    ``params`` and ``columns``, the lengths of those of J, are (p,) or (p, lanes). Rounding of a parameter's effect differs
-    from point to point, so that p of n points' worth of it are left. Data that are all zero have no size: there the largest
-    that the parameters have been, ``reach``, says how large the model was.
+    ``reach``, the largest that each parameter has been, and ``columns``, the lengths of those of J, are (p,) or (p, lanes).
     """
-    params = xp.where(size > 0, params, reach)
+    return xp.where(size > 0, size, ((reach * columns) ** 2).sum(axis=0))
+
+
+def rounding_floor(magnitude, params, columns, n_points):
+    """The decrement that rounding leaves: of residuals, relative to their ``magnitude``, and of parameters in the model.
+
+    Rounding of a parameter's effect differs from point to point, so that p of n points' worth of it are left.
+    """
     inside = ((PARAM_ROUNDING * params * columns) ** 2).sum(axis=0) * len(params) / (n_points + (n_points == 0))
-    return ROUNDING**2 * size + inside
+    return ROUNDING**2 * magnitude + inside
 
 
 def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
@@ -166,9 +171,9 @@ def scale_lengths(xp, columns, longest):
     return xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
 
 
-def undetermined(xp, columns, longest, params, size):
+def undetermined(xp, columns, longest, params, magnitude):
     """Parameters on which the model does not depend: whose column is zero, or has faded to less than y is rounded."""
-    faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(size))
+    faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(magnitude))
     return (columns == 0) | faded
 
 

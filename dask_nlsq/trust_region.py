@@ -192,7 +192,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     radius = float(rules.first_radius(np, moved, norm(here.newton / here.hat.d), here.cost))
     relative: float = np.inf
     step_norm: float = np.inf
-    proposed, tests_passed, hopeless = 0, False, False  # of the last step
+    proposed, tests_passed, hopeless, hopeless_at_once = 0, False, False, False  # of the last step
     history = [_record(iteration, nfev, here, np.nan, np.nan, np.nan, radius, True, started, equations.read)]
 
     while True:
@@ -212,15 +212,15 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
                 status = STUCK
         if status is None and nfev >= max_nfev:
             status = STUCK if tests_passed else 0
-        if options.callback is not None and _stopped(options.callback, history[-1]) and status is None:
-            status = -2
+        if options.callback is not None and not hopeless_at_once and _stopped(options.callback, history[-1]):
+            status = -2 if status is None else status
         if status is not None:
             break
 
         candidate, alpha = _propose(here, radius, alpha, options)
         trial = rules.off_the_bounds(np, here.params + candidate.step, lower, upper, 0.0)
-        hopeless = bool(np.all(rules.same(np, trial, here.params)))
-        if hopeless:
+        hopeless = hopeless_at_once = bool(np.all(rules.same(np, trial, here.params)))
+        if hopeless_at_once:  # no sweep, and no record that would tell of it
             continue
         try:
             equations = sweep(trial, _next_reduction(here, options))
@@ -296,7 +296,8 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
         known, chi_square = options.noise == "known", equations.pearson if options.noise == "pearson" else 2 * equations.cost
         variance = 1.0 if known else chi_square / dof
     reach = np.abs(params) if before is None else np.maximum(np.abs(params), before.reach)
-    floor = float(rules.rounding_floor(np, equations.size, params, reach, columns, n_points))
+    magnitude = float(rules.magnitude(np, equations.size, reach, columns))
+    floor = float(rules.rounding_floor(magnitude, params, columns, n_points))
     point = Point(
         params, equations, parts, longest, reach, hat, step, decrement, float(optimality), variance, dof, floor, np.nan
     )
@@ -304,7 +305,7 @@ def _stand(params, equations, before: Point | None, options: Options, full: bool
     if before is not None and full:
         n_full = before.n_full + 1
         kappa = float(rules.contraction(np, before, point, True, n_full > 1))
-    if equations.cost > ROUNDING**2 * equations.size:  # exact data without a peak need none
+    if equations.cost > ROUNDING**2 * magnitude:  # exact data without a peak need none
         point = point._replace(n_faded=int(np.sum(_undetermined(point))))
     distance = float(rules.distance(np, decrement, variance, kappa, floor))
     return point._replace(distance=distance, floored=equations.floored, n_full=n_full, contraction=kappa)
@@ -359,7 +360,9 @@ def _wants_qr(here: Point, options: Options) -> bool:
 
 
 def _undetermined(here: Point) -> np.ndarray:
-    return rules.undetermined(np, norm(here.factor.R, axis=0), here.longest, here.params, here.equations.size)
+    columns = norm(here.factor.R, axis=0)
+    magnitude = rules.magnitude(np, here.equations.size, here.reach, columns)
+    return rules.undetermined(np, columns, here.longest, here.params, magnitude)
 
 
 def _lossy(point):

@@ -267,7 +267,7 @@ def test_the_place_of_a_peak_without_height_is_not_determined():
     flat = Y.copy()
     flat[0, 2], flat[0, 3] = 0, 2.5
     found = fitted(flat)
-    assert (found.status[0, 2:4] == MapStatus.SINGULAR).all()
+    assert (found.status[0, 2:4] == MapStatus.UNDETERMINED).all()
     assert np.isinf(found.perr[0, 2:4, 1:3]).all()
 
 

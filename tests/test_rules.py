@@ -117,10 +117,14 @@ def test_rounding_of_a_parameter_inside_the_model_is_part_of_the_floor(xp):
     """A centre of 2.4e6 and a width of 0.03: the difference of time and centre is known to 1e-8 of the width."""
     params, columns = xp.asarray([2.4e6]), xp.asarray([1 / 0.03 * 10])  # 100 points that change by 1 over a width
     expected = (2 * rules.EPS * 2.4e6 / 0.03) ** 2
-    small = 1e-30
-    assert float(rules.rounding_floor(xp, small, params, params, columns, 100)) == pytest.approx(expected)
-    assert float(rules.rounding_floor(xp, 1.0, params * 0, params, columns, 100)) == rules.ROUNDING**2
-    assert float(rules.rounding_floor(xp, 0.0, params * 0, params, columns, 100)) == pytest.approx(expected)  # y = 0
+    assert float(rules.rounding_floor(0.0, params, columns, 100)) == pytest.approx(expected)
+    assert float(rules.rounding_floor(1.0, params * 0, columns, 100)) == rules.ROUNDING**2
+
+
+def test_data_that_are_zero_are_measured_by_what_the_model_has_been(xp):
+    reach, columns = xp.asarray([3.0, 4.0]), xp.asarray([1.0, 1.0])
+    assert float(rules.magnitude(xp, xp.asarray(0.0), reach, columns)) == 25.0
+    assert float(rules.magnitude(xp, xp.asarray(7.0), reach, columns)) == 7.0
 
 
 def test_a_parameter_at_its_bound_is_held_where_rounding_is_all_that_lies_between(xp):
