@@ -187,8 +187,8 @@ def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndar
     last = first.history[-1]
 
     def later(record: Record) -> Record:
-        so_far = dict(nfev=record.nfev + first.nfev, iteration=record.iteration + last.iteration + 1)
-        return record._replace(**so_far, seconds=record.seconds + last.seconds)
+        iteration, nfev = record.iteration + last.iteration + 1, record.nfev + first.nfev
+        return record._replace(iteration=iteration, nfev=nfev, seconds=record.seconds + last.seconds)
 
     observe = options.callback
     callback = None if observe is None else lambda record: observe(later(record))
