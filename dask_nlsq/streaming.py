@@ -478,8 +478,7 @@ class StreamingSweep(Sweep):
         own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
         try:
             with SampleSweep(self.evaluation, sample, self.jac_mode) as small:
-                unseen = not_seen(small(start, "gram"), start)
-                found = solve(lambda params, reduction: without(small(params, reduction), unseen), start, own)
+                found = solve(small, start, own)
                 warm = told_apart(found, start, small)
         except NotFiniteAtStart:
             return start
@@ -519,18 +518,6 @@ class SampleSweep:
         parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
         matrix, cost, sums = merge_results([found for (found,) in parts], reduction)
         return NormalEquations(matrix, float(cost), reduction, sums)
-
-
-def not_seen(equations: NormalEquations, params: np.ndarray) -> np.ndarray:
-    """Parameters (p,) that could double, and move a sample by no more than one residual: those of a peak that it misses."""
-    effect = np.sqrt(np.diag(equations.matrix)[:-1]) * np.abs(params)
-    return (params != 0) & (effect**2 < 2 * equations.cost / max(equations.n_points, 1))
-
-
-def without(equations: NormalEquations, parameters: np.ndarray) -> NormalEquations:
-    """Gram matrix of a model that does not depend on these parameters (p,)."""
-    kept = np.append(~parameters, True)
-    return equations._replace(matrix=np.where(np.outer(kept, kept), equations.matrix, 0.0))
 
 
 def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
