@@ -5,8 +5,8 @@ adds the ratios, and how far the parameters are apart. Medians of warm calls in 
 maps are timed from host to host.
 """
 
+import json
 import os
-import pickle
 import sys
 import time
 from pathlib import Path
@@ -103,18 +103,18 @@ def rows():
 
 
 def main(file: Path) -> None:
-    before = pickle.loads(file.read_bytes()) if file.exists() else {}  # of the run before, by the same user
+    before = json.loads(file.read_text()) if file.exists() else {}
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}, float64 arithmetic", flush=True)
     kept = {}
     for name, seconds, popt, perr in rows():
-        kept[name] = seconds, popt
+        kept[name] = seconds, None if popt is None else popt.tolist()
         line = f"{name:<82} {seconds:10.4f}"
         if name in before:
             other, its = before[name]
             line += f"  {seconds / other:7.2f} times the other"
-            line += "" if popt is None else f", popt {np.nanmax(np.abs(popt - its) / perr):.1e} s.e. apart"
+            line += "" if popt is None else f", popt {np.nanmax(np.abs(popt - np.array(its)) / perr):.1e} s.e. apart"
         print(line, flush=True)
-        file.write_bytes(pickle.dumps(before | {name: kept[name] for name in kept if name not in before}))
+        file.write_text(json.dumps(kept | before))
 
 
 if __name__ == "__main__":
