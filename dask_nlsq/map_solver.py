@@ -236,7 +236,7 @@ def _store(spec, limits: Limits, lanes: Lanes, out: Fitted) -> Fitted:
     lengths = jnp.where(lengths > 0, lengths, 1.0)
     lengths = lengths[:, None] * lengths
     pcov, regular = inverse(here.gram[:p, :p] / lengths)
-    regular &= ~unknown
+    regular &= here.regular & ~unknown
     pcov = pcov / lengths
     if not spec.absolute_sigma:
         dof = lanes.n_points - p
