@@ -25,7 +25,7 @@ from .trf_jit import MORE_ITERATIONS, MORE_RTOL, masked_cost
 MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
 LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
 GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
-PIVOT = 2**6 * EPS  # of the diagonal element: rounding of a gram matrix; two columns alike to 2 parts in 1e7 reach it
+PIVOT = 2**8 * EPS  # of the diagonal element: rounding of a gram matrix of some 1000 points, as measured
 RUNNING = 255  # status of a pixel that is being fitted
 
 
