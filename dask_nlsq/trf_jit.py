@@ -162,7 +162,7 @@ def newton(R, projected, stiffness):
 
 @jax.jit
 def spectrum(R, projected, d, diagonal):
-    """SVD that every radius at this point shares; R (p, p), the rest (p,). Along a column that is zero no step is taken."""
+    """SVD for the subproblem; R (p, p), the rest (p,). Along a column that is zero no step is taken."""
     R_h = R * d
     still = (jnp.sum(R_h**2, axis=0) == 0) & (diagonal == 0)
     augmented = jnp.concatenate([R_h, jnp.diag(jnp.sqrt(diagonal) + still)])

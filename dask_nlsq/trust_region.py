@@ -117,7 +117,6 @@ class Solution(NamedTuple):
     optimality: float
     history: list[Record]
     distance: float  # standard errors to the optimum of the quadratic model, nan without degrees of freedom
-    undetermined: np.ndarray  # (p,) parameters that the model does not depend on at the end
 
 
 class NotFiniteAtStart(ValueError):
@@ -262,7 +261,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], NormalEquations], p0: np.ndar
     message = MESSAGES[status].format(**values)
     found = here.params, here.equations, here.factor, status, message, nfev, here.optimality, history
     distance = np.nan if here.floored or undetermined.any() else here.distance  # that of the others says nothing
-    return Solution(*found, distance, undetermined)
+    return Solution(*found, distance)
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
