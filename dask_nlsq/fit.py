@@ -193,8 +193,8 @@ def curve_fit(
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
         in this process where there is none. "streaming": nothing is held, each sweep reads the data anew, here or on the
         workers, and a fit of a small sample comes first; see `dask_nlsq.solve.warm_start`. "auto": "chunked" for Dask and
-        on-disk data with a Client, "streaming" where they do not fit in memory. The result says in ``plan`` what was decided, and
-        `plan_fit` says it beforehand.
+        on-disk data with a Client, "streaming" where they do not fit in memory. The result says in ``plan`` what was
+        decided, and `plan_fit` says it beforehand.
     reduction : {"auto", "gram", "qr"}
         How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
     jac_mode : {"auto", "columns", "arguments"}

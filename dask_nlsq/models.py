@@ -1,6 +1,6 @@
 """The public path of `dask_nlsq.model.ready`."""
 
-from .model import ready
+from .model import ready as _source
 from .model.ready import *  # noqa: F403
 
-__doc__ = ready.__doc__
+__doc__ = _source.__doc__

@@ -1,6 +1,6 @@
 """The public path of `dask_nlsq.results.statistics`."""
 
-from .results import statistics
+from .results import statistics as _source
 from .results.statistics import *  # noqa: F403
 
-__doc__ = statistics.__doc__
+__doc__ = _source.__doc__

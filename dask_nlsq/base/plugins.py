@@ -16,6 +16,6 @@ def install(client: Client, plugin: SchedulerPlugin) -> bool:
     try:
         client.register_plugin(plugin)
     except ABSENT as err:  # such as a scheduler without this package, or one that takes no plugins
-        logger.warning("the scheduler does not take the plugin %s: %s: %s", plugin.name, type(err).__name__, err)
+        logger.warning("the scheduler does not take the plugin %s: %s: %s", type(plugin).__name__, type(err).__name__, err)
         return False
     return True

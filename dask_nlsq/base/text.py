@@ -1,5 +1,6 @@
 """How sizes, counts and tables are written."""
 
+from collections.abc import Sequence
 from math import inf
 
 GB = 2**30  # bytes
@@ -9,7 +10,7 @@ def several(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def table(rows: list[tuple[str, ...]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

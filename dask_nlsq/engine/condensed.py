@@ -1,7 +1,7 @@
 """What all data are condensed to: one small matrix, a cost and sums over segments, merged in a fixed order."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.linalg import norm
@@ -183,7 +183,8 @@ class Tree:
     """
 
     def __init__(self, n: int, reduction: Reduction, joined: int = 0):
-        self.n, self.reduction, self.joined, self.nodes = n, reduction, joined, {}
+        self.n, self.reduction, self.joined = n, reduction, joined
+        self.nodes: dict[tuple[int, int], Any] = {}
 
     def add(self, level: int, k: int, matrix: np.ndarray, cost: float, parts: np.ndarray) -> None:
         while (count := -(-self.n >> level)) > 1:

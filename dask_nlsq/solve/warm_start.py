@@ -97,8 +97,9 @@ def warm_start(sweep: StreamingSweep, start: np.ndarray, options: Options) -> np
         return start
     sweep.drawn = sweep.drawn._replace(nfev=found.nfev)
     warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
-    reduction = "qr" if options.reduction == "qr" else "gram"
+    reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
     there = sweep(warm, reduction)
+    assert there.read is not None  # of data that are not held
     expected = found.history[0].cost / sample.n_points  # per point
     if predicted_cost(there, warm, options) / there.read.n_points <= expected:
         return warm
