@@ -23,9 +23,8 @@ from .data.sample import sample_size
 from .data.store import Policy, warn_if_changed
 from .engine.checkpoint import Interrupted, StopOnSignal, create_checkpoint_directory, open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.condensed import Segmentation
-from .engine.evaluation import Evaluation
-from .engine.streaming import StreamingSweep
+from .engine.evaluator import Evaluator
+from .engine.request import Objective
 from .engine.sweep import open_sweep
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
@@ -291,7 +290,7 @@ def curve_fit(
     without = as_given | dict(sigma=None) if reweighted else as_given
     policy = Policy(on_bad_chunk, missing_chunks)
     data, stored, rules = open_data(without, policy, mask_values, valid_range, decode_cf, loss)
-    rules |= dict(check=check, omit=omit, counts=loss == "poisson")
+    rules |= dict(check=check, omit=omit)
     problem = align_data(model, len(start), **data, strategy=strategy, rules=rules)
     if problem.n_points < len(start):
         raise TypeError(too_few(len(start), problem.n_points))
@@ -303,26 +302,25 @@ def curve_fit(
         check_sendable(**as_given)
         for line in plan.advice:
             logger.warning("%s", line)
-    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Segmentation.of(problem, len(start)))
+    objective = Objective(model, loss, positive("f_scale", f_scale))
 
     started = time.perf_counter()
     with ExitStack() as stack:
         stack.enter_context(attached(client, report))
         live = stack.enter_context(Live(client, function_name(model.f), names, start, plan, absolute_sigma))
-        place = problem, evaluation, client, plan.n_partitions
-        streamed = StreamingSweep(*place) if plan.strategy == "streaming" else None
-        live.sweep = sweep = streamed or open_sweep(*place)
-        stack.enter_context(sweep)
+        sweep = stack.enter_context(open_sweep(problem, plan.strategy, client, plan.n_partitions))
+        live.evaluator = evaluator = Evaluator(sweep, objective, len(start))
+        streamed = plan.strategy == "streaming"
 
         @cache
         def admit():
-            counts = admit_data(sweep.census(), problem, len(start))
-            check_start(sweep, names, start, lower, upper)
+            counts = admit_data(sweep.census, problem, objective.counts, len(start))
+            check_start(sweep, model, names, start, lower, upper)
             return counts
 
         if guesses:
             if streamed:
-                streamed.draw(len(start), needed=GUESS_RUNS)
+                sweep.draw(len(start), needed=GUESS_RUNS)
             else:
                 admit()
             start = np.where([name in guesses for name in names], guessed_start(sweep, model, lower, upper), start)
@@ -334,39 +332,40 @@ def curve_fit(
             kept = open_checkpoint(
                 path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds, param_names=all_names)
             )
-            if streamed.resume_from(kept):
-                jac_mode = streamed.jac_mode
-            streamed.leave = stack.enter_context(StopOnSignal())
+            if evaluator.resume_from(kept):
+                jac_mode = evaluator.jac_mode
+            evaluator.stop = stack.enter_context(StopOnSignal())
         if streamed:
-            streamed.draw(len(start), needed=n_starts > 0)
-            check_start(streamed, names, start, lower, upper)
-            streamed.admit = admit  # what is in the data is known when the first sweep has read them
+            sweep.draw(len(start), needed=n_starts > 0)
+            evaluator.save_sample()
+            check_start(sweep, model, names, start, lower, upper)
+            evaluator.admit = admit  # what is in the data is known when the first sweep has read them
         else:
             admit()
         if jac_mode == "auto":
-            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, problem.n_points)
-        sweep.jac_mode = jac_mode
+            jac_mode = choose_jac_mode(model, problem.preparation.layouts, sweep.sample, start, problem.n_points)
+        evaluator.jac_mode = jac_mode
         loaded = time.perf_counter()
         try:
             with Observers(callback, progress, verbose, live) as observers:
                 options = replace(options, callback=observers)
                 if streamed:
-                    streamed.watch = observers.reading
+                    evaluator.watch = observers.reading
                 found: Search | None = None
                 solver: Callable = hybrid if streamed else solve
                 if n_starts:
                     sample = sweep.points(sample_size(len(start)))
-                    found = search(evaluation, sample, start, lower, upper, n_starts)
-                    solution, found = polish(found, sweep, options, solver)
+                    found = search(objective, sample, start, lower, upper, n_starts)
+                    solution, found = polish(found, evaluator, options, solver)
                 else:
-                    solution = solver(sweep, start, options)
-                    solution = fit_again(solution, sweep, evaluation, start, options, solver)
+                    solution = solver(evaluator, start, options)
+                    solution = fit_again(solution, evaluator, start, options, solver)
         except Interrupted as stop:  # before there is a point to return
             raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
         except NotFiniteAtStart as err:
-            raise ValueError(not_finite_at_start(sweep, model, start, names)) from err
+            raise ValueError(not_finite_at_start(evaluator, start, names)) from err
         n_points, n_masked, n_omitted = admit()
-        sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
+        damage = sweep.census.damage
         live.ended(solution.message, n_masked + n_omitted, len(damage))
     for each in stored if streamed else ():
         warn_if_changed(each)
@@ -374,8 +373,8 @@ def curve_fit(
     pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
     popt = all_start.copy()
     popt[free] = solution.params
-    assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = unpack(solution.equations.parts, len(free))._replace(weights=sweep.weights)
+    assert solution.equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
+    parts = unpack(solution.equations.parts, len(free))._replace(weights=evaluator.weights)
     result = FitResult(
         popt=popt,
         pcov=spread_out(pcov, free, len(popt)),
@@ -385,7 +384,7 @@ def curve_fit(
         n_masked=n_masked,
         n_omitted=n_omitted,
         nfev=solution.nfev,
-        sweeps=sweeps,
+        sweeps=evaluator.count,
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,
@@ -396,16 +395,17 @@ def curve_fit(
         history=solution.history,
         seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
         starts=found,
-        sample=drawn,
+        sample=evaluator.drawn or sweep.drawn,
         damage=damage,
         n_filled=sum(len(each.absent) for each in stored),
         fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
         bounds=np.stack([all_lower, all_upper]),
         noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
+        totals=Totals(cost, n_points, *(evaluator.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
         parts=parts,
         factor=solution.factor,
-        evaluation=evaluation,
+        objective=objective,
+        preparation=problem.preparation,
         data=problem,
         _labels=labels if problem.factor is None else None,  # whitened points have lost their places
         _origins=origins(xdata),

@@ -11,7 +11,7 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit, get_memory_manager
-from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.align import build_data
 from dask_nlsq.data.loading import compute_shared, plan_loads
 
 X = np.linspace(0, 4, 4000)
@@ -23,7 +23,7 @@ def decay(x, a, b, c):
 
 
 def loads_of(x, y):
-    problem = build_problem(x, y, check=True, omit=False)
+    problem = build_data(x, y, check=True, omit=False)
     runs, common = plan_loads(problem)
     return problem, [load for run in runs for load in run], common
 

@@ -10,7 +10,7 @@ from ..kernels.checks import check_model
 from ..memory.machine import active_client
 from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
 from ..model.ready import ReadyModel
-from .align import Problem, build_problem, build_whitened
+from .align import Data, build_data, build_whitened
 from .arrays import apart, decoded, stacked
 from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
@@ -39,7 +39,7 @@ def open_data(
     look: bool = True,
     masks: bool = False,
 ):
-    """The data with stored arrays opened, these arrays, and what `build_problem` has to know of both.
+    """The data with stored arrays opened, these arrays, and what `build_data` has to know of both.
 
     With ``masks`` chunks that are to be left out come as masked ones.
 
@@ -101,7 +101,7 @@ def _check_alike(opened: Opened, mask_values) -> None:
         )
 
 
-def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Problem:
+def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy, rules: dict[str, Any]) -> Data:
     y_size = count_points(ydata)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
         covariance_of_y, hidden = apart("sigma", sigma)
@@ -111,20 +111,20 @@ def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy,
             )
         covariance_of_y = np.asarray(covariance_of_y, dtype=np.float64)
         problem = build_whitened(xdata, ydata, covariance_of_y, mask, **rules)
-        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+        check_model(model, problem.preparation.layouts, problem.n_points, n_params)
         return problem
     split = strategy == "chunked" and active_client() is not None
     arguments = dict(sigma=sigma, mask=mask, split=split) | rules
-    problem = build_problem(xdata, ydata, **arguments, whole=xdata is None)
+    problem = build_data(xdata, ydata, **arguments, whole=xdata is None)
     ready = isinstance(model.f.f if isinstance(model.f, FixedParameters) else model.f, ReadyModel)
-    if ready and problem.rules.layouts.x_kind != "single":
+    if ready and problem.preparation.layouts.x_kind != "single":
         raise ValueError(f"`xdata` must be one array for the model {function_name(model.f)}, which has one coordinate")
-    if problem.rules.whole:
-        check_model(model, problem.rules.layouts, problem.n_points, n_params)
+    if problem.preparation.whole:
+        check_model(model, problem.preparation.layouts, problem.n_points, n_params)
         return problem
     n = SAMPLE_POINTS if problem.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
     try:
-        check_model(model, problem.rules.layouts, n, n_params)
+        check_model(model, problem.preparation.layouts, n, n_params)
     except (ModelError, ModelShapeError):
         if problem.lazy or problem.n_points > WHOLE_LIMIT:
             raise
@@ -134,48 +134,45 @@ def align_data(model: Model, n_params: int, xdata, ydata, sigma, mask, strategy,
     else:
         return problem
     # a model that closes over an array as long as the data works on all points only
-    check_model(model, problem.rules.layouts, problem.n_points, n_params)
-    return build_problem(xdata, ydata, **arguments, whole=True)
+    check_model(model, problem.preparation.layouts, problem.n_points, n_params)
+    return build_data(xdata, ydata, **arguments, whole=True)
 
 
-def admit_data(censuses: list[Census], problem: Problem, n_params) -> tuple[int, int, int]:
-    """Points used, masked and omitted; an error where values are not as they must be."""
-    n_chunks = prod(len(sizes) for sizes in problem.chunks)
-    if not problem.rules.omit:
-        for name in ("ydata", "xdata", "sigma"):
-            bad = [(census.index, count) for census in censuses if (count := census.not_finite.get(name, 0))]
-            if bad:
-                total = sum(count for _, count in bad)
-                where = f", first in block {bad[0][0]} of {n_chunks}" if n_chunks > 1 else ""
-                raise ValueError(
-                    f"The input contains nan or infinity: {total} of the values of `{name}`{where}. "
-                    'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
-                )
-    for census in censuses:
-        where = f" (first in block {census.index})" if n_chunks > 1 else ""
-        if census.n_sigma_not_positive:
+def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tuple[int, int, int]:
+    """Points used, masked and omitted; an error where values are not as they must be, ``counts`` among them not negative."""
+    chunked = prod(len(sizes) for sizes in problem.chunks) > 1
+    faults = census.faults
+
+    def where(fault):
+        return f" (first in block {fault.index})" if chunked else ""
+
+    for name in ("ydata", "xdata", "sigma"):
+        if name in faults and not problem.preparation.policy.omit:
+            at = f", first in block {faults[name].index} of {prod(map(len, problem.chunks))}" if chunked else ""
             raise ValueError(
-                f"`sigma` must be positive: {census.n_sigma_not_positive} values are zero or negative{where}; use mask= to "
-                "leave points out"
+                f"The input contains nan or infinity: {faults[name].count} of the values of `{name}`{at}. "
+                'nan_policy="omit" leaves these points out, mask= leaves out those that you name'
             )
-        if census.too_large:
-            raise ValueError(
-                f"`ydata` has values too large to be squared: {census.too_large:g}{where} is more than {LARGEST:g} times "
-                "sigma. mask=, mask_values= or valid_range= leaves points out; else give ydata and sigma in other units"
-            )
-        if census.n_negative:
-            raise ValueError(
-                f"loss='poisson' is for counts: {census.n_negative} values of `ydata` are negative{where}; use mask= to "
-                "leave points out, and give counts before any background is subtracted"
-            )
-    n_masked, n_omitted = (sum(getattr(c, name) for c in censuses) for name in ("n_masked", "n_omitted"))
-    n_points = problem.n_points - n_masked - n_omitted
-    n_masked += problem.n_dropped
-    if n_points == 0:
+    if fault := faults.get("sigma <= 0"):
+        raise ValueError(
+            f"`sigma` must be positive: {fault.count} values are zero or negative{where(fault)}; use mask= to "
+            "leave points out"
+        )
+    if fault := faults.get("too large"):
+        raise ValueError(
+            f"`ydata` has values too large to be squared: {fault.value:g}{where(fault)} is more than {LARGEST:g} times "
+            "sigma. mask=, mask_values= or valid_range= leaves points out; else give ydata and sigma in other units"
+        )
+    if counts and (fault := faults.get("ydata < 0")):
+        raise ValueError(
+            f"loss='poisson' is for counts: {fault.count} values of `ydata` are negative{where(fault)}; use mask= to "
+            "leave points out, and give counts before any background is subtracted"
+        )
+    if census.n_used == 0:
         raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
-    if n_points < n_params:
-        raise TypeError(too_few(n_params, n_points, n_masked + n_omitted))
-    return n_points, n_masked, n_omitted
+    if census.n_used < n_params:
+        raise TypeError(too_few(n_params, census.n_used, census.n_masked + problem.n_dropped + census.n_omitted))
+    return census.n_used, census.n_masked + problem.n_dropped, census.n_omitted
 
 
 def too_few(n_params, n_points, left_out=0):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..base.files import import_by, import_name, read_arrays, write_arrays, write_whole
-from ..data.align import Problem
+from ..data.align import Data
 from ..data.arrays import has_masked, stacked
 from ..data.store import is_stored
 from ..kernels.checks import fingerprint
@@ -32,7 +32,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-VERSION = 3  # of the files
+VERSION = 4  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
 KEPT: tuple[str, ...] = (
@@ -138,7 +138,7 @@ def _short(value):
 # the call
 
 
-def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Problem, stored, options) -> Checkpoint:
+def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Data, stored, options) -> Checkpoint:
     """The checkpoint of a fit with these ``options`` of `dask_nlsq.curve_fit`; ``data`` as the user gave them.
 
     What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
@@ -147,7 +147,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Proble
     call, arrays = describe_call(f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
     identity = {name: call["options"][name] for name in KEPT}
     n_free = len(options["p0"]) - len(options["fixed"] or ())
-    identity["model"] = fingerprint(model, problem.rules.layouts, n_free)
+    identity["model"] = fingerprint(model, problem.preparation.layouts, n_free)
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity["decoded"] = list(problem.decoded)

@@ -23,6 +23,7 @@ from distributed.threadpoolexecutor import thread_state
 from ..base.plugins import install
 from ..data.loading import Load
 
+SENT_ALONG = 2**16  # bytes of a model up to which it goes along with each task; a larger one is sent to each worker once
 DEATHS = 3  # of workers that work on the same piece, until that is an error
 NAMED = 3  # pieces that such an error names
 SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
@@ -49,7 +50,8 @@ class Pieces:
     Parameters
     ----------
     make : callable
-        The task that makes a piece: ``make(first, runs, keys, *values)``, with the values of the shared tasks ``keys``.
+        The task that makes a piece: ``make(first, runs, keys, *values)``, with the values of the shared tasks ``keys``. The
+        data know no model: objectives come with the work.
     runs, graph
         Of `loading.plan_loads`.
     send : bool
@@ -62,6 +64,7 @@ class Pieces:
         self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
         self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
+        self.sent = {}  # objective -> its future, of those that are too large to go along with each task
         self.counted = install(client, Deaths())
         self._put(range(len(self.parts)))
 
@@ -90,42 +93,67 @@ class Pieces:
                 if future.status == "error":
                     future.result()
 
-    def gather(self, function: Callable, name: str, *args) -> list:
-        """``function(piece, *args)`` of all pieces, in order."""
-        columns, lost = [[arg] * len(self) for arg in args], Counter()
+    def gather(self, function: Callable, name: str, objectives: Sequence, **fixed) -> list:
+        """``function(piece, *objectives, **fixed)`` of all pieces, in order."""
+        lost: Counter = Counter()
         while True:
             try:
                 with self._named():
-                    self._start(function, name, range(len(self)), columns)
+                    self._start(function, name, range(len(self)), [], objectives, **fixed)
                     results = self.client.gather(self.running)
                 self.running = []
                 return results
             except CancelledError as err:
-                if is_gone(self.client, err):
-                    raise
-                self._give_back(self.running)
-                gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
-                lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
-                if max(lost.values()) >= DEATHS:
-                    raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
-                self._put(gone)
+                self._replace(err, lost)
 
-    def each(self, function: Callable, name: str, numbers: Sequence[int], *columns, **fixed) -> Iterator[tuple[int, Any]]:
-        """A number and ``function(piece, *its arguments)``, as they become ready; to be closed."""
-        self._start(function, name, numbers, columns, **fixed)
+    def each(
+        self, function: Callable, name: str, numbers: Sequence[int], arguments: Sequence, objectives: Sequence, **fixed
+    ) -> Iterator[tuple[int, Any]]:
+        """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
+        left, lost = dict(zip(numbers, arguments, strict=True)), Counter()
         try:
-            with self._named():
-                for future in as_completed(self.running):
-                    yield self.working[future.key], future.result()
+            while left:
+                try:
+                    self._start(function, name, [*left], [[*left.values()]], objectives, **fixed)
+                    with self._named():
+                        for future in as_completed(self.running):
+                            number, result = self.working[future.key], future.result()
+                            del left[number]
+                            yield number, result
+                except CancelledError as err:
+                    self._replace(err, lost)
         finally:
             self._give_back(self.running)
             self.running = []
 
-    def _start(self, function, name, numbers, columns, **fixed):
-        futures = [self.futures[k] for k in numbers]
+    def _start(self, function, name, numbers, columns, objectives, **fixed):
+        futures, n = [self.futures[k] for k in numbers], len(numbers)
+        columns = [*columns, *([each] * n for each in map(self._on_the_way, objectives))]
         with span(name):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
         self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
+
+    def _on_the_way(self, objective):
+        """The objective itself, or a future of one that each worker gets once."""
+        if objective.model.nbytes <= SENT_ALONG:
+            return objective
+        if objective not in self.sent:
+            self.client.wait_for_workers(1)
+            self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
+        return self.sent[objective]
+
+    def _replace(self, err: CancelledError, lost: Counter) -> None:
+        """Make pieces again that went with workers that died; an error where that has happened too often."""
+        if is_gone(self.client, err):
+            raise err
+        self._give_back(self.running)
+        gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
+        lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
+        if max(lost.values()) >= DEATHS:
+            raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+        self.sent.clear()
+        if gone:
+            self._put(gone)
 
     @contextmanager
     def _named(self):
@@ -152,8 +180,8 @@ class Pieces:
         )
 
     def close(self) -> None:
-        self._give_back([*self.running, *(future for future in self.futures if future is not None)])
-        self.futures, self.running = [], []
+        self._give_back([*self.running, *self.sent.values(), *(future for future in self.futures if future is not None)])
+        self.futures, self.running, self.sent = [], [], {}
 
     def _give_back(self, futures):
         if self.client.status == "running":  # else there is no scheduler to tell

@@ -1,8 +1,9 @@
 """The user's function, interned by content, so that each process compiles it once.
 
 A function from a notebook is unpickled anew in every task, and a new function object means a new compilation. `Model`
-therefore pickles as ``(token, payload)`` and is looked up by token, a hash of the pickled function, in a registry of
-the process before anything is unpickled. Whatever is compiled for the model is kept in `Model.compiled`.
+therefore pickles as ``(token, payload, buffers)`` and is looked up by token, a hash of the pickled function, in a registry
+of the process before anything is unpickled. Arrays that it closes over are the ``buffers``, which are not copied. Whatever
+is compiled for the model is kept in `Model.compiled`.
 """
 
 import hashlib
@@ -39,13 +40,19 @@ BRANCH_ADVICE = (
 class Model:
     """A model ``f(x, *params)``, perhaps with its Jacobian ``jac(x, *params) -> (n, p)``, and what was compiled of it."""
 
-    def __init__(self, f: Callable, jac: Callable | None, token: str, payload: bytes):
-        self.f, self.jac, self.token, self.payload = f, jac, token, payload
+    def __init__(self, f: Callable, jac: Callable | None, token: str, payload: bytes, buffers: Sequence = ()):
+        self.f, self.jac, self.token, self.payload, self.buffers = f, jac, token, payload, buffers
         self.compiled: dict[Hashable, Callable] = {}
         self.choices: dict[Hashable, Any] = {}  # found out once: the faster of two ways, that a check has passed
 
-    def __reduce__(self):
-        return _from_payload, (self.token, self.payload)
+    @property
+    def nbytes(self) -> int:
+        """What a copy of it takes on the way to another process."""
+        return len(self.payload) + sum(memoryview(each).nbytes for each in self.buffers)
+
+    def __reduce_ex__(self, protocol):
+        buffers = [pickle.PickleBuffer(each) if protocol >= 5 else bytes(each) for each in self.buffers]
+        return _from_payload, (self.token, self.payload, buffers)
 
     def __repr__(self):
         return f"<Model {function_name(self.f)} {self.token[:8]}>"
@@ -67,16 +74,20 @@ def intern(f: Callable, jac: Callable | None = None) -> Model:
     TypeError
         Where ``f`` cannot be pickled, which workers and the registry both need.
     """
+    buffers: list[pickle.PickleBuffer] = []
     try:
         with _by_value(f), _by_value(jac):
-            payload = cloudpickle.dumps((f, jac))
+            payload = cloudpickle.dumps((f, jac), protocol=5, buffer_callback=buffers.append)
     except (pickle.PicklingError, TypeError, AttributeError, ValueError) as err:
         raise TypeError(
             f"the model {function_name(f)} cannot be pickled ({err}): let it close over arrays and numbers only, "
             "not over open files, locks or clients"
         ) from err
-    token = hashlib.blake2b(payload, digest_size=16).hexdigest()
-    return _lookup(token) or _store(Model(f, jac, token, payload))
+    found = hashlib.blake2b(payload, digest_size=16)
+    raw = [each.raw() for each in buffers]
+    for each in raw:
+        found.update(each)
+    return _lookup(found.hexdigest()) or _store(Model(f, jac, found.hexdigest(), payload, raw))
 
 
 @contextmanager
@@ -118,12 +129,12 @@ def _keep_compilations():
     reset_cache()  # JAX looks at the directory once, at the first compilation of the process
 
 
-def _from_payload(token, payload):
+def _from_payload(token, payload, buffers=()):
     known = _lookup(token)
     if known is not None:
         return known
-    f, jac = cloudpickle.loads(payload)
-    return _store(Model(f, jac, token, payload))
+    f, jac = cloudpickle.loads(payload, buffers=buffers)
+    return _store(Model(f, jac, token, payload, buffers))
 
 
 def _lookup(token):
