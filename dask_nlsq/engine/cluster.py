@@ -16,12 +16,13 @@ from typing import Any
 from uuid import uuid4
 
 from dask._task_spec import Task, TaskRef
-from distributed import Client, KilledWorker, as_completed, performance_report, rejoin, secede, span
+from distributed import Client, Future, KilledWorker, as_completed, performance_report, rejoin, secede, span
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
 from ..base.plugins import install
 from ..data.loading import Load
+from ..model.function import ModelMissing, is_known
 
 SENT_ALONG = 2**16  # bytes of a model up to which it goes along with each task; a larger one is sent to each worker once
 DEATHS = 3  # of workers that work on the same piece, until that is an error
@@ -64,7 +65,7 @@ class Pieces:
         self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
         self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
-        self.sent = {}  # objective -> its future, of those that are too large to go along with each task
+        self.sent, self.trusting = {}, True  # of large objectives: futures, or names that workers are trusted to know
         self.counted = install(client, Deaths())
         self._put(range(len(self.parts)))
 
@@ -103,7 +104,7 @@ class Pieces:
                     results = self.client.gather(self.running)
                 self.running = []
                 return results
-            except CancelledError as err:
+            except (CancelledError, ModelMissing) as err:
                 self._replace(err, lost)
 
     def each(
@@ -120,7 +121,7 @@ class Pieces:
                             number, result = self.working[future.key], future.result()
                             del left[number]
                             yield number, result
-                except CancelledError as err:
+                except (CancelledError, ModelMissing) as err:
                     self._replace(err, lost)
         finally:
             self._give_back(self.running)
@@ -134,26 +135,35 @@ class Pieces:
         self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
 
     def _on_the_way(self, objective):
-        """The objective itself, or a future of one that each worker gets once."""
+        """The objective itself; a large one as a future that each worker gets once, or by name where all have it already."""
         if objective.model.nbytes <= SENT_ALONG:
             return objective
         if objective not in self.sent:
             self.client.wait_for_workers(1)
-            self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
+            known = self.client.run(is_known, objective.model.token)
+            if self.trusting and all(known.values()):
+                self.sent[objective] = objective._replace(model=objective.model.token)
+            else:
+                self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
         return self.sent[objective]
 
-    def _replace(self, err: CancelledError, lost: Counter) -> None:
-        """Make pieces again that went with workers that died; an error where that has happened too often."""
-        if is_gone(self.client, err):
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter) -> None:
+        """Make again, or send again, what went with workers that died; an error where that has happened too often."""
+        if isinstance(err, CancelledError) and is_gone(self.client, err):
             raise err
         self._give_back(self.running)
         gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
         lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
         if max(lost.values()) >= DEATHS:
             raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+        self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it
+        self._give_back(self._futures_sent())
         self.sent.clear()
         if gone:
             self._put(gone)
+
+    def _futures_sent(self) -> list[Future]:
+        return [each for each in self.sent.values() if isinstance(each, Future)]
 
     @contextmanager
     def _named(self):
@@ -180,7 +190,7 @@ class Pieces:
         )
 
     def close(self) -> None:
-        self._give_back([*self.running, *self.sent.values(), *(future for future in self.futures if future is not None)])
+        self._give_back([*self.running, *self._futures_sent(), *(future for future in self.futures if future is not None)])
         self.futures, self.running, self.sent = [], [], {}
 
     def _give_back(self, futures):

@@ -25,7 +25,7 @@ from ..memory.machine import keep_freed_memory
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
 from .partition import Partition, Work, load_chunk, load_partition, with_factor
-from .request import Objective
+from .request import Objective, present
 
 Runs: TypeAlias = Sequence[int] | None
 Results: TypeAlias = Generator[tuple[int, Any], None, None]
@@ -103,7 +103,7 @@ class HeldByWorkers:
 
 def work_on_partition(partition: Partition, *objectives: Objective, work: Work, args: tuple):
     """The task of a sweep."""
-    return work.of(partition, objectives, *args)
+    return work.of(partition, [*map(present, objectives)], *args)
 
 
 class LazyRuns(NamedTuple):
@@ -186,7 +186,7 @@ def _lay_out(preparation, runs, keys, *values) -> LazyRuns:
 
 def work_through(lazy: LazyRuns, places: Sequence[int], *objectives: Objective, work: Work, args: tuple):
     """The task of a sweep over data that are not held."""
-    return work.merge(lazy.each(work, places, objectives, args, 1), *args)
+    return work.merge(lazy.each(work, places, [*map(present, objectives)], args, 1), *args)
 
 
 Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers

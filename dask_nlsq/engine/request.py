@@ -12,7 +12,7 @@ from ..data.chunks import LARGEST, Chunk, Preparation
 from ..kernels.blocks import MAX_TILE, Block, JacMode, KernelSpec, Reduction, tile_size
 from ..kernels.rows import sweep_kernel
 from ..kernels.values import VALUES_LEAD, What, value_kernel
-from ..model.function import Model
+from ..model.function import Model, known_model
 from ..model.losses import LIKELIHOODS
 from .condensed import Segmentation, Sums
 
@@ -33,6 +33,12 @@ class Objective(NamedTuple):
 @sizeof.register(Objective)
 def objective_nbytes(objective: Objective) -> int:
     return objective.model.nbytes
+
+
+def present(objective: Objective) -> Objective:
+    """The objective with its model, which may have come by the token alone."""
+    model = objective.model
+    return objective._replace(model=known_model(model)) if isinstance(model, str) else objective
 
 
 class Request(NamedTuple):
