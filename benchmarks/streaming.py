@@ -188,7 +188,7 @@ def overlap(directory, name, n):
 
     f, truth, _ = MODELS[name]
     path = counts(directory, name, n)
-    data, _ = open_all(Policy(), True, xdata=axes_of(name, n), ydata=path)
+    data, _ = open_all(Policy(), xdata=axes_of(name, n), ydata=path)
     problem = build_problem(data["xdata"], data["ydata"], check=True, omit=False)
     evaluation, array = Evaluation(intern(f), problem.rules, "linear", 1.0), zarr.open_array(path, mode="r")
     nudged = iter(truth * (1 + 1e-9 * k) for k in range(99))  # other params: the last sweep is remembered

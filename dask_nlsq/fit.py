@@ -1,56 +1,36 @@
-"""curve_fit and fit: check, bring the data where they are swept, solve, return."""
+"""curve_fit and fit: prepare, bring the data where they are swept, solve, return."""
 
 import logging
 import signal
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
 
-from .base.values import positive
-from .data.arrays import check_sendable
-from .data.door import admit_data, align_data, count_points, open_data, too_few
-from .data.labels import by_name, origins, warn_if_packed
+from .base.warn import warn
+from .data.door import admit_data
+from .data.labels import origins
 from .data.sample import sample_size
-from .data.store import Policy, warn_if_changed
-from .engine.checkpoint import Interrupted, StopOnSignal, create_checkpoint_directory, open_checkpoint, read_call
+from .data.store import BadChunkError, warn_if_changed
+from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.condensed import Segmentation
-from .engine.evaluation import Evaluation
-from .engine.streaming import StreamingSweep
-from .engine.sweep import open_sweep
+from .engine.streaming import SampleSummary, StreamingSweep
+from .engine.sweep import Sweep, open_sweep
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
-from .memory.machine import active_client
-from .memory.plan import Plan, make_plan
-from .model.function import function_name, held, intern
-from .options import (
-    accuracy_wanted,
-    check_options,
-    finite_policy,
-    jacobian,
-    known_names,
-    likelihood,
-    limit,
-    model_first,
-    parameters,
-    partitions,
-    ready_model,
-    scale,
-    starts_wanted,
-    tolerance,
-)
-from .presets import OptimizationGoal, workflow_options
+from .memory.plan import Plan
+from .model.function import function_name
+from .options import FITS, defaults, known_names, with_known_names
+from .prepare import Prepared, by_workflow, prepare
+from .presets import OptimizationGoal
 from .results.diagnostics import combinations
 from .results.result import FitResult
 from .results.statistics import Noise, Totals
@@ -58,12 +38,13 @@ from .results.uncertainty import covariance, spread_out
 from .solve.multistart import Search, fit_again, polish, search
 from .solve.outcome import NotConvergedError, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
-from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
+from .solve.trust_region import NotFiniteAtStart, Record, Solution, solve
 from .solve.warm_start import hybrid
 
 logger = logging.getLogger("dask_nlsq")
 
 
+@with_known_names(FITS)
 def curve_fit(
     f: Callable,
     xdata: Any,
@@ -253,182 +234,23 @@ def curve_fit(
     Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
     `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
     """
-    given = dict(locals())
-    check_options(given)
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    if decode_cf:
-        warn_if_packed(ydata)
-    xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
-    loss, reweighted = likelihood(loss, sigma)
-    p0, bounds, guesses = ready_model(f, p0, bounds, param_names, method)
-    all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed, guesses)
-    names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
-    method = None if method == "auto" else method
-    n_starts = starts_wanted(n_starts)
-    if method == "lm" and np.any(np.isfinite([lower, upper])):
-        raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
-    model = intern(*held(f, jacobian(jac), all_start, free))
-    known = absolute_sigma or (loss == "poisson" and not reweighted)
-    options = Options(
-        lower=lower,
-        upper=upper,
-        x_scale=scale(x_scale, len(all_start), free),
-        ftol=tolerance("ftol", ftol),
-        xtol=tolerance("xtol", xtol),
-        gtol=tolerance("gtol", gtol),
-        accuracy=accuracy_wanted(accuracy),
-        noise="known" if known else "pearson" if reweighted else "cost",
-        names=tuple(names),
-        max_nfev=limit(max_nfev, maxfev),
-        gtol_relative=method in (None, "lm") and not np.any(np.isfinite([lower, upper])),
-        reduction=reduction,
-        tr_solver=tr_solver,
-    )
-    check, omit = finite_policy(check_finite, nan_policy)
-    if checkpoint is not None:
-        strategy = "streaming"
-    as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    without = as_given | dict(sigma=None) if reweighted else as_given
-    policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = open_data(without, policy, mask_values, valid_range, decode_cf, loss)
-    rules |= dict(check=check, omit=omit, counts=loss == "poisson")
-    problem = align_data(model, len(start), **data, strategy=strategy, rules=rules)
-    if problem.n_points < len(start):
-        raise TypeError(too_few(len(start), problem.n_points))
-    client = active_client()
-    plan = make_plan(problem, len(start), strategy, memory_limit_gb, client, partitions(partitions_per_thread))
-    if plan.strategy == "standard":
-        client = None
-    if client is not None:
-        check_sendable(**as_given)
-        for line in plan.advice:
-            logger.warning("%s", line)
-    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Segmentation.of(problem, len(start)))
-
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(attached(client, report))
-        live = stack.enter_context(Live(client, function_name(model.f), names, start, plan, absolute_sigma))
-        place = problem, evaluation, client, plan.n_partitions
-        streamed = StreamingSweep(*place) if plan.strategy == "streaming" else None
-        live.sweep = sweep = streamed or open_sweep(*place)
-        stack.enter_context(sweep)
-
-        @cache
-        def admit():
-            counts = admit_data(sweep.census(), problem, len(start))
-            check_start(sweep, names, start, lower, upper)
-            return counts
-
-        if guesses:
-            if streamed:
-                streamed.draw(len(start), needed=GUESS_RUNS)
-            else:
-                admit()
-            start = np.where([name in guesses for name in names], guessed_start(sweep, model, lower, upper), start)
-            all_start[free] = start
-            live.guessed(start)
-        if checkpoint is not None and streamed:
-            bounds = (all_lower, all_upper)
-            path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
-            kept = open_checkpoint(
-                path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds, param_names=all_names)
-            )
-            if streamed.resume_from(kept):
-                jac_mode = streamed.jac_mode
-            streamed.leave = stack.enter_context(StopOnSignal())
-        if streamed:
-            streamed.draw(len(start), needed=n_starts > 0)
-            check_start(streamed, names, start, lower, upper)
-            streamed.admit = admit  # what is in the data is known when the first sweep has read them
-        else:
-            admit()
-        if jac_mode == "auto":
-            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, problem.n_points)
-        sweep.jac_mode = jac_mode
-        loaded = time.perf_counter()
-        try:
-            with Observers(callback, progress, verbose, live) as observers:
-                options = replace(options, callback=observers)
-                if streamed:
-                    streamed.watch = observers.reading
-                found: Search | None = None
-                solver: Callable = hybrid if streamed else solve
-                if n_starts:
-                    sample = sweep.points(sample_size(len(start)))
-                    found = search(evaluation, sample, start, lower, upper, n_starts)
-                    solution, found = polish(found, sweep, options, solver)
-                else:
-                    solution = solver(sweep, start, options)
-                    solution = fit_again(solution, sweep, evaluation, start, options, solver)
-        except Interrupted as stop:  # before there is a point to return
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
-        except NotFiniteAtStart as err:
-            raise ValueError(not_finite_at_start(sweep, model, start, names)) from err
-        n_points, n_masked, n_omitted = admit()
-        sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
-        live.ended(solution.message, n_masked + n_omitted, len(damage))
-    for each in stored if streamed else ():
-        warn_if_changed(each)
-    cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
-    pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
-    popt = all_start.copy()
-    popt[free] = solution.params
-    assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = unpack(solution.equations.parts, len(free))._replace(weights=sweep.weights)
-    result = FitResult(
-        popt=popt,
-        pcov=spread_out(pcov, free, len(popt)),
-        param_names=all_names,
-        cost=cost,
-        n_points=n_points,
-        n_masked=n_masked,
-        n_omitted=n_omitted,
-        nfev=solution.nfev,
-        sweeps=sweeps,
-        status=solution.status,
-        message=solution.message,
-        optimality=solution.optimality,
-        distance=solution.distance,
-        plan=plan,
-        reduction=solution.equations.reduction,
-        jac_mode="user" if model.jac is not None else jac_mode,
-        history=solution.history,
-        seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
-        starts=found,
-        sample=drawn,
-        damage=damage,
-        n_filled=sum(len(each.absent) for each in stored),
-        fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
-        bounds=np.stack([all_lower, all_upper]),
-        noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
-        parts=parts,
-        factor=solution.factor,
-        evaluation=evaluation,
-        data=problem,
-        _labels=labels if problem.factor is None else None,  # whitened points have lost their places
-        _origins=origins(xdata),
-    )
-    if solution.status == 0:
-        raise NotConvergedError(not_converged(solution, names), result)
-    if solution.status == STUCK:
-        warnings.warn(f"Not converged: {solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
-    if solution.status == -3:
-        logger.warning("%s", solution.message)
+    ready = prepare(dict(locals()))
+    run = _run(ready)
+    result = _assemble(ready, run)
+    if result.status == 0:
+        raise NotConvergedError(not_converged(run.solution, ready.names), result)
+    if result.status == STUCK:
+        warn(f"Not converged: {result.message} {WAY_OUT}", OptimizeWarning)
+    if result.status == -3:
+        logger.warning("%s", result.message)
     logger.info("%s", result.summary())
-    if verbose:
+    if ready.call.verbose:
         print(result.summary())
-    if full_output:
+    if ready.call.full_output:
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
     return result
 
 
-CHANGE = {
-    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
-    "it with `fixed`. A model with steps has no derivatives",
-    False: "Hold one of them with `fixed`, or start components that are alike from different values",
-}
 WAY_OUT = (
     "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
     "accuracy=None takes what SciPy's tests accept."
@@ -480,12 +302,8 @@ def fit(
     ValueError
         An unknown workflow or goal; and as `curve_fit`.
     """
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    known_names(curve_fit, curve_fit_options)
-    options = workflow_options(workflow, goal, count_points(ydata), n_starts)
-    if options["strategy"] == "streaming" and not curve_fit_options.keys() & {"checkpoint", "strategy"}:
-        options["checkpoint"] = create_checkpoint_directory
-    return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
+    options = dict(curve_fit_options, workflow=workflow, goal=goal, n_starts=n_starts)
+    return curve_fit(**by_workflow("fit", f, xdata, ydata, p0, options))
 
 
 def resume(
@@ -515,7 +333,7 @@ def resume(
 def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
 
-    Reads and computes nothing. ``plan_fit(...).explain()`` prints the plan as a table.
+    Reads nothing but metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.
 
     Parameters
     ----------
@@ -530,35 +348,182 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
         Where the data do not fit; the message has the numbers and the way out.
     ValueError, TypeError
         As `curve_fit`, as far as it can be seen without the values of the data.
+    BadChunkError, MissingChunksError
+        Chunks of a Zarr array that are damaged or absent.
     """
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    if not options.keys().isdisjoint(("workflow", "goal")):
-        named = options.pop("workflow", "auto"), options.pop("goal", None)
-        options = workflow_options(*named, count_points(ydata), options.pop("n_starts", None)) | options
-    known_names(curve_fit, options)
-    call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
-    call.apply_defaults()
-    given = call.arguments
-    check_options(given)
-    p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
-    _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
-    start = every[free]
-    scale(given["x_scale"], len(every), free)
-    check, omit = finite_policy(given["check_finite"], given["nan_policy"])
-    model = intern(*held(f, jacobian(given["jac"]), every, free))
-    loss, reweighted = likelihood(given["loss"], given["sigma"])
-    xdata, sigma, mask, _ = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
-    data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    values = given["mask_values"], given["valid_range"], given["decode_cf"]
-    data, _, rules = open_data(data, Policy(), *values, loss, look=False)
-    rules |= dict(check=check, omit=omit)
-    problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)
-    where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
-    return make_plan(problem, len(start), *where)
+    if options.keys() & {"workflow", "goal"}:
+        options = by_workflow("plan_fit", f, xdata, ydata, p0, options)
+    else:
+        known_names("plan_fit", FITS, options)
+        options = dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options
+    return prepare(defaults(FITS) | options).plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fit
+
+
+class _Run(NamedTuple):
+    """What a fit has found, and what is known of its data once they have been read."""
+
+    solution: Solution
+    start: np.ndarray  # of all parameters
+    search: Search | None
+    counts: tuple[int, int, int]  # points used, masked, omitted
+    sweeps: int
+    weights: np.ndarray
+    sample: SampleSummary | None
+    damage: tuple[BadChunkError, ...]
+    jac_mode: str
+    seconds: dict[str, float]
+
+
+def _run(ready: Prepared) -> _Run:
+    """Open the sweep, find the start, solve."""
+    call, began = ready.call, time.perf_counter()
+    about = function_name(ready.evaluation.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
+    with ExitStack() as stack:
+        stack.enter_context(attached(ready.client, call.report))
+        live = stack.enter_context(Live(ready.client, *about))
+        live.sweep = sweep = stack.enter_context(_open(ready))
+        counts = cache(lambda: admit_data(sweep.census(), ready.problem, len(ready.free)))
+        start = _start(ready, sweep, counts, live, stack)
+        loaded = time.perf_counter()
+        try:
+            with Observers(call.callback, call.progress, call.verbose, live) as observers:
+                solution, found = _solve(ready, sweep, start[ready.free], observers)
+        except Interrupted as stop:  # before there is a point to return
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
+        except NotFiniteAtStart as err:
+            at = start[ready.free]
+            raise ValueError(not_finite_at_start(sweep, ready.evaluation.model, at, ready.names)) from err
+        damage = sum((census.damage for census in sweep.census()), ())
+        live.ended(solution.message, sum(counts()[1:]), len(damage))
+        seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
+        assert sweep.weights is not None  # as after each sweep over all data
+        about_data = counts(), sweep.count, sweep.weights, sweep.drawn, damage
+        return _Run(solution, start, found, *about_data, sweep.jac_mode, seconds)
+
+
+def _open(ready: Prepared) -> Sweep:
+    place = ready.problem, ready.evaluation, ready.client, ready.plan.n_partitions
+    return StreamingSweep(*place) if ready.plan.strategy == "streaming" else open_sweep(*place)
+
+
+def _start(ready: Prepared, sweep: Sweep, counts: Callable, live: Live, stack: ExitStack) -> np.ndarray:
+    """The start of all parameters; what is held has been checked there, of what is not a sample has been drawn."""
+    call, params, n = ready.call, ready.params, len(ready.free)
+    lower, upper, every = ready.options.lower, ready.options.upper, params.start.copy()
+    streamed = sweep if isinstance(sweep, StreamingSweep) else None
+
+    def check():
+        check_start(sweep, ready.names, every[ready.free], lower, upper)
+
+    if streamed is None:
+        counts()
+        check()
+    elif params.guessed:
+        streamed.draw(n, needed=GUESS_RUNS)
+    if params.guessed:
+        guess = guessed_start(sweep, ready.evaluation.model, lower, upper)
+        every[ready.free] = np.where([name in params.guessed for name in ready.names], guess, ready.start)
+        live.guessed(every[ready.free])
+    jac_mode = call.jac_mode
+    if streamed is not None:
+        if call.checkpoint is not None:
+            jac_mode = streamed.jac_mode if _keep(ready, streamed, every) else jac_mode
+            streamed.leave = stack.enter_context(StopOnSignal())
+        streamed.draw(n, needed=call.n_starts > 0)
+        check()
+        streamed.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
+    if jac_mode == "auto":
+        layouts, n_points = ready.problem.rules.layouts, ready.problem.n_points
+        jac_mode = choose_jac_mode(ready.evaluation.model, layouts, sweep.sample(), every[ready.free], n_points)
+    sweep.jac_mode = jac_mode
+    return every
+
+
+def _keep(ready: Prepared, sweep: StreamingSweep, start: np.ndarray) -> bool:
+    """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
+    path, params = ready.call.checkpoint, ready.params
+    known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
+    path = path() if callable(path) else path
+    kept = open_checkpoint(path, ready.evaluation.model, ready.data, ready.problem, ready.stored, {**ready.given, **known})
+    return sweep.resume_from(kept)
+
+
+def _solve(ready: Prepared, sweep: Sweep, start: np.ndarray, observers: Observers) -> tuple[Solution, Search | None]:
+    options, evaluation = replace(ready.options, callback=observers), ready.evaluation
+    solver: Callable = solve
+    if isinstance(sweep, StreamingSweep):
+        sweep.watch, solver = observers.reading, hybrid
+    if ready.call.n_starts:
+        sample = sweep.points(sample_size(len(start)))
+        found = search(evaluation, sample, start, options.lower, options.upper, ready.call.n_starts)
+        return polish(found, sweep, options, solver)
+    return fit_again(solver(sweep, start, options), sweep, evaluation, start, options, solver), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # after the fit
+
+
+def _assemble(ready: Prepared, run: _Run) -> FitResult:
+    solution, params, problem, noise = run.solution, ready.params, ready.problem, ready.likelihood
+    for each in ready.stored if ready.plan.strategy == "streaming" else ():
+        warn_if_changed(each)
+    n_points, n_masked, n_omitted = run.counts
+    equations = solution.equations
+    cost = equations.pearson / 2 if noise.reweighted else equations.cost
+    pcov = _scaled_covariance(solution, None if noise.known else cost, n_points, ready.names)
+    popt = run.start.copy()
+    popt[ready.free] = solution.params
+    whitened = problem.factor is not None
+    sigma = problem.operands[1]
+    one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
+    sums = [np.nan] * 3 if whitened else run.weights.sum(axis=0).tolist()
+    assert equations.parts is not None  # as after each sweep over all data
+    return FitResult(
+        popt=popt,
+        pcov=spread_out(pcov, ready.free, len(popt)),
+        param_names=params.names,
+        cost=cost,
+        n_points=n_points,
+        n_masked=n_masked,
+        n_omitted=n_omitted,
+        nfev=solution.nfev,
+        sweeps=run.sweeps,
+        status=solution.status,
+        message=solution.message,
+        optimality=solution.optimality,
+        distance=solution.distance,
+        plan=ready.plan,
+        reduction=equations.reduction,
+        jac_mode="user" if ready.evaluation.model.jac is not None else run.jac_mode,
+        history=solution.history,
+        seconds=run.seconds,
+        starts=run.search,
+        sample=run.sample,
+        damage=run.damage,
+        n_filled=sum(len(each.absent) for each in ready.stored),
+        fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
+        bounds=np.stack([params.lower, params.upper]),
+        noise=Noise(noise.loss, noise.known, noise.reweighted, one_sigma),
+        totals=Totals(cost, n_points, *sums),
+        parts=unpack(equations.parts, len(ready.free))._replace(weights=run.weights),
+        factor=solution.factor,
+        evaluation=ready.evaluation,
+        data=problem,
+        _labels=None if whitened else ready.labels,  # whitened points have lost their places
+        _origins=origins(ready.data["xdata"]),
+    )
+
+
+CHANGE = {
+    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
+    "it with `fixed`. A model with steps has no derivatives",
+    False: "Hold one of them with `fixed`, or start components that are alike from different values",
+}
 
 
 def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
@@ -571,11 +536,5 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
         return pcov * (2 * cost / (n_points - p))
     reasons = combinations(solution.factor, names)
     why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
+    warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning)
     return np.full((p, p), np.inf)
-
-
-def _one_sigma(problem):
-    """Sigma, where it is the same for all points."""
-    sigma = problem.operands[1]
-    return float(np.asarray(sigma).item()) if sigma.size == 1 and problem.factor is None else None
