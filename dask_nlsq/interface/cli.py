@@ -199,8 +199,8 @@ def fit(scheduler, out, report, log, **given):
     \b
     dask nlsq fit scan.zarr/entry/counts --model gaussian+line --x scan.zarr/entry/energy --out result
     """
-    from ..fit import curve_fit
-    from ..fit import fit as fit_by_workflow
+    from ..fitting import curve_fit
+    from ..fitting import fit as fit_by_workflow
 
     call = _call(**given)
     _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, call.get("checkpoint"), out, report, log)
@@ -213,7 +213,7 @@ def plan(scheduler, **given):
     \b
     dask nlsq plan scan.zarr/entry/counts --model gaussian+line --x 0:10:0.01
     """
-    from ..fit import plan_fit
+    from ..fitting import plan_fit
 
     call = _call(**given, read=False)
     with _cluster(scheduler):
@@ -279,7 +279,7 @@ def resume(directory, model, x, scheduler, out, report, log, **limits):
     \b
     dask nlsq resume scan.ckpt --out result
     """
-    from .. import fit as api
+    from .. import fitting as api
     from ..data.store import open_array
     from ..engine.checkpoint import read_fit
     from . import cli_values as words
