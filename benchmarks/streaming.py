@@ -187,7 +187,7 @@ def overlap(directory, name, n):
 
     f, truth, _ = MODELS[name]
     path = counts(directory, name, n)
-    data, _ = open_all(Policy(), True, xdata=axes_of(name, n), ydata=path)
+    data, _ = open_all(Policy(), xdata=axes_of(name, n), ydata=path)
     problem = build_data(data["xdata"], data["ydata"], check=True, omit=False)
     request, array = Request(Objective(intern(f)), truth), zarr.open_array(path, mode="r")
 

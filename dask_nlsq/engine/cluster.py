@@ -220,11 +220,7 @@ def attached(client: Client | None, report: str | Path | None = None):
     ------
     ConnectionError
         Where the scheduler went away.
-    ValueError
-        A ``report`` without a client.
     """
-    if client is None and report is not None:
-        raise ValueError(f"report={str(report)!r} is about the work of a cluster: it needs a Client, and data that go there")
     leaves = client is not None and getattr(thread_state, "proceed", False)  # else a worker would wait for itself
     if leaves:
         secede()

@@ -18,6 +18,7 @@ from distributed import Client
 from ..data.align import Data
 from ..data.chunks import Census, merge_censuses
 from ..data.sample import NoSample, Sample, as_sample, sample_size, spread
+from ..data.store import BadChunkError
 from ..memory.needs import SAMPLE_POINTS
 from .condensed import Condensed, Read, Sums, Tree
 from .partition import CONDENSE, COUNT, DESCRIBE, DRAW, PICK, Answers, longest
@@ -77,6 +78,11 @@ class Sweep:
         if place.held:
             found = [each for _, part in place.each(DESCRIBE, None, ()) for each in part]
             self.census, self.sample = merge_censuses(census for census, _ in found), longest(each for _, each in found)
+
+    @property
+    def damage(self) -> tuple[BadChunkError, ...]:
+        """Chunks of stores that were left out."""
+        return () if self.census is None else self.census.damage
 
     def __enter__(self):
         return self
