@@ -8,12 +8,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
 
 from .base.warn import warn
+from .data.chunks import Census
 from .data.door import admit_data
 from .data.labels import origins
 from .data.sample import sample_size
@@ -48,7 +49,7 @@ logger = logging.getLogger("dask_nlsq")
 def curve_fit(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     sigma=None,
     absolute_sigma: bool = False,
@@ -106,7 +107,7 @@ def curve_fit(
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
         is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
-        earliest one, durations seconds; NaT counts as nan.
+        earliest one, durations seconds; NaT counts as nan. Or what `dask_nlsq.hold` holds, in the place of all data.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -379,11 +380,14 @@ def _run(ready: Prepared) -> _Run:
     call, n, began = ready.call, len(ready.free), time.perf_counter()
     about = function_name(ready.objective.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
     with ExitStack() as stack:
-        stack.enter_context(attached(ready.client, call.report))
-        live = stack.enter_context(Live(ready.client, *about))
-        sweep = stack.enter_context(open_sweep(ready.data, ready.plan.strategy, ready.client, ready.plan.n_partitions))
+        client, plan = ready.source.client, ready.plan
+        stack.enter_context(attached(client, call.report))
+        live = stack.enter_context(Live(client, *about))
+        sweep = ready.source.sweep
+        if sweep is None:
+            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions))
         live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
-        counts = cache(lambda: admit_data(sweep.census, ready.data, ready.objective.counts, n))
+        counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
         start = _start(ready, evaluator, counts, live, stack)
         loaded = time.perf_counter()
         try:
@@ -438,7 +442,9 @@ def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     path, params = ready.call.checkpoint, ready.params
     known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
     path = path() if callable(path) else path
-    kept = open_checkpoint(path, ready.objective.model, ready.arrays, ready.data, ready.stored, {**ready.given, **known})
+    kept = open_checkpoint(
+        path, ready.objective.model, ready.source.arrays, ready.data, ready.source.stored, {**ready.given, **known}
+    )
     return evaluator.resume_from(kept)
 
 
@@ -459,7 +465,7 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.likelihood, run.evaluator
-    for each in ready.stored if ready.plan.strategy == "streaming" else ():
+    for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
         warn_if_changed(each)
     n_points, n_masked, n_omitted = run.counts
     equations = solution.equations
@@ -493,7 +499,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         starts=run.search,
         sample=evaluator.drawn or evaluator.sweep.drawn,
         damage=evaluator.sweep.damage,
-        n_filled=sum(len(each.absent) for each in ready.stored),
+        n_filled=sum(len(each.absent) for each in ready.source.stored),
         fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
         bounds=np.stack([params.lower, params.upper]),
         noise=Noise(noise.loss, noise.known, noise.reweighted, one_sigma),
@@ -503,8 +509,8 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         objective=ready.objective,
         preparation=data.preparation,
         data=data,
-        _labels=None if whitened else ready.labels,  # whitened points have lost their places
-        _origins=origins(ready.arrays["xdata"]),
+        _labels=None if whitened else ready.source.labels,  # whitened points have lost their places
+        _origins=origins(ready.source.arrays["xdata"]),
     )
 
 

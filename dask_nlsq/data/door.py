@@ -29,7 +29,7 @@ def count_points(ydata) -> int:
     return ydata.size if hasattr(ydata, "size") else np.size(ydata)
 
 
-def open_data(data: dict[str, Any], call, loss: str, masks: bool = False):
+def open_data(data: dict[str, Any], call, masks: bool = False):
     """The data with stored arrays opened, these arrays, and what `build_data` has to know of both.
 
     ``call`` has the arguments ``on_bad_chunk`` to ``decode_cf`` of `dask_nlsq.curve_fit`. With ``masks`` chunks that are to
@@ -38,7 +38,7 @@ def open_data(data: dict[str, Any], call, loss: str, masks: bool = False):
     Raises
     ------
     ValueError
-        Attributes that cannot be understood; scaled values where counts are needed.
+        Attributes that cannot be understood.
     BadChunkError, MissingChunksError
         Chunks that are damaged or absent, as far as a look at their keys shows it.
     """
@@ -66,9 +66,6 @@ def open_data(data: dict[str, Any], call, loss: str, masks: bool = False):
         return found
 
     data = {name: door(name, value) for name, value in data.items()}
-    for name, _, how in said:
-        if loss == "poisson" and name.startswith("ydata"):
-            refuse_scaled(how)
     lines = tuple(f"`{name}` ({place}): {how}" for name, place, how in said if how is not AS_STORED)
     for line in lines:
         logger.info("%s (decode_cf=False leaves values as they are stored)", line)
