@@ -133,7 +133,7 @@ def curve_fit(
         forward-mode differentiation.
     full_output : bool
         Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
-    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}
+    loss, f_scale : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}, float
         rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier. Or the
         maximum likelihood for counts, with half the deviance as cost, the inverse of Fisher's information as covariance
         (never scaled), and a mean of at least 1e-10.

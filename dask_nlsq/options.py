@@ -33,53 +33,48 @@ def _as_given(name, value):
     return value
 
 
-def _choice(*allowed):
+def _must(test: Callable[[Any], Any], be: str, convert=None, error: type[Exception] = ValueError):
+    """A check that ``test`` is true of a value, which is converted then."""
+
     def check(name, value):
-        if not isinstance(value, (str, Integral, np.bool_, NoneType)) or value not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, not {value!r}")
-        return value
+        if not test(value):
+            raise error(f"`{name}` must be {be}, not {value!r}")
+        return value if convert is None else convert(value)
 
     return check
 
 
-def _method(name, value):
-    value = _choice(None, "auto", "trf", "lm", "dogbox")(name, value)
-    return None if value == "auto" else value
-
-
-def _flag(name, value):
-    """True, False, or 0 and 1."""
-    if not isinstance(value, (bool, np.bool_)) and not (isinstance(value, Integral) and value in (0, 1)):
-        raise TypeError(f"`{name}` must be True or False, not {value!r}")
-    return bool(value)
+def _choice(*allowed):
+    kinds = (str, Integral, np.bool_, NoneType)
+    return _must(lambda value: isinstance(value, kinds) and value in allowed, f"one of {', '.join(map(repr, allowed))}")
 
 
 def _optional(check):
     return lambda name, value: None if value is None else check(name, value)
 
 
-def _path(name, value):
-    if not isinstance(value, (str, PathLike)):
-        raise TypeError(f"`{name}` must be a path, not {value!r}")
-    return value
+def _is_flag(value):
+    return isinstance(value, (bool, np.bool_)) or (isinstance(value, Integral) and value in (0, 1))
 
 
-def _function(name, value):
-    if not callable(value):
-        raise TypeError(f"`{name}` must be a function, not {value!r}")
-    return value
-
-
-def _checkpoint(name, value):
-    """A path, or what makes a directory."""
-    return value if callable(value) else _path(name, value)
-
-
-def _names(name, value):
+def _are_names(value):
     in_order = isinstance(value, (list, tuple)) and value and all(isinstance(each, str) for each in value)
-    if not in_order or len(set(value)) < len(value):
-        raise ValueError(f"`{name}` must be different names in a list or tuple, not {value!r}")
-    return tuple(value)
+    return in_order and len(set(value)) == len(value)
+
+
+def _plain(value):
+    return getattr(value, "item", lambda: value)()
+
+
+def _are_numbers(value):
+    listed = isinstance(value, (list, tuple, set, frozenset, range)) or getattr(value, "ndim", 0) == 1
+    return listed and all(is_number(_plain(each)) for each in value)
+
+
+def _are_ends(value):
+    ends = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else []
+    known = [_plain(each) for each in ends if each is not None]
+    return len(ends) == 2 and _are_numbers(known) and known == sorted(known) and all(each == each for each in known)
 
 
 def _sigma(name, value):
@@ -98,37 +93,6 @@ def _sigma(name, value):
     return value
 
 
-def _mask(name, value):
-    return _flag(name, value) if is_number(value) else value
-
-
-def _plain(value):
-    return getattr(value, "item", lambda: value)()
-
-
-def _values(name, value):
-    listed = isinstance(value, (list, tuple, set, frozenset, range)) or getattr(value, "ndim", 0) == 1
-    if not listed or not all(is_number(_plain(each)) for each in value):
-        raise ValueError(f"`{name}` must be a sequence of numbers, not {value!r}")
-    return value
-
-
-def _range(name, value):
-    ends = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else []
-    known = [_plain(each) for each in ends if each is not None]
-    if len(ends) != 2 or not all(map(is_number, known)) or known != sorted(known) or any(each != each for each in known):
-        raise ValueError(f"`{name}` must be a pair (low, high), in order, None for no limit, not {value!r}")
-    return value
-
-
-def _jacobian(name, value):
-    if callable(value):
-        return value
-    if not isinstance(value, (str, NoneType)) or value not in (None, "2-point", "3-point", "cs"):
-        raise ValueError(f"`{name}` must be a callable, None, '2-point', '3-point' or 'cs', not {value!r}")
-    return None
-
-
 def _nan_policy(name, value):
     if isinstance(value, str) and value == "propagate":
         raise ValueError("`nan_policy='propagate'` is not supported by this function.")
@@ -137,11 +101,8 @@ def _nan_policy(name, value):
     return value
 
 
-def _tolerance(name, value):
-    value = 0.0 if value is None else value
-    if not is_number(value) or not 0 <= value <= FLOAT_MAX:
-        raise ValueError(f"`{name}` must be a number >= 0 or None, not {value!r}")
-    return float(value)
+def _mask(name, value):
+    return _flag(name, value) if is_number(value) else value
 
 
 def _accuracy(name, value):
@@ -149,26 +110,39 @@ def _accuracy(name, value):
     return np.inf if value is None else positive(name, value)
 
 
-def _most(name, value):
-    if not is_integer(value) or value <= 0:
-        raise ValueError(f"`{name}` must be None or a positive integer, not {value!r}")
-    return int(min(value, MOST_COUNT))
+def _is_path(value):
+    return isinstance(value, (str, PathLike))
 
 
-def _scipys_most(name, value):
-    return None if is_integer(value) and value == 0 else _most(name, value)
+def _is_most(value):
+    return is_integer(value) and value > 0
 
 
-def _starts(name, value):
-    if not is_integer(value) or not 0 <= value <= MOST_STARTS:
-        raise ValueError(f"`{name}` must be 0 (p0 alone) or a number of starts, not {value!r}")
-    return int(value)
-
-
-def _scale(name, value):
-    if isinstance(value, str) and value != "jac":
-        raise ValueError(f"`{name}` must be 'jac' or positive numbers, not {value!r}")
-    return value
+_flag = _must(_is_flag, "True or False", bool, TypeError)
+_path = _must(_is_path, "a path", None, TypeError)
+_function = _must(callable, "a function", None, TypeError)
+_directory = _must(lambda value: _is_path(value) or callable(value), "a path", None, TypeError)  # or what makes one
+_names = _must(_are_names, "different names in a list or tuple", tuple)
+_values = _must(_are_numbers, "a sequence of numbers")
+_range = _must(_are_ends, "a pair (low, high), in order, None for no limit")
+_tolerance = _must(
+    lambda value: value is None or (is_number(value) and 0 <= value <= FLOAT_MAX),
+    "a number >= 0 or None",
+    lambda value: float(value or 0.0),
+)
+_most = _must(_is_most, "None or a positive integer", lambda value: int(min(value, MOST_COUNT)))
+_scipys_most = _must(  # 0 is the default
+    lambda value: _is_most(value) or (is_integer(value) and value == 0),
+    "None or a positive integer",
+    lambda value: int(min(value, MOST_COUNT)) or None,
+)
+_starts = _must(lambda value: is_integer(value) and 0 <= value <= MOST_STARTS, "0 (p0 alone) or a number of starts", int)
+_scale = _must(lambda value: not isinstance(value, str) or value == "jac", "'jac' or positive numbers")
+_jacobian = _must(
+    lambda value: callable(value) or (isinstance(value, (str, NoneType)) and value in (None, "2-point", "3-point", "cs")),
+    "a callable, None, '2-point', '3-point' or 'cs'",
+    lambda value: value if callable(value) else None,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,97 +158,94 @@ class Option(NamedTuple):
     many: bool = False  # may be repeated
 
 
-class Argument(NamedTuple):
-    """A row of the table."""
+class Row(NamedTuple):
+    """An argument."""
 
     check: Callable[[str, Any], Any]  # of the name and a value: the value as the fit takes it, or an error
-    default: Any = None
-    checkpoint: Literal["same", "limit"] | None = None  # a fit that goes on must have the same; or may have another one
-    maps: bool = False
+    default: Any
+    same: bool = False  # in all calls that go on with a checkpoint
+    limit: bool = False  # kept in a checkpoint as well, but may be another one
+    maps: bool = False  # `fit_map` has it too
     option: Option | None = None
 
 
-def _row(check, default=None, *, same=False, limit=False, maps=False, option=None) -> Argument:
-    return Argument(check, default, "same" if same else "limit" if limit else None, maps, option)
-
-
 FITS = {  # of `curve_fit`, without the model and its data
-    "p0": _row(_as_given, same=True, maps=True, option=Option(
+    "p0": Row(_as_given, None, same=True, maps=True, option=Option(
         "Start: a=1,b=2; or guess, which ready models do by themselves.", many=True)),
-    "sigma": _row(_sigma, maps=True, option=Option(
+    "sigma": Row(_sigma, None, maps=True, option=Option(
         "Standard deviation of y: a number, the path of a Zarr array, or poisson.")),
-    "absolute_sigma": _row(_flag, False, same=True, maps=True, option=Option(
+    "absolute_sigma": Row(_flag, False, same=True, maps=True, option=Option(
         "Sigma is known, and the errors are not scaled by the fit.", bool)),
-    "check_finite": _row(_optional(_flag), same=True),
-    "bounds": _row(_as_given, (-np.inf, np.inf), same=True, maps=True, option=Option("a=0: or b=:3,c=0:1", many=True)),
-    "method": _row(_method, same=True),
-    "jac": _row(_jacobian),
-    "full_output": _row(_flag, False),
-    "nan_policy": _row(_nan_policy, same=True, option=Option(
-        "raise, or omit: leave out points that are not finite.")),
-    "loss": _row(_choice(*LOSSES), "linear", same=True, maps=True, option=Option(f"{', '.join(LOSSES[:-1])} or poisson.")),
-    "f_scale": _row(positive, 1.0, same=True, maps=True),
-    "x_scale": _row(_scale, "jac", same=True),
-    "ftol": _row(_tolerance, 1e-8, same=True, maps=True),
-    "xtol": _row(_tolerance, 1e-8, same=True, maps=True),
-    "gtol": _row(_tolerance, 1e-8, same=True, maps=True),
-    "accuracy": _row(_accuracy, ACCURACY, same=True, maps=True, option=Option(
+    "check_finite": Row(_optional(_flag), None, same=True),
+    "bounds": Row(_as_given, (-np.inf, np.inf), same=True, maps=True, option=Option("a=0: or b=:3,c=0:1", many=True)),
+    "method": Row(_choice(None, "auto", "trf", "lm", "dogbox"), None, same=True),
+    "jac": Row(_jacobian, None),
+    "full_output": Row(_flag, False),
+    "nan_policy": Row(_nan_policy, None, same=True, option=Option("raise, or omit: leave out points that are not finite.")),
+    "loss": Row(_choice(*LOSSES), "linear", same=True, maps=True, option=Option(f"{', '.join(LOSSES[:-1])} or poisson.")),
+    "f_scale": Row(positive, 1.0, same=True, maps=True),
+    "x_scale": Row(_scale, "jac", same=True),
+    "ftol": Row(_tolerance, 1e-8, same=True, maps=True),
+    "xtol": Row(_tolerance, 1e-8, same=True, maps=True),
+    "gtol": Row(_tolerance, 1e-8, same=True, maps=True),
+    "accuracy": Row(_accuracy, ACCURACY, same=True, maps=True, option=Option(
         f"Standard errors from the optimum at which a fit has converged: {ACCURACY}.", float)),
-    "max_nfev": _row(_optional(_most), limit=True, maps=True, option=Option("Most sweeps over the data.", int)),
-    "maxfev": _row(_optional(_scipys_most), limit=True),
-    "mask": _row(_mask, maps=True, option=Option("Path of a Zarr array that is true where a point is left out.")),
-    "mask_values": _row(_optional(_values), same=True, maps=True, option=Option(
+    "max_nfev": Row(_optional(_most), None, limit=True, maps=True, option=Option("Most sweeps over the data.", int)),
+    "maxfev": Row(_optional(_scipys_most), None, limit=True),
+    "mask": Row(_mask, None, maps=True, option=Option("Path of a Zarr array that is true where a point is left out.")),
+    "mask_values": Row(_optional(_values), None, same=True, maps=True, option=Option(
         "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers.")),
-    "valid_range": _row(_optional(_range), same=True, maps=True, option=Option(
+    "valid_range": Row(_optional(_range), None, same=True, maps=True, option=Option(
         "Lowest and highest value of y that counts: 0:1000 or 0:")),
-    "on_bad_chunk": _row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
+    "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
         "raise, or mask: leave out chunks that cannot be read.")),
-    "missing_chunks": _row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
+    "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
         "error, mask, or fill: what becomes of chunks that are absent.")),
-    "decode_cf": _row(_flag, True, same=True, maps=True, option=Option(
+    "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
         "Fit values as they are stored: scale_factor, _FillValue and such are left.", bool)),
-    "param_names": _row(_optional(_names), same=True, maps=True),
-    "fixed": _row(_as_given, same=True, maps=True, option=Option("Values that are not fitted: c=0.5", many=True)),
-    "strategy": _row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
+    "param_names": Row(_optional(_names), None, same=True, maps=True),
+    "fixed": Row(_as_given, None, same=True, maps=True, option=Option("Values that are not fitted: c=0.5", many=True)),
+    "strategy": Row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
         "auto, standard, chunked, streaming: where the data are held.")),
-    "reduction": _row(_choice("auto", "gram", "qr"), "auto", same=True),
-    "jac_mode": _row(_choice("auto", "columns", "arguments"), "auto", same=True, maps=True),
-    "tr_solver": _row(_choice(None, "exact", "cg"), same=True),
-    "memory_limit_gb": _row(_optional(positive), limit=True, maps=True, option=Option(
+    "reduction": Row(_choice("auto", "gram", "qr"), "auto", same=True),
+    "jac_mode": Row(_choice("auto", "columns", "arguments"), "auto", same=True, maps=True),
+    "tr_solver": Row(_choice(None, "exact", "cg"), None, same=True),
+    "memory_limit_gb": Row(_optional(positive), None, limit=True, maps=True, option=Option(
         "GiB, the most that each process may take.", float, "memory-limit")),
-    "partitions_per_thread": _row(_optional(count), limit=True),
-    "n_starts": _row(_starts, 0, same=True, option=Option("Look for the best of so many starts.", int)),
-    "checkpoint": _row(_optional(_checkpoint), option=Option("Directory from which a killed fit is resumed.", Path)),
-    "callback": _row(_optional(_function)),
-    "progress": _row(_optional(_flag)),
-    "verbose": _row(_choice(0, 1, 2), 0),
-    "report": _row(_optional(_path)),
+    "partitions_per_thread": Row(_optional(count), None, limit=True),
+    "n_starts": Row(_starts, 0, same=True, option=Option("Look for the best of so many starts.", int)),
+    "checkpoint": Row(_optional(_directory), None, option=Option("Directory from which a killed fit is resumed.", Path)),
+    "callback": Row(_optional(_function), None),
+    "progress": Row(_optional(_flag), None),
+    "verbose": Row(_choice(0, 1, 2), 0),
+    "report": Row(_optional(_path), None),
 }  # fmt: skip
 WORKFLOWS = {  # of `fit`, besides
-    "workflow": _row(_choice(*PRESETS), "auto", option=Option(f"{', '.join(PRESETS)}.")),
-    "goal": _row(_optional(lambda _, value: as_goal(value))),
-    "n_starts": _row(_optional(_starts)),
+    "workflow": Row(_choice(*PRESETS), "auto", option=Option(f"{', '.join(PRESETS)}.")),
+    "goal": Row(_optional(lambda _, value: as_goal(value)), None),
+    "n_starts": Row(_optional(_starts), None),
 }
 MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
-    "axis": _row(_as_given, -1, option=Option("Of the spectra in STORE; the last one by default.", int, many=True)),
-    "nan_policy": _row(_choice("omit", "raise"), "omit", option=FITS["nan_policy"].option),
-    "guess": _row(_choice(None, "coarse-to-fine"), option=Option(
+    "axis": Row(_as_given, -1, option=Option("Of the spectra in STORE; the last one by default.", int, many=True)),
+    "nan_policy": Row(_choice("omit", "raise"), "omit", option=FITS["nan_policy"].option),
+    "guess": Row(_choice(None, "coarse-to-fine"), None, option=Option(
         "coarse-to-fine: pixels start from fits of the means of their neighbourhood.")),
-    "full_covariance": _row(_flag, False),
+    "full_covariance": Row(_flag, False),
 }  # fmt: skip
-SAME, LIMITS = ([name for name, row in FITS.items() if row.checkpoint == kind] for kind in ("same", "limit"))
+SAME = [name for name, row in FITS.items() if row.same]
+LIMITS = [name for name, row in FITS.items() if row.limit]
 
 
-def checked(table: Mapping[str, Argument], given: Mapping[str, Any]) -> SimpleNamespace:
+def checked(table: Mapping[str, Row], given: Mapping[str, Any]) -> SimpleNamespace:
     """The arguments of a call as the fit takes them."""
     return SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
 
 
-def defaults(table: Mapping[str, Argument]) -> dict[str, Any]:
+def defaults(table: Mapping[str, Row]) -> dict[str, Any]:
     return {name: row.default for name, row in table.items()}
 
 
-def known_names(caller: str, table: Mapping[str, Argument], given: Iterable[str]) -> None:
+def known_names(caller: str, table: Mapping[str, Row], given: Iterable[str]) -> None:
     """Refuse keywords that ``caller`` does not have, with the nearest one that it has."""
     names = ["f", "xdata", "ydata", *table]
     for name in given:
@@ -286,7 +257,7 @@ def known_names(caller: str, table: Mapping[str, Argument], given: Iterable[str]
 F = TypeVar("F", bound=Callable)
 
 
-def with_known_names(table: Mapping[str, Argument]) -> Callable[[F], F]:
+def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
     """A decorator: `known_names` before a call, since Python names no near one before 3.13."""
 
     def decorate(function: F) -> F:

@@ -278,7 +278,7 @@ def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
         noise=aim.variance,
         names=tuple(params.names[k] for k in free),
         max_nfev=call.maxfev if call.max_nfev is None else call.max_nfev,
-        gtol_relative=call.method in (None, "lm") and not bounded,
+        gtol_relative=call.method in (None, "auto", "lm") and not bounded,
         reduction=call.reduction,
         tr_solver=call.tr_solver,
     )
