@@ -6,7 +6,6 @@ import pytest
 
 from tests.nist import PROBLEMS, VARIANTS, required, run
 
-
 QUICK = ("MGH09", 0, "chunked gram")  # one of the hard ones, by the route that forgets most digits
 ROUTES = [
     pytest.param(*route, id="-".join(map(str, route)), marks=() if route == QUICK else pytest.mark.slow)
