@@ -89,8 +89,7 @@ def decay(x, a, b, c):
     return a * jnp.exp(-b * x) + c
 
 
-@pytest.mark.parametrize("chunks", [None, 70])
-@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize("chunks, absolute", [(None, True), (70, False)])
 def test_statistics_of_weighted_data_follow_their_formulas(weighted_data, chunks, absolute):
     x, y, sigma = weighted_data
     arrays = weighted_data if chunks is None else [da.from_array(each, chunks=chunks) for each in weighted_data]
