@@ -27,14 +27,16 @@ from distributed import Client, LocalCluster, Worker
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 import dask_nlsq
-from dask_nlsq.chunks import Chunk
-from dask_nlsq.cluster import Pieces
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.kernels import part_size
-from dask_nlsq.loading import Load
-from dask_nlsq.model import intern
-from dask_nlsq.plan import PER_THREAD, partition_size, tasks_per_thread
-from dask_nlsq.reduction import ClusterSweep, Evaluation, Grouping, LocalSweep, Partition
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.chunks import Chunk
+from dask_nlsq.data.loading import Load
+from dask_nlsq.engine.cluster import Pieces
+from dask_nlsq.engine.condensed import Segmentation
+from dask_nlsq.engine.evaluation import Evaluation, Partition
+from dask_nlsq.engine.sweep import ClusterSweep, LocalSweep
+from dask_nlsq.kernels.rows import part_size
+from dask_nlsq.memory.plan import PER_THREAD, partition_size, tasks_per_thread
+from dask_nlsq.model.function import intern
 
 PARAMS = np.array([2.0, 0.5, 0.3])
 P0 = [5.0, 2.0, -1.0]
@@ -198,7 +200,7 @@ def scaling(n=10**8):
 class NoWork:
     """An evaluation that gives the same small matrix for each block."""
 
-    grouping = Grouping(per_run=1)
+    grouping = Segmentation(per_run=1)
 
     def reduce_blocks(self, blocks, params, how):
         return [(np.eye(len(params) + 1), 1.0, np.ones((1, part_size(len(params))))) for _ in blocks]

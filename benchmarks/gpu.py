@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dask_nlsq import curve_fit, demo, fit_map
+from dask_nlsq import curve_fit, fit_map
+from dask_nlsq.demo import demo
 
 RUNS = 3
 POINTS = 10**8

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from dask_nlsq import fit_map
+from dask_nlsq.base.x64 import float64
 from dask_nlsq.models import (
     arctan_edge,
     damped_sine,
@@ -28,7 +29,6 @@ from dask_nlsq.models import (
     stretched_exponential,
     voigt,
 )
-from dask_nlsq.trf_jit import float64
 
 N_SETS, N_POINTS = 200, 200
 NOISE = 0.01, 0.10  # standard deviation, of the height of the signal; of the smaller of two

@@ -89,10 +89,11 @@ def decay_data(n, seed=0):
 
 def swept(f, params, x, y, threads=1, reduction="gram", jac_mode="auto", mask=None):
     """A function that makes one sweep over x and y held in memory."""
-    from dask_nlsq.inputs import build_problem
-    from dask_nlsq.kernels import choose_jac_mode
-    from dask_nlsq.model import intern
-    from dask_nlsq.reduction import Evaluation, LocalSweep
+    from dask_nlsq.data.align import build_problem
+    from dask_nlsq.engine.evaluation import Evaluation
+    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.kernels.jac_mode import choose_jac_mode
+    from dask_nlsq.model.function import intern
 
     problem = build_problem(x, y, None, mask, check=True, omit=False)
     model = intern(f)
@@ -111,8 +112,9 @@ def kernel_at(misfit):
     import jax
 
     from dask_nlsq import get_memory_manager
-    from dask_nlsq.kernels import BLOCK_POINTS, Block, KernelSpec, Layout, Layouts, sweep_kernel, tile_size
-    from dask_nlsq.model import intern
+    from dask_nlsq.kernels.blocks import BLOCK_POINTS, Block, KernelSpec, Layout, Layouts, tile_size
+    from dask_nlsq.kernels.rows import sweep_kernel
+    from dask_nlsq.model.function import intern
 
     n, skip = BLOCK_POINTS, misfit // 8
     buffers = [get_memory_manager().allocate_array(n + skip)[skip:] for _ in range(2)]
@@ -315,9 +317,10 @@ def overhead_rows():
     import dask.array as da
     from distributed import Client, LocalCluster
 
-    from dask_nlsq.inputs import build_problem
-    from dask_nlsq.model import intern
-    from dask_nlsq.reduction import ClusterSweep, Evaluation, LocalSweep
+    from dask_nlsq.data.align import build_problem
+    from dask_nlsq.engine.evaluation import Evaluation
+    from dask_nlsq.engine.sweep import ClusterSweep, LocalSweep
+    from dask_nlsq.model.function import intern
 
     x, y = decay_data(512 * 4096)
     params = np.array([2.0, 0.5, 0.3])
@@ -352,7 +355,7 @@ def decay(x, a, b):
     return a * jnp.exp(-b * x)
 
 def count():
-    from dask_nlsq.model import _registry
+    from dask_nlsq.model.function import _registry
     return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
 
 if __name__ == "__main__":

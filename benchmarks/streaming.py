@@ -129,7 +129,7 @@ def sweep_rows(directory, sizes=(10**8, 2 * 10**8)):
 
 def correlation_rows(directory):
     import dask_nlsq
-    from dask_nlsq import demo
+    from dask_nlsq.demo import demo
 
     measurement = demo.plan_measurement(1000, 23, 0)
     path = Path(directory) / "two-time.zarr"
@@ -179,11 +179,12 @@ def overlap(directory, name, n):
     """Least seconds of a read, of a sweep over held data, and of a sweep that reads."""
     import zarr
 
-    from dask_nlsq.inputs import build_problem
-    from dask_nlsq.model import intern
-    from dask_nlsq.reduction import Evaluation, LocalSweep
-    from dask_nlsq.store import Policy, open_all
-    from dask_nlsq.streaming import StreamingSweep
+    from dask_nlsq.data.align import build_problem
+    from dask_nlsq.data.store import Policy, open_all
+    from dask_nlsq.engine.evaluation import Evaluation
+    from dask_nlsq.engine.streaming import StreamingSweep
+    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.model.function import intern
 
     f, truth, _ = MODELS[name]
     path = counts(directory, name, n)
@@ -218,9 +219,10 @@ def passes(name, n):
     from scipy.optimize import minimize
 
     import dask_nlsq
-    from dask_nlsq.inputs import build_problem
-    from dask_nlsq.model import intern
-    from dask_nlsq.reduction import Evaluation, LocalSweep
+    from dask_nlsq.data.align import build_problem
+    from dask_nlsq.engine.evaluation import Evaluation
+    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.model.function import intern
 
     f, truth, _ = MODELS[name]
     rng = np.random.default_rng(0)

@@ -2,54 +2,54 @@
 
 from importlib import import_module
 
-from . import config  # noqa: F401  (defaults of dask.config)
+from .base import config  # noqa: F401  (defaults of dask.config)
 
-# public name -> room. Rooms are imported when a name is first used: `dask --help` loads this package, but not JAX.
-_ROOMS = {
-    "BadChunkError": "store",
-    "CheckpointError": "checkpoint",
-    "FitResult": "result",
-    "MapPlan": "map_plan",
-    "MapResult": "map_result",
-    "MapStatus": "map_step",
-    "MemoryBudget": "budget",
-    "MemoryBudgetSelector": "workflow",
-    "MemoryBudgetError": "plan",
-    "MemoryManager": "memory",
-    "MissingChunksError": "store",
-    "NLSQStrategy": "budget",
-    "NotConvergedError": "admission",
-    "OptimizationGoal": "workflow",
-    "Plan": "plan",
-    "Record": "trust_region",
-    "StrategyDecision": "budget",
-    "calculate_adaptive_tolerances": "workflow",
-    "clear_memory_pool": "memory",
-    "cluster_report": "environment",
-    "create_checkpoint_directory": "workflow",
-    "curve_fit": "api",
-    "curve_fit_large": "api",
-    "fit": "api",
-    "fit_map": "maps",
-    "resume": "api",
-    "detect_total_system_memory": "resources",
-    "estimate_peak_memory_gb": "budget",
-    "load": "result",
-    "get_adaptive_memory_threshold": "budget",
-    "get_memory_manager": "memory",
-    "get_memory_stats": "memory",
-    "plan_fit": "api",
-    "select_nlsq_strategy": "budget",
+# public name -> module. Modules are imported when a name is first used: `dask --help` loads this package, but not JAX.
+_MODULES = {
+    "BadChunkError": "data.store",
+    "CheckpointError": "engine.checkpoint",
+    "FitResult": "results.result",
+    "MapPlan": "maps.plan",
+    "MapResult": "maps.result",
+    "MapStatus": "kernels.lanes",
+    "MemoryBudget": "compat.budget",
+    "MemoryBudgetSelector": "compat.workflow",
+    "MemoryBudgetError": "memory.plan",
+    "MemoryManager": "memory.pool",
+    "MissingChunksError": "data.store",
+    "NLSQStrategy": "compat.budget",
+    "NotConvergedError": "solve.outcome",
+    "OptimizationGoal": "presets",
+    "Plan": "memory.plan",
+    "Record": "solve.trust_region",
+    "StrategyDecision": "compat.budget",
+    "calculate_adaptive_tolerances": "compat.workflow",
+    "clear_memory_pool": "memory.pool",
+    "cluster_report": "memory.processes",
+    "create_checkpoint_directory": "engine.checkpoint",
+    "curve_fit": "fitting",
+    "curve_fit_large": "fitting",
+    "fit": "fitting",
+    "fit_map": "maps.fit",
+    "resume": "fitting",
+    "detect_total_system_memory": "memory.machine",
+    "estimate_peak_memory_gb": "compat.budget",
+    "load": "results.result",
+    "get_adaptive_memory_threshold": "memory.threshold",
+    "get_memory_manager": "memory.pool",
+    "get_memory_stats": "memory.pool",
+    "plan_fit": "fitting",
+    "select_nlsq_strategy": "compat.budget",
 }
 
-__all__ = [*_ROOMS]
+__all__ = [*_MODULES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__():

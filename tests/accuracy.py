@@ -22,11 +22,12 @@ import scipy.optimize
 from distributed import Client, LocalCluster
 
 import dask_nlsq
-from dask_nlsq import multistart
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, LocalSweep
-from dask_nlsq.trust_region import Options, solve
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.engine.evaluation import Evaluation
+from dask_nlsq.engine.sweep import LocalSweep
+from dask_nlsq.model.function import intern
+from dask_nlsq.solve import multistart
+from dask_nlsq.solve.trust_region import Options, solve
 from tests import nist
 
 
@@ -290,7 +291,7 @@ def in_blocks(array: np.ndarray, blocks: int) -> da.Array:
 @contextmanager
 def chunks_apart():
     """Small chunks are joined by default; here each is to have a matrix of its own."""
-    with mock.patch("dask_nlsq.inputs.JOINED_POINTS", 1):
+    with mock.patch("dask_nlsq.data.align.JOINED_POINTS", 1):
         yield
 
 

@@ -1,76 +1,109 @@
-"""The rooms and their order, read from the source: who may import whom, and who may know JAX, Dask and Zarr."""
+"""The folders and their order, read from the source: who may import whom, who may know JAX, Dask and Zarr, and how long."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
+import dask_nlsq
+
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
-ORDER = [  # from the bottom up: a room imports only from rooms before it
-    "config", "labels", "files", "sizes", "dashboard", "resources", "budget", "environment", "memory", "rules",
-    "workflow", "trf_jit", "model", "guesses", "models", "kernels", "cf", "store", "chunks", "arrays", "inputs",
-    "checkpoint", "loading", "cluster", "sample", "reduction", "binning", "plots", "trust_region", "screening",
-    "multistart", "streaming", "plan", "report", "statistics", "uncertainty", "diagnostics", "result", "progress",
-    "arguments", "checks", "admission", "map_step", "map_plan", "map_solver", "map_blocks", "map_result", "maps", "api",
-    "accessor", "__init__", "demo", "words", "kept", "cli",
+ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
+    "base", "model", "kernels", "memory", "data", "options", "presets", "engine", "solve", "results", "maps", "interface",
+    "fitting", "compat", "demo",
 ]  # fmt: skip
-# fmt: off
-KNOWS = {
-    "jax": {
-        "sizes", "trf_jit", "model", "guesses", "models", "kernels", "screening", "map_step", "map_solver",
-        "map_blocks", "demo", "checks",
-    },
+FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
+ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
+KNOWS = {  # library -> folders, or single modules
+    "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "config", "environment", "cf", "store", "arrays", "inputs", "loading", "cluster", "reduction", "binning",
-        "streaming", "plan", "progress", "map_plan", "map_blocks", "map_result", "maps", "demo", "words",
+        "base.config", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps", "interface", "demo",
     },
-    "distributed": {
-        "dashboard", "resources", "environment", "loading", "cluster", "reduction", "streaming", "plan", "progress",
-        "cli",
-    },
-    "zarr": {"store", "map_result", "demo", "words", "kept"},
-    "bokeh": {"dashboard"},
-    "matplotlib": {"plots", "report", "demo"},
-    "xarray": {"labels", "map_result", "result", "accessor"},
-    "click": {"cli"},
-}
-# fmt: on
+    "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
+    "zarr": {"data.store", "maps.result", "interface", "demo"},
+    "bokeh": {"interface.live_page"},
+    "matplotlib": {"results.plots", "results.report", "demo"},
+    "xarray": {"data.labels", "results.result", "maps.result", "interface.accessor"},
+    "click": {"interface.cli"},
+}  # fmt: skip
 MOST_LINES = 600
 
+SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = [name for name in SOURCES if name not in FACES and not name.endswith("__init__")]
 
-def imports(room: str) -> tuple[set[str], set[str]]:
-    """Rooms and outside packages that a room imports."""
-    rooms, outside = set(), set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+
+def imports(module: str) -> tuple[set[str], set[str]]:
+    """Modules of the package and outside libraries that a module imports."""
+    inside, outside = set(), set()
+    package = ["dask_nlsq", *module.split(".")[:-1]]
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            rooms |= {node.module} if node.module else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "dask_nlsq":
-            rooms |= set(node.module.split(".")[1:2]) or {"__init__"}
+            found = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")][1:]
+            prefix = ".".join(part for part in found if part)
+            names = {f"{prefix}.{alias.name}".strip(".") for alias in node.names}
+            inside |= {prefix} if prefix in SOURCES and f"{prefix}.__init__" not in SOURCES else names
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])
         elif isinstance(node, ast.Import):
             outside |= {alias.name.split(".")[0] for alias in node.names}
-    if "dask_nlsq" in outside:
-        rooms.add("__init__")
-    return rooms, outside
+    return inside, outside
 
 
-def test_every_room_has_a_place_in_the_order():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ORDER)
+def folder(module: str) -> str:
+    return module.split(".")[0]
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_imports_point_downwards(room):
-    above = set(ORDER[ORDER.index(room) :])
-    assert not imports(room)[0] & above
+def test_every_folder_has_a_place_in_the_order():
+    assert {folder(module) for module in MODULES} == set(ORDER)
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_a_library_is_known_only_where_it_belongs(room):
-    strangers = {library for library, rooms in KNOWS.items() if library in imports(room)[1] and room not in rooms}
-    assert not strangers
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_to_the_left(module):
+    inside, outside = imports(module)
+    assert "dask_nlsq" not in outside  # imports within the package are relative
+    assert not (inside - {module}) & ON_TOP
+    allowed = ORDER[: ORDER.index(folder(module)) + 1] + (["fitting", "demo"] if module in ON_TOP else [])
+    assert {folder(each) for each in inside} <= set(allowed)
 
 
-@pytest.mark.parametrize("room", ORDER)
-def test_a_room_is_read_at_one_sitting(room):
-    assert len((PACKAGE / f"{room}.py").read_text().splitlines()) <= MOST_LINES
+def test_imports_make_no_circle():
+    left = {module: imports(module)[0] & set(MODULES) for module in MODULES}
+    while left:
+        free = {module for module, wanted in left.items() if not wanted & left.keys()}
+        assert free, f"a circle among {sorted(left)}"
+        left = {module: wanted for module, wanted in left.items() if module not in free}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_library_is_known_only_where_it_belongs(module):
+    outside = imports(module)[1]
+    places = {module, folder(module)}
+    assert not {library for library, known in KNOWS.items() if library in outside and not known & places}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_read_at_one_sitting(module):
+    assert len(SOURCES[module].read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_reads_what_is_private_to_another(module):
+    tree = ast.parse(SOURCES[module].read_text())
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    private = {name for name in read if name.startswith("_") and not name.startswith("__")} - NAMED_TUPLES - FOREIGN
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for a in node.names}
+    assert not private
+    assert not {name for name in imported if name.startswith("_")}
+
+
+NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
+FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+
+
+def test_no_module_hides_a_public_name():
+    beside = {module for module in SOURCES if "." not in module} | {folder(module) for module in MODULES}
+    assert not beside & set(dask_nlsq.__all__)

@@ -15,9 +15,9 @@ import zarr
 from click.testing import CliRunner
 
 from dask_nlsq import curve_fit, fit, fit_map, load, plan_fit, resume
-from dask_nlsq.cf import Decoding
-from dask_nlsq.checkpoint import CheckpointError
-from dask_nlsq.cli import nlsq
+from dask_nlsq.data.cf import Decoding
+from dask_nlsq.engine.checkpoint import CheckpointError
+from dask_nlsq.interface.cli import nlsq
 
 N = 3000
 CHUNK = 250
@@ -36,7 +36,7 @@ def decay(x, a, b, c):
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
 
 
 def in_zarr(path, values, attributes, version=3):

@@ -13,8 +13,9 @@ import zarr
 from click.testing import CliRunner
 from zarr.codecs import ZstdCodec
 
-from dask_nlsq import curve_fit, demo, fit_map, load
-from dask_nlsq.cli import nlsq
+from dask_nlsq import curve_fit, fit_map, load
+from dask_nlsq.demo import demo
+from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.models import exponential, gaussian, named, polynomial
 from tests.models_of_a_user import decay, plane
 
@@ -242,7 +243,7 @@ def test_plan_reads_metadata_only(store, tmp_path):
 
 def test_a_range_that_is_long_is_lazy_and_has_the_values_of_a_short_one(monkeypatch, store, tmp_path):
     expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, strategy="streaming")
-    monkeypatch.setattr("dask_nlsq.words.MOST_KEPT", 8)
+    monkeypatch.setattr("dask_nlsq.interface.cli_values.MOST_KEPT", 8)
     checkpoint = ("--checkpoint", tmp_path / "c")
     converges("fit", store, *DECAY, *START, *checkpoint, "--out", tmp_path / "r", "--no-report")
     same_bits(load(tmp_path / "r"), expected)

@@ -15,7 +15,7 @@ from dask.utils import key_split
 from distributed import Client, get_client, worker_client
 
 from dask_nlsq import curve_fit, plan_fit, resume
-from dask_nlsq.kernels import BLOCK_POINTS, tile_size
+from dask_nlsq.kernels.blocks import BLOCK_POINTS, tile_size
 
 from .clusters import at_sweep, command_line, local, started, wait_for
 
@@ -32,8 +32,8 @@ def decay(x, a, b, c):
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
-    monkeypatch.setattr("dask_nlsq.inputs.SENT_BYTES", 8 * CHUNK)  # into which arrays in memory are cut
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.align.SENT_BYTES", 8 * CHUNK)  # into which arrays in memory are cut
 
 
 def lazy():

@@ -16,8 +16,8 @@ from scipy.optimize import OptimizeWarning, minimize
 
 import dask_nlsq
 import dask_nlsq.accessor
-from dask_nlsq.cli import nlsq
-from dask_nlsq.map_step import MapStatus
+from dask_nlsq.interface.cli import nlsq
+from dask_nlsq.kernels.lanes import MapStatus
 from tests.convergence import exact, mgh, poisson
 from tests.convergence.distance import FAR, cosine, distance
 from tests.convergence.outcomes import Outcome, by_scipy, cost, fitted, fitted_map, jacobian, values

@@ -20,7 +20,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
-from dask_nlsq.dashboard import _workers
+from dask_nlsq.interface.live_page import _workers
 
 from .clusters import command_line, local
 
@@ -174,7 +174,7 @@ def test_time_in_jax_is_metered_apart_from_reading_in_a_span_per_fit_and_sweep(c
 
 
 def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)  # 15 chunks are enough to draw a sample
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # 15 chunks are enough to draw a sample
     with client.as_current():
         curve_fit(decay, *data(), **TIGHT)
         curve_fit(decay, *data(), **TIGHT, strategy="streaming")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import zarr
 
-from dask_nlsq import BadChunkError, MissingChunksError, demo
+from dask_nlsq import BadChunkError, MissingChunksError
+from dask_nlsq.demo import demo
 
 SMALL = dict(frames=40, n_angles=5, seed=0)
 

@@ -25,9 +25,8 @@ from distributed import default_client
 
 from dask_nlsq import __all__ as public
 from dask_nlsq import __version__
-from dask_nlsq.cli import nlsq
-
-from .test_architecture import ORDER
+from dask_nlsq.interface.cli import nlsq
+from tests.test_architecture import MODULES, ORDER
 
 matplotlib.use("agg")
 
@@ -153,9 +152,16 @@ def test_every_public_name_is_in_the_reference():
     assert not [each for each in public if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
 
 
-def test_contributors_find_every_room_in_its_order():
-    rows = re.findall(r"^\| (`.*`) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert re.findall(r"`(\w+)`", " ".join(rows)) == [room for room in ORDER if room != "__init__"]
+def test_contributors_find_every_module_in_its_order():
+    rows = re.findall(r"^\| `([a-z]+)(?:/|\.py)` \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [name for name, _ in rows] == ORDER
+    assert [f"{name}.{each}" for name, cell in rows for each in re.findall(r"`(\w+)`", cell)] == [
+        m for m in in_order() if "." in m
+    ]
+
+
+def in_order():
+    return sorted(MODULES, key=lambda module: (ORDER.index(module.split(".")[0]), module))
 
 
 def test_the_version_to_cite_is_that_of_the_package():

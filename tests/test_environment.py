@@ -9,8 +9,9 @@ import pytest
 from dask.sizeof import sizeof
 from distributed import Client
 
-from dask_nlsq import cluster_report, curve_fit, sizes
-from dask_nlsq.environment import HERE, Place, advice
+from dask_nlsq import cluster_report, curve_fit
+from dask_nlsq.base import device_sizes as sizes
+from dask_nlsq.memory.processes import HERE, ProcessMemory, advice
 
 from .clusters import local
 
@@ -40,7 +41,7 @@ def test_a_fit_warns_once_per_mismatch_with_what_mends_it(client, caplog):
 
 
 def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
-    here = Place(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
+    here = ProcessMemory(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
     good = here._replace(name="tcp://good")
     old = [good._replace(name=f"tcp://{k}", jax="0.9.0", python="3.12.1") for k in range(3)]
     found = advice([here, good, *old])
@@ -50,7 +51,7 @@ def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
 
 
 def test_memory_limits_that_are_missing_or_uneven_are_named():
-    here = Place(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
+    here = ProcessMemory(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
     large = here._replace(name="tcp://large", limit=4 * 2**30)
     small, none = large._replace(name="tcp://small", limit=2**30), large._replace(name="tcp://none", limited=False)
     assert advice([here, large, large._replace(limit=3.9 * 2**30)]) == []
@@ -70,4 +71,4 @@ def test_jax_arrays_have_the_size_of_their_data():
     sizes.register(sizeof)
     assert sizeof(jnp.zeros(10**6, np.float32)) == 4 * 10**6
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["dask.sizeof"]["dask_nlsq"] == f"dask_nlsq.sizes:{sizes.register.__name__}"
+    assert project["entry-points"]["dask.sizeof"]["dask_nlsq"] == f"dask_nlsq.base.device_sizes:{sizes.register.__name__}"

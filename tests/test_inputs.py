@@ -16,10 +16,11 @@ import xarray as xr
 import zarr
 
 from dask_nlsq import clear_memory_pool, curve_fit, fit_map, get_memory_manager, load, plan_fit, resume
-from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk, release
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.loading import plan_loads
-from dask_nlsq.reduction import load_chunk
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.chunks import prepare_chunk, release
+from dask_nlsq.data.loading import plan_loads
+from dask_nlsq.engine.evaluation import load_chunk
+from dask_nlsq.kernels.blocks import BLOCK_POINTS
 
 N = 999
 RNG = np.random.default_rng(7)

@@ -8,15 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq.chunks import BLOCK_POINTS, prepare_chunk
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.kernels import REFLECTED_UP_TO, TIMING_PAYS, check_pointwise, choose_jac_mode, sweep_kernel
-from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, How, merge_results
-from dask_nlsq.trf_jit import LOSSES, float64
+from dask_nlsq.base.x64 import float64
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.chunks import prepare_chunk
+from dask_nlsq.engine.condensed import merge_results
+from dask_nlsq.engine.evaluation import Evaluation, SweepOptions
+from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.kernels.checks import check_pointwise
+from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
+from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
+from dask_nlsq.model.function import intern
+from dask_nlsq.model.losses import LOSSES
 
 PARAMS = np.array([2.0, 0.7, 0.3])
-GRAM = How("gram", "columns")
+GRAM = SweepOptions("gram", "columns")
 
 
 def decay(x, a, b, c):
@@ -37,7 +42,9 @@ def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
 
 def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):
     rules, chunk = chunk_of(xdata, ydata, **operands)
-    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(chunk.blocks, params, How(reduction, jac_mode))
+    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(
+        chunk.blocks, params, SweepOptions(reduction, jac_mode)
+    )
     matrix, cost, _ = merge_results(results, reduction)
     return matrix, cost
 
@@ -98,7 +105,7 @@ def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
         operands = x[start : start + n], y[start : start + n]
         expected, _ = swept(decay, *operands, PARAMS)
         with monkeypatch.context() as patch:
-            patch.setattr("dask_nlsq.reduction.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
+            patch.setattr("dask_nlsq.engine.condensed.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
             gram, _ = swept(decay, *operands, PARAMS)
         np.testing.assert_allclose(gram, expected, rtol=1e-10)
 
@@ -262,7 +269,7 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
 def test_threads_compute_on_the_callers_device():
     script = """
 import threading, jax, jax.numpy as jnp
-from dask_nlsq.trf_jit import inherit_device
+from dask_nlsq.base.x64 import inherit_device
 found = []
 def work():
     found.append(jnp.ones(1).devices())

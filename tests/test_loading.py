@@ -11,8 +11,8 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit, get_memory_manager
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.loading import compute_shared, plan_loads
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.loading import compute_shared, plan_loads
 
 X = np.linspace(0, 4, 4000)
 Y = 2 * np.exp(-1.3 * X) + 0.5

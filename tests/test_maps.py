@@ -12,7 +12,7 @@ from distributed import Client
 
 import dask_nlsq.accessor  # noqa: F401  # registers .nlsq
 from dask_nlsq import BadChunkError, MapStatus, MemoryBudgetError, MissingChunksError, fit_map, models
-from dask_nlsq.arguments import map_parameters
+from dask_nlsq.options import map_parameters
 from tests import clusters
 from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, digits, required
 from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dask_nlsq import MemoryManager, clear_memory_pool, get_memory_manager, get_memory_stats
-from dask_nlsq.budget import fit_parts
-from dask_nlsq.memory import size_class
+from dask_nlsq.memory.pool import size_class
+from dask_nlsq.memory.threshold import fit_parts
 
 GB = 2**30
 MB = 2**20

@@ -16,9 +16,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_nlsq
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.model import intern, parameter_names
-from dask_nlsq.reduction import ClusterSweep, Evaluation
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.engine.evaluation import Evaluation
+from dask_nlsq.engine.sweep import ClusterSweep
+from dask_nlsq.model.function import intern, parameter_names
 
 
 def decay(x, a, b, c):
@@ -103,7 +104,7 @@ def test_a_function_from_main_is_compiled_once_per_worker_process():
             return a * jnp.exp(-b * x)
 
         def count():
-            from dask_nlsq.model import _registry
+            from dask_nlsq.model.function import _registry
             return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
 
         if __name__ == "__main__":
@@ -160,12 +161,13 @@ def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
     """Under the nanny's MALLOC_TRIM_THRESHOLD_ a kernel would fetch each temporary array anew: hundreds of page faults."""
 
     def page_faults(dask_worker, params):
-        from dask_nlsq.reduction import How, Partition, sweep_partition
+        from dask_nlsq.engine.evaluation import Partition, SweepOptions
+        from dask_nlsq.engine.sweep import sweep_partition
 
         (partition,) = [value for value in dask_worker.data.values() if isinstance(value, Partition)]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
-            sweep_partition(partition, params, How("gram", "columns"))
+            sweep_partition(partition, params, SweepOptions("gram", "columns"))
         return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
 
     x = da.linspace(0, 10, 2**17, chunks=2**17)

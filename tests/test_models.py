@@ -16,9 +16,9 @@ from scipy.special import expit, voigt_profile, wofz
 
 from benchmarks.guesses import CASES, reached
 from dask_nlsq import curve_fit, fit_map, models, plan_fit, resume
-from dask_nlsq.model import intern, parameter_names
+from dask_nlsq.base.x64 import float64
+from dask_nlsq.model.function import intern, parameter_names
 from dask_nlsq.models import ReadyModel, faddeeva_real, gaussian, line, polynomial, voigt
-from dask_nlsq.trf_jit import float64
 
 X = np.array([0.0, 0.3, 1.0, 2.5, 7.0, 40.0])
 # name: parameters, the formula in NumPy
@@ -200,7 +200,7 @@ def test_models_come_back_from_a_pickle():
 
 def test_a_sum_has_the_same_token_in_another_process():
     code = (
-        "from dask_nlsq.model import intern; from dask_nlsq.models import gaussian, line, polynomial;"
+        "from dask_nlsq.model.function import intern; from dask_nlsq.models import gaussian, line, polynomial;"
         "print(intern((gaussian + line) + polynomial(2)).token)"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq import multistart
-from dask_nlsq.inputs import build_problem, build_whitened
-from dask_nlsq.model import intern
-from dask_nlsq.multistart import Search, candidates, polish, search
-from dask_nlsq.reduction import Evaluation, LocalSweep, open_sweep
-from dask_nlsq.trust_region import NotFiniteAtStart, Options
+from dask_nlsq.data.align import build_problem, build_whitened
+from dask_nlsq.engine.evaluation import Evaluation
+from dask_nlsq.engine.sweep import LocalSweep, open_sweep
+from dask_nlsq.model.function import intern
+from dask_nlsq.solve import multistart
+from dask_nlsq.solve.multistart import Search, candidates, polish, search
+from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options
 from tests.accuracy import LIMITS, TRAPS, chunks_apart, escape, processes, sine, threads
 
 RNG = np.random.default_rng(3)

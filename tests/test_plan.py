@@ -12,10 +12,11 @@ from dask.callbacks import Callback
 from distributed import Client, LocalCluster
 
 from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.model import intern
-from dask_nlsq.plan import partition_size
-from dask_nlsq.reduction import Evaluation, LocalSweep, Partition, partition_nbytes
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.engine.evaluation import Evaluation, Partition, partition_nbytes
+from dask_nlsq.engine.sweep import LocalSweep
+from dask_nlsq.memory.plan import partition_size
+from dask_nlsq.model.function import intern
 
 
 def decay(x, a, b, c):

@@ -18,7 +18,7 @@ import pytest
 from distributed import get_task_stream
 
 from dask_nlsq import curve_fit, fit_map, plots
-from dask_nlsq.binning import FEW, FINE, _exponent, _merged, _profile, binned
+from dask_nlsq.results.binning import FEW, FINE, _exponent, _merged, _profile, binned
 
 from .spectra import P0, X, counted, fitted, peak, spectra
 from .spectra import N as N_SPECTRUM
@@ -326,7 +326,7 @@ def test_a_hundred_million_points_are_drawn_in_bounded_memory():
         import dask.array as da, jax.numpy as jnp, matplotlib, sys
         matplotlib.use("agg")
         from dask_nlsq import curve_fit, plots
-        from dask_nlsq.resources import process_memory
+        from dask_nlsq.memory.machine import process_memory
 
         def line(x, a, b):
             return a + b * x

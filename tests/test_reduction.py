@@ -3,10 +3,12 @@ import numpy as np
 import pytest
 
 from dask_nlsq import curve_fit
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.kernels import take_apart
-from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, Grouping, NormalEquations, factor, merge, open_sweep
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.engine.condensed import Condensed, Segmentation, factor, merge
+from dask_nlsq.engine.evaluation import Evaluation
+from dask_nlsq.engine.sweep import open_sweep
+from dask_nlsq.kernels.rows import unpack
+from dask_nlsq.model.function import intern
 
 
 def random_rows(n=400, p=4, condition=1.0, seed=0):
@@ -18,7 +20,7 @@ def random_rows(n=400, p=4, condition=1.0, seed=0):
 
 def equations(rows, reduction):
     matrix = rows.T @ rows if reduction == "gram" else np.linalg.qr(rows, mode="r")
-    return NormalEquations(matrix, 0.5 * rows[:, -1] @ rows[:, -1], reduction)
+    return Condensed(matrix, 0.5 * rows[:, -1] @ rows[:, -1], reduction)
 
 
 @pytest.mark.parametrize("reduction", ["gram", "qr"])
@@ -66,11 +68,11 @@ def line(x, a, b):
 def swept_parts(x, y, client=None, n_partitions=1, **options):
     options = dict(reduction="gram", sigma=None, mask=None, loss="linear") | options
     problem = build_problem(x, y, options["sigma"], options["mask"], check=True, omit=False)
-    grouping = options.get("grouping") or Grouping.of(problem, 2)
+    grouping = options.get("grouping") or Segmentation.of(problem, 2)
     evaluation = Evaluation(intern(line), problem.rules, options["loss"], 1.0, grouping)
     with open_sweep(problem, evaluation, client, n_partitions) as sweep:
         found = sweep(np.array([1.1, 0.2]), options["reduction"])
-        return found, take_apart(found.parts, 2), sweep.weights.sum(axis=0)
+        return found, unpack(found.parts, 2), sweep.weights.sum(axis=0)
 
 
 @pytest.mark.parametrize("reduction", ["gram", "qr"])
@@ -105,7 +107,7 @@ def test_parts_have_the_same_bits_on_workers_however_many_tasks_there_are(worker
     x = da.linspace(0, 1, 3_000_000, chunks=100_000)
     y = x + da.sin(1e3 * x)
     with workers.as_current():
-        for grouping in (Grouping(4, 2, 0), Grouping(1, 1, 2), Grouping(2, 1, 5)):
+        for grouping in (Segmentation(4, 2, 0), Segmentation(1, 1, 2), Segmentation(2, 1, 5)):
             here = swept_parts(x, y, grouping=grouping)[0].parts
             assert len(here) == -(-30 // 2**grouping.level) * grouping.per_run
             for n_partitions in (2, 5, 30):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dask_nlsq import curve_fit, load
-from dask_nlsq.report import _places, page
+from dask_nlsq.results.report import _places, page
 
 from .spectra import counted
 from .test_dashboard import CHROMIUM, opened, wait

@@ -11,8 +11,8 @@ import pytest
 
 import dask_nlsq
 from dask_nlsq import curve_fit, load
-from dask_nlsq.files import decode, encode
-from dask_nlsq.result import RECORDS
+from dask_nlsq.base.files import decode, encode
+from dask_nlsq.results.result import RECORDS
 
 X = np.linspace(0, 5, 240)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq import rules
+from dask_nlsq.kernels import rules
 
 
 class At(NamedTuple):

@@ -12,11 +12,13 @@ import pytest
 import zarr
 
 from dask_nlsq import curve_fit, plan_fit
-from dask_nlsq.inputs import build_problem
-from dask_nlsq.model import intern
-from dask_nlsq.reduction import Evaluation, LocalSweep, fold, merge
-from dask_nlsq.sample import spread
-from dask_nlsq.streaming import StreamingSweep, Tree
+from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.sample import spread
+from dask_nlsq.engine.condensed import Tree, join_neighbours, merge
+from dask_nlsq.engine.evaluation import Evaluation
+from dask_nlsq.engine.streaming import StreamingSweep
+from dask_nlsq.engine.sweep import LocalSweep
+from dask_nlsq.model.function import intern
 
 from .clusters import assert_nothing_left
 
@@ -43,7 +45,7 @@ Y = 2 * np.exp(-0.5 * X) + 0.3 + RNG.normal(0, 0.05, N)
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.inputs.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
 
 
 class Counted:
@@ -89,7 +91,7 @@ def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduct
             assert len(tree.nodes) <= done + 1
         np.testing.assert_array_equal(tree.root()[0], expected[0])
         assert tree.root()[1] == expected[1]
-        np.testing.assert_array_equal(tree.root()[2], fold(parts[:, 0], 1))
+        np.testing.assert_array_equal(tree.root()[2], join_neighbours(parts[:, 0], 1))
 
 
 def test_a_tree_keeps_few_matrices():

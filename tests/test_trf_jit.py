@@ -1,15 +1,9 @@
 import numpy as np
 import pytest
 
-from dask_nlsq.trf_jit import (
-    LOSSES,
-    float64,
-    hat_space,
-    masked_cost,
-    solve_cg,
-    solve_svd,
-    spectrum,
-)
+from dask_nlsq.base.x64 import float64
+from dask_nlsq.model.losses import LOSSES, masked_cost
+from dask_nlsq.solve.subproblem import hat_space, solve_cg, solve_svd, spectrum
 
 INF = np.inf
 TOLERANCE = 1e-13

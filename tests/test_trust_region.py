@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from dask_nlsq.reduction import NormalEquations
-from dask_nlsq.trf_jit import float64
-from dask_nlsq.trust_region import NotFiniteAtStart, Options, solve
+from dask_nlsq.base.x64 import float64
+from dask_nlsq.engine.condensed import Condensed
+from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, solve
 
 
 class Dense:
@@ -25,11 +25,11 @@ class Dense:
             rows = np.column_stack([jax.jacfwd(self.residual)(jnp.asarray(params)), self.residual(jnp.asarray(params))])
         cost = 0.5 * float(rows[:, -1] @ rows[:, -1])
         if not np.isfinite(rows).all():
-            return NormalEquations(np.full((len(params) + 1,) * 2, np.nan), cost, reduction)
+            return Condensed(np.full((len(params) + 1,) * 2, np.nan), cost, reduction)
         matrix = rows.T @ rows if reduction == "gram" else np.linalg.qr(rows, mode="r")
         if len(matrix) < len(params) + 1:
             matrix = np.vstack([matrix, np.zeros((len(params) + 1 - len(matrix), len(params) + 1))])
-        return NormalEquations(matrix, cost, reduction)
+        return Condensed(matrix, cost, reduction)
 
 
 def rosenbrock(params):

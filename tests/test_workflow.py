@@ -7,7 +7,7 @@ import pytest
 
 from dask_nlsq import MemoryBudget, MemoryBudgetSelector, OptimizationGoal, calculate_adaptive_tolerances
 from dask_nlsq import create_checkpoint_directory as create
-from dask_nlsq.workflow import EFFECTS
+from dask_nlsq.compat.workflow import EFFECTS
 
 GB = 2**30
 

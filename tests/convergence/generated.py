@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dask_nlsq.model import parameter_names
+from dask_nlsq.model.function import parameter_names
 
 from .distance import FAR, distance
 from .figure import Figure, numbers

@@ -1,0 +1,1 @@
+"""Configuration, files, single values, text: what every other folder uses."""

@@ -1,0 +1,37 @@
+"""Single values at the door: numbers, positive numbers, counts."""
+
+import math
+import sys
+from numbers import Real
+
+FLOAT_MAX = sys.float_info.max
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers at the door
+
+
+def real(name: str, value, unit: str = "") -> float:
+    """``value`` as a float; TypeError where it is no real number, ValueError where it is not finite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"`{name}` must be a number{unit and ' of ' + unit}, not {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"`{name}` must be finite, not {value}")
+    return number
+
+
+def positive(name: str, value, unit: str = "") -> float:
+    if real(name, value, unit) <= 0:
+        raise ValueError(f"`{name}` must be more than 0{unit and ' ' + unit}, not {value}")
+    return float(value)
+
+
+def count(name: str, value, least: float = 1) -> int:
+    """``value`` as an integer of at least ``least``; 1e8 is one."""
+    if real(name, value) != int(value) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, not {value}")
+    return int(value)

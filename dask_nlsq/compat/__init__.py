@@ -1,0 +1,1 @@
+"""Names of NLSQ and homodyne, on top of everything."""

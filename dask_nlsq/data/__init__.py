@@ -1,0 +1,1 @@
+"""User arrays and stores become aligned data."""

@@ -1,0 +1,413 @@
+"""User arrays of any kind become a `Problem` of aligned chunks.
+
+Everything about shapes, dtypes and chunks is checked here, from metadata alone. y's chunks rule: dense operands (x,
+sigma, mask of y's shape) are rechunked to them; operands that only broadcast against y (an axis vector, one mask for
+all frames, a scalar) stay small and are cut along the axes that they have. What is wrong with *values* (NaN, infinity,
+sigma <= 0) can only be seen when a chunk has been read: see `dask_nlsq.data.chunks`.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
+from itertools import product
+from math import prod
+from numbers import Real
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+
+from ..kernels.blocks import Invalid, Layout, Layouts
+from ..memory.pool import buffer_bytes
+from .arrays import apart, as_array, join_masks, parted
+from .cf import AS_STORED, Decoding
+from .chunks import Rules, block_cuts
+
+SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
+JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Aligned operands of a fit. ``operands`` are NumPy or Dask arrays in the order of `Layouts`, ndim as y's."""
+
+    operands: tuple[Any, ...]
+    chunks: tuple[tuple[int, ...], ...]
+    rules: Rules
+    factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
+    n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
+    decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(sum(sizes) for sizes in self.chunks)
+
+    @property
+    def n_points(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(operand.nbytes for operand in self.operands)
+
+    @property
+    def lazy(self) -> bool:
+        return any(isinstance(operand, da.Array) for operand in self.operands)
+
+    @property
+    def n_chunks(self) -> int:
+        return prod(len(sizes) for sizes in self.chunks)
+
+    @property
+    def n_runs(self) -> int:
+        return -(-self.n_chunks // self.rules.run)
+
+    @property
+    def run_points(self) -> int:
+        """Points of the longest run of chunks that are joined."""
+        return self.rules.run * self.rules.capacities[0]
+
+    @property
+    def run_nbytes(self) -> int:
+        """Bytes of the longest run, in float64."""
+        layouts, rules = self.rules.layouts.operands, self.rules
+        return sum(8 * n * (rules.run if each.dense else 1) for each, n in zip(layouts, rules.capacities, strict=True))
+
+    def held_nbytes(self, sent: bool) -> int:
+        """Bytes of all blocks as `prepare_chunk` makes them; views of the user's arrays count where they are sent."""
+        points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in self.chunks]).ravel()
+        runs = np.add.reduceat(points, np.arange(0, len(points), self.rules.run))
+        lengths, counts = np.unique(runs, return_counts=True)
+        return int(sum(count * self._run_held(int(n), sent) for n, count in zip(lengths, counts, strict=True)))
+
+    def _run_held(self, n, sent):
+        total, (cuts, capacity) = 0, block_cuts(self.rules, n)
+        for k, (layout, operand) in enumerate(zip(self.rules.layouts.operands, self.operands, strict=True)):
+            is_mask = layout is self.rules.layouts.mask
+            itemsize = 1 if is_mask else min(operand.dtype.itemsize, 8)
+            if not layout.dense:
+                total += buffer_bytes(max(self.rules.capacities[k], 1) * itemsize)
+            elif self.rules.copied or len(cuts) == 1:
+                total += buffer_bytes((cuts[-1][0] + capacity) * itemsize)
+            else:  # the first and the last block seldom lie as they must
+                total += 2 * buffer_bytes(capacity * itemsize)
+                total += n * itemsize * (sent or is_mask or not operand.dtype.isnative or operand.itemsize > 8)
+        return total
+
+    def indices(self) -> list[tuple[int, ...]]:
+        """Indices of the chunks in C order."""
+        return list(product(*(range(len(sizes)) for sizes in self.chunks)))
+
+    def chunk_shape(self, index: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
+
+    def places(self, index: tuple[int, ...]) -> list:
+        """Where a chunk's piece of each operand is: a NumPy array, or a key where the operand is a Dask array."""
+        return [cut(index) for cut in self._cuts]
+
+    def pieces(self, index: tuple[int, ...]) -> list:
+        """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
+        places = zip(self.places(index), self._delayed, strict=True)
+        return [place if blocks is None else blocks[place[1:]] for place, blocks in places]
+
+    @cached_property
+    def _cuts(self):
+        starts = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.chunks]
+
+        def cutter(operand):
+            narrow = [size == 1 for size in operand.shape]
+            if isinstance(operand, da.Array):
+                return lambda index: (operand.name, *(0 if one else i for one, i in zip(narrow, index, strict=True)))
+            return lambda index: operand[
+                tuple(
+                    slice(None) if one else slice(start[i], start[i + 1])
+                    for one, start, i in zip(narrow, starts, index, strict=True)
+                )
+            ]
+
+        return [cutter(operand) for operand in self.operands]
+
+    @cached_property
+    def _delayed(self):
+        return [operand.to_delayed() if isinstance(operand, da.Array) else None for operand in self.operands]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# at the door
+
+
+def build_problem(
+    xdata,
+    ydata,
+    sigma=None,
+    mask=None,
+    *,
+    check: bool,
+    omit: bool,
+    whole: bool = False,
+    split: bool = False,
+    hides: bool = False,
+    sentinels=((), None),
+    decoding: Decoding = AS_STORED,
+    decoded: tuple[str, ...] = (),
+    decode_cf: bool = True,
+    counts: bool = False,
+) -> Problem:
+    """Check shapes and dtypes and align the operands; reads no data.
+
+    Parameters
+    ----------
+    xdata, ydata, sigma, mask : array_like or None
+        As in `dask_nlsq.curve_fit`, without a covariance matrix as ``sigma``.
+    check, omit : bool
+        Whether values that are not finite are counted, and whether their points are left out.
+    whole : bool
+        Whether the model must be given all points in one call.
+    split : bool
+        Whether arrays in memory are cut into chunks that workers can share.
+    hides : bool
+        Whether chunks that cannot be read are left out.
+    sentinels : tuple
+        ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
+    decoding : Decoding
+        What the stored values of y mean.
+    decoded, decode_cf
+        What `Problem` and `Rules` are to say of it.
+    counts : bool
+        Whether y must not be negative.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit together, empty data, unknown chunk sizes.
+    TypeError
+        Data that are not real numbers.
+    """
+    y, hidden = apart("ydata", ydata)
+    x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
+    parts = [parted(c) for c in coordinates]
+    coordinates = [c for c, _ in parts]
+    if y.size == 1 and coordinates and x_kind != "tuple":  # SciPy broadcasts a single y
+        y = np.broadcast_to(np.asarray(y), coordinates[0].shape)
+    if y.size == 0:
+        raise ValueError("`ydata` must not be empty!")
+    if y.ndim == 0:
+        y = y.reshape(1)
+    sigma, hidden_sigma = apart("sigma", np.ones(1) if sigma is None else sigma)
+    operands = [y, _broadcastable("sigma", sigma, y.shape)]
+    masks = [("ydata", hidden), ("sigma", hidden_sigma), *(("xdata", each) for _, each in parts)]
+    if mask is not None:
+        masks += [("mask", each) for each in apart("mask", mask)]
+    masks = [_broadcastable(name, each, y.shape) for name, each in masks if each is not None]
+    mask = masks[0] if len(masks) == 1 else join_masks(each != 0 for each in masks)
+    if mask is not None:
+        operands.append(mask)
+    elif omit or hides:
+        operands.append(np.zeros((1,) * y.ndim, bool))
+    operands += [_broadcastable("xdata", c, y.shape) for c in coordinates]
+    chunks = next((a.chunks for a in operands if isinstance(a, da.Array) and a.shape == y.shape), None)
+    if chunks is None or whole:
+        sizes = "auto" if split and not whole else y.shape
+        chunks = da.core.normalize_chunks(sizes, y.shape, limit=SENT_BYTES, dtype=y.dtype)
+    lazy = any(isinstance(operand, da.Array) for operand in operands)
+    operands = tuple(_aligned(operand, chunks, lazy) for operand in operands)
+
+    def layout(operand, coordinate=False):
+        return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
+
+    masked = mask is not None or omit or hides
+    layouts = Layouts(
+        y=Layout(True, scale=decoding.scale, offset=decoding.offset),
+        sigma=layout(operands[1]),
+        # points that are left out for their values need a mask of their own
+        mask=(Layout(True) if omit or hides else layout(operands[2])) if masked else None,
+        x=tuple(layout(operand, coordinate=True) for operand in operands[2 + masked :]),
+        x_kind=x_kind,
+        x_lead=x_lead,
+        ndim=y.ndim,
+        invalid=invalid_values(*sentinels, y.dtype, decoding),
+    )
+    largest = [max(sizes) for sizes in chunks]
+    capacities = tuple(
+        prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
+        for each, operand in zip(layouts.operands, operands, strict=True)
+    )
+    joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
+    run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
+    sizes = zip(operands, capacities, strict=True)
+    read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
+    dtypes = tuple(operand.dtype for operand in operands)
+    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes, counts, decode_cf)
+    return Problem(operands, chunks, rules, decoded=decoded)
+
+
+def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
+    """What a value of y must not be, of what ``dtype`` can hold: as it is stored, but for ``valid_range``."""
+    try:
+        values = [value.item() if hasattr(value, "item") else value for value in mask_values]
+        if values == ["largest"]:
+            values = [np.iinfo(dtype).max] if dtype.kind == "u" and dtype.itemsize > 1 else []
+        low, high = (None, None) if valid_range is None else valid_range
+        if not all(isinstance(each, Real) for each in (*values, low or 0, high or 0)):
+            raise TypeError
+    except (TypeError, ValueError):
+        raise ValueError(
+            "`mask_values` must be a sequence of numbers and `valid_range` a pair (low, high), None for no limit, not "
+            f"{mask_values!r} and {valid_range!r}"
+        ) from None
+    low, high = decoding.stored_limits(low, high, dtype)
+    values = [*dict.fromkeys((*values, *decoding.missing))]
+    lows, highs = ([each for each in ends if each is not None] for ends in ((low, decoding.low), (high, decoding.high)))
+    low, high = max(lows, default=None), min(highs, default=None)
+    if dtype.kind in "iu":
+        info = np.iinfo(dtype)
+        values = [value for value in values if value == value and info.min <= value <= info.max]
+        if (low is not None and low > info.max) or (high is not None and high < info.min):
+            low, high = info.max, info.min  # none counts
+        low = None if low is None or low <= info.min else int(np.ceil(low))
+        high = None if high is None or high >= info.max else int(np.floor(high))
+    elif dtype.kind == "f":  # as the comparison rounds them, wherever it is made
+        with np.errstate(over="ignore"):
+            low, high = (None if each is None else float(dtype.type(each)) for each in (low, high))
+            values = [float(dtype.type(each)) for each in values]
+    found = Invalid(tuple(values), low, high)
+    return found if found != ((), None, None) else None
+
+
+def _indexes(x_kind, coordinate) -> bool:
+    """Whether the model gets a coordinate as integers, which may index a table."""
+    return x_kind == "tuple" and coordinate.dtype.kind in "iu"
+
+
+def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
+    """How the model takes x, the leading axes of a stacked x, and x as a list of arrays, masked where they were given so.
+
+    Without the shape of y one array is not taken for a stack of several.
+    """
+    if xdata is None:
+        return "none", (), []
+    if isinstance(xdata, tuple) and not all(np.isscalar(c) for c in xdata):
+        return "tuple", (), [as_array(f"xdata[{k}]", c) for k, c in enumerate(xdata)]
+    x = as_array("xdata", xdata)
+    if shape is None:
+        return "single", (), [x]
+    lead = x.shape[: x.ndim - len(shape)]
+    if lead and shape and x.shape[len(lead) :] == shape:
+        return "stacked", lead, [x[index] for index in np.ndindex(lead)]
+    if x.size == 0 and prod(shape):
+        raise ValueError("`xdata` must not be empty!")
+    return "single", (), [x]
+
+
+class Coordinates(NamedTuple):
+    """How the model takes x, and x as arrays: over the fit axes of a map, or with y's axes where pixels differ in it."""
+
+    kind: str
+    lead: tuple[int, ...]
+    arrays: list
+    hidden: list  # what masks of x leave out, with y's axes
+
+    @classmethod
+    def of(cls, xdata, shape, fit_axes) -> "Coordinates":
+        fit_shape = tuple(shape[k] for k in fit_axes)
+        fitted = tuple(n if k in fit_axes else 1 for k, n in enumerate(shape))
+
+        def own(c):
+            return c.ndim == len(shape) > len(fit_shape)
+
+        kind, lead, given = _coordinates(xdata, None)
+        if not any(map(own, given)):
+            kind, lead, given = _coordinates(tuple(given) if kind == "tuple" else given[0] if given else None, fit_shape)
+        arrays, hidden = [], []
+        for c in given:
+            if own(c):
+                c, mask = (each if each is None else _broadcastable("xdata", each, shape) for each in parted(c))
+            else:
+                c = c.compute() if isinstance(c, da.Array) else c
+                c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
+                c = np.broadcast_to(c, fit_shape)
+                mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
+            arrays.append(c)
+            hidden += [] if mask is None else [mask]
+        return cls(kind, lead, arrays, hidden)
+
+    def shared(self, fit_axes) -> tuple[np.ndarray | None, ...]:
+        """(n,) each; None for one that pixels differ in."""
+        return tuple(np.array(c).ravel() if c.ndim == len(fit_axes) else None for c in self.arrays)
+
+    def integer(self, k: int) -> bool:
+        return _indexes(self.kind, self.arrays[k])
+
+
+def _broadcastable(name, array, shape):
+    """``array`` with as many axes as y, each of y's size or 1."""
+    fits = array.ndim <= len(shape) and all(a in (1, s) for a, s in zip(array.shape[::-1], shape[::-1], strict=False))
+    if array.size == 1:
+        return array.reshape((1,) * len(shape))
+    if not fits:
+        way_out = {
+            "sigma": f"a scalar, an array that broadcasts against ydata, or a covariance matrix {(prod(shape),) * 2}",
+            "mask": "an array that broadcasts against ydata",
+            "xdata": f"an array of shape {shape} or {('k', *shape)}, or a tuple of arrays that broadcast against ydata",
+        }[name]
+        extra = "; `sigma` has incorrect shape." if name == "sigma" else ""
+        raise ValueError(f"`{name}` of shape {array.shape} does not fit `ydata` of shape {shape}: give {way_out}{extra}")
+    return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def _aligned(operand, chunks, lazy):
+    if isinstance(operand, da.Array):
+        return operand.rechunk(tuple((1,) if size == 1 else c for size, c in zip(operand.shape, chunks, strict=True)))
+    dense = operand.size > 1 and operand.shape == tuple(sum(sizes) for sizes in chunks)
+    if dense and lazy and any(len(sizes) > 1 for sizes in chunks):
+        return da.from_array(operand, chunks=chunks, name=False)
+    return operand
+
+
+def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool, **rules) -> Problem:
+    """A problem with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
+
+    Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
+    does, so that the model sees those only that count. ``rules`` are further ones of `build_problem`.
+
+    Raises
+    ------
+    ValueError
+        Where the covariance matrix is not finite, symmetric and positive definite.
+    """
+    problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True, **rules)
+    layouts, dropped = problem.rules.layouts, 0
+    if layouts.mask is not None or layouts.invalid is not None or layouts.y != Layout(True):
+        pieces = problem.pieces((0,) * len(problem.shape))
+        pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
+        hidden = np.zeros(problem.shape, bool)
+        if layouts.mask is not None:
+            hidden |= pieces.pop(2) != 0
+        if layouts.invalid is not None:
+            hidden |= layouts.invalid.hits(pieces[0])
+        coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[2:]]
+        if omit:
+            for values in (pieces[0], *coordinates):
+                hidden |= ~np.isfinite(values)
+        keep = ~hidden.ravel()
+        x = [coordinate.ravel()[keep] for coordinate in coordinates]
+        x = {
+            "none": lambda: None,
+            "single": lambda: x[0],
+            "stacked": lambda: np.stack(x).reshape(*layouts.x_lead, -1),
+            "tuple": lambda: tuple(x),
+        }[layouts.x_kind]()
+        if not keep.any():
+            raise ValueError(f"no data: all {keep.size} points are masked or omitted (mask: true leaves a point out)")
+        dropped = int(keep.size - np.count_nonzero(keep))
+        covariance = covariance[np.ix_(keep, keep)]
+        y = layouts.y.decoded(pieces[0].ravel()[keep])
+        told = {name: rules[name] for name in ("decoded", "decode_cf") if name in rules}
+        problem = build_problem(x, y, check=check, omit=False, whole=True, **told)
+    symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
+    if not np.isfinite(covariance).all() or not symmetric:
+        raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")
+    try:
+        factor = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError as err:
+        raise ValueError("`sigma` must be positive definite.") from err
+    return replace(problem, factor=factor, n_dropped=dropped)

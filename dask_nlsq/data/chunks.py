@@ -1,0 +1,277 @@
+"""A chunk that has been read becomes blocks for the kernels, and what is wrong with its values is counted."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from ..kernels.blocks import BLOCK_POINTS, Block, Layouts, longest_tile
+from ..memory.pool import ALIGNMENT, get_memory_manager
+from .store import BadChunkError
+
+EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
+SAMPLE_POINTS = 8  # points on which a model is checked
+LARGEST = 1e75  # of y in units of sigma: sums of fourth powers must be finite
+MOST_INTEGER = np.iinfo(np.int64).max
+
+
+class Census(NamedTuple):
+    """What one chunk holds; counts are of points that the mask does not leave out."""
+
+    index: tuple[int, ...]
+    n_points: int
+    n_masked: int
+    not_finite: dict[str, int]  # per argument: "xdata", "ydata", "sigma"
+    n_omitted: int
+    n_sigma_not_positive: int
+    n_negative: int  # of y, where it has to be counts
+    too_large: float  # value of y that is too large for its sigma, 0 without any
+    damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
+
+
+class Chunk(NamedTuple):
+    """One chunk of y, or a run of small ones, with all that belongs to it, ready for the kernels."""
+
+    blocks: tuple[Block, ...]
+    censuses: tuple[Census, ...]  # one for each chunk of y
+    sample: tuple[np.ndarray, ...]  # the coordinates at a few points
+    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the MemoryManager
+
+
+class Rules(NamedTuple):
+    """How `prepare_chunk` is to treat every chunk of a problem."""
+
+    layouts: Layouts
+    capacities: tuple[int, ...]  # per operand: elements of the largest piece
+    run: int  # chunks that are joined: 1 unless they are small
+    check: bool  # count values that are not finite
+    omit: bool  # leave points out where a value is not finite
+    whole: bool  # one block of exactly the chunk's length
+    read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
+    hides: bool  # points may be left out for their values, or since they cannot be read
+    dtypes: tuple[np.dtype, ...]  # of the operands
+    counts: bool = False  # y must not be negative
+    decode_cf: bool = True  # attributes of stored arrays have been applied, and are in x of predictions
+
+    @property
+    def copied(self) -> bool:
+        """What is read is copied, once and aligned; the user's own arrays are looked at where they lie."""
+        return self.read_bytes > 0
+
+
+def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequence[Sequence[np.ndarray]]) -> Chunk:
+    """Count what is wrong with the values of a chunk, or of a run of small ones, and cut it into blocks.
+
+    Parameters
+    ----------
+    indices : sequence of tuple
+        Of the chunks of y.
+    pieces : sequence of sequence of ndarray
+        For each chunk its piece of each operand, in the order of `Layouts`.
+
+    Returns
+    -------
+    Chunk
+        Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
+        `MemoryManager`. `release` gives those back; a chunk that is dropped instead takes them along.
+    """
+    inspected = (_inspect(rules, *each) for each in zip(indices, pieces, strict=True))
+    censuses, cleaned, invalid = zip(*inspected, strict=True)
+    if len(cleaned) == 1:
+        (pieces,) = cleaned
+    else:
+        one_axis = (*(1 for _ in cleaned[0][0].shape[1:]), -1)
+        pieces = [
+            np.concatenate([piece.ravel() for piece in parts]).reshape(one_axis) if layout.dense else parts[0]
+            for layout, parts in zip(rules.layouts.operands, zip(*cleaned, strict=True), strict=True)
+        ]
+    shape = pieces[0].shape
+    first_x = 2 + (rules.layouts.mask is not None)
+    blocks, staged = _cut(rules, shape, pieces)
+    if rules.layouts.invalid is not None and not any(invalid):
+        blocks = tuple(block._replace(clean=True) for block in blocks)
+    return Chunk(blocks, censuses, _sample(rules, shape, pieces[first_x:]), staged)
+
+
+def blank(rules: Rules, shape: tuple[int, ...], k: int) -> np.ndarray:
+    """In the place of operand ``k`` of a chunk that cannot be read: a mask that hides all, and values that do no harm."""
+    return (np.ones if k in (1, 2) else np.zeros)(shape, rules.dtypes[k])
+
+
+def release(chunk: Chunk) -> None:
+    """Give back what `prepare_chunk` has taken; no block of the chunk may be used any longer."""
+    for array in chunk.staged:
+        get_memory_manager().free_array(array)
+
+
+def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
+    """Census of one chunk, its pieces in native byte order with the mask that the kernels use, and if values are invalid."""
+    pieces = [_native(np.asarray(piece)) for piece in pieces]
+    shape = pieces[0].shape
+    masked = rules.layouts.mask is not None
+    names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
+    hidden = stored_mask = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
+    invalid = rules.layouts.invalid is not None and rules.layouts.invalid.hits(pieces[0])
+    if is_invalid := bool(np.any(invalid)):
+        hidden = hidden | invalid
+    not_finite = {}
+    spoiled = np.zeros((1,) * len(shape), bool)
+    for name, piece in zip(names, pieces, strict=True):
+        if rules.check and name != "mask" and _may_spoil(piece):
+            bad = ~np.isfinite(piece)
+            not_finite[name] = not_finite.get(name, 0) + _count(bad & ~hidden, shape)
+            spoiled = spoiled | bad
+    n_masked = _count(hidden, shape)
+    n_omitted = _count(spoiled & ~hidden, shape) if rules.omit else 0
+    if masked:
+        pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
+    not_positive = _count((pieces[1] <= 0) & ~hidden, shape)
+    negative = _count((pieces[0] < 0) & ~hidden, shape) if rules.counts else 0
+    too_large = _too_large(rules.layouts.y, *pieces[:2], hidden) if rules.check else 0.0
+    for layout, piece in zip(rules.layouts.x, pieces[2 + masked :], strict=True):
+        if layout.integer:
+            check_integers(piece, hidden, f"in block {index}")
+    counts = Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative, too_large)
+    return counts, pieces, is_invalid
+
+
+def check_integers(coordinate, hidden, where) -> None:
+    """Refuse coordinates that int64, in which kernels take integers, does not hold, of points that are not ``hidden``."""
+    if coordinate.dtype == np.uint64 and np.any(above := (coordinate > MOST_INTEGER) & ~hidden):
+        value = np.broadcast_to(coordinate, above.shape)[above][0]
+        raise ValueError(
+            f"`xdata` has integers above 2^63 - 1, such as {value} {where}, which int64 does not hold: subtract an offset"
+        )
+
+
+def _too_large(layout, y, sigma, hidden) -> float:
+    """The value of y that is largest in units of sigma, where that is too large to be squared; else 0."""
+    large = 2.0**64  # at least what integers and short floats may be
+    if y.dtype.kind == "f" and y.itemsize > 4:
+        large = max(float(y.max()), -float(y.min()))
+    elif y.dtype.kind == "f":
+        large = float(np.finfo(y.dtype).max)
+    large = large * abs(layout.scale) + abs(layout.offset)
+    if large <= LARGEST * float(sigma.min()):  # false where one of them is nan
+        return 0.0
+    with np.errstate(all="ignore"):
+        y = layout.decoded(y)
+        sizes = np.abs(y) / sigma
+    sizes = np.where(np.isfinite(y) & (sigma > 0) & ~hidden, sizes, 0.0)
+    k = int(np.argmax(sizes))
+    return float(np.broadcast_to(y, sizes.shape).flat[k]) if sizes.flat[k] > LARGEST else 0.0
+
+
+def _count(flags, shape):
+    """Of ``flags`` that broadcast against ``shape``: each one stands for as many points as any other."""
+    return int(np.count_nonzero(flags)) * (prod(shape) // flags.size)
+
+
+def _native(piece):
+    """What XLA can take: this machine's byte order (FITS and many detectors use the other one), at most 64 bits."""
+    if piece.dtype.kind == "f" and piece.itemsize > 8:
+        return piece.astype(np.float64)
+    return piece if piece.dtype.isnative else piece.astype(piece.dtype.newbyteorder("="))
+
+
+def _may_spoil(piece):
+    if piece.dtype.kind != "f":
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return not np.isfinite(np.sum(piece))  # one pass and no temporary, right but for an overflow of the sum
+
+
+def _sample(rules, shape, coordinates):
+    n = prod(shape)
+    places = np.unravel_index(np.unique(np.linspace(0, n - 1, SAMPLE_POINTS).astype(np.int64)), shape)
+    sample = []
+    for layout, piece in zip(rules.layouts.x, coordinates, strict=True):
+        at = tuple(np.where(size == 1, 0, place) for size, place in zip(piece.shape, places, strict=True))
+        sample.append(piece[at].astype(np.int64 if layout.integer else np.float64))
+    return tuple(sample)
+
+
+def block_cuts(rules, n) -> tuple[list[tuple[int, int]], int]:
+    """Begins and ends of the blocks of a run of ``n`` points, and the capacity of their buffers."""
+    longest = rules.run * rules.capacities[0]
+    if rules.whole:
+        return [(0, n)], n
+    if longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
+        return [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)], BLOCK_POINTS + ALIGNMENT
+    return [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
+
+
+def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
+    """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their buffers."""
+    flat = [np.ravel(piece) for piece in pieces]
+    layouts = rules.layouts.operands
+    cuts, capacity = block_cuts(rules, prod(shape))
+    staged, copies = [], {}
+
+    def copy(k, lo, hi, capacity):
+        staged.append(aligned_copy(flat[k], lo, hi, capacity))
+        return staged[-1]
+
+    for k, layout in enumerate(layouts):
+        if not layout.dense:
+            copies[k] = copy(k, 0, len(flat[k]), max(rules.capacities[k], 1))
+        elif rules.copied or len(cuts) == 1:
+            copies[k] = copy(k, 0, len(flat[k]), cuts[-1][0] + capacity)
+
+    def view(k, lo, hi):
+        if k not in copies:
+            return _view(flat[k], lo, hi, capacity) or (copy(k, lo, hi, capacity), 0)
+        return (copies[k][lo : lo + capacity] if layouts[k].dense else copies[k]), 0
+
+    strides = [_strides(piece.shape) for piece in pieces]
+    blocks = []
+    for lo, hi in cuts:
+        views = [view(k, lo, hi) for k in range(len(layouts))]
+        geometry = [hi - lo, lo]
+        for (_, offset), stride in zip(views, strides, strict=True):
+            geometry += [offset, *stride]
+        buffers = tuple(buffer for buffer, _ in views)
+        blocks.append(Block(np.array(geometry, np.int64), np.array(shape, np.float64), buffers))
+    return tuple(blocks), tuple(staged)
+
+
+def _size_class(n, longest):
+    """Capacity for ``n`` points: few different ones, so that ragged ends along several axes compile one kernel or two."""
+    capacity = 2 ** (longest - 1).bit_length() if longest <= 4096 else -(-longest // 4096) * 4096
+    while n <= capacity // EMPTIEST:
+        capacity //= EMPTIEST
+    return max(capacity, 1)
+
+
+def _view(flat, lo, hi, capacity):
+    """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
+
+    A view of ``flat`` for a whole block with enough elements around it, else None: a tile that is longer than the block is
+    read from the beginning of the block on.
+    """
+    per_line = ALIGNMENT // flat.itemsize
+    misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
+    start = min(lo, len(flat) - capacity)
+    start -= (start + misfit) % per_line
+    fits = start >= 0 and start + capacity >= hi and hi - lo >= BLOCK_POINTS
+    if not fits or flat.ctypes.data % flat.itemsize:
+        return None
+    return flat[start : start + capacity], lo - start
+
+
+def aligned_copy(flat, lo, hi, capacity):
+    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value as far as a tile reaches."""
+    buffer = get_memory_manager().allocate_array(capacity, flat.dtype, zero=False)
+    buffer[: hi - lo] = flat[lo:hi]
+    buffer[hi - lo : longest_tile()] = flat[hi - 1]
+    return buffer
+
+
+def _strides(shape):
+    """Elements between neighbours along each axis of a C-ordered array, 0 along axes of size 1."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step if size > 1 else 0)
+        step *= size
+    return strides[::-1]

@@ -1,0 +1,514 @@
+"""Arrays in Zarr stores: how they are opened, looked at before the first sweep, and read with errors that say where.
+
+What Zarr does not tell: a chunk that is absent, a shard of no bytes and a directory in the place of a chunk read as fill
+values; an error of a codec names neither array nor chunk; a stalled object store is waited for without end. So all keys
+are looked at once before anything is read, each read has a deadline, and what may pass (a lost connection) is tried
+again, but never what a codec says.
+"""
+
+import asyncio
+import errno
+import logging
+import lzma
+import os
+import stat
+import sys
+import warnings
+import zlib
+from collections.abc import Awaitable, Callable
+from itertools import product
+from pathlib import Path, PurePath
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import dask.array as da
+import numpy as np
+import zarr
+from zarr.abc.store import Store
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, ZipStore
+
+from ..base.config import codec_pipeline, setting
+from .cf import AS_STORED, Decoding
+
+BACKOFF = 0.2  # seconds before the second try, doubled before each other one
+KEYS_AT_ONCE = 64  # of which the sizes are asked for
+NAMED = 3  # chunks in a message
+HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
+TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
+DECODING: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AssertionError,
+    zlib.error,
+    lzma.LZMAError,
+)
+CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
+NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
+CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
+
+logger = logging.getLogger("dask_nlsq")
+_warned: set[str] = set()
+
+
+class Policy(NamedTuple):
+    """What becomes of chunks that cannot be read, and of chunks that are not there."""
+
+    on_bad_chunk: Literal["raise", "mask"] = "raise"
+    missing_chunks: Literal["error", "mask", "fill"] = "error"
+
+    @property
+    def masks(self) -> bool:
+        return "mask" in self
+
+
+class Patience(NamedTuple):
+    """How long and how often a store is asked for something; a store that stalls is waited for without end otherwise."""
+
+    deadline: float | None  # seconds of one try
+    tries: int
+
+    async def get(self, ask: Callable[[], Awaitable]):
+        """What ``ask()`` gives. What may pass is tried again, with a pause in between; what a codec says is final."""
+        for attempt in range(1, self.tries + 1):
+            try:
+                return await asyncio.wait_for(ask(), self.deadline)
+            except _client_errors(OSError) as err:  # TimeoutError is an OSError
+                if attempt == self.tries or not _may_pass(err):
+                    if isinstance(err, TimeoutError) and not err.args:
+                        raise TimeoutError(f"no answer within {self.deadline:g} s") from None
+                    raise
+                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
+        raise AssertionError
+
+
+def patience() -> Patience:
+    return Patience(setting("read-deadline"), 1 + setting("read-retries"))
+
+
+class BadChunkError(RuntimeError):
+    """A chunk of a stored array that cannot be read.
+
+    Attributes
+    ----------
+    array : str
+        Argument and place of the array.
+    index : tuple of int
+        Of the chunk in the grid of chunks (of shards, where the array has them).
+    key : str
+        Of the chunk in the store.
+    cause : str
+        What went wrong.
+    masked : bool
+        Whether its points are to be left out.
+    """
+
+    def __init__(self, array: str, index: tuple[int, ...], key: str, cause: str, masked: bool = False):
+        super().__init__(array, index, key, cause, masked)
+        self.array, self.index, self.key, self.cause, self.masked = array, index, key, cause, masked
+
+    def __eq__(self, other):
+        return isinstance(other, BadChunkError) and self.args == other.args
+
+    def __hash__(self):
+        return hash(self.args)
+
+    def __str__(self):
+        return (
+            f"chunk {self.index} of {self.array} cannot be read: {self.cause} (key {self.key}). Restore the chunk, or leave "
+            'its points out with on_bad_chunk="mask" (missing_chunks="mask" where it is absent)'
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# opening
+
+
+def is_stored(data) -> bool:
+    """Whether `open_array` opens it: a Zarr array, a path or URL, or a list of these."""
+    if isinstance(data, list):
+        return bool(data) and all(isinstance(each, (str, PurePath, zarr.Array)) for each in data)
+    return isinstance(data, (str, PurePath, zarr.Array))
+
+
+def open_array(name: str, source) -> zarr.Array:
+    """The array at a path or URL: of an array, or of a member of a group, in a directory, a zip file or an object store.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where nothing is there.
+    TypeError
+        Where it is a group, or a file of another format.
+    OSError
+        Where the store does not answer, or not to us.
+    """
+    if isinstance(source, zarr.Array):
+        return source
+    store, path = _store(name, source)
+    pipeline = codec_pipeline()
+    try:
+        with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
+            # consolidated metadata go stale when an array grows
+            opened = sync(
+                patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))
+            )
+    except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
+        raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}") from err
+    except _client_errors(TimeoutError) as err:
+        raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
+    if not isinstance(opened, zarr.AsyncArray):
+        members = ", ".join(sorted(zarr.Group(opened).array_keys())) or "none"
+        raise TypeError(f"`{name}`: {str(source)!r} is a group: name one of its arrays as in '{source}/ARRAY' ({members})")
+    return zarr.Array(opened)
+
+
+def _store(name, source):
+    """A store, or what Zarr makes one of, and the path in it."""
+    text = str(source)
+    if urlsplit(text).scheme and not isinstance(source, PurePath) and "://" in text:
+        return text, None
+    file = next((parent for parent in (Path(text), *Path(text).parents) if parent.is_file()), None)
+    if file is None:
+        return text, None
+    if file.suffix == ".zip":  # Zarr takes a .zip for a directory
+        return ZipStore(file, mode="r"), Path(text).relative_to(file).as_posix().removeprefix(".") or None
+    with open(file, "rb") as opened:
+        is_hdf5 = opened.read(len(HDF5)) == HDF5
+    way_out = (
+        "an HDF5 file: open it with h5py and pass one of its data sets, as h5py.File(path)['entry/data']"
+        if is_hdf5
+        else "a file, and no Zarr store: open it with a library for its format, and pass the array"
+    )
+    raise TypeError(f"`{name}`: {str(file)!r} is {way_out}")
+
+
+def n_stored(data) -> int:
+    """Values of what `open_array` opens, by metadata alone."""
+    return sum(open_array("ydata", each).size for each in (data if isinstance(data, list) else [data]))
+
+
+class Opened(NamedTuple):
+    """Stored arrays as a Dask array, and what is known of them."""
+
+    array: da.Array
+    stored: list["Stored"]
+    decoding: Decoding  # what is still to be done with the values
+    decodings: list[Decoding]  # of each of the arrays, done or not
+
+
+def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
+    """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
+
+    Several arrays are concatenated along their first axis. Values are decoded, and masked where there are none; but those of
+    ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
+    are masked as well, in place of an error.
+
+    Raises
+    ------
+    ValueError
+        Arrays whose shapes do not fit together.
+    """
+    sources = data if isinstance(data, list) else [data]
+    stored = [
+        Stored(name if len(sources) == 1 else f"{name}[{k}]", open_array(name, each), policy)
+        for k, each in enumerate(sources)
+    ]
+    shapes = {each.shape[1:] for each in stored}
+    if len(shapes) > 1 or (len(stored) > 1 and not stored[0].shape):
+        raise ValueError(
+            f"`{name}`: arrays are joined along their first axis, and the others differ: {[each.shape for each in stored]}"
+        )
+    found = [decode_cf and Decoding.of(each.name, each.array.attrs, each.dtype) for each in stored]
+    decodings = [each or AS_STORED for each in found]
+    by_kernels = name == "ydata" and len(set(map(repr, decodings))) == 1
+    arrays = []
+    for each, decoding in zip(stored, decodings, strict=True):
+        empty = np.empty((0,) * each.ndim, each.dtype)
+        source, meta = (Masking(each), np.ma.masked_array(empty)) if masks else (each, empty)
+        array = da.from_array(source, chunks=each.chunks or -1, name=False, asarray=False, meta=meta)
+        arrays.append(array if by_kernels or decoding is AS_STORED else decoding.lazily(array))
+    array = arrays[0] if len(arrays) == 1 else da.concatenate(arrays)
+    return Opened(array, stored, decodings[0] if by_kernels else AS_STORED, decodings)
+
+
+def open_all(
+    policy: Policy, look: bool, decode_cf: bool = True, masks: bool = False, **arguments
+) -> tuple[dict[str, Any], list[Opened]]:
+    """The arguments with Dask arrays in the place of what is stored, in a tuple of coordinates as well.
+
+    ``look`` at all chunks' keys; ``decode_cf`` and ``masks`` as in `as_dask`.
+    """
+    found, opened = {}, []
+
+    def door(name, data):
+        if isinstance(data, tuple) and name == "xdata":
+            return tuple(door(f"{name}[{k}]", each) for k, each in enumerate(data))
+        if not is_stored(data):
+            return data
+        opened.append(as_dask(name, data, policy, decode_cf, masks and policy.masks))
+        return opened[-1].array
+
+    for name, data in arguments.items():
+        found[name] = door(name, data)
+    if look:
+        every = [stored for each in opened for stored in each.stored]
+        _say_unchecked(every)
+        for stored in every:
+            scan_keys(stored)
+    return found, opened
+
+
+def _say_unchecked(opened):
+    """One line, once in a process, for the arrays of a fit in which bits that have flipped are not found."""
+    places = [each.place for each in opened if each.place not in _warned and not has_checksum(each.array)]
+    _warned.update(places)
+    if places:
+        logger.warning(
+            "%s: no checksum, bits that have flipped are not found. Write with zarr.codecs.Crc32cCodec() behind the "
+            "compressor, or ZstdCodec(checksum=True)",
+            ", ".join(places),
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+class Stored:
+    """A Zarr array that is read in whole shards or chunks, with a deadline and errors that say where.
+
+    ``damaged`` holds what is known to be wrong with chunks before they are read: {index: error}.
+    """
+
+    def __init__(self, name: str, array: zarr.Array, policy: Policy):
+        self.name, self.array, self.policy = name, array, policy
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.chunks = array.shards or array.chunks
+        self.patience = patience()
+        self.damaged: dict[tuple[int, ...], BadChunkError] = {}
+        self.absent: set[tuple[int, ...]] = set()  # known to be, and read as fill values
+        self.stamp = 0
+
+    @property
+    def place(self) -> str:
+        return f"`{self.name}` ({self.url})"
+
+    @property
+    def url(self) -> str:
+        """Of the array; of files the whole path, wherever the process runs."""
+        kind, sep, path = str(self.array.store_path).partition("://")
+        return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
+
+    def describe(self) -> dict[str, Any]:
+        """What tells it from others, as far as that is cheap: place, layout, codecs, sizes and times of the chunks."""
+        array = self.array
+        codecs = repr([*array.filters, *array.compressors])
+        return dict(
+            place=self.url, shape=self.shape, dtype=str(self.dtype), chunks=self.chunks, codecs=codecs, stamp=self.stamp
+        )
+
+    def grid(self):
+        """Indices of all chunks."""
+        return product(*(range(-(-n // c)) for n, c in zip(self.shape, self.chunks, strict=True)))
+
+    def key(self, index: tuple[int, ...]) -> str:
+        path = self.array.store_path.path
+        return "/".join(part for part in (path, self.array.metadata.encode_chunk_key(index)) if part)
+
+    def error(self, index, cause, masked) -> BadChunkError:
+        return BadChunkError(self.place, tuple(index), self.key(index), cause, masked)
+
+    def __getitem__(self, item) -> np.ndarray:
+        """A chunk or a part of one: Dask never asks for more."""
+        index = tuple(getattr(one, "start", one) // size for one, size in zip(item, self.chunks, strict=True))
+        if index in self.damaged:
+            raise self.damaged[index]
+        try:
+            return sync(self.patience.get(lambda: self._read(index, item)))
+        except _client_errors(*DECODING, OSError) as err:
+            raise self.error(index, _said(err), self.policy.on_bad_chunk == "mask") from err
+
+    async def _read(self, index, item):
+        values = np.asarray(await self.array.async_array.getitem(item))
+        if index in self.absent or not _is_full_of(self.array.fill_value, values):
+            return values
+        if await _size(self.array.store, self.key(index)) is None:
+            raise FileNotFoundError("it was there when the fit began, and is not any more")
+        return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
+
+
+class Masking:
+    """A `Stored` that masks the chunks which are to be left out, where nothing else keeps count of them."""
+
+    def __init__(self, stored: Stored):
+        self.stored, self.shape, self.dtype, self.ndim = stored, stored.shape, stored.dtype, stored.ndim
+
+    def __getitem__(self, item) -> np.ma.MaskedArray:
+        try:
+            return np.ma.masked_array(self.stored[item])
+        except BadChunkError as err:
+            if not err.masked:
+                raise
+            logger.warning("left out: chunk %s of %s, %s (key %s)", err.index, err.array, err.cause, err.key)
+            shape = np.broadcast_to(False, self.shape)[item].shape
+            return np.ma.masked_array(np.zeros(shape, self.dtype), True)
+
+
+def _said(err) -> str:
+    """Its first line: some clients' errors go on for pages."""
+    return f"{type(err).__name__}: {err}".partition("\n")[0]
+
+
+def _is_full_of(fill_value, values):
+    fill = np.asarray(0 if fill_value is None else fill_value, values.dtype)
+    parts = (values.ravel()[:1], values)  # the first one decides nearly always
+    return all(np.array_equal(part, np.broadcast_to(fill, part.shape), equal_nan=True) for part in parts)
+
+
+def _client_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the clients of object stores raise, as far as they are loaded, and ``others``."""
+    return others + tuple(getattr(sys.modules[module], name) for module, name in CLIENTS.items() if module in sys.modules)
+
+
+def _may_pass(err) -> bool:
+    if not isinstance(err, _client_errors()):
+        return isinstance(err, (TimeoutError, ConnectionError)) or err.errno in TRANSIENT
+    status = getattr(err, "status", 500)  # of an HTTP response
+    return status >= 429 and not any(word in type(err).__name__ for word in NEVER_PASSES)
+
+
+def _is_absent(err: FileNotFoundError) -> bool:
+    """Whether nothing is there: fsspec says so as well where a server gave another answer than 404, or none."""
+    cause = err.__cause__
+    failed = isinstance(cause, _client_errors(OSError)) and not isinstance(cause, FileNotFoundError)
+    return not failed or getattr(cause, "status", None) == 404
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# looking before reading
+
+
+def scan_keys(stored: Stored) -> None:
+    """Find chunks that are absent, of no bytes, or not files, from their keys; no chunk is read.
+
+    Raises
+    ------
+    BadChunkError
+        Where chunks are damaged, or absent, and the policy does not leave them out or fill them in.
+    """
+    sizes = _sizes(stored)
+    policy, missing = stored.policy, []
+    stored.stamp = _stamp(sizes)
+    for index in stored.grid():
+        size = sizes.get(index)
+        if size is None:
+            missing.append(index)
+        elif isinstance(size, str) or size[0] == 0:
+            cause = size if isinstance(size, str) else "it has no bytes"
+            stored.damaged[index] = stored.error(index, cause, policy.on_bad_chunk == "mask")
+    if stored.damaged and policy.on_bad_chunk == "raise":
+        raise next(iter(stored.damaged.values()))
+    if missing and policy.missing_chunks == "error":
+        n_all = sum(1 for _ in stored.grid())
+        names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
+        raise MissingChunksError(
+            f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
+            f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
+            'missing_chunks="mask"; or, where absent chunks mean fill values, say missing_chunks="fill"'
+        )
+    if missing and policy.missing_chunks == "mask":
+        stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
+    else:
+        stored.absent = set(missing)
+
+
+def warn_if_changed(stored: Stored) -> None:
+    """Warn where a chunk is not the one, by size and time as far as the store tells, that it was before the fit."""
+    try:
+        if _stamp(_sizes(stored)) == stored.stamp:
+            return
+        text = (
+            f"{stored.place} was written to during the fit, so that its sweeps did not all see the same data: fit a copy, "
+            "or fit again when it is complete"
+        )
+    except BadChunkError as err:
+        text = (
+            f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
+        )
+    warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+
+def _stamp(sizes):
+    return zlib.crc32(repr(sorted(sizes.items())).encode())
+
+
+class MissingChunksError(FileNotFoundError):
+    """Chunks of a stored array are absent."""
+
+
+def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:
+    """Per chunk that is there (bytes, time of the last change as far as is known), or what it is instead of a file."""
+    store = stored.array.store
+    if isinstance(store, LocalStore):
+        return dict(_local_sizes(stored, Path(store.root)))
+    if type(store).getsize is Store.getsize:  # it would read the whole value
+        keys = sync(stored.patience.get(lambda: _listed(store, stored.array.store_path.path)))
+        return {index: (-1,) for index in stored.grid() if stored.key(index) in keys}
+    return sync(_asked(stored, store))
+
+
+def _local_sizes(stored, root):
+    for index in stored.grid():
+        try:
+            found = os.stat(root / stored.key(index))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as err:
+            yield index, _said(err)
+            continue
+        is_file = stat.S_ISREG(found.st_mode)
+        yield index, (found.st_size, found.st_mtime_ns) if is_file else "it is not a file"
+
+
+async def _listed(store, path):
+    return {key async for key in store.list_prefix(f"{path}/" if path else "")}
+
+
+async def _size(store, key):
+    """(bytes,) of what is there, None where nothing is."""
+    try:
+        return (await store.getsize(key),)
+    except FileNotFoundError as err:
+        if _is_absent(err):
+            return None
+        raise err.__cause__ or err from None
+
+
+async def _asked(stored, store):
+    turn = asyncio.Semaphore(KEYS_AT_ONCE)
+
+    async def one(index):
+        async with turn:
+            try:
+                return await stored.patience.get(lambda: _size(store, stored.key(index)))
+            except _client_errors(OSError) as err:
+                if stored.policy.on_bad_chunk == "raise":
+                    raise stored.error(index, _said(err), False) from err
+                return _said(err)
+
+    tasks = {index: asyncio.create_task(one(index)) for index in stored.grid()}
+    try:
+        sizes = await asyncio.gather(*tasks.values())
+    finally:  # the first error ends the others
+        for task in tasks.values():
+            task.cancel()
+    return {index: size for index, size in zip(tasks, sizes, strict=True) if size is not None}
+
+
+def has_checksum(array: zarr.Array) -> bool:
+    """Whether a flipped bit in a chunk is found: a checksum of its own, or of gzip, zstd (where asked for)."""
+    text = repr([*array.filters, *array.compressors]).lower().replace(" ", "")
+    return any(name in text for name in CHECKSUMS)

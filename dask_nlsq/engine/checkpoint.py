@@ -1,0 +1,300 @@
+"""What a fit has to keep on disk to go on after it was killed, and how it leaves when it is told to.
+
+A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
+``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
+the same sweeps it takes the same steps, so a resumed fit runs from its start, and finds its first sweeps done.
+"""
+
+import json
+import signal
+import threading
+import zlib
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base.files import import_by, import_name, read_arrays, write_arrays, write_whole
+from ..data.align import Problem
+from ..data.arrays import has_masked, stacked
+from ..data.store import is_stored
+from ..kernels.checks import fingerprint
+from ..model.function import FixedParameters, Model
+
+
+class Interrupted(Exception):
+    """A sweep that ends early, since the process has been told to leave."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
+VERSION = 3  # of the files
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
+KEPT: tuple[str, ...] = (
+    "p0",
+    "absolute_sigma",
+    "check_finite",
+    "bounds",
+    "method",
+    "nan_policy",
+    "loss",
+    "f_scale",
+    "x_scale",
+)
+KEPT += ("ftol", "xtol", "gtol", "accuracy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
+KEPT += ("decode_cf", "fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
+LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
+MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is of another fit, or of none."""
+
+
+class Checkpoint:
+    """The directory at ``path``.
+
+    Parameters
+    ----------
+    path : path
+        Created where it is missing.
+    identity : dict
+        What makes the fit the fit that it is, plain values by name.
+    call : dict
+        What `read_call` needs to make it again.
+    arrays : dict
+        Arrays that belong to the call.
+
+    Raises
+    ------
+    CheckpointError
+        Where ``path`` has a checkpoint of another fit; the message lists what differs.
+    """
+
+    def __init__(
+        self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    ):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "fit.json").exists():
+            self._compare(identity)
+        else:
+            if arrays:
+                self.save("data", arrays)
+            text = json.dumps(dict(version=VERSION, identity=identity, call=call), indent=1)
+            write_whole(self.path / "fit.json", lambda file: file.write(text.encode()))
+
+    def _compare(self, identity):
+        known = read_fit(self.path)["identity"]
+        new = json.loads(json.dumps(identity))
+        changed = [
+            f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
+            for name in sorted(known.keys() | new.keys())
+            if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the checkpoint {self.path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, "
+                "or another path"
+            )
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
+        """Write arrays and JSON values as ``name.npz``, all or nothing."""
+        write_arrays(self.path / f"{name}.npz", arrays, **values)
+
+    def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+        """What `save` has written under ``name``; None where it has not."""
+        return read_arrays(self.path / f"{name}.npz")
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """``fit.json``: ``identity`` and ``call`` of the fit.
+
+    Raises
+    ------
+    CheckpointError
+        Where there is none, or one of another version.
+    """
+    try:
+        found = json.loads((path / "fit.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is not a checkpoint: it has no fit.json") from None
+    if found["version"] != VERSION:
+        raise CheckpointError(f"the checkpoint {path} has format {found['version']}, this version reads {VERSION}")
+    return found
+
+
+def _short(value):
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the call
+
+
+def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Problem, stored, options) -> Checkpoint:
+    """The checkpoint of a fit with these ``options`` of `dask_nlsq.curve_fit`; ``data`` as the user gave them.
+
+    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
+    """
+    f = model.f.f if isinstance(model.f, FixedParameters) else model.f
+    call, arrays = describe_call(f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
+    identity = {name: call["options"][name] for name in KEPT}
+    n_free = len(options["p0"]) - len(options["fixed"] or ())
+    identity["model"] = fingerprint(model, problem.rules.layouts, n_free)
+    identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
+    identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
+    identity["decoded"] = list(problem.decoded)
+    identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
+    identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
+    return Checkpoint(path, identity, call, arrays)
+
+
+def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `read_call` makes the call of again: JSON values, and arrays by name. What cannot be kept is None."""
+    arrays: dict[str, np.ndarray] = {}
+
+    def keep(name, value):
+        if value is None:
+            return {"none": True}
+        if name == "sigma" and isinstance(value, str) and value == "poisson":
+            return {"word": value}
+        if isinstance(value, tuple):
+            parts = [keep(f"{name}[{k}]", each) for k, each in enumerate(value)]
+            return None if None in parts else {"tuple": parts}
+        if isinstance(value, (str, Path)):
+            return {"path": absolute(value)}
+        if isinstance(value, list) and value and all(isinstance(each, (str, Path)) for each in value):
+            return {"paths": [absolute(each) for each in value]}
+        if is_stored(value) or has_masked(value) or stacked(name, value) is not value:
+            return None
+        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
+            return None
+        array = np.asarray(value)
+        if array.nbytes > MOST_KEPT or array.dtype.hasobject or isinstance(value, np.ma.MaskedArray):
+            return None
+        arrays[name] = array
+        return {"array": name}
+
+    kept = {name: keep(name, value) for name, value in data.items()}
+    return dict(model=import_name(f), data=kept, options=_plain(options)), arrays
+
+
+def absolute(path):
+    return str(path) if "://" in str(path) else str(Path(path).absolute())
+
+
+def _plain(value):
+    """JSON of options: numbers, strings, sequences of them, arrays."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+
+
+def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Model, data and options of a checkpoint; what is given (not None) wins.
+
+    Raises
+    ------
+    CheckpointError
+        Where something was not kept and is not given.
+    """
+    path = Path(path)
+    call = read_fit(path)["call"]
+    arrays, _ = read_arrays(path / "data.npz") or ({}, {})
+
+    def make(name, kept):
+        if kept is None:
+            raise CheckpointError(
+                f"the checkpoint {path} does not keep `{name}` (a Dask array, an open array or a large one): pass it again, "
+                f"as in resume(path, {name.split('[')[0]}=...)"
+            )
+        match kept:
+            case {"tuple": parts}:
+                return tuple(make(f"{name}[{k}]", each) for k, each in enumerate(parts))
+            case {"path": found} | {"paths": found} | {"word": found}:
+                return found
+            case {"array": key}:
+                return arrays[key]
+        return None
+
+    if f is None and call["model"] is None:
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
+    if f is None:
+        f = import_by(call["model"])
+    data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
+    return f, data, call["options"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# leaving
+
+
+class StopOnSignal:
+    """Within, SIGTERM and Ctrl-C only set ``signal``: who reads finishes what is begun. A second one works as always.
+
+    Outside of the main thread, which alone receives signals, it does nothing.
+    """
+
+    signal: int | None = None
+
+    def __enter__(self):
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc):
+        self._restore()
+
+    def _received(self, number, frame):
+        self.signal = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+
+def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:
+    """Create a new directory, ``base/name_YYYYmmdd_HHMMSS``, with a number behind it where that exists.
+
+    Parameters
+    ----------
+    base : path, optional
+        ``nlsq_checkpoints`` in the current directory by default; created where it is missing.
+    name : str, optional
+        ``fit`` by default.
+
+    Raises
+    ------
+    ValueError
+        A name that is not one of a directory.
+    NotADirectoryError
+        Where ``base`` is a file.
+    """
+    base = Path.cwd() / "nlsq_checkpoints" if base is None else Path(base).expanduser()
+    name = "fit" if name is None else name
+    if not isinstance(name, str) or name != Path(name).name or not name:
+        raise ValueError(f"`name` must be the name of a directory, without a path, not {name!r}")
+    if base.exists() and not base.is_dir():
+        raise NotADirectoryError(f"`base` {base} is a file: name a directory")
+    base.mkdir(parents=True, exist_ok=True)
+    stamp = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+    directory, tried = base / stamp, 0
+    while True:
+        try:
+            directory.mkdir()  # fails where it exists, so that two processes never share one
+            return directory
+        except FileExistsError:
+            tried += 1
+            directory = base / f"{stamp}_{tried}"

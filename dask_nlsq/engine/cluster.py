@@ -1,0 +1,206 @@
+"""Pieces of the data on the workers of a cluster, and what becomes of them when a worker, the scheduler or the fit ends.
+
+A piece is a run of chunks that one task takes. A worker that dies takes its pieces along; Dask makes them again from
+their recipe, and a task has the same bits wherever it runs. Arrays that were in memory have no recipe: they are sent
+again. All that a fit has on the cluster are the futures of its pieces and of the tasks that are running, which it gives
+back by hand, since the traceback of an error, which a notebook keeps, would hold on to them.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from dask._task_spec import Task, TaskRef
+from distributed import Client, KilledWorker, as_completed, performance_report, rejoin, secede, span
+from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.threadpoolexecutor import thread_state
+
+from ..base.plugins import install
+from ..data.loading import Load
+
+DEATHS = 3  # of workers that work on the same piece, until that is an error
+NAMED = 3  # pieces that such an error names
+SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
+
+
+class Deaths(SchedulerPlugin):
+    """Lets Dask give up a task of a fit after so many `DEATHS`, or fewer where its configuration wants that.
+
+    Dask's own limit holds for all tasks of a scheduler, and is one death more; tasks of a fit begin with deaths to go.
+    """
+
+    name, idempotent = "nlsq-deaths", True
+
+    def update_graph(self, scheduler, *, tasks, **others) -> None:
+        for key in tasks:
+            if str(key).startswith("nlsq-"):
+                state = scheduler.tasks[key]
+                state.suspicious = max(state.suspicious, scheduler.allowed_failures + 1 - DEATHS)
+
+
+class Pieces:
+    """``runs`` of chunks on the workers of ``client``, as ``n`` pieces of equal size or a few more.
+
+    Parameters
+    ----------
+    make : callable
+        The task that makes a piece: ``make(first, runs, keys, *values)``, with the values of the shared tasks ``keys``.
+    runs, graph
+        Of `loading.plan_loads`.
+    send : bool
+        Whether the runs hold the data themselves, which then go straight to the workers.
+    """
+
+    def __init__(self, client: Client, make: Callable, first: Any, runs: list[list[Load]], graph, n: int, send: bool):
+        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n >= len(runs))
+        self.client, self.make, self.first, self.graph, self.send, self.size = client, make, first, graph, send, size
+        self.level = size.bit_length() - 1  # of a piece in the tree of the merge
+        self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
+        self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
+        self.counted = install(client, Deaths())
+        self._put(range(len(self.parts)))
+
+    def __len__(self):
+        return len(self.parts)
+
+    def _put(self, numbers: Sequence[int]) -> None:
+        graph, names = dict(self.graph), []
+        parts = [self.parts[k] for k in numbers]
+        for part, sent in zip(parts, self.client.scatter(parts, hash=False) if self.send else parts, strict=True):
+            keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
+            names.append(f"nlsq-load-{uuid4().hex}")
+            if self.send:
+                graph[sent.key] = sent
+                sent = TaskRef(sent.key)
+            graph[names[-1]] = Task(names[-1], self.make, self.first, sent, keys, *map(TaskRef, keys))
+        with span("nlsq-load"):
+            futures = self.client.get(graph, names, sync=False)
+        for k, future in zip(numbers, futures, strict=True):
+            self.futures[k] = future
+
+    def wait(self) -> None:
+        """Until all pieces are there; the first error ends it, not the last piece."""
+        with self._named():
+            for future in as_completed(self.futures):
+                if future.status == "error":
+                    future.result()
+
+    def gather(self, function: Callable, name: str, *args) -> list:
+        """``function(piece, *args)`` of all pieces, in order."""
+        columns, lost = [[arg] * len(self) for arg in args], Counter()
+        while True:
+            try:
+                with self._named():
+                    self._start(function, name, range(len(self)), columns)
+                    results = self.client.gather(self.running)
+                self.running = []
+                return results
+            except CancelledError as err:
+                if is_gone(self.client, err):
+                    raise
+                self._give_back(self.running)
+                gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
+                lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
+                if max(lost.values()) >= DEATHS:
+                    raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+                self._put(gone)
+
+    def each(self, function: Callable, name: str, numbers: Sequence[int], *columns, **fixed) -> Iterator[tuple[int, Any]]:
+        """A number and ``function(piece, *its arguments)``, as they become ready; to be closed."""
+        self._start(function, name, numbers, columns, **fixed)
+        try:
+            with self._named():
+                for future in as_completed(self.running):
+                    yield self.working[future.key], future.result()
+        finally:
+            self._give_back(self.running)
+            self.running = []
+
+    def _start(self, function, name, numbers, columns, **fixed):
+        futures = [self.futures[k] for k in numbers]
+        with span(name):
+            self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
+        self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
+
+    @contextmanager
+    def _named(self):
+        """An error about a task that kills its workers says which data it works on."""
+        try:
+            yield
+        except KilledWorker as err:
+            time.sleep(SUSPECTS_COME)
+            number = {future.key: k for k, future in enumerate(self.futures)} | self.working
+            failed = {future.key for future in [*self.futures, *self.running] if future.status == "error"} | {err.task}
+            suspects = sorted({number[key] for key in failed & number.keys()})
+            deaths = err.allowed_failures + 1
+            if self.counted:
+                deaths = min(DEATHS, deaths)
+            raise RuntimeError(self._died(deaths, suspects, f", the last one {err.last_worker.address}")) from err
+
+    def _died(self, n: int, suspects: Sequence[int], last: str = "") -> str:
+        blocks = [_blocks(self.parts[k]) for k in suspects[:NAMED]]
+        more = f", or one of {len(suspects) - NAMED} more tasks" if len(suspects) > NAMED else ""
+        return (
+            f"{n} workers died while they worked on {' or '.join(blocks) or 'the same task'}{more}{last}. Their logs say "
+            "why: if it was memory, start workers with more of it or with fewer threads, or rechunk the data into smaller "
+            "chunks; if these data make a library crash, leave them out"
+        )
+
+    def close(self) -> None:
+        self._give_back([*self.running, *(future for future in self.futures if future is not None)])
+        self.futures, self.running = [], []
+
+    def _give_back(self, futures):
+        if self.client.status == "running":  # else there is no scheduler to tell
+            self.client.cancel(futures)
+
+
+def _blocks(part: list[list[Load]]) -> str:
+    indices = [load.index for run in part for load in run]
+    if len(indices) == 1:
+        return f"block {indices[0]} of the data"
+    return f"blocks {indices[0]} to {indices[-1]} of the data ({len(indices)} in C order)"
+
+
+def is_gone(client: Client, err: BaseException) -> bool:
+    """Whether an error comes from a scheduler that went away."""
+    return client.status != "running" or "scheduler-connection-lost" in str(err)
+
+
+@contextmanager
+def attached(client: Client | None, report: str | Path | None = None):
+    """Within, a fit uses ``client``: a lost scheduler is said to be lost, and a task that fits leaves its thread to others.
+
+    Dask's performance report of it goes to the file ``report``; its tasks are in a span of their own.
+
+    Raises
+    ------
+    ConnectionError
+        Where the scheduler went away.
+    ValueError
+        A ``report`` without a client.
+    """
+    if client is None and report is not None:
+        raise ValueError(f"report={str(report)!r} is about the work of a cluster: it needs a Client, and data that go there")
+    leaves = client is not None and getattr(thread_state, "proceed", False)  # else a worker would wait for itself
+    if leaves:
+        secede()
+    try:
+        with nullcontext() if report is None else performance_report(str(report)), span("nlsq"):
+            yield
+    except (CancelledError, OSError) as err:
+        if client is None or not is_gone(client, err):
+            raise
+        address = client.scheduler.address if client.scheduler is not None else "its address"
+        raise ConnectionError(
+            f"the scheduler at {address} went away during the fit: start one and a new Client, and fit again. A fit with "
+            "checkpoint= goes on where it was, by the same call or by resume(path)"
+        ) from err
+    finally:
+        if leaves:
+            rejoin()

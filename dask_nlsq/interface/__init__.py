@@ -1,0 +1,1 @@
+"""Command line, progress, live page and xarray accessor."""

@@ -1,0 +1,372 @@
+"""``dask nlsq``: the commands that this package adds to Dask's own.
+
+Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 anything else.
+Commands import what they need when they run, so that ``dask --help`` stays fast.
+"""
+
+import json
+import re
+import traceback
+import warnings
+from contextlib import contextmanager, nullcontext
+from datetime import datetime
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
+LOST = (ConnectionError, TimeoutError, RuntimeError)  # workers, the scheduler, data that change: not the user's words
+OURS = (ValueError, TypeError, MemoryError, OSError, ImportError, RuntimeError)  # their messages say all that there is
+# and what a model that cannot run raises
+WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)
+
+
+# how the messages of the package name what is an option here
+OPTIONS = re.compile(
+    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|decode_cf(?==False))\b(?:=True|=False)?"
+)
+
+
+class Failure(click.ClickException):
+    """One line on stderr, and an exit code."""
+
+    def __init__(self, text: str, exit_code: int):
+        text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{found[1].replace('_', '-')}", text)
+        super().__init__(" ".join(text.split()))
+        self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
+
+
+class Commands(click.Group):
+    """Errors of usage in one line."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except click.UsageError as err:
+            asked = err.ctx.command_path if err.ctx else ctx.command_path
+            raise Failure(f"{err.format_message()} ({asked} --help says more)", 2) from err
+
+
+@click.group(name="nlsq", cls=Commands, epilog=CODES)
+def nlsq():
+    """Nonlinear least squares for data that do not fit in memory."""
+
+
+def _command(*options):
+    """A subcommand with these options whose errors are one line."""
+
+    def made(function):
+        @wraps(function)
+        def run(traceback, **given):
+            try:
+                with warnings.catch_warnings():
+                    warnings.showwarning = _warn
+                    function(**given)
+            except (click.ClickException, click.Abort):
+                raise
+            except WRONG as err:
+                raise _failure(err, traceback) from err
+
+        shown = click.option("--traceback", is_flag=True, help="Show where an error was raised.")
+        for option in reversed((*options, shown)):
+            run = option(run)
+        return nlsq.command(name=function.__name__.removesuffix("_"), epilog=CODES)(run)
+
+    return made
+
+
+def _warn(message, category, *_, **__):
+    click.echo(f"Warning: {message}", err=True)
+
+
+def _failure(err, with_traceback=False) -> Failure:
+    from ..data.store import BadChunkError, MissingChunksError
+    from ..model.function import is_installed
+    from ..solve.outcome import NotConvergedError
+
+    if with_traceback:
+        click.echo("".join(traceback.format_exception(err)), err=True)
+    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
+    code = next(code for code, kind in kinds.items() if isinstance(err, kind))
+    frames = traceback.extract_tb(err.__traceback__)
+    own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]
+    place = f" ({own[-1].filename}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    kind = "" if isinstance(err, OURS) and not own else f"{type(err).__name__}: "
+    return Failure(f"{kind}{err}{place}", code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# options
+
+STORE = click.argument("store")
+MODEL = click.option(
+    "--model",
+    required=True,
+    help="module:function, with the current directory on the path; or a ready model, or a sum: gaussian+line, "
+    "lorentzian+polynomial:2.",
+)
+X = click.option(
+    "--x",
+    multiple=True,
+    required=True,
+    help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
+    "several axes, the k-th vector belongs to the k-th of them.",
+)
+P0 = click.option("--p0", multiple=True, help="Start: a=1,b=2; or guess, which ready models do by themselves.")
+BOUNDS = click.option("--bounds", multiple=True, help="a=0: or b=:3,c=0:1")
+FIXED = click.option("--fixed", multiple=True, help="Values that are not fitted: c=0.5")
+SIGMA = click.option("--sigma", help="Standard deviation of y: a number, the path of a Zarr array, or poisson.")
+ABSOLUTE = click.option("--absolute-sigma", is_flag=True, help="Sigma is known, and the errors are not scaled by the fit.")
+MASK = click.option("--mask", help="Path of a Zarr array that is true where a point is left out.")
+NO_DATA = "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers."
+VALUES = click.option("--mask-values", help=NO_DATA)
+RANGE = click.option("--valid-range", help="Lowest and highest value of y that counts: 0:1000 or 0:")
+NAN = click.option("--nan-policy", help="raise, or omit: leave out points that are not finite.")
+LOSS = click.option("--loss", help="linear, soft_l1, huber, cauchy, arctan or poisson.")
+BAD = click.option("--on-bad-chunk", help="raise, or mask: leave out chunks that cannot be read.")
+MISSING = click.option("--missing-chunks", help="error, mask, or fill: what becomes of chunks that are absent.")
+RAW = click.option(
+    "--no-decode-cf", is_flag=True, help="Fit values as they are stored: scale_factor, _FillValue and such are left."
+)
+WORKFLOW = click.option("--workflow", help="auto, standard, quality, fast, large_robust, streaming, hpc_distributed.")
+STRATEGY = click.option("--strategy", help="auto, standard, chunked, streaming: where the data are held.")
+STARTS = click.option("--n-starts", type=int, help="Look for the best of so many starts.")
+MEMORY = click.option("--memory-limit", type=float, metavar="GiB", help="Most that each process may take.")
+ACCURACY = click.option(
+    "--accuracy", type=float, help="Standard errors from the optimum at which a fit has converged: 0.01."
+)
+MOST = click.option("--max-nfev", type=int, help="Most sweeps over the data.")
+SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
+CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which a killed fit is resumed.")
+OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
+REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
+LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
+DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS, BAD, MISSING, RAW)
+HOW = (WORKFLOW, STRATEGY, STARTS, MEMORY, ACCURACY, MOST, SCHEDULER)
+
+
+def _call(
+    store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_range, no_decode_cf, axis=None, read=True, **options
+):
+    """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
+    from ..data.store import open_array
+    from ..engine.checkpoint import absolute
+    from ..options import axes_of
+    from . import cli_values as words
+
+    store = absolute(store)
+    array = open_array("STORE", store)
+    if axis is not None:
+        options["axis"] = axes_of(axis, None, array.ndim)
+    x = words.coordinates(x, array, options.get("axis"), read, not no_decode_cf)
+    options["memory_limit_gb"] = options.pop("memory_limit")
+    options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
+    options |= dict(mask_values=words.mask_values(mask_values), valid_range=words.valid_range(valid_range))
+    options["mask"] = None if mask is None else absolute(mask)
+    call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
+    said = {name: value for name, value in options.items() if value is not None and value is not False and value != {}}
+    return call | said | ({"decode_cf": False} if no_decode_cf else {})
+
+
+def _cluster(address):
+    """With it the active client; nothing without an address."""
+    if address is None:
+        return nullcontext()
+    from distributed import Client
+
+    return Client(address)
+
+
+@contextmanager
+def _sweep_log(path):
+    """A callback that writes a line for each `Record`; None without a path."""
+    if path is None:
+        yield None
+        return
+    with open(path, "a", buffering=1) as file:
+
+        def line(record):
+            verdict = "accepted" if record.accepted else "refused"
+            values = ", ".join(f"{value:.9g}" for value in record.params)
+            file.write(
+                f"{datetime.now().astimezone().isoformat(timespec='seconds')} sweep {record.nfev} {verdict}: "
+                f"cost {record.cost:.9g}, distance {record.distance:.3g} s.e., {record.seconds:.2f} s, at {values}\n"
+            )
+
+        yield line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one fit
+
+
+@_command(*DATA, *HOW, CHECKPOINT, OUT, REPORT, LOG)
+def fit(scheduler, checkpoint, out, report, log, **given):
+    """Fit a model to the Zarr array at STORE, a path or URL.
+
+    \b
+    dask nlsq fit scan.zarr/entry/counts --model gaussian+line --x scan.zarr/entry/energy --out result
+    """
+    from ..fitting import curve_fit
+    from ..fitting import fit as fit_by_workflow
+
+    call = _call(**given)
+    if checkpoint is not None:
+        call["checkpoint"] = checkpoint
+    _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, checkpoint, out, report, log)
+
+
+@_command(*DATA, *HOW)
+def plan(scheduler, **given):
+    """Print how a fit would run, and the memory that it takes; reads metadata only.
+
+    \b
+    dask nlsq plan scan.zarr/entry/counts --model gaussian+line --x 0:10:0.01
+    """
+    from ..fitting import plan_fit
+
+    call = _call(**given, read=False)
+    with _cluster(scheduler):
+        click.echo(plan_fit(**call))
+
+
+def _solve(solve, call, scheduler, checkpoint, out, report, log):
+    """Run a fit, write and print its result."""
+    from ..solve.outcome import NotConvergedError
+    from . import cli_values as words
+
+    if out is not None:
+        words.new_place(out)
+    failed = None
+    with _cluster(scheduler), _sweep_log(log) as callback:
+        try:
+            result = solve(**call, callback=callback)
+        except NotConvergedError as err:
+            failed, result = f"{err}", err.result
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint is None or not (checkpoint / "fit.json").exists():
+                raise
+            raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
+        if result.status == -3:
+            failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
+        elif result.status > 0 and not result.success:
+            failed = failed or result.message
+        click.echo(result.summary())
+        if out is not None:
+            _write(result, out, report and result.status != -3)  # who is told to leave reads nothing more
+    if failed is not None:
+        raise Failure(failed, 3)
+
+
+def _write(result, out, report):
+    from ..base.files import write_whole
+
+    verb = "replaced in" if (out / "result.json").exists() else "written to"
+    result.save(out)
+    text = json.dumps(result.to_dict(), indent=1)
+    write_whole(out / "summary.json", lambda file: file.write(text.encode()))
+    written = ["result.json", "summary.json"]
+    if report and find_spec("matplotlib") is None:
+        click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)
+    elif report:
+        written.append(result.report(out / "report.html").name)
+    click.echo(f"{verb} {out}: {', '.join(written)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the others
+
+
+@_command(
+    click.argument("directory", type=PATH),
+    click.option("--model", help="Where it cannot be imported by the name that the checkpoint has."),
+    click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
+    *(MEMORY, MOST, SCHEDULER, OUT, REPORT, LOG),
+)
+def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, log):
+    """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
+
+    \b
+    dask nlsq resume scan.ckpt --out result
+    """
+    from .. import fitting as api
+    from ..data.store import open_array
+    from ..engine.checkpoint import read_fit
+    from . import cli_values as words
+
+    kept = read_fit(directory)["call"]
+    if model is None and kept["model"] is not None:
+        model = ":".join(kept["model"])
+    call = dict(path=directory, max_nfev=max_nfev, memory_limit_gb=memory_limit, f=model and words.model(model))
+    if x and "path" not in (kept["data"]["ydata"] or {}):
+        raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
+    if x:
+        decode_cf = kept["options"]["decode_cf"]
+        call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]), decode_cf=decode_cf)
+    call = {name: value for name, value in call.items() if value is not None}
+    _solve(api.resume, call, scheduler, directory, out, report, log)
+
+
+@_command(
+    *DATA,
+    click.option("--axis", multiple=True, type=int, default=(-1,), show_default=True, help="Of the spectra in STORE."),
+    click.option("--guess", help="coarse-to-fine: pixels start from fits of the means of their neighbourhood."),
+    *(STRATEGY, MEMORY, ACCURACY, MOST, SCHEDULER),
+    click.option("--out", type=PATH, required=True, help="Zarr group for the maps."),
+    click.option("--resume", is_flag=True, help="Go on with what is in --out."),
+)
+def map_(scheduler, out, resume, **given):
+    """Fit a model to each pixel of the map at STORE: all of its axes but --axis.
+
+    Exits with 3 where no pixel converged.
+
+    \b
+    dask nlsq map scan.zarr/counts --model gaussian+line --x 9:11:0.01 --out maps.zarr --resume
+    """
+    from ..maps.fit import fit_map
+    from .describe import describe_map, n_converged
+
+    call = _call(**given)
+    with _cluster(scheduler):
+        group = fit_map(**call).to_zarr(out, resume=resume)
+    click.echo(describe_map(out, group))
+    if not n_converged(group):
+        raise Failure(f"no pixel converged; {out} says why in `status`", 3)
+
+
+@_command(click.argument("path", type=PATH))
+def info(path):
+    """Print what is at PATH: a result, a checkpoint, or maps.
+
+    \b
+    dask nlsq info result
+    """
+    from .describe import describe
+
+    click.echo(describe(path))
+
+
+@nlsq.command()
+@click.option("--frames", default=200, show_default=True, help="Frames n per angle; 1000 give 23 million points.")
+@click.option("--angles", default=23, show_default=True, help="Angles between -90 and 90 degrees.")
+@click.option("--seed", default=0, show_default=True, help="Of the truth per angle, the start and the noise.")
+@click.option(
+    "--directory",
+    type=click.Path(file_okay=False),
+    help="Where the Zarr stores and the picture go and stay; a new temporary directory if not given.",
+)
+def demo(frames, angles, seed, directory):
+    """Simulate a beamline measurement in a Zarr store, fit it, and compare with the truth.
+
+    Exits with status 1 where the fit misses it.
+    """
+    try:
+        from ..demo.demo import run
+
+        run(frames=frames, n_angles=angles, seed=seed, directory=directory, echo=click.echo)
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as err:
+        raise click.ClickException(" ".join(f"{err}".split())) from err

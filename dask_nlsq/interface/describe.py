@@ -1,0 +1,63 @@
+"""What a path holds that this package has written, in words: a result, a checkpoint, or maps."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from ..base.files import RESULT, read_arrays
+from ..engine.checkpoint import read_fit
+from ..kernels.lanes import MapStatus
+from ..results.result import load
+
+
+def describe(path: Path) -> str:
+    """What is at ``path``.
+
+    Raises
+    ------
+    ValueError
+        Where it is none of these.
+    """
+    if (path / RESULT).exists():
+        result = load(path)
+        return "\n".join([result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)])
+    if (path / "fit.json").exists():
+        return describe_checkpoint(path)
+    try:
+        group = zarr.open_group(path, mode="r")
+    except (OSError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError):
+        group = None
+    if group is None or "dask_nlsq" not in group.attrs:
+        raise ValueError(f"{path} is neither a result, nor a checkpoint, nor maps that fit_map has written")
+    return describe_map(path, group)
+
+
+def describe_checkpoint(path: Path) -> str:
+    call = read_fit(path)["call"]
+    arrays, values = read_arrays(path / "state.npz") or ({}, {})
+    costs = arrays.get("costs", ())
+    model, data = ".".join(call["model"] or ["a model without a name"]), call["data"]["ydata"] or {}
+    lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]
+    lines.append(f"finished sweeps: {len(costs)}" + (f"; lowest cost {min(costs):.9g}" if len(costs) else ""))
+    lines += ["one more is begun"] if "begun" in values else []
+    return "\n".join([*lines, f"to go on: dask nlsq resume {path}"])
+
+
+def describe_map(path: Path, group: Any) -> str:
+    about, done = group.attrs["dask_nlsq"], group["done"][...]
+    shape = " x ".join(map(str, group["status"].shape))
+    lines = [f"{path}: {shape} pixels, {', '.join(about['parameters'])} of {about['model']}"]
+    if not np.all(done):
+        return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume goes on"])
+    lines.append(f"{n_converged(group):,} of {group['status'].size:,} converged")
+    codes, counts = np.unique(group["status"][...], return_counts=True)
+    lines += [f"  {count:>9,}  {MapStatus(code).name.lower()}" for code, count in zip(codes, counts, strict=True)]
+    return "\n".join(lines)
+
+
+def n_converged(group: Any) -> int:
+    """Pixels of an open Zarr group of maps."""
+    status = group["status"][...]
+    return int(np.sum((status >= MapStatus.GTOL) & (status <= MapStatus.AT_BOUND)))

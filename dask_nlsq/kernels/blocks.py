@@ -1,0 +1,187 @@
+"""Blocks of points: how operands lie in memory, how long blocks and tiles are, and how a kernel reads them."""
+
+import functools
+import operator
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Reduction = Literal["gram", "qr"]
+JacMode = Literal["columns", "arguments"]
+BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
+TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
+MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
+MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
+
+
+class Layout(NamedTuple):
+    """How an operand lies in memory: the part of the kernel that is code.
+
+    ``dense`` operands have one element per point; others ("un-broadcast": an axis vector, a detector mask for all
+    frames, a scalar) are looked up by the point's place along the axes of the chunk.
+    """
+
+    dense: bool
+    integer: bool = False  # keep integers (as int64), so that the model can index a table
+    scale: float = 1.0  # a value is ``stored * scale + offset``
+    offset: float = 0.0
+
+    def decoded(self, stored):
+        """Values of what is stored, as float64; NumPy or JAX."""
+        values = stored.astype("float64")
+        return values if (self.scale, self.offset) == (1.0, 0.0) else values * self.scale + self.offset
+
+
+class Invalid(NamedTuple):
+    """Values of y, as they are stored, that stand for no data: single ones, and those below ``low`` or above ``high``."""
+
+    values: tuple[float, ...]
+    low: float | None
+    high: float | None
+
+    def hits(self, y):
+        """Where ``y`` holds such a value; NumPy or JAX."""
+        tests = [y != y if value != value else y == value for value in self.values]
+        tests += [y < self.low] if self.low is not None else []
+        tests += [y > self.high] if self.high is not None else []
+        return functools.reduce(operator.or_, tests)
+
+
+class Layouts(NamedTuple):
+    """Operands of a block, in this order: y, sigma, mask or None, then the coordinates."""
+
+    y: Layout
+    sigma: Layout
+    mask: Layout | None
+    x: tuple[Layout, ...]
+    x_kind: Literal["single", "stacked", "tuple", "none"]
+    x_lead: tuple[int, ...]  # leading axes of a stacked x: (k,) for SciPy's (k, M)
+    ndim: int  # axes of the chunk
+    invalid: Invalid | None = None
+
+    @property
+    def operands(self):
+        return (self.y, self.sigma, *([self.mask] if self.mask else []), *self.x)
+
+
+class Block(NamedTuple):
+    """``n`` consecutive points (C order) of one chunk.
+
+    Each buffer is flat; point q of the block is element ``offset + q`` of a dense one. For an un-broadcast operand the
+    flat index of the point within the chunk, ``base + q``, is split into places along the axes of the chunk and joined
+    with the operand's own strides (0 along axes that it does not have).
+    """
+
+    geometry: np.ndarray  # int64: n, base, then per operand: offset, stride along each axis of the chunk
+    shape: np.ndarray  # float64 (ndim,): shape of the chunk
+    buffers: tuple[np.ndarray, ...]
+    clean: Literal[True] | None = None  # no value of y is invalid, so that none needs to be looked for
+
+
+class KernelSpec(NamedTuple):
+    """Everything that needs a compilation of its own; ``tile`` None means that the whole block is one tile."""
+
+    layouts: Layouts
+    reduction: Reduction
+    jac_mode: JacMode
+    loss: str
+    tile: int | None
+    whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
+    parts: int = 0  # at most so many runs of consecutive points, whose sums are told beside those of the block
+
+
+def tile_size(n_params: int, capacity: int) -> int:
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block.
+
+    On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
+    """
+    fitting = 2 ** int(np.log2(TILE_BYTES // (8 * (n_params + 1)))) if longest_tile() == MAX_TILE else BLOCK_POINTS
+    return min(max(MIN_TILE, min(longest_tile(), fitting)), capacity)
+
+
+def longest_tile() -> int:
+    """Points of the longest tile that any kernel may take on the device of this thread."""
+    device = jax.config.jax_default_device or jax.local_devices()[0]
+    on_cpu = getattr(device, "platform", device) == "cpu"  # the setting may be a device or the name of a platform
+    return MAX_TILE if on_cpu else BLOCK_POINTS
+
+
+def assemble_x(layouts: Layouts, coordinates):
+    """What the model gets as x, of a list of (n,) arrays: (n,), (*lead, n), a tuple of (n,) arrays, or None."""
+    match layouts.x_kind:
+        case "none":
+            return None
+        case "single":
+            return coordinates[0]
+        case "stacked":
+            return jnp.stack(coordinates).reshape(*layouts.x_lead, -1)
+        case "tuple":
+            return tuple(coordinates)
+
+
+class Tile:
+    """Operands of ``length`` consecutive points from ``first`` on."""
+
+    def __init__(self, layouts: Layouts, block: Block, first, length: int):
+        self.layouts, self.block, self.first, self.length = layouts, block, first, length
+
+    def y(self):
+        return self._read(0, self.layouts.y)
+
+    def sigma(self):
+        return self._read(1, self.layouts.sigma)
+
+    def hidden(self):
+        """Which points are left out, by the mask or by their value; None where none ever are."""
+        parts = []
+        if self.layouts.mask is not None:
+            parts.append(self._read(2, self.layouts.mask))
+        if self.layouts.invalid is not None:
+            parts.append(self.layouts.invalid.hits(self._stored(0, self.layouts.y)))
+        if not parts:
+            return None
+        # A branch that is always taken: else XLA looks each point up again in the loop over the rows [J r], which then does
+        # not use the vector units (2.5 times slower with axis vectors as coordinates).
+        hidden = functools.reduce(jnp.logical_or, parts)
+        return lax.cond(self.block.geometry[0] >= 0, lambda hidden: hidden, jnp.zeros_like, hidden)
+
+    def x(self):
+        begin = 2 + (self.layouts.mask is not None)
+        return assemble_x(self.layouts, [self._read(begin + k, layout) for k, layout in enumerate(self.layouts.x)])
+
+    def _read(self, k, layout):
+        values = self._stored(k, layout)
+        if layout is self.layouts.mask:
+            return values
+        return values.astype(jnp.int64) if layout.integer else layout.decoded(values)
+
+    def _stored(self, k, layout):
+        buffer, ndim = self.block.buffers[k], self.layouts.ndim
+        offset = self.block.geometry[2 + k * (1 + ndim)]
+        if layout.dense:
+            return lax.dynamic_slice(buffer, (offset + self.first,), (self.length,))
+        if buffer.shape == (1,):
+            return jnp.broadcast_to(buffer[0], (self.length,))
+        strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
+        index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
+        return buffer.at[index].get(mode="clip")
+
+    def _places(self):
+        """Place of each point along each axis of the chunk.
+
+        Quotients are taken in float64: (q + 1/2) / size is at least 1/(2 size) away from an integer, so that the
+        floor is exact up to q = 2^51, and unlike integer division it uses the vector units.
+        """
+        n, base = self.block.geometry[0], self.block.geometry[1]
+        point = jnp.minimum(self.first + jnp.arange(self.length), n - 1)  # behind the last point: the last point again
+        q = (base + point).astype(jnp.float64)
+        places = []
+        for axis in reversed(range(1, self.layouts.ndim)):
+            size = self.block.shape[axis]
+            quotient = jnp.floor((q + 0.5) * (1.0 / size))
+            places.append((q - quotient * size).astype(jnp.int64))
+            q = quotient
+        return [q.astype(jnp.int64), *reversed(places)]

@@ -1,0 +1,146 @@
+"""Checks of a user's Jacobian against the derivatives of the model, before any data are swept."""
+
+import hashlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base.x64 import float64
+from ..model.function import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
+from .blocks import Layouts, assemble_x
+
+
+def check_model(model: Model, layouts: Layouts, n: int, n_params: int) -> None:
+    """Trace the model on ``n`` points, without data, so that it fails before anything is read.
+
+    Raises
+    ------
+    ModelShapeError
+        Where it does not return one value per point, or jac one row per point.
+    ModelError
+        Where it uses NumPy functions, branches on a value, or returns nothing or complex values.
+    """
+    if (key := ("checked", layouts, n, n_params)) in model.choices:
+        return
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
+    with float64(), advice(model):
+        value = jax.eval_shape(lambda x, params: evaluate(model, assemble_x(layouts, x), params), x, params)
+    check_shape(model, value.shape, n)
+    if model.jac is not None:
+        with float64(), advice(model, is_jac=True):
+            columns = jax.eval_shape(lambda x, params: evaluate_jac(model, assemble_x(layouts, x), params), x, params)
+        check_jac_shape(columns.shape, n, n_params)
+    model.choices[key] = True  # tracing takes a millisecond, a quarter of a small fit
+
+
+def fingerprint(model: Model, layouts: Layouts, n_params: int, n: int = 2) -> str:
+    """A hash of what the model computes: of its operations and of the arrays that it closes over, not of its text.
+
+    ``n`` is a number of points that it can be evaluated on.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    params = [jax.ShapeDtypeStruct((), np.float64)] * n_params
+    for evaluated in (evaluate, evaluate_jac) if model.jac is not None else (evaluate,):
+        with float64():
+            traced = jax.make_jaxpr(lambda x, params, e=evaluated: e(model, assemble_x(layouts, x), params))(x, params)
+        found.update(re.sub(r"0x[0-9a-f]+", "", str(traced.jaxpr)).encode())  # addresses of functions
+        for const in traced.consts:
+            found.update(np.asarray(const).tobytes())
+    return found.hexdigest()
+
+
+def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], *starts: np.ndarray) -> None:
+    """Compare the model's values at a few points with those at some of the points in another order.
+
+    At each of the ``starts`` (p,), since a parameter that is 0 can hide a term.
+
+    Parameters
+    ----------
+    sample : tuple of (n,) arrays
+        Coordinates of the points.
+
+    Raises
+    ------
+    ValueError
+        Where a value depends on other points than its own.
+    """
+
+    if not sample or len(sample[0]) < 2:
+        return
+    n = len(sample[0])
+    parts = [np.arange(n), np.arange(0, n, 2), np.arange(n - 1, 0, -2)]
+
+    def evaluate_parts(sample, params):
+        def at(places):
+            x = assemble_x(layouts, [c[places] for c in sample])
+            return jnp.broadcast_to(evaluate(model, x, tuple(params)), places.shape)
+
+        return [at(places) for places in parts]
+
+    run = model.get(("pointwise", layouts, n), lambda: jax.jit(evaluate_parts))
+    with float64():
+        found = [list(map(np.asarray, run(sample, params))) for params in starts]
+    for everything, places, part in (
+        (values[0], places, part) for values in found for places, part in zip(parts[1:], values[1:], strict=True)
+    ):
+        if not np.allclose(part, everything[places], rtol=1e-6, atol=0, equal_nan=True):
+            raise ValueError(
+                f"the model {function_name(model.f)} is not pointwise: its value at a point changes when it is called "
+                "with other points beside it (by a cumulative sum, a mean, a sort, an index into x). The data are "
+                "evaluated piece by piece, so each value must depend on its own x only; what needs the whole axis can "
+                "be computed from an axis that the model closes over"
+            )
+
+
+SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared
+WRONG = 0.5  # of a column's length: an approximation that leaves out small terms is nearer
+
+
+def check_jac(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], names, *starts: np.ndarray) -> None:
+    """Compare the columns of ``jac`` with exact derivatives at a few points.
+
+    Parameters
+    ----------
+    sample : tuple of (n,) arrays
+        Coordinates of the points.
+    names : sequence of str
+    starts : (p,) arrays
+        Parameters at which to compare.
+
+    Raises
+    ------
+    ValueError
+        Where a column differs from the derivative by more than half of its length: another sign, order or factor. Where the
+        model has no derivative (it rounds, say) nothing is compared.
+    """
+    if model.jac is None or not sample:
+        return
+    n = len(sample[0])
+
+    def both(params):
+        x = assemble_x(layouts, list(sample))
+
+        def value(params):
+            return jnp.broadcast_to(evaluate(model, x, tuple(params)), (n,))
+
+        return value(params), jax.jacfwd(value)(params), evaluate_jac(model, x, tuple(params))
+
+    for start in starts:
+        with float64():
+            value, exact, given = map(np.asarray, jax.jit(both)(jnp.asarray(start)))
+        known = np.isfinite(exact).all(axis=1) & np.isfinite(given).all(axis=1)
+        lengths, off = np.linalg.norm(exact[known], axis=0), np.linalg.norm((given - exact)[known], axis=0)
+        seen = lengths * np.maximum(np.abs(start), 1.0) > SEEN * np.linalg.norm(value[known])
+        wrong = seen & (lengths > 0) & (off > WRONG * np.maximum(lengths, np.linalg.norm(given[known], axis=0)))
+        if wrong.any():
+            k = int(np.argmax(wrong))
+            ratio = float(np.sum(given[known, k] * exact[known, k]) / lengths[k] ** 2)
+            raise ValueError(
+                f"`jac` is not the derivative of the model: its column for {names[k]} is {ratio:.3g} times the derivative, "
+                "as far as they agree. Its columns are d f / d parameter, in the order of the parameters; leave `jac` out "
+                "for exact derivatives"
+            )

@@ -1,0 +1,223 @@
+"""From a block of data to one small matrix: residual, loss, Jacobian and their reduction, a tile at a time.
+
+A block holds ``n`` points as flat arrays. The kernel walks over it in tiles small enough that the rows ``[J r]`` of a
+tile never leave the cache, and condenses each to ``[J r]^T [J r]`` ("gram") or updates the triangular factor of all
+rows so far ("qr", TSQR [1]_), so J of the whole block never exists. For a robust loss the rows are rescaled first, so
+that ``J^T J`` is the Gauss-Newton matrix and ``J^T r`` the gradient of the robust cost [2]_.
+
+Arrays come as they are stored. Geometry (length, offsets, strides) is data, not code: blocks of different length,
+alignment or shape share one compilation as long as their buffers have the same capacity.
+
+References
+----------
+.. [1] J. Demmel et al., "Communication-optimal Parallel and Sequential QR and LU Factorizations", SIAM J. Sci. Comput.
+       34 (2012) A206-A239.
+.. [2] B. Triggs et al., "Bundle Adjustment - A Modern Synthesis", 1999, section 4.3.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..model.function import Model, evaluate, evaluate_jac
+from ..model.losses import LOSSES, masked_cost, poisson_terms
+from .blocks import JacMode, KernelSpec, Tile
+from .rules import EPS
+
+REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
+HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
+
+
+def sweep_kernel(model: Model, spec: KernelSpec):
+    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts (k, part_size(p))`` of one block.
+
+    ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
+    `Parts` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
+    """
+    return model.get(("sweep", spec), lambda: jax.jit(build_sweep(model, spec)))
+
+
+class Parts(NamedTuple):
+    """Sums over runs of consecutive points, along the first axis: those that the uncertainty of a fit is taken from.
+
+    ``gram`` (k, p+1, p+1) is that of ``[J r]``, rescaled for the loss, and ``spread`` the sum of ``c c^T`` over tiles, c
+    the last column of a tile's gram matrix. The rest is (k,), if not told otherwise.
+    """
+
+    gram: np.ndarray
+    spread: np.ndarray
+    cost: np.ndarray
+    residual: np.ndarray  # sum of residuals, not rescaled; with a Poisson likelihood over the root of the mean
+    squares: np.ndarray  # of the same
+    n: np.ndarray  # points used
+    n_tiles: np.ndarray  # with any of them
+    floored: np.ndarray  # points with counts whose mean is below the floor of a Poisson likelihood
+    weights: np.ndarray  # (k, 3): w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
+
+
+def part_size(n_params: int) -> int:
+    return 2 * (n_params + 1) ** 2 + 9
+
+
+def unpack(parts: np.ndarray, n_params: int) -> Parts:
+    """`Parts` of the rows (k, part_size) that sweeps add up."""
+    m = n_params + 1
+    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
+    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
+
+
+def build_sweep(model, spec):
+    def sweep(params, f_scale, block, weigh=False):
+        p = len(params)
+        capacity = block.buffers[0].shape[0]
+        tile = spec.tile or capacity
+        n = block.geometry[0]
+        tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
+        n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
+
+        def add_tile(i, state):
+            matrix, cost, parts = state
+            begin = i * tile
+            # the last tile of a ragged block starts early and leaves out what the one before has counted
+            first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
+            point = first + jnp.arange(tile)
+            fresh = (point >= begin) & (point < n)
+            rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
+            gram = _gram(rows) if spec.parts or spec.reduction == "gram" else None
+            matrix = matrix + gram if spec.reduction == "gram" else _update_factor(matrix, rows)
+            if spec.parts:
+                weights = lax.cond(weigh, lambda: _weights(spec, block, first, fresh), lambda: jnp.zeros(3))
+                part = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums, weights])
+                parts = parts.at[i // tiles_per_part].add(part)
+            return matrix, cost + sums[0], parts
+
+        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()), jnp.zeros((n_parts, part_size(p))))
+        if spec.tile is None:
+            return add_tile(0, start)
+        return lax.fori_loop(0, (n + tile - 1) // tile, add_tile, start)
+
+    return sweep
+
+
+def _gram(rows):
+    """``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
+    half = len(rows) // 2
+    if len(rows) < HALVED_FROM:
+        return rows @ rows.T
+    above, below = rows[:half], rows[half:]
+    upper = above @ rows.T
+    return jnp.block([[upper], [upper[:, half:].T, below @ below.T]])
+
+
+def _update_factor(factor, rows):
+    """Triangular factor of the stack of ``factor`` and ``rows.T``.
+
+    By a Householder reflection for each column, which touches one row of the factor only and leaves it triangular;
+    beyond a few columns LAPACK is as fast.
+    """
+    m = len(rows)
+    if m > REFLECTED_UP_TO:
+        return jnp.linalg.qr(jnp.concatenate([factor, rows.T]), mode="r")
+    for k in range(m):
+        column = rows[k]
+        dots = rows @ column
+        norm = jnp.sqrt(factor[k, k] ** 2 + dots[k])
+        diagonal = jnp.where(factor[k, k] > 0, -norm, norm)
+        head = jnp.where(dots[k] != 0, factor[k, k] - diagonal, 1.0)  # of the vector; nothing to do for 0, NaN goes on
+        share = jnp.where(dots[k] != 0, (diagonal - factor[k, k]) / diagonal, 0.0) * (factor[k] + dots / head)
+        factor = factor.at[k].set(jnp.where(jnp.arange(m) < k, 0.0, factor[k] - share))
+        rows = rows - jnp.outer(share / head, column)
+    return factor
+
+
+def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first six sums of `Parts`."""
+    tile = Tile(spec.layouts, block, first, len(fresh))
+
+    def residual(params):
+        return residual_of(model, spec, params, block, first, fresh)
+
+    if model.jac is not None:
+        J = evaluate_jac(model, tile.x(), tuple(params)).T
+        r, J = residual(params), _weighted(spec, J, tile, fresh, block)
+    else:
+        r, J = with_columns(residual, params, spec.jac_mode)
+    if spec.loss == "poisson":
+        rows, cost, floored = poisson_rows(r, J, counts_of(spec, block, first, fresh))
+        r = rows[-1]
+    else:
+        rows, cost = robust_rows(r, J, f_scale, spec.loss), masked_cost(r, fresh, f_scale, loss=spec.loss)
+        floored = 0.0
+    hidden = tile.hidden()
+    n = jnp.sum(fresh if hidden is None else fresh & ~hidden, dtype=jnp.int32).astype(jnp.float64)
+    squares = 2 * cost if spec.loss == "linear" else r @ r
+    return rows, jnp.stack([cost, jnp.sum(r), squares, n, jnp.sign(n), floored])
+
+
+def _weights(spec, block, first, fresh):
+    """Sums over a tile of w, w y and w y^2."""
+    tile = Tile(spec.layouts, block, first, len(fresh))
+    one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
+    return jnp.stack([one @ one, one @ y, y @ y])
+
+
+def with_columns(residual, params, jac_mode: JacMode):
+    """r (n,) and J^T (p, n) of ``residual(params)``, by one linearisation and a pass for each unit vector."""
+    p = len(params)
+    r, pushforward = jax.linearize(lambda *each: residual(each), *params)
+    if jac_mode == "columns":
+        return r, jax.vmap(pushforward)(*jnp.eye(p))
+
+    def along(k):  # the other arguments are constants, so that what does not depend on this one vanishes
+        def one_argument(q):
+            return pushforward(*[q if m == k else jnp.zeros(()) for m in range(p)])
+
+        return jax.jvp(one_argument, (jnp.zeros(()),), (jnp.ones(()),))[1]
+
+    return r, jnp.stack([along(k) for k in range(p)])
+
+
+def poisson_rows(r, J, y):
+    """[J r]^T (p + 1, n) of Fisher's scoring for counts ``y``, the cost, and how many points have counts below the floor.
+
+    r = f - y, 0 for points that do not count. Divided by the root of the mean: J^T J is the information matrix then, and
+    J^T r the gradient of the cost. Where the mean is floored it does not change with the parameters.
+    """
+    mean, half_deviance, floored = poisson_terms(r, y)
+    J = jnp.where(floored, 0.0, J) / jnp.sqrt(mean)
+    residual = jnp.where(floored & (y == 0), 0.0, (mean - y) / jnp.sqrt(mean))
+    return jnp.concatenate([J, residual[None]]), jnp.sum(half_deviance), jnp.sum(floored & (y > 0), dtype=jnp.float64)
+
+
+def robust_rows(r, J, f_scale, loss):
+    """[J r]^T (p + 1, n), rescaled for the loss; J^T (p, n)."""
+    if loss != "linear":
+        _, rho1, rho2 = LOSSES[loss]((r / f_scale) ** 2)
+        rescale = jnp.sqrt(jnp.maximum(rho1 + 2 * rho2 * (r / f_scale) ** 2, EPS))
+        J, r = J * rescale, r * rho1 / rescale
+    return jnp.concatenate([J, r[None]])
+
+
+def residual_of(model, spec, params, block, first, fresh):
+    """(f(x, *params) - y) / sigma, zero for points that do not count; shape (tile,)."""
+    tile = Tile(spec.layouts, block, first, len(fresh))
+    value = jnp.broadcast_to(evaluate(model, tile.x(), tuple(params)), fresh.shape)
+    return _weighted(spec, value - tile.y(), tile, fresh, block)
+
+
+def counts_of(spec, block, first, fresh):
+    """y, and 1 for points that do not count: with a residual of 0 that adds nothing."""
+    tile = Tile(spec.layouts, block, first, len(fresh))
+    hidden = tile.hidden()
+    return jnp.where(fresh if hidden is None else fresh & ~hidden, tile.y(), 1.0)
+
+
+def _weighted(spec, rows, tile, fresh, block):
+    """Rows (..., tile) divided by sigma or by the factor of the covariance, zero where masked."""
+    if spec.whitened:
+        return jax.scipy.linalg.solve_triangular(block.buffers[-1], rows.T, lower=True).T
+    hidden = tile.hidden()
+    return jnp.where(fresh if hidden is None else fresh & ~hidden, rows / tile.sigma(), 0.0)

@@ -1,0 +1,222 @@
+"""The rules of a trust-region fit: is a trial accepted, how does the radius follow, and has the fit converged.
+
+They are array functions, so that one fit (numbers) and the lanes of a map (arrays of them) obey the same ones: ``xp`` is
+`numpy` or `jax.numpy`.
+
+**SciPy's tests propose, the distance decides.** At each accepted point the quadratic model knows how much its minimum
+would still lower the cost, the decrement ``1/2 g^T (J^T J + diag(|g_k| / v_k))^-1 g``, with v_k the distance to a finite
+bound that the gradient pushes against. With s2, the factor that scales the covariance there,
+
+    distance = sqrt(2 decrement / s2)
+
+is the length of the step to that minimum in standard errors. It depends on no unit. A small reduction of the cost or a
+short step (``ftol``, ``xtol``, ``gtol`` [1]_) only proposes to stop: the fit has converged where the distance is below
+``accuracy`` as well. Where full steps contract the distance by kappa only (large residuals), what is left is that of a
+geometric series, and ``distance / (1 - kappa)`` counts. Exact data converge to the rounding of the residuals instead.
+
+References
+----------
+.. [1] J. E. Dennis, R. B. Schnabel, "Numerical Methods for Unconstrained Optimization", sections 6.4 (radius), 7.2
+       (termination); the thresholds are those of `scipy.optimize.least_squares`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+EPS = 2.0**-52  # spacing of float64 at 1
+SAME = 4 * EPS  # relative difference of two values of a parameter that count as one
+ROUNDING = 64 * EPS  # relative; rounding of the cost summed over tiles and blocks, generously
+PARAM_ROUNDING = 2 * EPS  # relative, of a parameter inside the model: t - centre has the rounding of both
+ACCURACY = 0.01  # standard errors from the optimum at which a fit has converged
+SLOWEST = 0.999  # contraction of full steps that counts at most: rounding does not contract at all
+LINEAR, MOST_GROWTH = 1e-3, 1e3  # misfit of a linear model, relative to the reduction; factor for the radius then
+LEAST_RADIUS = 1e-300
+FIRST_RADIUS = 0.01  # of the residuals, at least
+LENGTH_MEMORY = 1e10  # times its present length, that a column of J is remembered to have been
+LEAST_RATIO = 0.2  # of actual and predicted reduction: a lower cost by less is luck, and leads to other optima
+MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has been
+SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
+STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
+OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
+MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
+MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
+AT_BOUND = 1e-2  # standard errors
+SHARE = 1e-3  # of the interval between two bounds, and of the size of parameter and bound
+TELLING = 1e6  # times the size of a parameter, above which its error says only that the data do not determine it
+
+GTOL, FTOL, XTOL, FTOL_XTOL, TO_ROUNDING = 1, 2, 3, 4, 5  # statuses of fits that have converged
+STUCK, UNDETERMINED = 11, 12  # of fits that have not
+
+
+class Verdict(NamedTuple):
+    """What a trial was worth; numbers, or arrays of the lanes."""
+
+    accepted: Any
+    ratio: Any  # of actual and predicted reduction
+    relative: Any  # reduction of the cost
+    by_gradient: Any  # the cost is flat to rounding, and the gradient has judged
+    stalls: Any  # refusals in a row where the gradient judges
+
+
+def judge(xp, here, there, predicted, stalls) -> Verdict:
+    """Compare a trial with the point that it started from, both of them points of the loop.
+
+    Once the predicted reduction is below the rounding of the cost the actual one is noise: the trial is accepted if it
+    lowers the decrement. A trial with more counts where the mean is floored (Poisson), or more parameters on which the model
+    does not depend, is never accepted: the gradient knows no way back from there.
+    """
+    actual = here.cost - there.cost
+    by_gradient = there.finite & (predicted >= 0) & (predicted < ROUNDING * here.cost)
+    better = xp.where(by_gradient, there.decrement < here.decrement, (actual > 0) & (actual >= LEAST_RATIO * predicted))
+    accepted = there.finite & better & (there.floored <= here.floored) & (there.n_faded <= here.n_faded)
+    ratio = actual / xp.where(predicted > 0, predicted, 1.0)
+    ratio = xp.where(predicted > 0, ratio, xp.where((predicted == 0) & (actual == 0), 1.0, 0.0))
+    ratio = xp.where(by_gradient, xp.where(accepted, 1.0, 0.0), xp.where(accepted, ratio, xp.minimum(ratio, 0.0)))
+    ratio = xp.where(there.finite, ratio, 0.0)
+    relative = xp.where(by_gradient, predicted, actual) / xp.where(here.cost > 0, here.cost, xp.inf)
+    return Verdict(accepted, ratio, relative, by_gradient, xp.where(by_gradient & ~accepted, stalls + 1, 0))
+
+
+def next_radius(xp, radius, ratio, step_norm):
+    """A quarter of the step where the model was wrong, at least twice the radius where it was right up to the edge.
+
+    The misfit of the model grows with the step: where it is far below `LINEAR` the radius is far too small.
+    """
+    right = (ratio > 0.75) & (step_norm > 0.95 * radius)
+    growth = xp.clip(LINEAR / xp.maximum(xp.abs(ratio - 1), EPS), 2.0, MOST_GROWTH)
+    return xp.where(ratio < 0.25, xp.maximum(0.25 * step_norm, LEAST_RADIUS), xp.where(right, growth * radius, radius))
+
+
+def proposal(xp, verdict: Verdict, step_norm, params_norm, ftol, xtol):
+    """The status with which SciPy's tests would stop after a step, 0 where they would go on.
+
+    A tolerance below rounding asks for what can be had: then only the gradient decides.
+    """
+    measurable = ftol > ROUNDING
+    tolerance = xp.where(verdict.by_gradient & ~xp.asarray(measurable), 0.0, ftol)
+    small = (verdict.relative < tolerance) & (verdict.ratio > 0.25)
+    short = step_norm < xtol * (xtol + params_norm)
+    status = xp.where(small, xp.where(short, FTOL_XTOL, FTOL), xp.where(short, XTOL, 0))
+    stalled = verdict.stalls >= xp.where(measurable, 1, STALLS)
+    return xp.where((status == 0) & stalled, xp.where(measurable, FTOL, TO_ROUNDING), status)
+
+
+def distance(xp, decrement, variance, contraction, floor):
+    """Standard errors to the optimum, 0 where rounding is all that is left; nan without degrees of freedom."""
+    plain = xp.sqrt(2 * decrement / xp.where((decrement > 0) & (variance != 0), variance, 1.0))
+    return xp.where(decrement <= floor, 0.0, plain / (1 - xp.minimum(contraction, SLOWEST)))
+
+
+def contraction(xp, here, there, full, was_full):
+    """By which two full steps in a row shorten the distance; 0 where they were not full."""
+    kappa = xp.sqrt(there.decrement / xp.where(here.decrement > 0, here.decrement, xp.inf))
+    return xp.where(full & was_full, kappa, 0.0)
+
+
+def magnitude(xp, size, reach, columns):
+    """What rounding is relative to: ``size`` = sum w y^2, or, where the data are zero, what the model has been, squared.
+
+    ``reach``, the largest that each parameter has been, and ``columns``, the lengths of those of J, are (p,) or (p, lanes).
+    """
+    return xp.where(size > 0, size, ((reach * columns) ** 2).sum(axis=0))
+
+
+def rounding_floor(magnitude, params, columns, n_points):
+    """The decrement that rounding leaves: of residuals, relative to their ``magnitude``, and of parameters in the model.
+
+    Rounding of a parameter's effect differs from point to point, so that p of n points' worth of it are left.
+    """
+    inside = ((PARAM_ROUNDING * params * columns) ** 2).sum(axis=0) * len(params) / (n_points + (n_points == 0))
+    return ROUNDING**2 * magnitude + inside
+
+
+def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
+    """Whether a fit may stop here; ``accuracy`` is inf where SciPy's tests alone decide.
+
+    Without degrees of freedom the decrement is compared with the cost, as if there were one.
+    """
+    near = xp.where(dof > 0, distance < accuracy, decrement < xp.minimum(accuracy, 1.0) ** 2 * cost)
+    return (near | (decrement <= floor) | (accuracy == float("inf"))) & (floored == 0)
+
+
+def same(xp, trial, params):
+    """Where a trial is the point itself, to rounding."""
+    return xp.abs(trial - params) <= SAME * xp.abs(params)
+
+
+def reined_in(xp, d, reach, radius):
+    """``d`` (p,) such that no step within the radius is longer than `MOST_CHANGE` times what its parameter has been.
+
+    A parameter whose column is all but zero would have the freedom of many orders of magnitude.
+    """
+    return xp.minimum(d, xp.where(reach > 0, MOST_CHANGE * reach / radius, xp.inf))
+
+
+def first_radius(xp, moved, newton, cost):
+    """Of the trust region, in the units of the residuals: the effect of the parameters, where ``moved`` is its length.
+
+    Of parameters that start at zero nothing is known but the residuals that they are to explain; where no other can move
+    yet, the ``newton`` step alone says how far.
+    """
+    radius = xp.maximum(xp.where(moved > 0, moved, newton), FIRST_RADIUS * xp.sqrt(2 * cost))
+    return xp.where(radius > 0, radius, 1.0)
+
+
+def held(xp, params, v, stiffening):
+    """Parameters that stand at a bound which the gradient pushes against: rounding is all that lies between.
+
+    ``v`` is the distance to that bound, and ``stiffening`` is positive where there is one.
+    """
+    return (stiffening > 0) & ((v <= SAME * xp.abs(params)) & (v != xp.abs(params)) | (v <= LEAST_RADIUS))
+
+
+def scale_lengths(xp, columns, longest):
+    """Lengths (p,) of the columns of J that scale the trust region: the longest so far, as far as that is remembered.
+
+    A column that has become very much shorter is scaled anew: the region would leave its parameter no freedom.
+    """
+    return xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
+
+
+def undetermined(xp, columns, longest, params, magnitude):
+    """Parameters on which the model does not depend: whose column is zero, or has faded to less than y is rounded."""
+    faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(magnitude))
+    return (columns == 0) | faded
+
+
+def off_the_bounds(xp, params, lower, upper, share):
+    """``params`` strictly inside the bounds: at least a ``share`` of the interval away from them, one float where that is 0.
+
+    Where there is one bound only, it is a share of the parameter's size.
+    """
+    width = upper - lower
+    either = xp.isfinite(lower) | xp.isfinite(upper)
+    bound = xp.abs(xp.where(xp.isfinite(lower), lower, xp.where(xp.isfinite(upper), upper, 0.0)))
+    size = xp.where(xp.isfinite(width), width, xp.maximum(bound, xp.abs(params)))
+    margin = xp.where(either, share * xp.where(size > 0, size, 1.0), 0.0)
+    low = xp.maximum(lower + margin, xp.nextafter(lower, upper))
+    high = xp.minimum(upper - margin, xp.nextafter(upper, lower))
+    middle = xp.where(xp.isfinite(width), lower, 0.0) + 0.5 * xp.where(xp.isfinite(width), width, 0.0)
+    return xp.where(low > high, middle, xp.minimum(xp.maximum(params, low), high))
+
+
+def at_bounds(params, perr, lower, upper):
+    """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; arrays (p,) of NumPy or of JAX.
+
+    At a bound is what is nearer to it than to the other one, by less than a hundredth of a standard error, and by less than
+    a thousandth of the interval between the bounds. An error that tells nothing (inf, or many times the size of parameter
+    and bound) counts only where parameter and bound agree to three digits, or the bound is 0. All of it is the same in any
+    units.
+    """
+    below, above, width = abs(params - lower), abs(upper - params), upper - lower
+
+    def near(distance, bound):
+        size = abs(params) + abs(bound)
+        agree = (distance <= SHARE * size) | (abs(bound) <= SHARE * abs(params))
+        told = (perr < np.inf) & (agree | (perr <= TELLING * size))
+        close = (distance <= AT_BOUND * perr) & (distance <= SHARE * width) & (told | (width < np.inf) & (perr == np.inf))
+        return (distance < np.inf) & (close | (distance <= ROUNDING * abs(bound)))
+
+    at_lower, at_upper = near(below, lower) & (below <= above), near(above, upper) & (above < below)
+    return at_upper.astype(np.int8) - at_lower.astype(np.int8)

@@ -1,0 +1,478 @@
+"""The data of a map as blocks of pixels, and what a task does with one: read, fit, return.
+
+The blocks are those of the data along the map axes. Along the fit axes a block has to be whole, so where the data are
+cut there (one chunk per energy, say) they are joined first: all at once where they fit in memory, so that each chunk is
+read once, and else in as few *bands* of the map's first axis as memory allows, each of which reads all chunks.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from math import prod
+from typing import Any, NamedTuple
+
+import dask.array as da
+import jax
+import numpy as np
+from dask.layers import ArraySliceDep
+
+from ..base.values import positive
+from ..base.x64 import float64
+from ..data.align import Coordinates, invalid_values
+from ..data.arrays import as_array, join_masks, parted
+from ..data.cf import Decoding
+from ..data.chunks import check_integers
+from ..data.door import open_data
+from ..data.labels import coordinates_of, labelled
+from ..data.store import Policy, Stored
+from ..kernels.blocks import Layout, Layouts, assemble_x
+from ..kernels.checks import check_model, check_pointwise
+from ..kernels.jac_mode import choose_jac_mode
+from ..kernels.lane_loop import Fitted, Pixels, map_kernel
+from ..kernels.lanes import Limits, MapSpec
+from ..model.function import Model, advice, function_name, intern
+from ..options import accuracy_wanted, axes_of, likelihood, limit, map_parameters, ready_model, tolerance
+from .plan import MapPlan, capacity, plan_blocks
+
+_first_call = threading.Lock()
+
+
+class Operand(NamedTuple):
+    """An argument along the axes of y: sizes 1 where it does not have them."""
+
+    array: Any
+    last: int = 0  # further axes at the end: 1 for parameters
+
+
+class _Pixel(NamedTuple):
+    """Pixels of a block by their places in the map."""
+
+    shape: tuple[int, ...]  # of the block
+    begin: list[int]
+
+    def first(self, bad) -> str:
+        """Words for the first pixel, along the first axis, where ``bad`` is true."""
+        if not self.shape:
+            return "in the only pixel"
+        k = int(np.argmax(bad.any(axis=1)))
+        place = tuple(int(a + b) for a, b in zip(np.unravel_index(k, self.shape), self.begin, strict=True))
+        return f"in pixel {place}"
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What a task does with the arrays of a block."""
+
+    model: Model
+    spec: MapSpec
+    limits: Limits
+    fit_axes: tuple[int, ...]
+    capacity: int  # pixels that a block is filled up to, so that one compilation serves all
+    x: tuple[np.ndarray | None, ...]  # (n,) each; None: comes with the block
+    dtype: np.dtype
+    raises: bool  # where values are not finite
+    names: tuple[str, ...]  # of all parameters
+
+    def __call__(self, place, y, sigma, mask, start, lower, upper, *own, first=0) -> np.ndarray:
+        """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
+        shape = tuple(s for k, s in enumerate(y.shape) if k not in self.fit_axes)
+        rest = iter(own)
+        x = tuple(self._rows(next(rest), shape) if c is None else c[None] for c in self.x)
+        y, sigma, mask = self._rows(y, shape), self._rows(sigma, shape), self._rows(mask, shape)
+        vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
+        begin = [each.start + (first if k == 0 else 0) for k, each in enumerate(place)]
+        self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
+        n_pixels, others = len(y), (sigma, mask, x, *vectors)
+        others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
+        pixels = Pixels(self._filled(y), *others)
+        with float64():
+            kernel = map_kernel(self.model, self.spec)
+            shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
+            known = ("map compiled", self.spec, shapes)
+            with nullcontext() if known in self.model.choices else _first_call:  # two threads would both compile
+                found = jax.tree.map(np.asarray, kernel(pixels, n_pixels, self.limits))
+            self.model.choices[known] = True
+        return self._record(Fitted(*(each[:n_pixels] for each in found))).reshape(shape)
+
+    def _rows(self, array, shape):
+        """(pixels or 1, n or 1) of an array with y's axes."""
+        n_fit = len(self.fit_axes)
+        array = np.moveaxis(array, self.fit_axes, range(-n_fit, 0))
+        own, along = array.shape[: array.ndim - n_fit], array.shape[array.ndim - n_fit :]
+        if prod(own) > 1:
+            array = np.broadcast_to(array, (*shape, *along))
+        return np.ascontiguousarray(array.reshape(-1, prod(along)))
+
+    def _vectors(self, array, shape):
+        """(pixels or 1, parameters)."""
+        if array.ndim == 1:
+            return array[None]
+        array = np.squeeze(array, axis=self.fit_axes)
+        if prod(array.shape[:-1]) > 1:
+            array = np.broadcast_to(array, (*shape, array.shape[-1]))
+        return np.ascontiguousarray(array.reshape(-1, array.shape[-1]))
+
+    def _filled(self, array):
+        missing = self.capacity - len(array)
+        return array if not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+
+    def _check(self, pixel, y, sigma, mask, x, lower, upper):
+        """Values that cannot be fitted are an error, but for points and pixels that do not count anyway."""
+
+        def counted():
+            invalid = self.spec.layouts.invalid
+            return ~mask if invalid is None else ~(mask | invalid.hits(y))
+
+        crossed = ~(lower < upper)
+        if crossed.any():
+            used = counted() & np.isfinite(y) & np.isfinite(sigma)
+            for c in x:
+                used = used & np.isfinite(c)
+            crossed = crossed & used.any(axis=1)[:, None]
+        if crossed.any():
+            k, column = np.argwhere(crossed)[0]
+            low, high = (each[min(k, len(each) - 1), column] for each in (lower, upper))
+            raise ValueError(
+                "Each lower bound must be strictly less than each upper bound: "
+                f"{self.names[self.spec.free[column]]} has [{low}, {high}] {pixel.first(crossed)}; to hold a parameter use "
+                "fixed="
+            )
+        if np.any(bad := sigma <= 0) and np.any(bad := bad & counted()):
+            raise ValueError(
+                f"`sigma` must be positive: it is zero or negative {pixel.first(bad)}; use mask= to leave out points"
+            )
+        if self.spec.loss == "poisson" and np.any(bad := y < 0) and np.any(bad := bad & counted()):
+            raise ValueError(
+                f"loss='poisson' is for counts: `ydata` is negative {pixel.first(bad)}; mask= leaves points out"
+            )
+        for c in x:
+            check_integers(c, mask, "in one block")
+        if self.raises:
+            for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
+                if np.any(bad := ~np.isfinite(array)) and np.any(bad := bad & counted()):
+                    raise ValueError(
+                        f"The input contains nan or infinity: {int(np.sum(bad))} of the values of `{name}` in one block, "
+                        f'first {pixel.first(bad)}. nan_policy="omit" leaves these points out'
+                    )
+
+    def _record(self, found: Fitted) -> np.ndarray:
+        record, free = np.zeros(len(found.chi2), self.dtype), list(self.spec.free)
+        record["popt"], record["chi2"], record["n_points"] = found.popt, found.chi2, found.n_points
+        record["nfev"], record["status"], record["distance"] = found.nfev, found.status, found.distance
+        record["at_bound"][:, free] = found.at_bound
+        failed = np.isnan(found.chi2)
+        record["perr"][failed] = np.nan
+        with np.errstate(invalid="ignore"):
+            record["perr"][:, free] = np.sqrt(np.diagonal(found.pcov, axis1=1, axis2=2))
+        if "pcov" in self.dtype.names:
+            record["pcov"][failed] = np.nan
+            record["pcov"][:, np.array(free)[:, None], free] = found.pcov
+        return record
+
+
+def record_dtype(n_params: int, full_covariance: bool) -> np.dtype:
+    """Of what a pixel gets, in one array, so that reading, fitting and returning are one task."""
+    p = (n_params,)
+    fields = [("popt", "f8", p), ("perr", "f8", p), ("chi2", "f8"), ("n_points", "i4"), ("nfev", "i4")]
+    fields += [("distance", "f8"), ("status", "u1"), ("at_bound", "i1", p)]
+    return np.dtype(fields + [("pcov", "f8", 2 * p)] * full_covariance)
+
+
+@dataclass(frozen=True)
+class MapProblem:
+    """Aligned operands of a map, and what its tasks do with them."""
+
+    fit: BlockFit
+    y: da.Array
+    operands: dict[str, Operand]  # sigma, mask, start, lower, upper, coordinates that come with the pixels
+    bands: tuple[slice, ...]  # along the first map axis, of pixels
+    blocks: tuple[tuple[int, ...], ...]  # sizes along the map axes
+    plan: MapPlan
+    names: tuple[str, ...]
+    sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
+    coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
+
+    @property
+    def map_axes(self) -> tuple[int, ...]:
+        return tuple(k for k in range(self.y.ndim) if k not in self.fit.fit_axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(sum(sizes) for sizes in self.blocks)
+
+    def with_operands(self, **arrays) -> "MapProblem":
+        return replace(self, operands=self.operands | arrays)
+
+    def cut_as(self, blocks) -> "MapProblem":
+        """The same in the blocks of an earlier run, and in bands of whole blocks, if possible no higher than planned."""
+        most = max(band.stop - band.start for band in self.bands)
+        edges, end = [0], 0
+        for n in blocks[0] if blocks else ():
+            if end > edges[-1] and end + n - edges[-1] > most:
+                edges.append(end)
+            end += n
+        bands = tuple(slice(a, b) for a, b in pairwise([*edges, end])) if blocks else self.bands
+        fit = replace(self.fit, capacity=capacity(blocks, self.plan.n_points))
+        return replace(self, fit=fit, bands=bands, blocks=blocks)
+
+    def records(self) -> da.Array:
+        """One record for each pixel, chunked like the map."""
+        parts = [self.band(band) for band in self.bands]
+        return parts[0] if len(parts) == 1 else da.concatenate(parts)
+
+    def band(self, rows: slice) -> da.Array:
+        """Records of some rows of the map, which end where blocks do."""
+        axes, arguments = self.map_axes, []
+        for operand in (Operand(self.y), *self.operands.values()):
+            arguments += self.part(operand, rows)
+        first, *others = self.blocks if axes else [()]
+        ends = np.cumsum(first)
+        inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
+        place = ArraySliceDep((inside, *others) if axes else ())
+        return da.blockwise(
+            self.fit,
+            axes,
+            place,
+            axes,
+            *arguments,
+            first=rows.start,
+            dtype=self.fit.dtype,
+            meta=np.empty((0,) * len(axes), self.fit.dtype),
+            concatenate=True,
+            align_arrays=False,
+            token="nlsq-map",
+        )
+
+    def part(self, operand: Operand, rows: slice) -> tuple[Any, tuple[int, ...] | None]:
+        """An operand on some rows of the map, in its blocks, and its axes as `blockwise` counts them."""
+        array, last = operand
+        axes, want = self.map_axes, {}
+        may_be_shared = axes and isinstance(array, np.ndarray) and array is not self.y
+        if array.ndim == last or (may_be_shared and all(array.shape[k] == 1 for k in axes)):
+            return array, None  # the same for all pixels
+        for place, (k, sizes) in enumerate(zip(axes, self.blocks, strict=True)):
+            if array.shape[k] == 1:
+                want[k] = (1,)
+            elif place == 0:
+                ends = np.cumsum(sizes)
+                want[k] = tuple(n for n, end in zip(sizes, ends, strict=True) if rows.start < end <= rows.stop)
+            else:
+                want[k] = sizes
+        if axes and array.shape[axes[0]] > 1:
+            array = array[(slice(None),) * axes[0] + (rows,)]
+        want |= {k: array.shape[k : k + 1] for k in range(array.ndim) if k not in axes}
+        if not isinstance(array, da.Array):
+            array = da.from_array(array, chunks=tuple(want[k] for k in range(array.ndim)), name=False)
+        return array.rechunk(want), tuple(range(array.ndim))
+
+
+def build_map(
+    f: Callable,
+    xdata: Any,
+    ydata: Any,
+    p0,
+    *,
+    axis,
+    sigma,
+    absolute_sigma,
+    bounds,
+    mask,
+    nan_policy,
+    loss,
+    f_scale,
+    ftol,
+    xtol,
+    gtol,
+    accuracy,
+    max_nfev,
+    param_names,
+    fixed,
+    full_covariance,
+    mask_values,
+    valid_range,
+    strategy,
+    on_bad_chunk,
+    missing_chunks,
+    decode_cf,
+    jac_mode,
+    memory_limit_gb,
+) -> MapProblem:
+    """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
+    if likelihood(loss, sigma)[1]:
+        raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
+    if nan_policy not in ("omit", "raise"):
+        raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
+    dims = getattr(ydata, "dims", None)
+    if labelled(ydata):
+        xdata = coordinates_of(xdata, ydata, axes_of(axis, dims, len(dims)))
+    as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
+    policy = Policy(on_bad_chunk, missing_chunks)
+    data, stored, rules = open_data(as_given, policy, mask_values, valid_range, decode_cf, loss, masks=True)
+    stored_size = as_array("ydata", data["ydata"]).itemsize
+    y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
+    if y.size == 0:
+        raise ValueError("`ydata` must not be empty!")
+    fit_axes = axes_of(axis, dims, y.ndim)
+    map_axes = tuple(k for k in range(y.ndim) if k not in fit_axes)
+    map_shape, n = tuple(y.shape[k] for k in map_axes), prod(y.shape[k] for k in fit_axes)
+
+    p0, bounds, guesses = ready_model(f, p0, bounds, param_names)
+    p0 = f.guess if guesses and p0 is None else p0
+    names, free, start, lower, upper, guess = map_parameters(f, p0, bounds, param_names, fixed, map_shape)
+    model, p = intern(f), len(free)
+    coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
+    layouts = Layouts(
+        y=Layout(True),
+        sigma=Layout(True),
+        mask=Layout(True),
+        x=tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays))),
+        x_kind=coordinates.kind,
+        x_lead=coordinates.lead,
+        ndim=1,
+        invalid=invalid,
+    )
+    check_model(model, layouts, n, len(names))
+    if guess is not None:
+        _check_guess(guess, layouts, n, names)
+    shared = coordinates.shared(fit_axes)
+    if jac_mode == "auto" and not any(each is None for each in shared):
+        known = [guess is None and not isinstance(each, da.Array) for each in start]
+        check = np.array([np.asarray(v).flat[0] if k else 1.0 for v, k in zip(start, known, strict=True)])
+        types = [np.int64 if each.integer else np.float64 for each in layouts.x]
+        check_pointwise(model, layouts, tuple(c.astype(t) for c, t in zip(shared, types, strict=True)), check)
+    spec = MapSpec(
+        layouts=layouts,
+        free=free,
+        bounded=any(isinstance(each, da.Array) or np.any(np.isfinite(each)) for each in (*lower, *upper)),
+        # not timed: a map that goes on after a break must get the same bits
+        jac_mode=choose_jac_mode(model, layouts, (), np.ones(p), 0) if jac_mode == "auto" else jac_mode,
+        loss=loss,
+        absolute_sigma=bool(absolute_sigma) or loss == "poisson",
+        guess=guess,
+    )
+    limits = Limits(
+        tolerance("ftol", ftol),
+        tolerance("xtol", xtol),
+        tolerance("gtol", gtol),
+        accuracy_wanted(accuracy),
+        limit(max_nfev, None) or 100 * p,
+        positive("f_scale", f_scale),
+    )
+    sigma, hidden_sigma = parted(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], y.shape, fit_axes))
+    masks = parted(along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes))
+    masks = [each != 0 for each in (*masks, hidden, hidden_sigma, *coordinates.hidden) if each is not None]
+    left_out = join_masks(masks)
+    _check_shared(shared, left_out, map_axes, nan_policy)
+    operands = {
+        "sigma": Operand(sigma),
+        "mask": Operand(left_out),
+        "start": over_the_map(start, y.shape, fit_axes),
+        "lower": over_the_map(lower, y.shape, fit_axes),
+        "upper": over_the_map(upper, y.shape, fit_axes),
+    }
+    operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
+    bands, blocks, plan = plan_blocks(y, fit_axes, len(names), strategy, memory_limit_gb)
+    plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
+    fit = BlockFit(
+        model=model,
+        spec=spec,
+        limits=limits,
+        fit_axes=fit_axes,
+        capacity=capacity(blocks, n),
+        x=shared,
+        dtype=record_dtype(len(names), full_covariance),
+        raises=nan_policy == "raise",
+        names=names,
+    )
+    return MapProblem(fit, y, operands, bands, blocks, plan, names, tuple(stored))
+
+
+def _values(ydata, sentinels, decoding: Decoding):
+    """y, what hides its values, and which of them stand for no data; scaled ones are decoded, as they are read."""
+    y = as_array("ydata", ydata)
+    invalid = invalid_values(*sentinels, y.dtype, decoding)
+    if decoding.scaled:
+        y, invalid = decoding.lazily(y, invalid), None
+    return *parted(y), invalid
+
+
+def _check_shared(shared, left_out, map_axes, nan_policy) -> None:
+    """Points where a coordinate that all pixels share is not finite are left out of all of them, which is said.
+
+    Raises
+    ------
+    ValueError
+        Where ``nan_policy`` is "raise", and no mask leaves them out.
+    """
+    bad = np.zeros(1, bool)
+    for c in shared:
+        bad = bad | (False if c is None else ~np.isfinite(c))
+    if not bad.any():
+        return
+    if isinstance(left_out, np.ndarray):
+        bad = bad & ~left_out.all(axis=map_axes).ravel()
+    elif nan_policy == "raise":
+        return  # blocks will tell which points count
+    count, everything = int(bad.sum()), len(bad)
+    if count and nan_policy == "raise":
+        raise ValueError(
+            f"The input contains nan or infinity: {count} of the {everything} values of `xdata`, which all pixels share. "
+            "mask= leaves these points out"
+        )
+    if count:
+        warnings.warn(
+            f"{count} of {everything} points are left out of every pixel, since `xdata`, which all pixels share, is not "
+            "finite there: correct it, or leave these points out with mask=",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _check_guess(guess: Model, layouts: Layouts, n: int, names) -> None:
+    """Trace the user's guess of p0, without data."""
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if each.integer else np.float64) for each in layouts.x]
+    with float64(), advice(guess):
+        found = jax.eval_shape(lambda x, y: guess.f(assemble_x(layouts, x), y), x, jax.ShapeDtypeStruct((n,), np.float64))
+    count = sum(prod(each.shape) for each in jax.tree.leaves(found))
+    if count != len(names):
+        raise ValueError(
+            f"`p0` is the function {function_name(guess.f)}, which returned {count} values: it must return one for each of "
+            f"the {len(names)} parameters, {names}"
+        )
+
+
+def along(name, array, shape, fit_axes):
+    """``sigma`` or ``mask`` with y's axes, of y's shape, the fit axes' or the map's, or broadcasting to y's."""
+    array = as_array(name, array)
+    if array.ndim == 0:
+        return array.reshape((1,) * len(shape))
+    fitted = tuple(n if k in fit_axes else 1 for k, n in enumerate(shape))
+    mapped = tuple(1 if k in fit_axes else n for k, n in enumerate(shape))
+    ways = set()
+    if array.ndim < len(shape) and array.shape == tuple(shape[k] for k in fit_axes):
+        ways.add(fitted)
+    if array.ndim < len(shape) and array.shape == tuple(n for k, n in enumerate(shape) if k not in fit_axes):
+        ways.add(mapped)
+    padded = (1,) * (len(shape) - array.ndim) + array.shape
+    if len(padded) == len(shape) and all(a in (1, n) for a, n in zip(padded, shape, strict=True)):
+        ways.add(padded)
+    if len(ways) != 1:
+        what = "fits `ydata` in several ways" if ways else "does not fit `ydata`"
+        raise ValueError(
+            f"`{name}` of shape {array.shape} {what} of shape {shape} with fit axes {fit_axes}: give it as many axes as "
+            "ydata, of size 1 where it does not vary"
+        )
+    return array.reshape(ways.pop())
+
+
+def over_the_map(values: list[Any], shape, fit_axes) -> Operand:
+    """Numbers, or arrays of the map's shape, one for each parameter, as one operand with an axis of parameters."""
+    if all(np.ndim(each) == 0 for each in values):
+        return Operand(np.array(values, dtype=np.float64), 1)
+    mapped = tuple(1 if k in fit_axes else n for k, n in enumerate(shape))
+    lib = da if any(isinstance(each, da.Array) for each in values) else np
+    return Operand(lib.stack([lib.broadcast_to(lib.reshape(lib.asarray(each), mapped) if np.ndim(each) else each, mapped)
+                              for each in values], axis=-1).astype(np.float64), 1)  # fmt: skip

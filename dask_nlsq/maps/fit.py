@@ -1,0 +1,231 @@
+"""fit_map: one fit per pixel of data of any size."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from math import prod
+from typing import Any, Literal
+from uuid import uuid4
+
+import dask.array as da
+import numpy as np
+from dask.graph_manipulation import clone
+
+from ..data.labels import along_dims, labelled, map_values, warn_if_packed
+from ..kernels.lanes import MapStatus
+from ..kernels.rules import ACCURACY
+from ..options import axes_of, check_options, model_first
+from .blocks import MapProblem, Operand, build_map
+from .result import MapResult
+
+BIN = 8  # pixels to each side of a bin of the coarse map
+
+
+def fit_map(
+    f: Callable,
+    xdata: Any,
+    ydata: Any,
+    p0=None,
+    *,
+    axis: int | str | tuple = -1,
+    sigma=None,
+    absolute_sigma: bool = False,
+    bounds=(-np.inf, np.inf),
+    mask=None,
+    nan_policy: Literal["omit", "raise"] = "omit",
+    loss: str = "linear",
+    f_scale: float = 1.0,
+    ftol: float | None = 1e-8,
+    xtol: float | None = 1e-8,
+    gtol: float | None = 1e-8,
+    accuracy: float | None = ACCURACY,
+    max_nfev: int | None = None,
+    param_names=None,
+    fixed=None,
+    guess: Literal["coarse-to-fine"] | None = None,
+    full_covariance: bool = False,
+    mask_values=None,
+    valid_range=None,
+    on_bad_chunk: Literal["raise", "mask"] = "raise",
+    missing_chunks: Literal["error", "mask", "fill"] = "error",
+    decode_cf: bool = True,
+    strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
+    jac_mode: Literal["auto", "columns", "arguments"] = "auto",
+    memory_limit_gb: float | None = None,
+) -> MapResult:
+    """Fit ``f(x, *params)`` to each pixel of a map by nonlinear least squares, lazily.
+
+    Parameters
+    ----------
+    f : callable
+        Model ``f(x, *params) -> y`` as in `dask_nlsq.curve_fit`: pointwise, written with `jax.numpy`.
+    xdata : array_like, tuple or None
+        Coordinates that all pixels share: an array of the shape of the fit axes, or a tuple of arrays that broadcast against
+        them. An array with as many axes as ``ydata`` differs from pixel to pixel. With an xarray ``ydata`` as in
+        `dask_nlsq.curve_fit` the name of a coordinate, names, or DataArrays; None is the coordinates of the fit axes.
+    ydata : array_like, N-D
+        NumPy, Dask, a Zarr array or its path, or xarray. All axes but the fit axes are the map.
+    p0 : optional
+        Start: a sequence with one value per parameter, or a dict by name; each value a number, or an array of the map's
+        shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`, which
+        gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
+        into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
+    axis : int, str or tuple
+        The fit axes, in the order that they have in ``ydata``; names for xarray.
+    sigma, mask : array_like, optional
+        As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
+        shapes are ambiguous, with as many axes as ydata.
+    bounds : pair or dict
+        ``(lower, upper)`` or ``{name: (lower, upper)}``; numbers or arrays of the map's shape, None for no bound. Pixels
+        without points need none that make sense.
+    nan_policy : {"omit", "raise"}
+        "omit": points that are not finite do not count; a warning where that is in a coordinate that all pixels share.
+        "raise": they are an error when they are met.
+    fixed : dict, optional
+        Values of parameters that are not fitted, by name; numbers or arrays of the map's shape.
+    guess : {None, "coarse-to-fine"}
+        Fit the mean spectrum from p0, means of bins of 8 pixels to each side from there, and pixels from their bin's; that
+        reads the data once more. Bins end where blocks do, so other chunks of the map are other starts. A pixel that is far
+        too bright can lead its bin astray: mask it.
+    full_covariance : bool
+        Whether the result has ``pcov``.
+    strategy : {"auto", "standard", "chunked", "streaming"}
+        Where data are cut along the fit axes: read at once ("standard", "chunked"), or, where they do not fit in memory, in
+        several passes ("auto", "streaming").
+    on_bad_chunk : {"raise", "mask"}
+        As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, \
+    missing_chunks, decode_cf, jac_mode
+        As in `dask_nlsq.curve_fit`.
+    memory_limit_gb : float, optional
+        GiB that may be taken for data; by default 75 % of what is available.
+
+    Returns
+    -------
+    MapResult
+        Lazy: nothing is read before ``compute()``, ``to_zarr(path)`` or the use of one of its Dask arrays.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit together, at once; values of sigma that are not positive when they are read.
+    MemoryBudgetError
+        Blocks that do not fit in memory.
+    BadChunkError, MissingChunksError
+        As in `dask_nlsq.curve_fit`.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where points are left out of every pixel since a shared coordinate is not finite there.
+
+    Notes
+    -----
+    The normal equations of a pixel are formed as a product ``J^T J``. Where its condition number (with columns of length 1)
+    is above some 1e6 the covariance loses digits, and above some 1e7 the pixel counts as singular: `dask_nlsq.curve_fit`
+    goes on to QR there. See `dask_nlsq.kernels.lane_loop` for the method.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
+    check_options(given | dict(guess=guess))
+    f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
+    labels: dict[str, Any] = {}
+    if decode_cf:
+        warn_if_packed(ydata)
+    if labelled(ydata):
+        fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]
+        given |= {name: along_dims(name, given[name], ydata) for name in ("sigma", "mask")}
+        p0, given["bounds"], given["fixed"] = map_values(p0, bounds, fixed, ydata, fitted)
+    problem = build_map(f, xdata, ydata, p0, **given)
+    if labelled(ydata):
+        dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
+        kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
+        labels = dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))
+    if guess is not None:
+        problem = _coarse_to_fine(problem)
+    return MapResult(problem.records(), problem, labels)
+
+
+def _coarse_to_fine(problem: MapProblem) -> MapProblem:
+    """The problem with the start of each pixel from the fit of its bin, which starts from the fit of the mean."""
+    axes, fit, last = problem.map_axes, problem.fit, problem.y.ndim
+    if any(c is None for c in fit.x) or not axes:
+        raise ValueError("guess='coarse-to-fine' takes means of spectra: it needs a map, and xdata that all pixels share")
+    y, *arrays = _read_apart(problem.y, *(each.array for each in problem.operands.values()))
+    own = {name: Operand(array, each.last) for array, (name, each) in zip(arrays, problem.operands.items(), strict=True)}
+    bins = _binned(replace(problem, y=y, operands=own))
+    mean = da.nanmean(bins, axis=axes, keepdims=True)
+    operands = {name: _of_all(operand, axes) for name, operand in own.items()}
+
+    def coarse(y, blocks, spec, **starts):
+        """Records of a smaller map."""
+        spec = spec._replace(layouts=spec.layouts._replace(invalid=None))
+        smaller = replace(fit, spec=spec, capacity=prod(max(sizes) for sizes in blocks))
+        whole = (slice(0, sum(blocks[0])),)
+        return replace(problem, fit=smaller, y=y, blocks=blocks, bands=whole, operands=operands | starts).records()
+
+    first = coarse(mean, ((1,),) * len(axes), fit.spec)["popt"]
+    start = Operand(first.reshape((1,) * last + first.shape[-1:]), 1)
+    blocks = tuple(tuple(-(-n // BIN) for n in sizes) for sizes in problem.blocks)
+    unguessed = fit.spec._replace(guess=None)
+    found = coarse(bins, blocks, unguessed, start=start)
+    good = (found["status"] >= MapStatus.GTOL) & (found["status"] <= MapStatus.AT_BOUND)
+    popt = da.where(good[..., None], found["popt"], first)
+    popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
+    shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))
+    once = problem.plan.read_bytes // problem.plan.n_bands
+    plan = replace(problem.plan, read_bytes=problem.plan.read_bytes + once)
+    fine = replace(problem, fit=replace(fit, spec=unguessed), plan=plan, coarse=problem.operands["start"])
+    return fine.with_operands(start=Operand(popt.reshape(*shape, popt.shape[-1]), 1))
+
+
+def _read_apart(*arrays):
+    """The same with tasks of their own: else all that is read for the coarse fits would be kept for those of the pixels.
+
+    What several need, as data and their mask, is read once for them.
+    """
+    seed = uuid4().hex
+    return [clone(array, seed=seed) if isinstance(array, da.Array) else array for array in arrays]
+
+
+def _binned(problem: MapProblem) -> da.Array:
+    """Means of the points that count over bins of the map, with y's axes; chunks along the fit axes are not joined."""
+    axes, y, mask = problem.map_axes, problem.y, problem.operands["mask"].array
+    blocks = dict(zip(axes, problem.blocks, strict=True))
+    chunks = tuple(blocks.get(k, y.chunks[k] if isinstance(y, da.Array) else n) for k, n in enumerate(y.shape))
+    y = y.rechunk(chunks) if isinstance(y, da.Array) else da.from_array(y, chunks=chunks, name=False)
+    mask = da.asarray(mask).rechunk(tuple(c if n > 1 else 1 for n, c in zip(mask.shape, y.chunks, strict=True)))
+    return da.map_blocks(
+        partial(_bin_block, axes=axes, invalid=problem.fit.spec.layouts.invalid),
+        y,
+        mask,
+        dtype=np.float64,
+        meta=np.empty((0,) * y.ndim),
+        chunks=tuple(tuple(-(-n // BIN) for n in c) if k in axes else c for k, c in enumerate(y.chunks)),
+    )
+
+
+def _bin_block(y, mask, axes, invalid):
+    left_out = ~np.isfinite(y) | mask | (invalid.hits(y) if invalid is not None else False)
+    total, count = np.where(left_out, 0.0, y), (~left_out).astype(float)
+    for k in axes:
+        edges = np.arange(0, y.shape[k], BIN)
+        total, count = np.add.reduceat(total, edges, axis=k), np.add.reduceat(count, edges, axis=k)
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+
+
+def _of_all(operand: Operand, axes) -> Operand:
+    """What pixels share, of an operand that they may differ in: the middle of it."""
+    array, last = operand
+    if array.ndim == last or all(array.shape[k] == 1 for k in axes):
+        return operand
+    if array.dtype == bool:
+        return Operand(np.zeros((1,) * array.ndim, bool))
+    return Operand((da if isinstance(array, da.Array) else np).nanmean(array, axis=axes, keepdims=True), last)
+
+
+def _spread(bins, block_info=None):
+    """The values of each bin for all of its pixels."""
+    shape = block_info[None]["chunk-shape"][:-1]
+    for k in range(len(shape)):
+        bins = np.repeat(bins, BIN, axis=k)
+    return bins[tuple(slice(n) for n in shape)]

@@ -1,0 +1,361 @@
+"""What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, kept in a store, shown, mended."""
+
+import json
+import sys
+import warnings
+import zlib
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from importlib.util import find_spec
+from itertools import product
+from math import gcd, isfinite
+from pathlib import Path
+from typing import Any
+
+import dask
+import dask.array as da
+import numpy as np
+import zarr
+from tqdm.dask import TqdmCallback
+
+from ..kernels.checks import fingerprint
+from ..kernels.lanes import MapStatus
+from ..memory.machine import active_client
+from ..model.function import function_name
+from ..results.plots import maps
+from .blocks import MapProblem, Operand
+from .plan import MapPlan
+
+PROGRESS_DELAY = 2.0  # seconds
+NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class MapResult:
+    """Maps of parameters, chunked like the data; Dask arrays, or NumPy after `compute`.
+
+    Attributes
+    ----------
+    popt, perr : array, shape (*map, p)
+        Parameters of each pixel and their standard errors, 0 for fixed ones; NaN where there was no fit. perr is inf where
+        the data do not determine it.
+    pcov : array, shape (*map, p, p)
+        Covariance; with ``full_covariance`` only.
+    chi2 : array, shape map
+        Twice the cost at popt.
+    distance : array, shape map
+        Standard errors to the optimum of the quadratic model; nan without degrees of freedom.
+    n_points, nfev : array
+        Points that counted, and evaluations of the model.
+    status : array of uint8
+        A `MapStatus`; from 1 to 6 the fit has converged.
+    at_bound : array of int8, shape (*map, p)
+        -1 where a parameter is at its lower bound, 1 at its upper one, else 0.
+    param_names : tuple of str
+    plan : MapPlan
+    """
+
+    record: Any  # (*map) of `map_blocks.record_dtype`
+    problem: MapProblem = field(repr=False)
+    labels: dict[str, Any]  # dims, coords and attrs of an xarray ``ydata``
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        return self.problem.names
+
+    @property
+    def plan(self) -> MapPlan:
+        return self.problem.plan
+
+    def __getattr__(self, name):
+        names = object.__getattribute__(self, "record").dtype.names if "record" in self.__dict__ else ()
+        if name in names:
+            return self.record[name]
+        hint = ": ask for it with full_covariance=True" if name == "pcov" else ""
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+    @property
+    def success(self):
+        """Where the fit has converged to parameters that the data determine."""
+        return (self.status >= MapStatus.GTOL) & (self.status <= MapStatus.AT_BOUND)
+
+    @property
+    def lazy(self) -> bool:
+        return isinstance(self.record, da.Array)
+
+    def compute(self, progress: bool | None = None, **options) -> "MapResult":
+        """The same with NumPy arrays; one band of the map after the other, where the plan has several.
+
+        ``options`` go to `dask.compute`.
+        """
+        if not self.lazy:
+            return self
+        with _bar(progress):
+            record = self._settled(options).record
+            parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
+        return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
+
+    def _settled(self, options) -> "MapResult":
+        """The same with starts computed, where there are several bands, each of which would compute all of them."""
+        start, last = self.problem.operands["start"]
+        if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
+            return self
+        problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
+        return replace(self, problem=problem, record=problem.records())
+
+    def __repr__(self):
+        shape = " x ".join(map(str, self.record.shape))
+        head = f"<MapResult {shape}, {', '.join(self.param_names)}>"
+        if self.lazy:
+            return f"{head}\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
+        codes, counts = np.unique(self.status, return_counts=True)
+        lines = [f"  {count:>9,}  {MapStatus(code).name.lower()}" for code, count in zip(codes, counts, strict=True)]
+        good = self.success
+        for k, name in enumerate(self.param_names):
+            values = self.popt[..., k][good]
+            if values.size:
+                low, middle, high = np.percentile(values, [16, 50, 84])
+                lines.append(f"  {name}: median {middle:.6g}, 68 % from {low:.6g} to {high:.6g}")
+        return "\n".join([head, *lines])
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def to_xarray(self):
+        """An `xarray.Dataset` with the dimensions and coordinates of the data along the map, and ``param``."""
+        variables = {
+            name: ((*self.map_dims, *_inner(name)), self.record[name], _attributes(name)) for name in self.record.dtype.names
+        }
+        attrs = self.labels.get("attrs", {}) | {"model": function_name(self.problem.fit.model.f)}
+        return self._coordinates.assign(variables).assign_attrs(attrs)
+
+    @property
+    def _coordinates(self):
+        import xarray as xr
+
+        return xr.Dataset(coords={"param": list(self.param_names), **self.labels.get("coords", {})})
+
+    @property
+    def map_dims(self):
+        return self.labels.get("dims") or tuple(f"axis_{k}" for k in self.problem.map_axes)
+
+    @property
+    def _provenance(self):
+        fit, y = self.problem.fit, self.problem.y
+        spec = fit.spec
+        identity = dict(
+            model=function_name(fit.model.f),
+            operations=fingerprint(fit.model, spec.layouts, len(self.param_names)),
+            guess=None if spec.guess is None else spec.guess.token,
+            parameters=list(self.param_names),
+            free=list(spec.free),
+            loss=spec.loss,
+            jac_mode=spec.jac_mode,
+            absolute_sigma=spec.absolute_sigma,
+            limits={name: value if isfinite(value) else None for name, value in fit.limits._asdict().items()},
+            fit_axes=list(fit.fit_axes),
+            data=_describe(y),
+            blocks=self.problem.blocks,
+            operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
+            coarse=None if self.problem.coarse is None else _describe(self.problem.coarse.array),
+            coordinates=[None if c is None else _describe(c) for c in fit.x],
+            decoded=list(self.plan.decoded),
+            stores={each.name: each.describe() for each in self.problem.sources},
+        )
+        return json.loads(json.dumps(identity))
+
+    def to_zarr(self, path: str | Path, resume: bool = False, progress: bool | None = None, **options) -> zarr.Group:
+        """Fit block by block and write each when it is done, so that a killed job goes on where it was.
+
+        Parameters
+        ----------
+        path : path
+            Of a new group; its arrays are named as the attributes of this class, `xarray.open_zarr` opens it.
+        resume : bool
+            Go on with what an earlier call of the same fit has written there; nothing is computed where that is all.
+        **options
+            For `dask.compute`.
+
+        Raises
+        ------
+        FileExistsError
+            Where ``path`` has something and ``resume`` is false.
+        ValueError
+            Where it has a map of another fit; the message says what differs. Values of Dask arrays are not compared.
+        OSError
+            Where ``path`` cannot be written; nothing has been fitted then.
+        """
+        if not self.lazy:
+            raise ValueError(
+                "this map is computed already: call to_zarr on what fit_map returned, or to_xarray().to_zarr(path)"
+            )
+        for name, (_, values, _) in self.labels.get("coords", {}).items():
+            if values.dtype.kind == "O" and values.size and isinstance(values.flat[0], tuple):
+                raise ValueError(
+                    f"the coordinate {name!r} of `ydata` is a MultiIndex, which a store cannot hold: fit "
+                    f"ydata.reset_index({name!r}), which keeps its levels as coordinates"
+                )
+        path, identity = Path(path).absolute(), self._provenance
+        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            if not resume:
+                raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
+            blocks = _compare(path, identity)
+            if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
+                problem = self.problem.cut_as(blocks)
+                return replace(self, problem=problem, record=problem.records()).to_zarr(path, True, progress, **options)
+        if not (path / "done").exists():
+            self._create(path, identity)
+        done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
+        ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
+        with _bar(progress):
+            delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
+            for band in self.problem.bands:
+                tasks = []
+                for index in product(*(range(len(sizes)) for sizes in self.problem.blocks)):
+                    place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))
+                    if done[index] or (place and not band.start <= place[0].start < band.stop):
+                        continue
+                    tasks.append(dask.delayed(_write, pure=False)(delayed[index], str(path), index, place))
+                dask.compute(*tasks, **options)
+        return zarr.open_group(path, mode="r")
+
+    def _create(self, path, identity):
+        record, blocks = self.record.dtype, self.problem.blocks
+        shape, dims = self.problem.shape, self.map_dims
+        chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
+        group = zarr.create_group(
+            path, overwrite=True, attributes={"dask_nlsq": identity, **_plain(self.labels.get("attrs", {}))}
+        )
+        for name in record.names:
+            base, inner = record[name].subdtype or (record[name], ())
+            group.create_array(
+                name, shape=(*shape, *inner), chunks=(*chunks, *inner), dtype=base, dimension_names=(*dims, *_inner(name)),
+                fill_value=np.nan if base.kind == "f" else 0, attributes=_attributes(name),
+            )  # fmt: skip
+        if find_spec("xarray"):
+            named = self._coordinates.assign_attrs(group.attrs)  # which it would else take away
+            texts = {name: each.astype(object) for name, each in named.coords.items() if each.dtype.kind == "U"}
+            # as objects they become Zarr's type of text, which has no fixed length, and a specification
+            named.assign_coords(texts).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
+        numbers = tuple(map(len, blocks))
+        # the last that is made: a group without it was not begun
+        group.create_array(
+            "done", shape=numbers, chunks=(1,) * len(numbers), dtype="u1", fill_value=0,
+            dimension_names=[f"blocks_of_{dim}" for dim in dims],
+        )  # fmt: skip
+        with warnings.catch_warnings():  # zarr: not in the specification of format 3; xarray looks for it, and warns without
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(path)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def refit_failed(self, p0=None) -> "MapResult":
+        """Fit pixels without success once more, from other starts, and keep what converges; reads their blocks only.
+
+        Parameters
+        ----------
+        p0 : array_like, shape (*map, p), optional
+            Starts; by default the median of the parameters of successful pixels up to two pixels away.
+
+        Returns
+        -------
+        MapResult
+            Computed.
+        """
+        before = self.compute()
+        skipped = np.isin(before.status, [MapStatus.MASKED, MapStatus.TOO_FEW_POINTS])
+        failed = ~before.success & ~skipped
+        if not failed.any():
+            return before
+        starts = before.medians_around() if p0 is None else np.asarray(p0, float)
+        try:
+            starts = np.broadcast_to(starts, before.popt.shape)
+        except ValueError:
+            raise ValueError(f"`p0` must be of shape {before.popt.shape}, or broadcast to it, not {starts.shape}") from None
+        failed &= np.isfinite(starts).all(axis=-1)
+        if not failed.any():
+            return before
+        shape, axes = self.problem.y.shape, self.problem.map_axes
+        mapped = tuple(n if k in axes else 1 for k, n in enumerate(shape))
+        spec = self.problem.fit.spec._replace(guess=None)
+        problem = replace(self.problem, fit=replace(self.problem.fit, spec=spec)).with_operands(
+            start=Operand(starts.reshape(*mapped, starts.shape[-1]), 1)
+        )
+        again, record = problem.records(), before.record.copy()
+        ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in problem.blocks]
+        places = []
+        for index in product(*(range(len(sizes)) for sizes in problem.blocks)):
+            place = tuple(slice(e[k], e[k + 1]) for e, k in zip(ends, index, strict=True))
+            if failed[place].any():
+                places.append((place, again.blocks[index]))
+        for (place, _), new in zip(places, dask.compute(*(block for _, block in places)), strict=True):
+            better = failed[place] & (new["status"] >= MapStatus.GTOL) & (new["status"] <= MapStatus.AT_BOUND)
+            record[place] = np.where(better, new, record[place])
+        return replace(before, record=record)
+
+    def medians_around(self):
+        good = np.where(self.success[..., None], self.popt, np.nan)
+        n_map, k = self.success.ndim, 2 * NEIGHBOURS + 1
+        padded = np.pad(good, [(NEIGHBOURS, NEIGHBOURS)] * n_map + [(0, 0)], constant_values=np.nan)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (k,) * n_map, axis=tuple(range(n_map)))
+        found = np.full(self.popt.shape, np.nan)
+        wanted = ~self.success
+        near = windows[wanted].reshape(int(wanted.sum()), self.popt.shape[-1], -1)
+        some = ~np.isnan(near).all(axis=-1)
+        medians = np.full(near.shape[:-1], np.nan)
+        medians[some] = np.nanmedian(near[some], axis=-1)
+        found[wanted] = medians
+        return found
+
+    def plot(self, axes=None, names=None):
+        """Maps of the parameters: `dask_nlsq.plots.maps`."""
+        return maps(self, names, axes)
+
+
+def _inner(name):
+    return {"popt": ("param",), "perr": ("param",), "at_bound": ("param",), "pcov": ("param", "param_")}.get(name, ())
+
+
+def _attributes(name):
+    if name == "status":
+        return dict(flag_values=[s.value for s in MapStatus], flag_meanings=" ".join(s.name for s in MapStatus))
+    return {"units": "1"} if name in ("nfev", "n_points") else {}
+
+
+def _describe(array):
+    if isinstance(array, da.Array):
+        return [list(array.shape), str(array.dtype)]
+    return [list(array.shape), str(array.dtype), zlib.crc32(np.ascontiguousarray(array).data)]
+
+
+def _plain(attrs):
+    return {str(name): value for name, value in attrs.items() if isinstance(value, (str, int, float, bool, list))}
+
+
+def _compare(path, identity):
+    """Blocks of the map that was begun at ``path``; an error where it is not the same fit."""
+    try:
+        known: Any = dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]
+    except (KeyError, OSError, zarr.errors.GroupNotFoundError):
+        raise ValueError(f"{path} is not a map that to_zarr has begun: give another path") from None
+    changed = [name for name in known.keys() | identity.keys() if known.get(name) != identity.get(name)]
+    if changed and changed != ["blocks"]:
+        was = "; ".join(f"{name}: {known.get(name)} then, {identity.get(name)} now" for name in sorted(changed))
+        raise ValueError(f"{path} is a map of another fit. Changed: {was[:500]}. Give another path")
+    return tuple(map(tuple, known["blocks"]))
+
+
+def _write(record, path, index, place):
+    """Write a block's maps, then that it is done."""
+    group: Any = zarr.open_group(path, mode="r+")
+    for name in record.dtype.names:
+        group[name][(*place, ...)] = record[name]
+    group["done"][index] = 1
+
+
+def _bar(progress):
+    """A progress bar over blocks; by default in a terminal or notebook, and not where Dask's dashboard shows it."""
+    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if not (progress or (progress is None and shown)) or active_client() is not None:
+        return nullcontext()
+    return TqdmCallback(desc="fit_map", unit=" tasks", delay=0 if progress else PROGRESS_DELAY)

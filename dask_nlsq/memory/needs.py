@@ -1,0 +1,4 @@
+"""What a fit needs of memory."""
+
+READ_AHEAD = 2  # runs that are being read while the kernels work on others
+SAMPLE_POINTS = 2**19  # held of them, or one in

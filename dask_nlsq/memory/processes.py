@@ -1,0 +1,138 @@
+"""The processes that take part in a fit: their threads, memory, versions and settings, and what to change in them."""
+
+from collections.abc import Iterable
+from math import inf
+from typing import NamedTuple
+
+import dask
+from distributed import Client
+
+from ..base.text import size, table
+from .machine import NO_X64, active_client, process_settings, workers_memory
+
+HERE = "this process"
+EVEN = 0.9  # of the largest limit, from which limits count as the same
+VERSIONS = ("dask_nlsq", "jax", "numpy", "python")
+
+
+class ProcessMemory(NamedTuple):
+    """A process that takes part in a fit; sizes in bytes, ``limit`` inf where it is not known."""
+
+    name: str
+    n_threads: int
+    now: float
+    held: float
+    peak: float
+    limit: float  # of all that the process takes, not of the fit alone
+    dask_nlsq: str
+    jax: str
+    numpy: str
+    python: str
+    x64: str
+    pjrt_nproc: str | None
+    cores: int
+    limited: bool = True  # whether ``limit`` was set, or is what the machine has
+
+
+class Report:
+    """What `cluster_report` found: its text is the table. ``places`` are this process and the workers."""
+
+    def __init__(self, places: tuple[ProcessMemory, ...]):
+        self.places = places
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change, a line each, with the command."""
+        return advice(self.places)
+
+    def __repr__(self):
+        names = ("process", "threads", "now", "limit", *VERSIONS, "x64", "PJRT_NPROC")
+        rows = [
+            (p.name, str(p.n_threads), size(p.now), size(p.limit), *(getattr(p, each) for each in VERSIONS), p.x64, pjrt(p))
+            for p in self.places
+        ]
+        return "\n".join([*table([names, *rows]), *(f"to do: {each}" for each in self.advice)])
+
+
+def cluster_report(client: Client | None = None) -> Report:
+    """The environment of this process and of the workers of ``client`` (by default the active one); prints as a table.
+
+    A fit on a cluster looks at the same and logs a warning (logger ``dask_nlsq``) for each line of its advice.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Where a worker lacks this package or one that it needs.
+    """
+    client = active_client(client)
+    places = [ProcessMemory(HERE, 1, held=0, peak=0, limit=inf, **process_settings())]
+    if client is not None:
+        n_threads, found = ask_workers(client)
+        limits = workers_memory(client) or {}
+        places += [ProcessMemory(a, n_threads[a], held=0, peak=0, limit=limits.get(a, inf), **found[a]) for a in found]
+    return Report(tuple(places))
+
+
+def wanted_resources() -> dict[str, float]:
+    """What ``dask.annotate(resources=...)`` around a fit asks of the workers, such as ``{"GPU": 1}``."""
+    return dask.get_annotations().get("resources") or {}
+
+
+def ask_workers(client: Client) -> tuple[dict[str, int], dict[str, dict]]:
+    """By address: threads, and `resources.process_settings`, of the workers that may have tasks of a fit: of all of them,
+    or of those that have the resources of an annotation around the call, without which Dask gives them none.
+    """
+    workers, wanted = client.scheduler_info(n_workers=-1)["workers"], wanted_resources().items()
+    workers = {a: each for a, each in workers.items() if all(each["resources"].get(key, 0) >= n for key, n in wanted)}
+    answers = client.run(process_settings, workers=list(workers), on_error="return") if workers else {}
+    found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}  # others have left
+    for address, answer in found.items():
+        if isinstance(answer, ModuleNotFoundError):
+            raise ModuleNotFoundError(
+                f"worker {address} cannot import {answer.name}: `pip install dask_nlsq` where it runs, or "
+                'client.register_plugin(distributed.PipInstall(["dask_nlsq"]))',
+                name=answer.name,
+            ) from answer
+        if isinstance(answer, Exception):
+            raise answer
+        answer["limited"] = bool(workers[address]["memory_limit"])
+    return {address: workers[address]["nthreads"] for address in found}, found
+
+
+def advice(places: Iterable[ProcessMemory]) -> list[str]:
+    """What to change in the settings of the workers, a line for all workers that it holds for; the first place is ours."""
+    ours, *workers = places
+    names: dict[str, list[str]] = {}
+    most = max((place.limit for place in workers if place.limited), default=0)
+    for place in workers:
+        for what in _mismatches(ours, place, most):
+            names.setdefault(what, []).append(place.name)
+    more = {what: f" and {len(who) - 1} more" if len(who) > 1 else "" for what, who in names.items()}
+    return [f"{who[0]}{more[what]}: {what}" for what, who in names.items()]
+
+
+def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
+    for package in VERSIONS[:-1]:
+        theirs, version = getattr(place, package), getattr(ours, package)
+        if theirs != version:
+            yield f"{package} {theirs}, here {version}: `pip install {package}=={version}` there, and restart the worker"
+    if place.python.split(".")[:2] != ours.python.split(".")[:2]:
+        yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or the other way"
+    if place.n_threads > 1 and place.pjrt_nproc != "1":
+        yield (
+            f"each of its {place.n_threads} threads may start {place.pjrt_nproc or place.cores} more: set PJRT_NPROC=1 in "
+            "its environment before it starts"
+        )
+    if place.x64 == NO_X64:
+        yield "its device has no float64: set JAX_PLATFORMS=cpu in its environment before it starts"
+    if not place.limited:
+        yield "no memory limit, so that Dask does not write to disk what is too much: `dask worker --memory-limit 8GB`"
+    elif place.limit < EVEN * most:
+        yield (
+            f"memory limit {size(place.limit)}, of others {size(most)}: each thread gets as much data as any other, so the "
+            f"smallest counts: `dask worker --memory-limit`, or fewer `--nthreads`"
+        )
+
+
+def pjrt(place: ProcessMemory) -> str:
+    return place.pjrt_nproc or f"- ({place.cores} cores)"

@@ -1,0 +1,1 @@
+"""The user's function, ready models and their guesses, losses and likelihoods."""

@@ -1,0 +1,277 @@
+"""The user's function, interned by content, so that each process compiles it once.
+
+A function from a notebook is unpickled anew in every task, and a new function object means a new compilation. `Model`
+therefore pickles as ``(token, payload)`` and is looked up by token, a hash of the pickled function, in a registry of
+the process before anything is unpickled. Whatever is compiled for the model is kept in `Model.compiled`.
+"""
+
+import hashlib
+import inspect
+import pickle
+import sys
+import sysconfig
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from ..base.config import compilation_cache
+
+REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run hundreds
+_registry: OrderedDict[str, "Model"] = OrderedDict()
+_lock = threading.Lock()
+
+NUMPY_ADVICE = "write it with jax.numpy (import jax.numpy as jnp; jnp.exp instead of np.exp or math.exp)"
+BRANCH_ADVICE = (
+    "use jnp.where, jnp.minimum, jnp.maximum or jax.lax.cond, which work on whole arrays; mask= leaves points out"
+)
+
+
+class Model:
+    """A model ``f(x, *params)``, perhaps with its Jacobian ``jac(x, *params) -> (n, p)``, and what was compiled of it."""
+
+    def __init__(self, f: Callable, jac: Callable | None, token: str, payload: bytes):
+        self.f, self.jac, self.token, self.payload = f, jac, token, payload
+        self.compiled: dict[Hashable, Callable] = {}
+        self.choices: dict[Hashable, Any] = {}  # found out once: the faster of two ways, that a check has passed
+
+    def __reduce__(self):
+        return _from_payload, (self.token, self.payload)
+
+    def __repr__(self):
+        return f"<Model {function_name(self.f)} {self.token[:8]}>"
+
+    def get(self, key: Hashable, build: Callable[[], Callable]) -> Callable:
+        """The compiled function stored under ``key``; ``build()`` makes it at first use."""
+        with _lock:
+            if key not in self.compiled:
+                _keep_compilations()
+                self.compiled[key] = build()
+            return self.compiled[key]
+
+
+def intern(f: Callable, jac: Callable | None = None) -> Model:
+    """The `Model` of ``f``: an earlier one where function, closure and globals have the same content.
+
+    Raises
+    ------
+    TypeError
+        Where ``f`` cannot be pickled, which workers and the registry both need.
+    """
+    try:
+        with _by_value(f), _by_value(jac):
+            payload = cloudpickle.dumps((f, jac))
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError) as err:
+        raise TypeError(
+            f"the model {function_name(f)} cannot be pickled ({err}): let it close over arrays and numbers only, "
+            "not over open files, locks or clients"
+        ) from err
+    token = hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return _lookup(token) or _store(Model(f, jac, token, payload))
+
+
+@contextmanager
+def _by_value(function):
+    """Within, a function of the user's own modules is pickled with its code and globals, so that a change of them shows.
+
+    Installed packages are pickled by name, as everywhere.
+    """
+    function = function.f if isinstance(function, FixedParameters) else function
+    module = sys.modules.get(getattr(function, "__module__", None))
+    file = getattr(module, "__file__", None)
+    if file is None or is_installed(file) or module.__name__ in cloudpickle.list_registry_pickle_by_value():
+        yield
+        return
+    cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        cloudpickle.unregister_pickle_by_value(module)
+
+
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
+    str(Path(__file__).parent.parent)
+}
+
+
+def is_installed(file: str) -> bool:
+    """Whether it is of Python, of an installed package or of this one, and not the user's own."""
+    return any(Path(file).is_relative_to(root) for root in _INSTALLED)
+
+
+def _keep_compilations():
+    """Turn on JAX's persistent cache where the user asked for it and has not set up JAX's own."""
+    directory = compilation_cache()
+    if directory is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # ours take 0.1 s and more, and add up
+    reset_cache()  # JAX looks at the directory once, at the first compilation of the process
+
+
+def _from_payload(token, payload):
+    known = _lookup(token)
+    if known is not None:
+        return known
+    f, jac = cloudpickle.loads(payload)
+    return _store(Model(f, jac, token, payload))
+
+
+def _lookup(token):
+    with _lock:
+        if token in _registry:
+            _registry.move_to_end(token)
+        return _registry.get(token)
+
+
+def _store(model):
+    with _lock:
+        _registry[model.token] = model
+        while len(_registry) > REGISTRY_SIZE:
+            _registry.popitem(last=False)
+    return model
+
+
+class FixedParameters:
+    """``f(x, *params)`` as a function of some of its parameters, with numbers for the others; of a Jacobian its columns."""
+
+    def __init__(self, f: Callable, values: Sequence[float], free: Sequence[int], jacobian: bool = False):
+        self.f, self.free, self.jacobian = f, [*free], jacobian
+        self.values = [0.0 if k in self.free else float(value) for k, value in enumerate(values)]
+        self.__name__ = function_name(f)
+
+    def __call__(self, x, *params):
+        every = [*self.values]
+        for k, value in zip(self.free, params, strict=True):
+            every[k] = value
+        found = self.f(x, *every)
+        if not self.jacobian or found is None:
+            return found
+        if jnp.shape(found)[1:] != (len(every),):  # JAX would take what there is for the columns that there are not
+            raise ModelShapeError(
+                f"jac returned an array of shape {jnp.shape(found)}: it must have a column for each of {len(every)} "
+                "parameters, those held among them"
+            )
+        return found[:, np.array(self.free)]
+
+
+def held(f: Callable, jac: Callable | None, values: Sequence[float], free: Sequence[int]):
+    """The model and its Jacobian as functions of the parameters at the places ``free``."""
+    if len(free) == len(values):
+        return f, jac
+    return FixedParameters(f, values, free), jac and FixedParameters(jac, values, free, jacobian=True)
+
+
+def function_name(f: Callable) -> str:
+    return getattr(f, "__name__", type(f).__name__)
+
+
+def parameter_names(f: Callable) -> list[str] | None:
+    """Names of the parameters after x; None where the signature does not fix their number."""
+    try:
+        arguments = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):  # builtins and ufuncs have no signature
+        return None
+    positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    if any(a.kind == a.VAR_POSITIONAL for a in arguments) or len(positional) < 2:
+        return None
+    return [a.name for a in positional[1:]]
+
+
+def evaluate(model: Model, x, params):
+    """``f(x, *params)`` in float64; call inside ``float64()``."""
+    return _real(model.f(x, *params), _called(model.f))
+
+
+def evaluate_jac(model: Model, x, params):
+    """``jac(x, *params)`` in float64, shape as the user returns it."""
+    return _real(model.jac(x, *params), "jac")
+
+
+def _real(value, name):
+    if value is None:
+        raise ModelError(f"{name} returned None: does it lack a return statement?")
+    value = jnp.asarray(value)
+    if jnp.iscomplexobj(value):
+        raise ModelError(f"{name} returned complex values: return real ones, such as jnp.abs or jnp.real of them")
+    return value.astype(jnp.float64)
+
+
+def _called(f):
+    return f"the model {function_name(f)}"
+
+
+class ModelError(TypeError):
+    """A model that cannot be evaluated on arrays, and what to change."""
+
+
+@contextmanager
+def advice(model: Model, is_jac: bool = False):
+    """Turn what JAX raises while it traces the user's function into one error that says what to change and where."""
+    function = model.jac if is_jac else model.f
+    name = "jac" if is_jac else _called(function)
+    try:
+        yield
+    except _BRANCHED as err:
+        if isinstance(err, ValueError) and "truth value" not in str(err):
+            raise
+        reason, change = "branches in Python on a value (if, while, and, or, min, max, a boolean index)", BRANCH_ADVICE
+        place = _place(err, function)
+    except _CONCRETE as err:
+        if not isinstance(err, jax.errors.JAXTypeError) and "scalar arrays" not in str(err):
+            raise
+        reason, change, place = "needs concrete values, as NumPy and math functions do", NUMPY_ADVICE, _place(err, function)
+    else:
+        return
+    raise ModelError(f"{name} {reason}{place}: {change}") from None
+
+
+_BRANCHED = (jax.errors.TracerBoolConversionError, jax.errors.NonConcreteBooleanIndexError, ValueError)
+_CONCRETE = (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError, TypeError)
+
+
+def _place(err, function):
+    """The line of the user's file at which an error was raised, as text."""
+    function = function.f if isinstance(function, FixedParameters) else function
+    code = getattr(function, "__code__", None)
+    frames = [frame for frame in traceback.extract_tb(err.__traceback__) if code and frame.filename == code.co_filename]
+    return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+class ModelShapeError(ValueError):
+    """A model does not return one value per point."""
+
+
+def check_shape(model: Model, found: tuple[int, ...], n: int) -> None:
+    """One value per point; a scalar stands for the same value at all of them."""
+    if found not in ((n,), ()):
+        raise ModelShapeError(
+            f"{_called(model.f)} returned an array of shape {found} when tried on {n} points: it must return shape "
+            f"({n},), one value per point"
+        )
+
+
+def not_of_any_length(model: Model, n: int, err: Exception) -> ModelShapeError:
+    """What to say where the model fails with ``err`` on ``n`` of the points."""
+    return ModelShapeError(
+        f"{_called(model.f)} cannot be evaluated on {n} of the points{_place(err, model.f)}: {err}. It must be pointwise, "
+        "taking any number of points at once. An array of the data's length that it closes over becomes a coordinate: "
+        "xdata=(x, w), and the model gets x, w of the same points"
+    )
+
+
+def check_jac_shape(found: tuple[int, ...], n: int, n_params: int) -> None:
+    if found != (n, n_params):
+        raise ModelShapeError(
+            f"jac returned an array of shape {found} when tried on {n} points: it must return shape ({n}, {n_params}), "
+            "one row per point and one column per parameter"
+        )

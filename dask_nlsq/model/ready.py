@@ -1,0 +1,462 @@
+"""Ready-made models: formula, names, bounds and a guess of the start; sums of them with ``+``.
+
+``curve_fit(gaussian + line, x, y)`` needs no p0: without one, and with ``p0="guess"``, the start is guessed from a small
+sample of the data (`dask_nlsq.model.guesses`), and the bounds of the model hold where the user gives none. The names in a
+sum have that of their part before them, ``gaussian_center``, with numbers where there are several of a kind,
+``gaussian1_center``.
+
+Every model is a function of one coordinate x, and of parameters in the units that its docstring says, [x] and [y] being
+those of the data.
+"""
+
+import inspect
+import re
+from collections import Counter
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import reduce
+from math import inf, pi
+from numbers import Integral
+from operator import add
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..base.x64 import float64
+from .function import FixedParameters, Model
+from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
+
+SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
+SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors of the rule [1]_
+POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
+RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
+MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
+STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
+
+
+class Term(NamedTuple):
+    """A model that is not a sum."""
+
+    recipe: tuple  # its name here, and the arguments that make it
+    function: Callable
+    bounds: dict[str, tuple[float, float]]
+    part: Part  # that its guess needs
+
+    @property
+    def name(self) -> str:
+        return self.recipe[0]
+
+    @property
+    def label(self) -> str:
+        return self.name + "".join(f"({argument})" for argument in self.recipe[1:])
+
+
+class ReadyModel:
+    """A model ``f(x, *params)`` that knows its parameters, or a sum of such models.
+
+    Attributes
+    ----------
+    param_names : tuple of str
+    bounds : dict
+        ``(lower, upper)`` by name of the parameter.
+    """
+
+    def __init__(self, *terms: Term):
+        self.terms = terms
+        kinds = Counter(term.name for term in terms)
+        seen: Counter[str] = Counter()
+        names: list[str] = []
+        self.bounds: dict[str, tuple[float, float]] = {}
+        for term in terms:
+            seen[term.name] += 1
+            number = seen[term.name] if kinds[term.name] > 1 else ""
+            prefix = f"{term.name}{number}_" if len(terms) > 1 else ""
+            names += [prefix + name for name in term.bounds]
+            self.bounds |= {prefix + name: ends for name, ends in term.bounds.items()}
+        self.param_names = tuple(names)
+        positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        self.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in ("x", *names)])
+        self.__name__ = " + ".join(term.label for term in terms)
+        self.__doc__ = "\n\n".join(inspect.cleandoc(term.function.__doc__ or "") for term in terms)
+        self.__qualname__ = self.__name__  # as which it can be imported
+
+    def __call__(self, *arguments, **named):
+        x, *params = self.__signature__.bind(*arguments, **named).args
+        values, begin = [], 0
+        for term in self.terms:
+            end = begin + len(term.bounds)
+            values.append(term.function(x, *params[begin:end]))
+            begin = end
+        return sum(values[1:], values[0])
+
+    def guess(self, x, y):
+        """Parameters (p,) from x (n,) and y (n,), to start a fit from; points that are not finite do not count.
+
+        Written with `jax.numpy`, for one data set; `jax.vmap` makes it one for many.
+        """
+        return guess([term.part for term in self.terms], x, y)
+
+    guess.leaves_out_nan = True  # type: ignore[attr-defined]  # a map need not fill the points that do not count
+
+    def __add__(self, other):
+        return ReadyModel(*self.terms, *other.terms) if isinstance(other, ReadyModel) else NotImplemented
+
+    def __repr__(self):
+        return f"{self.__name__}: {', '.join(self.param_names)}"
+
+    def __reduce__(self):  # the same bytes in every process, so that it is compiled once
+        return _again, tuple(term.recipe for term in self.terms)
+
+
+def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """What the interned `ReadyModel` guesses in float64, (p,); compiled once for each length of x and y.
+
+    Where some of its parameters are held, of the others: as if none were.
+    """
+    f: Any
+    f, free = (model.f.f, model.f.free) if isinstance(model.f, FixedParameters) else (model.f, slice(None))
+    guess = model.get("guess", lambda: jax.jit(f.guess))
+    with float64():
+        return np.asarray(guess(x, y))[free]
+
+
+def named(text: str) -> ReadyModel:
+    """The model, or the sum, of this name: ``"gaussian"``, ``"gaussian + line"``, ``"gaussian+polynomial:2"``.
+
+    Raises
+    ------
+    ValueError
+        Where there is none; the message names those that there are.
+    """
+    return reduce(add, map(_one, text.split("+")))
+
+
+def _one(text):
+    text = text.strip()
+    if isinstance(found := globals().get(text), ReadyModel):
+        return found
+    if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
+        return polynomial(int(degree[1]))
+    known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
+    near = get_close_matches(text, known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    if "." in text:  # as Python would have it
+        hint = f"a function of your own is {':'.join(text.rsplit('.', 1))!r}. "
+    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")
+
+
+def __getattr__(name):  # of what has been kept: sums have no other name to be imported by
+    if "+" not in name and "(" not in name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return named(name)
+
+
+def _again(*recipes):
+    found = [globals()[name](*arguments) if arguments else globals()[name] for name, *arguments in recipes]
+    return ReadyModel(*(model.terms[0] for model in found)) if len(found) > 1 else found[0]
+
+
+def _ready(candidates=None, linear=(0,), shape=None, shape_ends=None, finish=list, **bounds):
+    """Makes a `ReadyModel` of a function of the same name.
+
+    ``linear`` are the places of the parameters that it is linear in, together; or that ``shape`` is, which takes the place
+    of the function while the start is guessed, with the bounds ``shape_ends``, and whose parameters ``finish`` translates.
+    """
+
+    def made(function):
+        names = [*inspect.signature(function).parameters][1:]
+        ends = {name: bounds.get(name, (-inf, inf)) for name in names}
+        part = Part(shape or function, tuple(shape_ends or ends.values()), linear, candidates, finish)
+        return ReadyModel(Term((function.__name__,), function, ends, part))
+
+    return made
+
+
+def polynomial(degree: int) -> ReadyModel:
+    """``c0 + c1 x + ... + c_degree x^degree``; ``polynomial(0)`` is a constant.
+
+    c0, c1, ... : [y], [y / x], ...
+
+    Raises
+    ------
+    ValueError
+        Where ``degree`` is not an integer from 0 to 20.
+    """
+    if isinstance(degree, bool) or not isinstance(degree, Integral) or not 0 <= degree <= MOST_DEGREES:
+        raise ValueError(f"`degree` must be an integer from 0 to {MOST_DEGREES}, not {degree!r}: center and scale x instead")
+    degree = int(degree)
+
+    def function(x, *coefficients):
+        value = coefficients[-1] * jnp.ones_like(x)
+        for each in coefficients[-2::-1]:
+            value = value * x + each
+        return value
+
+    function.__doc__ = polynomial.__doc__
+    ends = {f"c{k}": (-inf, inf) for k in range(degree + 1)}
+    part = Part(function, tuple(ends.values()), tuple(range(degree + 1)), None, list)
+    return ReadyModel(Term(("polynomial", degree), function, ends, part))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trends
+
+
+@_ready(linear=(0, 1))
+def line(x, slope, intercept):
+    """``slope x + intercept``.
+
+    slope : [y / x]
+    intercept : [y], at x = 0
+    """
+    return slope * x + intercept
+
+
+@_ready(rates(both_signs=True))
+def exponential(x, amplitude, rate):
+    """``amplitude exp(-rate x)``: decay, or growth where the rate is negative.
+
+    amplitude : [y], at x = 0
+    rate : [1 / x]
+    """
+    return amplitude * jnp.exp(-rate * x)
+
+
+@_ready(rates((0.3, 0.5, 0.75, 1.0, 1.5, 2.0)), rate=POSITIVE, exponent=POSITIVE)
+def stretched_exponential(x, amplitude, rate, exponent):
+    """``amplitude exp(-(rate x)^exponent)`` for x >= 0: Kohlrausch, Williams and Watts; nan for x < 0.
+
+    amplitude : [y], at x = 0
+    rate : [1 / x]
+    exponent : 1; below 1 stretched, above 1 compressed
+
+    Source: G. Williams, D. C. Watts, Trans. Faraday Soc. 66 (1970) 80.
+    """
+    return amplitude * _stretched(x, rate, exponent, 1.0)
+
+
+@_ready(exponents(-8.0, 8.0, 65))
+def power_law(x, amplitude, exponent):
+    """``amplitude x^exponent`` for x >= 0, as in Porod's law (exponent -4); nan for x < 0, infinite at 0 for exponents < 0.
+
+    amplitude : [y], at x = 1
+    exponent : 1
+    """
+    inside = x > 0
+    value = jnp.exp(exponent * jnp.log(jnp.where(inside, x, 1.0)))
+    at_zero = jnp.where(exponent > 0, 0.0, jnp.where(exponent == 0, 1.0, inf))
+    return amplitude * jnp.where(inside, value, jnp.where(x == 0, at_zero, jnp.nan))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peaks
+
+
+@_ready(peaks([[0.5], [0.8]]), width=POSITIVE)
+def gaussian(x, amplitude, center, width):
+    """``amplitude exp(-((x - center) / width)^2 / 2)``.
+
+    amplitude : [y], height above 0; negative for a dip
+    center : [x]
+    width : [x], standard deviation; the full width at half maximum is 2.3548 of it, the area 2.5066 amplitude width
+    """
+    return amplitude * jnp.exp(-0.5 * ((x - center) / width) ** 2)
+
+
+@_ready(peaks([[0.4], [0.8]]), width=POSITIVE)
+def lorentzian(x, amplitude, center, width):
+    """``amplitude / (1 + ((x - center) / width)^2)``: Cauchy, Breit and Wigner.
+
+    amplitude : [y], height above 0; negative for a dip
+    center : [x]
+    width : [x], half width at half maximum; the area is pi amplitude width
+    """
+    return amplitude / (1 + ((x - center) / width) ** 2)
+
+
+@_ready(peaks([[1.0, 0.2], [1.6, 0.2], [1.0, 0.8], [1.6, 0.8]]), fwhm=POSITIVE, fraction=SHARE)
+def pseudo_voigt(x, amplitude, center, fwhm, fraction):
+    """``amplitude (fraction L + (1 - fraction) G)``, L a Lorentzian and G a Gaussian of height 1 and of the same fwhm.
+
+    amplitude : [y], height above 0; negative for a dip
+    center : [x]
+    fwhm : [x], full width at half maximum
+    fraction : 1, of the Lorentzian, from 0 to 1
+
+    Source: G. K. Wertheim et al., Rev. Sci. Instrum. 45 (1974) 1369.
+    """
+    square = (2 * (x - center) / fwhm) ** 2
+    return amplitude * (fraction / (1 + square) + (1 - fraction) * jnp.exp2(-square))
+
+
+@_ready(peaks([[0.6, 0.1], [0.4, 0.4], [0.15, 0.7]], n_widths=2), sigma=POSITIVE, gamma=POSITIVE)
+def voigt(x, area, center, sigma, gamma):
+    """``area Re w(z) / (sigma sqrt(2 pi))``, ``z = (x - center + i gamma) / (sigma sqrt(2))``, w the Faddeeva function.
+
+    The convolution of a Gaussian and a Lorentzian; relative error 1e-13.
+
+    area : [x y], under the peak; negative for a dip
+    center : [x]
+    sigma : [x], standard deviation of the Gaussian
+    gamma : [x], half width at half maximum of the Lorentzian
+    """
+    unit = sigma * 2**0.5
+    return area / (unit * pi**0.5) * faddeeva_real((x - center) / unit, gamma / unit)
+
+
+@_ready(peaks([[0.82, 1.0], [1.46, 2.5], [2.1, 5.0]]), width=POSITIVE, exponent=POSITIVE)
+def moffat(x, amplitude, center, width, exponent):
+    """``amplitude (1 + ((x - center) / width)^2)^-exponent``.
+
+    amplitude : [y], height above 0; negative for a dip
+    center : [x]
+    width : [x]; the full width at half maximum is ``2 width sqrt(2^(1 / exponent) - 1)``
+    exponent : 1, of the wings: 1 is a Lorentzian, infinity a Gaussian
+
+    Source: A. F. J. Moffat, Astron. Astrophys. 3 (1969) 455.
+    """
+    return amplitude * jnp.exp(-exponent * jnp.log1p(((x - center) / width) ** 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# steps and oscillations
+
+
+@_ready(steps, width=POSITIVE)
+def sigmoid(x, height, center, width):
+    """``height / (1 + exp(-(x - center) / width))``: the logistic step, from 0 on the left to the height on the right.
+
+    For one that falls: ``sigmoid + polynomial(0)``, with a negative height.
+
+    height : [y]
+    center : [x]
+    width : [x]; from 12 to 88 % of the height in 4 widths
+    """
+    return height * jax.nn.sigmoid((x - center) / width)
+
+
+@_ready(steps, width=POSITIVE)
+def arctan_edge(x, height, center, width):
+    """``height (1/2 + arctan((x - center) / width) / pi)``: an absorption edge, from 0 on the left to the height.
+
+    height : [y], the edge jump
+    center : [x]
+    width : [x]; half width at half maximum of the core level's Lorentzian
+
+    Source: F. K. Richtmyer, S. W. Barnes, E. Ramberg, Phys. Rev. 46 (1934) 843.
+    """
+    return height * (0.5 + jnp.arctan((x - center) / width) / pi)
+
+
+def _sine_and_cosine(x, sine, cosine, frequency, rate):
+    turn = 2 * pi * frequency * x
+    return jnp.exp(-rate * x) * (sine * jnp.sin(turn) + cosine * jnp.cos(turn))
+
+
+def _amplitude_and_phase(params):
+    sine, cosine, frequency, rate = params
+    return [jnp.hypot(sine, cosine), frequency, jnp.arctan2(cosine, sine), rate]
+
+
+@_ready(
+    frequencies,
+    (0, 1),
+    _sine_and_cosine,
+    ((-inf, inf), (-inf, inf), POSITIVE, (-inf, inf)),
+    _amplitude_and_phase,
+    **dict.fromkeys(("amplitude", "frequency", "rate"), POSITIVE),
+)
+def damped_sine(x, amplitude, frequency, phase, rate):
+    """``amplitude exp(-rate x) sin(2 pi frequency x + phase)``.
+
+    amplitude : [y], at x = 0
+    frequency : [1 / x], in periods
+    phase : radian
+    rate : [1 / x], of the damping
+    """
+    return amplitude * jnp.exp(-rate * x) * jnp.sin(2 * pi * frequency * x + phase)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# photon correlation
+
+
+@_ready(rates((0.5, 0.75, 1.0, 1.5, 2.0)), (0, 1), baseline=POSITIVE, contrast=SHARE, rate=POSITIVE, exponent=RELAXATION)
+def g2_single(x, baseline, contrast, rate, exponent):
+    """``baseline + contrast exp(-(rate x)^exponent)^2``, the intensity correlation at delay x >= 0, by Siegert's relation.
+
+    baseline : [y], 1 for uncorrelated light
+    contrast : [y], of the speckles, from 0 to 1
+    rate : [1 / x], of the field correlation
+    exponent : 1; below 1 stretched, above 1 compressed
+
+    Source: O. G. Shpyrko, J. Synchrotron Rad. 21 (2014) 1057.
+    """
+    return baseline + contrast * _stretched(x, rate, exponent, 2.0)
+
+
+@_ready(
+    two_rates(12, (0.25, 0.5, 0.75)),
+    (0, 1),
+    **dict.fromkeys(("baseline", "rate1", "rate2"), POSITIVE),
+    **dict.fromkeys(("contrast", "fraction"), SHARE),
+    **dict.fromkeys(("exponent1", "exponent2"), RELAXATION),
+)
+def g2_double(x, baseline, contrast, rate1, exponent1, rate2, exponent2, fraction):
+    """``baseline + contrast (fraction g(1) + (1 - fraction) g(2))^2``, ``g(k) = exp(-(rate_k x)^exponent_k)``, x >= 0.
+
+    baseline : [y], 1 for uncorrelated light
+    contrast : [y], of the speckles, from 0 to 1
+    rate1, rate2 : [1 / x], of the field correlation
+    exponent1, exponent2 : 1
+    fraction : 1, of the first one, from 0 to 1
+
+    Source: as for `g2_single`.
+    """
+    first, second = _stretched(x, rate1, exponent1, 1.0), _stretched(x, rate2, exponent2, 1.0)
+    return baseline + contrast * (fraction * first + (1 - fraction) * second) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# functions that models are made of
+
+
+def _stretched(x, rate, exponent, factor):
+    """``exp(-factor (rate x)^exponent)``, with finite derivatives at x = 0 and far out."""
+    product = rate * x
+    inside = product > 0
+    power = exponent * jnp.log(jnp.where(inside, product, 1.0))
+    value = jnp.exp(-factor * jnp.exp(jnp.where(power < STEEPEST, power, STEEPEST)))
+    return jnp.where(inside, value, jnp.where(product == 0, 1.0, jnp.nan))
+
+
+def faddeeva_real(x, y):
+    """Re w(x + i y) for y >= 0, w(z) = exp(-z^2) erfc(-i z), by the trapezoidal rule of [1]_; relative error 1e-13.
+
+    ``w(z) = (2 i h z / pi) sum_k exp(-t_k^2) / (z^2 - t_k^2) + residue``, ``t_k = (k + 1/2) h``, or ``k h`` where z is near
+    a node; then the first term counts half. The real part of each term is positive, so no digits are lost. The residue
+    ``2 exp(-z^2) / (1 +- exp(-2 pi i z / h))`` is that of the pole that the path of integration has passed.
+
+    References
+    ----------
+    .. [1] M. Al Azah, S. N. Chandler-Wilde, "Computation of the Complex Error Function Using Modified Trapezoidal Rules",
+       SIAM J. Numer. Anal. 59 (2021) 2346-2367.
+    """
+    x, h = jnp.abs(x), SPACING
+    place = x / h - jnp.floor(x / h)
+    on_nodes = (y < x) & (place >= 0.25) & (place <= 0.75)
+    total = 0.0
+    for k in range(SQUARES):
+        square = ((k + jnp.where(on_nodes, 0.0, 0.5)) * h) ** 2
+        weight = jnp.exp(-square) * (jnp.where(on_nodes, 0.5, 1.0) if k == 0 else 1.0)
+        total += weight * (x**2 + y**2 + square) / ((x**2 - y**2 - square) ** 2 + 4 * x**2 * y**2)
+    passed = y < jnp.maximum(x, pi / h)
+    y_near = jnp.where(passed, y, 0.0)  # exp(y^2) is infinite far away
+    sign = jnp.where(on_nodes, -1.0, 1.0)
+    shrink, angle = jnp.exp(-2 * pi * y_near / h), 2 * pi * x / h
+    real = (jnp.cos(angle) + sign * shrink) * jnp.cos(2 * x * y_near) + jnp.sin(angle) * jnp.sin(2 * x * y_near)
+    residue = 2 * sign * jnp.exp(y_near**2 - x**2) * shrink * real
+    residue = residue / (1 + 2 * sign * shrink * jnp.cos(angle) + shrink**2)
+    return 2 * h / pi * y * total + jnp.where(passed, residue, 0.0)

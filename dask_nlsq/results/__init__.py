@@ -1,0 +1,1 @@
+"""Results: statistics, uncertainty, diagnostics, pictures, reports, files."""

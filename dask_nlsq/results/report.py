@@ -1,0 +1,298 @@
+"""One page about a fit, to keep beside the data: HTML that needs nothing else, pictures included."""
+
+import base64
+import inspect
+import platform
+import re
+import textwrap
+from collections.abc import Iterable
+from datetime import datetime
+from html import escape
+from importlib.metadata import version
+from io import BytesIO
+from math import isfinite, prod
+from pathlib import Path
+
+import numpy as np
+
+from ..base.files import write_whole
+from ..memory.machine import detect_total_system_memory, process_settings
+from ..model.function import FixedParameters, function_name
+from . import plots
+from .binning import binned, data_of
+
+PACKAGES = ("dask_nlsq", "jax", "numpy", "scipy", "dask", "distributed", "zarr", "matplotlib")
+STATISTICS = {
+    "chi_square": "chi-square",
+    "reduced_chi_square": "reduced chi-square",
+    "dof": "degrees of freedom",
+    "r_squared": "R²",
+    "adjusted_r_squared": "adjusted R²",
+    "rmse": "RMSE",
+    "aic": "AIC",
+    "aicc": "AICc",
+    "bic": "BIC",
+    "cost": "cost",
+    "condition": "condition number",
+    "n_points": "points used",
+    "n_masked": "points masked",
+    "n_omitted": "points omitted, not finite",
+}
+NONE = "\N{EN DASH}"
+LEVEL = 0.95  # of the confidence intervals
+SMALL = (4.1, 3.2)  # inches, of pictures that stand beside each other
+LONG = 40  # sweeps from which their table is folded
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --faint: #5f5f5f; --line: #d8d8d8; --page: #fff; --good: #00664a;
+  --bad: #b3261e }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --faint: #a0a0a0; --line: #444; --page: #1b1c1e; --good: #5fd3ac; --bad: #ff8a80 }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); max-width: 62rem; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { margin: 0; overflow-wrap: anywhere } h2 { margin: 2.2rem 0 .6rem; font-size: 1.15rem }
+.faint { color: var(--faint) } .good { color: var(--good) } .bad { color: var(--bad) }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem 1.4rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
+th { font-weight: 600 } td.number, th.number { text-align: right; white-space: nowrap }
+figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .6rem;
+  break-inside: avoid }
+figure.wide { grid-column: 1 / -1 }
+figure img { display: block; max-width: 100%; margin: auto }
+figcaption { color: #444; font-size: .85rem; text-align: center }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .8rem }
+pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem }
+@media print {
+  :root { --ink: #000; --faint: #444; --page: #fff; --good: #000; --bad: #000 }
+  body { margin: 0; max-width: none } pre { white-space: pre-wrap } tr { break-inside: avoid }
+}
+"""
+
+
+def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Path:
+    """Write one page about a fit: parameters, statistics, pictures, history, plan, and where all of it comes from.
+
+    The pictures read the data once. A result that does not hold the data gets a page without those of the data.
+
+    Parameters
+    ----------
+    result : FitResult
+    path : path
+        Of an HTML file; one that is there is replaced when all is done.
+    coordinate, log
+        What the data are drawn against, as in `dask_nlsq.plots.fit`.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where the directory of ``path`` does not exist.
+    ModuleNotFoundError
+        Without matplotlib.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no directory {path.parent} for the report {path.name}: create it, or give another path")
+    plots.need_matplotlib()
+    text = page(result, coordinate, log).encode()
+    write_whole(path, lambda file: file.write(text))
+    return path
+
+
+def page(result, coordinate: int | None = 0, log: bool = False) -> str:
+    """The HTML of `report`."""
+    name = _model_name(result.evaluation.model)
+    sections = [
+        ("Parameters", _parameters(result)),
+        ("Statistics", _statistics(result)),
+        ("Diagnostics", _diagnostics(result)),
+        ("Pictures", _pictures(result, coordinate, log)),
+        ("Sweeps", _history(result)),
+        ("Plan", f"<pre>{escape(str(result.plan))}</pre>"),
+        ("Model", _model(result)),
+        ("Data", _data(result)),
+        ("Provenance", _provenance(result)),
+    ]
+    verdict = ("good", "converged") if result.success else ("bad", "NOT CONVERGED")
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Fit of {escape(name)}</title><style>{STYLE}</style></head><body>"
+        f'<h1>{escape(name)}</h1><p><strong class="{verdict[0]}">{verdict[1]}</strong>: {escape(result.message)}<br>'
+        f'<span class="faint">{result.n_points:,} points, {len(result.popt)} parameters, {result.sweeps} sweeps in '
+        f"{result.seconds['solve']:.2f} s. Report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}</span></p>"
+        f"{body}</body></html>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _model_name(model) -> str:
+    """Of a loaded result: what there is left of the model."""
+    return function_name(model.f) if hasattr(model, "f") else ".".join(model.name or ["a model without a name"])
+
+
+def _number(value, digits=9) -> str:
+    if isinstance(value, int | np.integer):
+        return f"{value:,}"
+    return f"{value:.{digits}g}" if isfinite(value) else NONE if value != value else f"{value:g}"
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable], numbers: bool = True) -> str:
+    """Rows of texts and numbers; the first column, and all without ``numbers``, are flush left."""
+
+    def cell(tag, k, value):
+        kind = ' class="number"' if numbers and k else ""
+        return f"<{tag}{kind}>{escape(value if isinstance(value, str) else _number(value))}</{tag}>"
+
+    lines = [[cell("td", k, value) for k, value in enumerate(row)] for row in rows]
+    top = [cell("th", k, value) for k, value in enumerate(head)]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in ([top] if top else []) + lines)
+    return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def _parameters(result):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.abs(result.perr / result.popt)
+    low, high = np.transpose(result.confidence_intervals(LEVEL))
+    columns = {
+        "parameter": result.param_names,
+        "value": result.popt,
+        "error": [_number(each, 3) for each in result.perr],
+        "relative": [f"{each:.2%}" if isfinite(each) else NONE for each in relative],
+        f"{LEVEL:.0%} from": [_number(each, 6) for each in low],
+        "to": [_number(each, 6) for each in high],
+    }
+    if np.isfinite(result.bounds).any():
+        columns |= {f"{side} bound": values for side, values in zip(("lower", "upper"), result.bounds, strict=True)}
+    sides = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
+    notes = [
+        "held" if n in result.fixed else sides[int(at)] for n, at in zip(result.param_names, result.at_bound, strict=True)
+    ]
+    if any(notes):
+        columns[""] = notes
+    return _table(columns, zip(*columns.values(), strict=True))
+
+
+def _statistics(result):
+    return _table([], [(title, getattr(result, name)) for name, title in STATISTICS.items()])
+
+
+def _diagnostics(result):
+    lines = [*result.diagnostics.lines]
+    lines += [str(each) for each in result.damage[:3]]
+    if len(result.damage) > 3:
+        lines.append(f"{len(result.damage) - 3} more chunks could not be read")
+    if result.n_filled:
+        lines.append(f"{result.n_filled} absent chunks were read as fill values")
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
+
+
+def _pictures(result, coordinate, log):
+    pictures, lost = [], ""
+    if result.data is not None:
+        seen = binned(result, coordinate, log=log)
+        what = "points" if seen.points is not None else f"means in {len(seen.x)} bins, with their standard errors"
+        about = f"Data ({what}), model and residuals against {seen.name}"
+        pictures += [
+            ("wide", about, lambda ax: plots.fit(result, ax, residuals=True, seen=seen), 2, (8.6, 5.4)),
+            ("", "Residuals and what normal noise gives", lambda ax: plots.residual_histogram(result, ax, seen=seen)),
+        ]
+    else:
+        lost = '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
+    pictures += [("", "Cost and distance to the optimum by sweep", lambda ax: plots.convergence(result, ax))]
+    if np.isfinite(np.diag(result.correlation)).sum() > 1:
+        many = len(result.popt) > 8
+        size = (8.6, 7.6) if many else SMALL
+        pictures += [("wide" if many else "", "Correlation", lambda ax: plots.correlation(result, ax), 1, size)]
+    return f'{lost}<div class="pictures">{"".join(_figure(*each) for each in pictures)}</div>'
+
+
+def _figure(kind, caption, draw, rows=1, size=SMALL):
+    """A picture as the text of an SVG file within the page."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "dask_nlsq", "font.size": 9.5}):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(rows, 1, sharex=True, height_ratios=plots.PANELS[:rows]))
+        figure.align_ylabels()
+        file = BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+    caption = escape(caption)
+    return f'<figure class="{kind}"><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _history(result):
+    head = ["sweep", "cost", "reduction", "predicted", "step", "distance", "", "seconds"]
+    read = any(record.read for record in result.history)
+    rows = []
+    for record in result.history:
+        few = [_number(each, 4) for each in (record.actual, record.predicted, record.step_norm, record.distance)]
+        verdict = "accepted" if record.accepted else "refused"
+        row = [str(record.nfev), record.cost, *few, verdict, f"{record.seconds:.2f}"]
+        rows.append(row + ([f"{record.read.gb_per_s:.2f}" if record.read else ""] if read else []))
+    table = _table(head + ["GB/s"] * read, rows)
+    if len(rows) < LONG:
+        return table
+    return f"<details><summary>{len(rows)} sweeps</summary>{table}</details>"
+
+
+def _model(result):
+    if not hasattr(result.evaluation.model, "f"):
+        return ""
+    f = result.evaluation.model.f
+    f = f.f if isinstance(f, FixedParameters) else f
+    try:
+        return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
+    except (OSError, TypeError):  # not in a file, or an object
+        return f"<pre>{escape(repr(f))}\n\n{escape(inspect.getdoc(f) or '')}</pre>"
+
+
+def _data(result):
+    if result.data is None:
+        return ""
+    problem, evaluation = data_of(result)
+    layouts = evaluation.rules.layouts
+    names = ["ydata", "sigma", *["mask"] * (layouts.mask is not None)]
+    names += ["xdata"] if len(layouts.x) == 1 else [f"xdata[{k}]" for k in range(len(layouts.x))]
+    rows = []
+    for name, operand in zip(names, problem.operands, strict=True):
+        if operand.size == 1 and name in ("sigma", "mask"):
+            continue  # what stands for none, or a number
+        chunks = getattr(operand, "chunks", None)
+        cut = "in memory"
+        if chunks is not None:
+            largest = " x ".join(str(max(sizes)) for sizes in chunks)
+            cut = f"Dask, {prod(len(sizes) for sizes in chunks):,} of up to {largest}"
+        shape = " x ".join(map(str, operand.shape))
+        rows.append((name, shape, str(operand.dtype), cut, ", ".join(_places(operand))))
+    return _table(["", "shape", "type", "chunks", "store"], rows, numbers=False)
+
+
+def _places(operand) -> list[str]:
+    """Stores that the graph of a Dask array reads, without what a URL may have of passwords."""
+    graph = getattr(operand, "dask", {})
+    values = (getattr(node, "value", node) for node in graph.values())
+    arrays = (getattr(value, "array", value) for value in values)
+    found = dict.fromkeys(str(array.store_path) for array in arrays if hasattr(array, "store_path"))
+    return [re.sub(r"//[^/@]*@", "//", place) for place in found]
+
+
+def _provenance(result):
+    evaluation, memory = result.evaluation, detect_total_system_memory()
+    loss = f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"
+    loss = 'linear, sigma="poisson"' if result.noise.reweighted else loss
+    rows = [
+        ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),
+        ("loss", loss),
+        ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())),
+        ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
+        ("memory", f"{memory / 2**30:.1f} GiB" if memory else "not known"),
+        ("Python", platform.python_version()),
+        *((package, version(package)) for package in PACKAGES),
+    ]
+    return _table([], rows, numbers=False)

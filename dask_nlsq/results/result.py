@@ -1,0 +1,584 @@
+"""What a fit returns."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from html import escape
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..base.files import import_by, import_name, load_record, save_record
+from ..base.text import several, table
+from ..data.align import Problem, build_problem
+from ..data.arrays import decoded
+from ..data.chunks import Rules
+from ..data.labels import Labels, at_labels, label, since
+from ..data.store import BadChunkError
+from ..engine.condensed import Factor, Read, Segmentation
+from ..engine.evaluation import Evaluation
+from ..engine.streaming import SampleSummary
+from ..engine.values import but_hidden, map_chunks
+from ..kernels.blocks import Invalid, Layout, Layouts
+from ..kernels.checks import fingerprint
+from ..kernels.rows import Parts
+from ..kernels.rules import TO_ROUNDING, at_bounds
+from ..memory.plan import Plan
+from ..memory.processes import ProcessMemory
+from ..model.function import FixedParameters, Model, intern
+from ..solve.multistart import Search
+from ..solve.trust_region import Record
+from . import plots
+from .diagnostics import Diagnostics, diagnose
+from .report import report
+from .statistics import Noise, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
+from .uncertainty import jackknife, sandwich, spread_out
+
+MOST_CORRELATIONS = 5  # in a summary
+
+
+class NamedModel(NamedTuple):
+    """What a result that was loaded knows of its model."""
+
+    name: list[str] | None  # module and name, where it can be imported
+    fingerprint: str  # of what it computes
+    n: int  # points that it can be evaluated on
+    values: list[float]  # of all parameters, where some are held, else of none
+    free: list[int]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, n_params: int, n_points: int) -> "NamedModel":
+        n = n_points if evaluation.rules.whole else 2
+        f: Any = evaluation.model.f
+        values: list[float] = []
+        free: list[int] = []
+        found = fingerprint(intern(f), evaluation.rules.layouts, n_params, n)
+        if isinstance(f, FixedParameters):
+            f, values, free = f.f, f.values, f.free
+        return cls(import_name(f), found, n, values, free)
+
+    def find(self, layouts: Layouts, n_params: int) -> Model:
+        """Import it.
+
+        Raises
+        ------
+        ValueError
+            Where it cannot be imported, or computes something else now.
+        """
+        way_out = "call the function with popt: f(x, *result.popt)"
+        if self.name is None:
+            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
+        try:
+            f = import_by(self.name)
+            model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
+        except (ImportError, AttributeError) as err:
+            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
+        if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
+            raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
+        return model
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class FitResult:
+    """Result of a fit; ``popt, pcov = result`` works as with SciPy.
+
+    Attributes
+    ----------
+    popt, perr : ndarray, shape (p,)
+        Parameters and their standard errors, ``sqrt(diag(pcov))``, in the units of the parameters.
+    pcov : ndarray, shape (p, p)
+        Covariance of the parameters; inf where the data do not determine them.
+    param_names : tuple of str
+    cost : float
+        ``0.5 * sum rho(((f(x) - y) / sigma)^2)`` at popt.
+    n_points, n_masked, n_omitted : int
+        Points that were used, that the mask left out, that ``nan_policy="omit"`` left out.
+    nfev, sweeps : int
+        Evaluations of the cost by the solver, and reads of all data (they differ where the solver had to go from "gram"
+        to "qr" at the end).
+    status, message, success
+        Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding; 11: no step
+        lowers the cost although the optimum is far; 12: the model does not depend on a parameter. Success is 1 to 5.
+    optimality : float
+        Infinity norm of the scaled gradient.
+    distance : float
+        To the optimum of the quadratic model, in standard errors; nan without degrees of freedom.
+    plan : Plan
+        Where the data were held and how much memory that was predicted to take; ``plan.explain()`` prints it.
+    reduction : str
+        "gram" or "qr": how the rows of the last sweep were condensed.
+    jac_mode : str
+        "columns" or "arguments": how the columns of the Jacobian were formed; "user" with ``jac``.
+    condition : float
+        Condition number of the Jacobian with its columns scaled to norm 1.
+    history : list of Record
+        One per trial step; where the data are not held, ``record.read`` says what it has read.
+    seconds : dict
+        Wall time of the stages "load" and "solve".
+    starts : Search or None
+        With several starts: each with its cost, the optimum it leads to, and which optimum won.
+    sample : Drawn or None
+        With "streaming": points and chunks of the sample that was fitted first, and what it cost.
+    damage : tuple of BadChunkError
+        Chunks that could not be read, or were absent, and were left out; their points are in ``n_masked``.
+    n_filled : int
+        Chunks that were absent and were read as fill values.
+    fixed : dict
+        Name and value of the parameters that were held; their error is 0.
+    bounds : ndarray, shape (2, p)
+        Lower and upper bounds of the parameters.
+    noise : Noise
+        The loss, whether the size of the noise was known, and whether the model gave the weights.
+    totals : Totals
+        Sums over all points of the last sweep, from which the statistics are made.
+    parts : Parts
+        The same sums, and condensed matrices of the parameters that were fitted, over up to 256 runs of consecutive points.
+    factor : Factor
+        Of the parameters that were fitted: R with ``R^T R = J^T J``, Q^T r and J^T r.
+    """
+
+    popt: np.ndarray
+    pcov: np.ndarray
+    param_names: tuple[str, ...]
+    cost: float
+    n_points: int
+    n_masked: int
+    n_omitted: int
+    nfev: int
+    sweeps: int
+    status: int
+    message: str
+    optimality: float
+    distance: float
+    plan: Plan
+    reduction: str
+    jac_mode: str
+    history: list[Record]
+    seconds: dict[str, float]
+    starts: Search | None
+    sample: SampleSummary | None
+    damage: tuple[BadChunkError, ...]
+    n_filled: int
+    fixed: dict[str, float]
+    bounds: np.ndarray
+    noise: Noise
+    totals: Totals
+    parts: Parts = field(repr=False)
+    factor: Factor = field(repr=False)
+    evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
+    data: Problem | None = field(repr=False)  # None where the data are not at hand
+    _labels: Labels | None = field(default=None, repr=False)  # of the data, where they are xarray's
+    _origins: tuple[str | None, ...] = field(default=(), repr=False)  # earliest dates of the coordinates that had any
+
+    @property
+    def strategy(self) -> str:
+        """ "standard", "chunked" or "streaming"."""
+        return self.plan.strategy
+
+    @property
+    def success(self) -> bool:
+        return 0 < self.status <= TO_ROUNDING
+
+    @property
+    def perr(self) -> np.ndarray:
+        return np.sqrt(np.diag(self.pcov))
+
+    @property
+    def condition(self) -> float:
+        return self.factor.condition
+
+    @property
+    def dof(self) -> int:
+        """Degrees of freedom: points used less parameters that were fitted."""
+        return self.n_points - len(self.popt) + len(self.fixed)
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """All of the statistics below; `dask_nlsq.statistics` has their formulas, and says when one of them is nan."""
+        return statistics(self.totals, self.n_points - self.dof, self.noise)
+
+    chi_square = property(attrgetter("statistics.chi_square"), doc="X = sum r^2; of a likelihood the deviance")
+    reduced_chi_square = property(attrgetter("statistics.reduced_chi_square"), doc="X / dof")
+    r_squared = property(attrgetter("statistics.r_squared"), doc="1 - X / sum w (y - mean)^2, with the weighted mean")
+    adjusted_r_squared = property(attrgetter("statistics.adjusted_r_squared"), doc="1 - (1 - R^2) (n - 1) / dof")
+    rmse = property(attrgetter("statistics.rmse"), doc="sqrt(X / sum w), in the units of y")
+    aic = property(attrgetter("statistics.aic"), doc="n log(X / n) + 2 k (Akaike); of a likelihood X + 2 k")
+    aicc = property(attrgetter("statistics.aicc"), doc="AIC + 2 k (k + 1) / (n - k - 1), for few points")
+    bic = property(attrgetter("statistics.bic"), doc="n log(X / n) + k log(n) (Schwarz); of a likelihood X + k log(n)")
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """Places of the parameters that were fitted."""
+        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed)
+
+    @property
+    def sandwich(self) -> np.ndarray:
+        """Covariance (p, p) that allows for noise which is not alike everywhere; see `dask_nlsq.results.uncertainty`.
+
+        From sums of the last sweep. Nan where the data do not determine the parameters, and for few points.
+        """
+        return spread_out(sandwich(self.factor, self.parts), self.free, len(self.popt))
+
+    @property
+    def jackknife(self) -> np.ndarray:
+        """Covariance (p, p) by leaving out each of up to 256 parts of the data in turn; see `dask_nlsq.results.uncertainty`.
+
+        From sums of the last sweep. Nan where one part alone determines a parameter, and for few points.
+        """
+        return spread_out(jackknife(self.factor, self.parts), self.free, len(self.popt))
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """What is remarkable about the fit, in words; see `dask_nlsq.results.diagnostics`. Nothing is read."""
+        held = self.data is not None and not self.data.lazy and self.evaluation.rules.whole  # as one part
+        residuals = np.ravel(self.residuals()) if held else None
+        return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
+
+    @property
+    def correlation(self) -> np.ndarray:
+        """Correlation of the parameters (p, p); nan for those held, and those that the data do not determine."""
+        return correlation(self.pcov)
+
+    @property
+    def at_bound(self) -> np.ndarray:
+        """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (p,)."""
+        return at_bounds(self.popt, self.perr, *self.bounds)
+
+    def confidence_intervals(self, level: float = 0.95) -> np.ndarray:
+        """Lower and upper end for each parameter, (p, 2): ``popt -+ q perr``.
+
+        q is the quantile of Student's t, or of the normal distribution where the noise was known (``absolute_sigma=True``,
+        a likelihood). Exact for a model that is linear, in its parameters, within a few standard errors. A parameter held
+        has no width; one that the data do not determine has no ends (inf); without degrees of freedom they are nan.
+
+        Raises
+        ------
+        ValueError
+            A level that is no probability.
+        """
+        half = quantile(level, self.dof, self.noise) * self.perr
+        return np.stack([self.popt - half, self.popt + half], axis=1)
+
+    def __iter__(self):
+        return iter((self.popt, self.pcov))
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, item):
+        return (self.popt, self.pcov)[item]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # at the points of the data, and elsewhere
+
+    def residuals(self):
+        """``(f(x, *popt) - y) / sigma`` in y's shape; lazy where the data were Dask or Zarr, a DataArray where they were.
+
+        NaN where masked, and in chunks that cannot be read, where ``on_bad_chunk="mask"`` or ``missing_chunks="mask"``.
+        With a covariance matrix as sigma: the whitened residuals of the points used.
+        """
+        points, labels = self._points(None)
+        return label(self._values(points, "residual"), labels)
+
+    def predict(self, x=None):
+        """``f(x, *popt)``; ``x`` as in the fit, but no path; None for the x of the fit. Lazy where x is.
+
+        Dates count from the earliest one of the fit. xarray's x broadcast by name, and give a DataArray. NaN where x is
+        masked. With None: as the data, NaN in chunks that cannot be read.
+        """
+        points, labels = self._points(x)
+        return label(self._values(points, "model"), labels)
+
+    def confidence_band(self, x=None, level: float = 0.95):
+        """Lower and upper end of an interval for the mean of y at each point: ``f -+ q sqrt(J pcov J^T)``.
+
+        By propagation of the parameters' errors through the derivatives J (p,) at popt (the delta method); q as in
+        `confidence_intervals`. Each interval is for its point alone, not for all of them together.
+
+        Parameters
+        ----------
+        x : array_like, optional
+            As in the fit; None for the x of the fit.
+        level : float
+            Probability of each interval.
+
+        Returns
+        -------
+        lower, upper : arrays of y's shape
+            Lazy, and chunked like the data, where the data, or x, are Dask or Zarr; DataArrays where they are xarray's.
+
+        Raises
+        ------
+        ValueError
+            Where the data do not determine the parameters, or the level is no probability.
+        """
+        return self._band(x, level, 0.0)
+
+    def prediction_band(self, x=None, level: float = 0.95, sigma=None):
+        """Lower and upper end of an interval for one more measurement at each point: ``f -+ q sqrt(J pcov J^T + s^2)``.
+
+        s is ``sigma``, times the root of the reduced chi-square unless ``absolute_sigma``; of counts, the root of the mean,
+        and the interval that of a normal distribution, which is poor for less than some ten counts.
+
+        Parameters
+        ----------
+        x, level
+            As in `confidence_band`.
+        sigma : scalar or array_like, optional
+            Standard deviation at the points ``x``, where the fit had an array as sigma.
+
+        Returns
+        -------
+        lower, upper : arrays of y's shape
+            As in `confidence_band`.
+
+        Raises
+        ------
+        ValueError
+            As in `confidence_band`; where sigma is not known; after a fit with a robust loss, which says nothing about the
+            noise of a single point.
+        """
+        noise = self.noise
+        if not noise.squares:
+            raise ValueError(f"there is no prediction band with loss={noise.loss!r}: it does not say how far points scatter")
+        if sigma is not None and (x is None or noise.loss == "poisson"):
+            raise ValueError("`sigma` is for points given as `x`, and not for counts, whose mean it is: leave it out")
+        if sigma is None and noise.sigma is None and (x is not None or self.evaluation.rules.whole):
+            raise ValueError("the fit had an array as sigma: give `x`, and as `sigma` the standard deviation there")
+        s = noise.sigma if sigma is None else sigma
+        return self._band(x, level, 1.0 if noise.absolute else self.reduced_chi_square, s)
+
+    def _band(self, x, level, noise, sigma=None):
+        q = quantile(level, self.dof, self.noise)
+        if not np.isfinite(self.pcov).all():
+            raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no band")
+        spread = root(self.pcov[np.ix_(self.free, self.free)]), noise
+        points, labels = self._points(x, sigma)
+        middle, error = self._values(points, "band", *spread)
+        return label(middle - q * error, labels), label(middle + q * error, labels)
+
+    def _points(self, x, sigma=None) -> tuple[Problem, Labels | None]:
+        """Points at x, of the fit where it is None, and the labels of what is computed there."""
+        rules = self.evaluation.rules
+        if x is not None:
+            parts = [decoded("x", each, rules.decode_cf)[0] for each in (x if isinstance(x, tuple) else [x])]
+            x = since(tuple(parts) if isinstance(x, tuple) else parts[0], self._origins)
+            x, labels = at_labels(x, len(rules.layouts.x_lead))
+            match rules.layouts.x_kind:
+                case "tuple":
+                    shape = np.broadcast_shapes(*(np.shape(c) for c in x))
+                case "stacked":
+                    shape = np.shape(x)[len(rules.layouts.x_lead) :]
+                case _:
+                    shape = np.shape(x)
+            y = np.broadcast_to(0.0, shape)
+            return build_problem(x, y, sigma, check=False, omit=False, whole=rules.whole), labels
+        if self.data is None:
+            raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
+        return self.data, self._labels
+
+    def _values(self, points, what, *spread):
+        model = self.evaluation.model
+        if isinstance(model, NamedModel):
+            model = model.find(self.evaluation.rules.layouts, len(self.free))
+        params = self.popt[list(self.free)]
+        found = map_chunks(points, self.evaluation._replace(model=model, rules=points.rules), params, what, *spread)
+        return found if points is self.data else but_hidden(points, found)
+
+    def __copy__(self):
+        return replace(self)  # with the data
+
+    def __getstate__(self):
+        return self.__dict__ | {"data": None, "_labels": None}  # the data may be larger than any file
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # as text, and on disk
+
+    def save(self, path: str | Path) -> None:
+        """Keep the result, without the data, as a directory of JSON and arrays; `dask_nlsq.load` gives it back.
+
+        A result that is at ``path`` already is replaced, all at once.
+        """
+        evaluation, path = self.evaluation, Path(path)
+        if not isinstance(evaluation.model, NamedModel):
+            n_points = self.n_points + self.n_masked + self.n_omitted
+            named: Any = NamedModel.of(evaluation, len(self.free), n_points)  # in the place of a model that has no file
+            evaluation = evaluation._replace(model=named)
+        save_record(path, replace(self, evaluation=evaluation, data=None, _labels=None))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
+        ends = self.confidence_intervals()
+        columns = zip(self.param_names, self.popt, self.perr, ends, self.bounds.T, self.at_bound, strict=True)
+        parameters = {
+            name: dict(
+                value=value, error=error, interval_95=interval, bounds=bounds, at_bound=place, fixed=name in self.fixed
+            )
+            for name, value, error, interval, bounds, place in columns
+        }
+        names: tuple[str, ...] = (
+            "status",
+            "success",
+            "message",
+            "cost",
+            "n_points",
+            "n_masked",
+            "n_omitted",
+            "nfev",
+            "sweeps",
+            "optimality",
+            "distance",
+        )
+        names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
+        return _jsonable(
+            dict(parameters=parameters, statistics=self.statistics._asdict(), noise=self.noise._asdict())
+            | dict(covariance=self.pcov, correlation=self.correlation)
+            | {name: getattr(self, name) for name in names}
+            | dict(damage=[str(each) for each in self.damage])
+        )
+
+    def to_xarray(self):
+        """Dataset of popt, perr (param), pcov and correlation (cov_i, cov_j); statistics and message as attributes.
+
+        Its dimensions are named as by `xarray.DataArray.curvefit`.
+        """
+        import xarray
+
+        names = list(self.param_names)
+        attrs = self.statistics._asdict() | dict(message=self.message, success=int(self.success), n_points=self.n_points)
+        one, two = ("param",), ("cov_i", "cov_j")
+        return xarray.Dataset(
+            dict(popt=(one, self.popt), perr=(one, self.perr), pcov=(two, self.pcov), correlation=(two, self.correlation)),
+            dict.fromkeys((*one, *two), names),
+            attrs,
+        )
+
+    def summary(self) -> str:
+        """The fit as text: how the solver got there, statistics, parameters with standard errors, largest correlations."""
+        points = f"{self.n_points:,} points"
+        points += f", {self.n_masked:,} masked" if self.n_masked else ""
+        points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
+        lines = [
+            f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
+            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}{self._nearness()}",
+            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, begun after {self.seconds['load']:.2f} s;"
+            f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
+        ]
+        if self.damage:
+            lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")
+        if self.n_filled:
+            lines.append(f"{self.n_filled} absent chunks read as fill values")
+        if known := self._known_statistics():
+            lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
+        lines += ["  " + line.rstrip() for line in table(self._rows())]
+        pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
+        if pairs:
+            names = self.param_names
+            lines.append("correlations: " + "; ".join(f"{names[j]}, {names[i]} {value:+.3f}" for i, j, value in pairs))
+        return "\n".join(lines)
+
+    def _nearness(self) -> str:
+        known = np.isfinite(self.distance)
+        return f"; {self.distance:.1e} standard errors from the optimum of the quadratic model" if known else ""
+
+    def _known_statistics(self) -> dict[str, str]:
+        """Those that exist, as text."""
+        found = self.statistics
+        name = "deviance" if self.noise.likelihood else "chi-square"
+        values = {
+            name: found.chi_square,
+            f"reduced {name}": found.reduced_chi_square,
+            "R^2": found.r_squared,
+            "RMSE": found.rmse,
+            "AIC": found.aic,
+            "BIC": found.bic,
+        }
+        return {name: f"{value:.6g}" for name, value in values.items() if not np.isnan(value)}
+
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        """Of a table of the parameters: name, value, error, relative error, remark."""
+        remarks = {-1: "at its lower bound", 1: "at its upper bound", 0: ""}
+        rows = []
+        for name, value, error, place in zip(self.param_names, self.popt, self.perr, self.at_bound, strict=True):
+            if name in self.fixed:
+                rows.append((name, f"{value: .9g}", "", "", "fixed"))
+                continue
+            relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
+            rows.append((name, f"{value: .9g}", f"+- {error:.3g}", relative, remarks[int(place)]))
+        return rows
+
+    def __repr__(self):
+        return f"<FitResult>\n{self.summary()}"
+
+    def _repr_html_(self):
+        """A table of the parameters for notebooks, with the statistics below."""
+        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self._rows())
+        known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
+        verdict = "converged" if self.success else "NOT CONVERGED"
+        return (
+            f"<p>{verdict}: {escape(self.message)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{self.n_points:,} points; {escape(known)}</p>"
+        )
+
+    def scipy_output(self) -> tuple:
+        """SciPy's ``(popt, pcov, infodict, mesg, ier)``.
+
+        ``fjac`` and ``ipvt`` describe R as MINPACK does (R^T, and columns in their order, counted from 1), so that
+        ``triu(fjac.T)`` is R; ``qtf`` is Q^T r. All three are of the parameters that were fitted.
+        """
+        fvec = np.asarray(self.residuals()).ravel()
+        fvec = fvec if self.n_masked + self.n_omitted == 0 else fvec[~np.isnan(fvec)]
+        p = len(self.free)
+        info = dict(nfev=self.nfev, fvec=fvec, fjac=self.factor.R.T, ipvt=np.arange(1, p + 1), qtf=self.factor.projected)
+        return self.popt, self.pcov, info, self.message, min(self.status, 4) if self.success else 5
+
+    def plot(self, ax=None, **options):
+        """Data and model against a coordinate: `dask_nlsq.plots.fit`."""
+        return plots.fit(self, ax, **options)
+
+    def report(self, path, **options) -> Path:
+        """Write one self-contained HTML page about the fit: `dask_nlsq.results.report.report`."""
+        return report(self, path, **options)
+
+
+def _jsonable(value):
+    """With lists for arrays, and None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _jsonable(each) for name, each in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_jsonable(each) for each in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+RECORDS: tuple[type, ...] = (
+    Read,
+    Record,
+    Search,
+    SampleSummary,
+    Plan,
+    ProcessMemory,
+    Factor,
+    Totals,
+    Parts,
+    Noise,
+    NamedModel,
+    BadChunkError,
+)
+RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, Segmentation, FitResult)
+
+
+def load(path: str | Path) -> FitResult:
+    """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
+
+    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Raises
+    ------
+    ValueError
+        Where there is no result, or one of another version.
+    """
+    return load_record(Path(path), {each.__name__: each for each in RECORDS})

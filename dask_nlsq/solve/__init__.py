@@ -1,0 +1,1 @@
+"""The trust-region loop, its subproblem, many starts and the fit of a sample."""

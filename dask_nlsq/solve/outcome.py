@@ -1,0 +1,41 @@
+"""What is said where a fit does not converge, or cannot begin."""
+
+from ..data.chunks import LARGEST
+from ..engine.sweep import Sweep
+from ..model.function import Model, function_name
+from .trust_region import Solution
+
+
+class NotConvergedError(RuntimeError):
+    """No convergence within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
+
+    def __init__(self, message: str, result):
+        super().__init__(message, result)
+        self.result = result
+
+    def __str__(self):
+        return self.args[0]
+
+
+def not_converged(solution: Solution, names):
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
+    return (
+        f"Optimal parameters not found: {solution.message} {solution.nfev} were made; the best so far has cost "
+        f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
+    )
+
+
+def not_finite_at_start(sweep: Sweep, model: Model, start, names):
+    bad = [(index, count) for index, count in sweep.not_finite(start) if count]
+    at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, start, strict=True))
+    if not bad:
+        return (
+            f"the derivatives of {function_name(model.f)} are not finite in the initial point p0: {at}. Start from other "
+            "values, or write the model so that it is differentiable there (jnp.where around both value and argument)"
+        )
+    total = sum(count for _, count in bad)
+    return (
+        f"Residuals are not finite in the initial point: {function_name(model.f)} gives nan or infinity, or more than "
+        f"{LARGEST**2:g} times sigma, for {total} points (first in block {bad[0][0]}) at p0: {at}. Start from other values, "
+        "or set bounds that keep the model finite"
+    )

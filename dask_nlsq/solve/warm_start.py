@@ -1,0 +1,118 @@
+"""A fit of a sample comes first where every sweep reads all data, so that few sweeps are needed.
+
+The sample is of points drawn from chunks that are spread over the whole store. A trust-region fit of it ends about
+sqrt(N / n) standard errors from the optimum of all N points, from where two or three sweeps are left. Convergence is decided
+by sweeps over everything. (L-BFGS takes 3 to 12 times as many passes over the sample, so there is none.)
+"""
+
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+
+from ..base.config import threads
+from ..base.x64 import inherit_device
+from ..data.sample import Sample
+from ..engine.condensed import Condensed, Segmentation, merge_results
+from ..engine.evaluation import Evaluation, SweepOptions
+from ..engine.streaming import StreamingSweep
+from ..kernels.blocks import Block, Reduction
+from ..kernels.rules import OFF_BOUND, off_the_bounds
+from .multistart import predicted_cost
+from .trust_region import NotFiniteAtStart, Options, Solution, solve
+
+SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample tells nothing
+SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
+SAMPLE_SWEEPS = 30  # over the sample at most: less than one over all data
+ALIKE = 3.0  # standard errors of the sample: what differs by less it cannot tell from the start
+PIECES = 8  # in which a large sample is shared out to threads
+PIECE_POINTS = 2**14  # at least: several tiles
+
+
+class SampleSweep:
+    """A sample as data of its own, in pieces that do not depend on the number of threads."""
+
+    def __init__(self, evaluation: Evaluation, sample: Sample, jac_mode):
+        rules = evaluation.rules._replace(layouts=sample.layouts)
+        self.evaluation = evaluation._replace(rules=rules, grouping=Segmentation())
+        self.jac_mode = jac_mode
+        n, n_operands = sample.n_points, len(sample.block.buffers)
+        edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
+        self.pieces = [
+            Block(np.array([b - a, 0, *[a, 1] * n_operands]), np.array([float(b - a)]), sample.block.buffers)
+            for a, b in itertools.pairwise(edges)
+        ]
+        self.pool = ThreadPoolExecutor(min(threads(), len(self.pieces)), "nlsq-sample", inherit_device())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.pool.shutdown()
+
+    def __call__(self, params: np.ndarray, reduction: Reduction) -> Condensed:
+        how = SweepOptions(reduction, self.jac_mode)
+        parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
+        matrix, cost, sums = merge_results([found for (found,) in parts], reduction)
+        return Condensed(matrix, float(cost), reduction, sums)
+
+
+def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
+    """Where the fit of a sample ended, but as at ``start`` along directions in which the sample cannot tell the two apart.
+
+    A peak that the sample has missed keeps its start so, in place of what the noise made of it. Directions are those of the
+    singular vectors of J at the end, with columns of norm 1.
+    """
+    factor, equations = found.factor, found.equations
+    norms = np.linalg.norm(factor.R, axis=0)
+    norms = np.where(norms > 0, norms, 1.0)
+    _, s, Vt = np.linalg.svd(factor.R / norms)
+    along = Vt @ (norms * (found.params - start))
+    sigma = np.sqrt(2 * equations.cost / max(equations.n_points - len(start), 1))
+    alike = np.abs(s * along) < ALIKE * sigma
+    mixed = start + Vt[~alike].T @ along[~alike] / norms
+    worse = sweep(mixed, "gram").cost - equations.cost
+    return mixed if worse < 0.5 * ALIKE**2 * sigma**2 * np.count_nonzero(alike) else found.params  # false for nan
+
+
+def warm_start(sweep: StreamingSweep, start: np.ndarray, options: Options) -> np.ndarray:
+    """Where a fit of the sample ends; ``start`` where that is better for all data, or the sample says nothing.
+
+    All that is known of the cost at ``start`` is that of the sample. Where the next step from the new point, which
+    also finds parameters that the sample does not see, promises no less for all data, the sample may have misled, and
+    a sweep at ``start`` decides.
+    """
+    if sweep.drawn is None or sweep.drawn.n_points < SAMPLE_PER_PARAM * len(start):
+        return start
+    sample = sweep.points(sweep.drawn.n_points)
+    coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
+    own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
+    try:
+        with SampleSweep(sweep.evaluation, sample, sweep.jac_mode) as small:
+            found = solve(small, start, own)
+            warm = told_apart(found, start, small)
+    except NotFiniteAtStart:
+        return start
+    sweep.drawn = sweep.drawn._replace(nfev=found.nfev)
+    warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
+    reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
+    there = sweep(warm, reduction)
+    assert there.read is not None  # of data that are not held
+    expected = found.history[0].cost / sample.n_points  # per point
+    if predicted_cost(there, warm, options) / there.read.n_points <= expected:
+        return warm
+    return warm if there.finite and there.cost <= sweep(start, reduction).cost else start
+
+
+def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Solution:
+    """`trust_region.solve` on all data, from where a fit of the sample ends.
+
+    Raises
+    ------
+    NotFiniteAtStart
+        Where on all data cost or derivatives are not finite at ``start``.
+    """
+    # what the sample has determined is near its optimum, what it has not seen is most of the cost: steps are free at once
+    return solve(sweep, warm_start(sweep, start, options), replace(options, free_below=np.inf))
