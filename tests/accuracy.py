@@ -145,11 +145,17 @@ CUTTING = {
 }
 
 
+MODELS = {"decay": DECAY, "peak": PEAK, "plume": PLUME}
+
+
+def boxes_of(model: Model) -> dict:
+    return {"no bounds": ANYWHERE, "inactive bounds": WIDE[model], "active bounds": CUTTING[model]}
+
+
 def cases() -> dict[str, Case]:
     table = {}
-    names = {DECAY: "decay", PEAK: "peak", PLUME: "plume"}
-    for model, name in names.items():
-        boxes = {"no bounds": ANYWHERE, "inactive bounds": WIDE[model], "active bounds": CUTTING[model]}
+    for name, model in MODELS.items():
+        boxes = boxes_of(model)
         for loss, (box, bounds) in product(RHO, boxes.items()):
             table[f"{name}, {loss}, {box}"] = Case(model, {"loss": loss, "f_scale": 0.4, "bounds": bounds})
         for sigma, absolute in product(SIGMAS, (False, True)):
@@ -164,6 +170,44 @@ def cases() -> dict[str, Case]:
         table[f"{name}, 3-D, masked, huber, sigma points, active bounds"] = Case(
             model, {"loss": "huber", "bounds": CUTTING[model]}, "points", (5, 12, 10), masked=True
         )
+    return table
+
+
+# Every pair of two values of these options is in one of these fits, but for a covariance with a mask, with several axes or
+# with the loss "arctan", where SciPy and we end in different ones of many minima.
+MIXED = [  # model, loss, bounds, sigma, absolute_sigma, x_scale, masked, axes
+    ("decay", "linear", "inactive bounds", "none", False, "array", True, "3-D"),
+    ("decay", "soft_l1", "active bounds", "points", False, "array", True, "3-D"),
+    ("decay", "huber", "active bounds", "scalar", True, "jac", True, "3-D"),
+    ("decay", "cauchy", "no bounds", "points", True, "1", True, "3-D"),
+    ("decay", "cauchy", "no bounds", "matrix", True, "array", False, "1-D"),
+    ("decay", "arctan", "inactive bounds", "none", True, "jac", False, "1-D"),
+    ("peak", "linear", "no bounds", "matrix", True, "array", False, "1-D"),
+    ("peak", "soft_l1", "no bounds", "scalar", True, "jac", True, "3-D"),
+    ("peak", "huber", "no bounds", "none", True, "1", True, "1-D"),
+    ("peak", "huber", "inactive bounds", "points", False, "array", False, "3-D"),
+    ("peak", "cauchy", "active bounds", "none", False, "jac", False, "3-D"),
+    ("peak", "arctan", "active bounds", "points", False, "1", False, "1-D"),
+    ("plume", "linear", "no bounds", "scalar", False, "1", False, "3-D"),
+    ("plume", "linear", "active bounds", "points", True, "jac", True, "1-D"),
+    ("plume", "soft_l1", "active bounds", "matrix", False, "1", False, "1-D"),
+    ("plume", "soft_l1", "inactive bounds", "none", False, "1", True, "1-D"),
+    ("plume", "huber", "inactive bounds", "matrix", True, "jac", False, "1-D"),
+    ("plume", "cauchy", "inactive bounds", "scalar", True, "array", True, "1-D"),
+    ("plume", "arctan", "no bounds", "none", False, "array", True, "3-D"),
+    ("plume", "arctan", "active bounds", "scalar", False, "array", True, "3-D"),
+]  # fmt: skip
+
+
+def mixed() -> dict[str, Case]:
+    table = {}
+    for name, loss, box, sigma, absolute, x_scale, masked, axes in MIXED:
+        model = MODELS[name]
+        scale = np.abs(model.truth) / np.arange(1, len(model.truth) + 1)
+        options = dict(loss=loss, f_scale=0.4, bounds=boxes_of(model)[box], absolute_sigma=absolute)
+        options["x_scale"] = {"array": scale, "jac": "jac", "1": 1.0}[x_scale]
+        label = f"{name}, {loss}, {box}, sigma {sigma}, x_scale {x_scale}, {axes}" + ", masked" * masked
+        table[label] = Case(model, options, sigma, {"1-D": (600,), "3-D": (5, 12, 10)}[axes], masked)
     return table
 
 

@@ -108,8 +108,10 @@ def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
         np.testing.assert_allclose(gram, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("start", range(9))
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint16, np.int8])
+@pytest.mark.parametrize(
+    "start, dtype",
+    [*((k, np.float64) for k in (0, 1, 7, 8)), (3, np.float32), (8, np.float32), (5, np.uint16), (1, np.int8)],
+)
 def test_alignment_of_the_users_buffer_does_not_change_a_bit(start, dtype):
     """Views that start anywhere in a cache line give the bits of a fresh copy."""
     rng = np.random.default_rng(1)

@@ -130,7 +130,8 @@ dask_nlsq.curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, 2 * np.exp(-x))
 
 @pytest.mark.parametrize("disabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disabled, tmp_path):
-    environment = os.environ | {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    own = {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    environment = {key: value for key, value in os.environ.items() if "CACHE" not in key} | own
     if disabled:
         environment["NLSQ_DISABLE_PERSISTENT_CACHE"] = "1"
     root = Path(__file__).parent.parent

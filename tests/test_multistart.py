@@ -134,8 +134,16 @@ def points(x, y, n, chunks=None, **data):
         return sweep.points(n)
 
 
-@pytest.mark.parametrize("chunks", [(60, 50), (7, 50), (60, 11), (40, 33), (4, 3)])
-@pytest.mark.parametrize("apart", [nullcontext, chunks_apart], ids=["joined", "apart"])
+@pytest.mark.parametrize(
+    "chunks, apart",
+    [
+        ((60, 50), nullcontext),
+        ((7, 50), nullcontext),
+        ((40, 33), nullcontext),
+        ((60, 11), chunks_apart),
+        ((4, 3), chunks_apart),
+    ],
+)
 def test_sample_does_not_depend_on_chunks(chunks, apart):
     x, y = X.reshape(60, 50), Y.reshape(60, 50)
     with apart():

@@ -73,8 +73,9 @@ def errors_apart(found, expected):
     return np.max(np.abs(found.popt - expected.popt) / expected.perr)
 
 
-@pytest.mark.parametrize("reduction", ["gram", "qr"])
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 45])
+@pytest.mark.parametrize(
+    "n, reduction", [(1, "gram"), (2, "qr"), (7, "gram"), (8, "gram"), (13, "qr"), (45, "gram"), (45, "qr")]
+)
 def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduction):
     rng = np.random.default_rng(n)
     rows = rng.normal(size=(n, 9, 4))
