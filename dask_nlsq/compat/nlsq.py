@@ -1,61 +1,63 @@
-"""How much memory a fit takes, how much it may take, and what follows: arithmetic on metadata, nothing is computed.
+"""Names of NLSQ: how much memory a fit takes, and what follows. Arithmetic on metadata, nothing is computed.
 
 For n points of k coordinates and p parameters, with b bytes per number:
 
     data       n (k + 1) b     x and y
     jacobian   n p b           J
-    solver     p^2 b + n b     J^T J and the residual
-    peak       data + 1.3 jacobian + solver, since an SVD of J works on 0.3 of its size
+    peak       data + c J + v n b + s p^2 b,   (c, v, s) as in `HELD`
 
 Gigabytes are GiB, 2^30 bytes, throughout.
 """
 
 import logging
-import math
+from bisect import bisect_right
 from dataclasses import dataclass
-from enum import Enum
+from math import isnan
+from typing import Any
 
 import numpy as np
 
-from ..base.text import GB
+from ..base.text import GB, size
 from ..base.values import count, positive
 from ..memory.machine import active_client, available_memory
-from ..memory.threshold import (
-    SVD_SHARE,
-    Strategy,
-    effective_fraction,
-    even_chunks,
-    fit_parts,
-    get_adaptive_memory_threshold,
-    threshold_of,
-)
+from ..memory.threshold import Strategy, effective_fraction
+from ..presets import EFFECTS, TIERS, OptimizationGoal, as_goal, tolerances
+from .homodyne import FALLBACK_THRESHOLD_GB, total_memory_gb
 
 logger = logging.getLogger("dask_nlsq")
-JACOBIAN_OVERHEAD = 6.5  # J's at the peak of a fit that materialises J and its intermediates
+# what a fit that materialises J holds beside the data: Jacobians, vectors of n points, p x p matrices. An SVD works on 0.3
+# of J, lm factors it in place, and dogbox also forms J times the step of the free variables
+HELD = {"budget": (1.3, 1, 1), "lm": (1.0, 2, 1), "trf": (1.3, 2, 2), "dogbox": (1.3, 3, 3)}
 LEAST_ROOM = 0.1  # of the threshold, for one chunk's Jacobian where data fill it: the margin of safety holds it
+
+
+def costs(fit: str, n_params: int, data: float = 2, width: float = 8) -> tuple[float, float]:
+    """Bytes for each point, ``data`` numbers of ``width`` bytes among them, and for a fit of any size."""
+    jacobians, vectors, squares = HELD[fit]
+    return width * (data + jacobians * n_params + vectors), width * squares * n_params**2
+
+
+def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> tuple[int, int]:
+    """Size and number of the fewest even chunks of at most ``room`` bytes; MemoryError where not even one point fits."""
+    largest = min(int((room - fixed) // per_point), n_points)
+    if largest < 1:
+        raise MemoryError(
+            f"a single point takes {size(fixed + per_point)} with what belongs to all points, and there are {size(room)}: "
+            "raise the memory limit, or fit fewer parameters"
+        )
+    chunk = -(-n_points // -(-n_points // largest))
+    return chunk, -(-n_points // chunk)
 
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a fit takes and what it may take, in GiB.
+    """What a fit takes and what it may take, in GiB."""
 
-    Attributes
-    ----------
-    available_gb : float
-        Memory that is available: to this process now, or to the workers of a cluster, or as the user limits it.
-    threshold_gb : float
-        The part of it that a fit may take.
-    data_gb, jacobian_gb, peak_gb : float
-        What the data, the whole Jacobian and a fit that holds both take.
-    n_points, n_params : int
-        The size of the problem.
-    """
-
-    available_gb: float
-    threshold_gb: float
+    available_gb: float  # to this process now, or to the workers of a cluster, or as the user limits it
+    threshold_gb: float  # the part of it that a fit may take
     data_gb: float
-    jacobian_gb: float
-    peak_gb: float
+    jacobian_gb: float  # of all points
+    peak_gb: float  # of a fit that holds both
     n_points: int = 0
     n_params: int = 0
 
@@ -75,33 +77,28 @@ class MemoryBudget:
     @property
     def reason(self) -> str:
         """The numbers that the strategy follows from."""
-        threshold = f"the threshold of {_gib(self.threshold_gb)}"
+        data, peak, limit = (size(gb * GB) for gb in (self.data_gb, self.peak_gb, self.threshold_gb))
         return {
-            "standard": f"the peak of {_gib(self.peak_gb)} fits within {threshold}",
-            "chunked": f"the data of {_gib(self.data_gb)} fit within {threshold}, the peak of {_gib(self.peak_gb)} does not",
-            "streaming": f"the data of {_gib(self.data_gb)} exceed {threshold}",
+            "standard": f"the peak of {peak} fits within the threshold of {limit}",
+            "chunked": f"the data of {data} fit within the threshold of {limit}, the peak of {peak} does not",
+            "streaming": f"the data of {data} exceed the threshold of {limit}",
         }[self.strategy]
 
-    def chunks(self) -> tuple[int, int]:
-        """Points per chunk and number of chunks, such that one chunk's Jacobian fits beside what is held.
+    def __str__(self):
+        jacobian, available = size(self.jacobian_gb * GB), size(self.available_gb * GB)
+        problem = f"{self.n_points:,} points, {self.n_params} parameters"
+        return f"{self.strategy}: {self.reason} (Jacobian {jacobian}, available {available}, {problem})"
 
-        Held are all data for "chunked", and those of the chunk for "streaming".
-        """
+    def chunks(self) -> tuple[int, int]:
+        """Points per chunk and number of chunks: the Jacobian of one fits beside all data, or its own with "streaming"."""
         if self.strategy == "standard":
             return self.n_points, 1
-        n_points, parts = count("n_points", self.n_points), fit_parts(1, self.n_params)
-        per_point, room = (1 + SVD_SHARE) * self.jacobian_gb * GB / n_points + parts.residual, self.threshold_gb
+        n_points, n_params = count("n_points", self.n_points), count("n_params", self.n_params)
+        per_point, fixed = costs("budget", n_params, 0, self.jacobian_gb * GB / n_points / n_params)
         if self.data_fits:
             room = max(self.threshold_gb - self.data_gb, LEAST_ROOM * self.threshold_gb)
-        else:
-            per_point += self.data_gb * GB / n_points
-        return even_chunks(n_points, room * GB, per_point, parts.normal)
-
-    def __str__(self):
-        return (
-            f"{self.strategy}: {self.reason} (Jacobian {_gib(self.jacobian_gb)}, available {_gib(self.available_gb)}, "
-            f"{self.n_points:,} points, {self.n_params} parameters)"
-        )
+            return even_chunks(n_points, room * GB, per_point, fixed)
+        return even_chunks(n_points, self.threshold_gb * GB, per_point + self.data_gb * GB / n_points, fixed)
 
     @classmethod
     def compute(
@@ -115,29 +112,15 @@ class MemoryBudget:
         dtype_bytes: int = 8,
         client=None,
     ) -> "MemoryBudget":
-        """Budget of a fit of ``n_points`` points.
+        """Budget of a fit of ``n_points`` points of ``n_features`` coordinates, with ``dtype_bytes`` bytes per number.
 
-        Parameters
-        ----------
-        n_points, n_params, n_features : int
-            Points, parameters, coordinates per point.
-        memory_limit_gb : float, optional
-            GiB that are available. None: what the workers of ``client`` have in all, or this process now.
-        safety_factor : float, optional
-            Share of them that a fit may take, up to 1. None: ``NLSQ_MEMORY_FRACTION``, else 0.75.
-        dtype_bytes : int
-            Bytes per number.
-        client : distributed.Client, False or None
-            As in `get_adaptive_memory_threshold`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Arguments that are not positive numbers.
+        Available are ``memory_limit_gb`` GiB; by default what the workers of ``client`` have in all, or this process now
+        (`get_adaptive_memory_threshold`). A fit may take the share ``safety_factor``, up to 1; by default
+        ``NLSQ_MEMORY_FRACTION``, else 0.75. ValueError or TypeError: arguments that are not positive numbers.
         """
-        n_points, n_params = count("n_points", n_points), count("n_params", n_params)
-        parts = fit_parts(n_points, n_params, count("n_features", n_features), positive("dtype_bytes", dtype_bytes, "bytes"))
-        return cls._weigh(n_points, n_params, parts, memory_limit_gb, safety_factor, client)
+        width, n_points = positive("dtype_bytes", dtype_bytes, "bytes"), count("n_points", n_points)
+        needed = _needed(n_points, n_params, n_points * (count("n_features", n_features) + 1) * width, width)
+        return cls(*_available(memory_limit_gb, safety_factor, client), *needed)
 
     @classmethod
     def from_arrays(
@@ -145,114 +128,80 @@ class MemoryBudget:
     ) -> "MemoryBudget":
         """Budget of a fit of these arrays, from their metadata; reads and computes nothing.
 
-        Parameters
-        ----------
-        x, y, sigma, mask : NumPy, Dask, Zarr, xarray or h5py arrays, lists or None
-            As in `dask_nlsq.curve_fit`; a tuple as ``x`` holds arrays that broadcast against ``y``, as small as they are.
-        n_params, memory_limit_gb, safety_factor, client
-            As in `compute`.
-
-        Raises
-        ------
-        ValueError, TypeError
-            As in `compute`; empty data, and Dask arrays of unknown chunk sizes.
+        Arrays as in `dask_nlsq.curve_fit`: a tuple as ``x`` holds arrays that broadcast against ``y``, as small as they
+        are. The rest, and errors, as in `compute`; ValueError also for empty data and unknown sizes of chunks.
         """
         named = {"y": y, "sigma": sigma, "mask": mask}
         named |= {f"x[{k}]": each for k, each in enumerate(x)} if isinstance(x, tuple) else {"x": x}
-        sizes = {name: _size_and_bytes(name, array) for name, array in named.items() if array is not None}
-        if "y" not in sizes or not sizes["y"][0]:
+        sized = {name: _sized(name, array) for name, array in named.items() if array is not None}
+        if "y" not in sized or not sized["y"].size:
             raise ValueError("`y` must not be empty")
-        n_points, n_params = sizes["y"][0], count("n_params", n_params)
-        parts = fit_parts(n_points, n_params)._replace(data=sum(nbytes for _, nbytes in sizes.values()))
-        return cls._weigh(n_points, n_params, parts, memory_limit_gb, safety_factor, client)
-
-    @classmethod
-    def _weigh(cls, n_points, n_params, parts, memory_limit_gb, safety_factor, client):
-        if safety_factor is None:
-            safety_factor, _ = effective_fraction()
-        elif positive("safety_factor", safety_factor) > 1:
-            raise ValueError(f"`safety_factor` is the share of memory that a fit may take, at most 1, not {safety_factor}")
-        if memory_limit_gb is not None:
-            available_gb = positive("memory_limit_gb", memory_limit_gb, "GiB")
-        elif (client := active_client(client)) is not None:
-            threshold_gb, info = threshold_of(safety_factor, "argument", client)
-            available_gb = info["total_memory_gb"] or threshold_gb / safety_factor
-        else:
-            available_gb = available_memory() / GB
-        gb = (parts.data / GB, parts.jacobian / GB, parts.peak / GB)
-        return cls(available_gb, available_gb * safety_factor, *gb, n_points=n_points, n_params=n_params)
+        needed = _needed(int(sized["y"].size), n_params, sum(int(each.nbytes) for each in sized.values()), 8)
+        return cls(*_available(memory_limit_gb, safety_factor, client), *needed)
 
 
-def _gib(gb: float) -> str:
-    return f"{gb:.2f} GiB" if gb >= 0.01 else f"{gb * 1024:.3g} MiB"
-
-
-def _size_and_bytes(name, array) -> tuple[int, int]:
-    if not (hasattr(array, "nbytes") and hasattr(array, "size")):
-        array = np.asarray(array)
-    if math.isnan(array.nbytes):
+def _sized(name, array):
+    array = array if hasattr(array, "nbytes") and hasattr(array, "size") else np.asarray(array)
+    if isnan(array.nbytes):
         raise ValueError(f"`{name}` is a Dask array of unknown chunk sizes: call {name}.compute_chunk_sizes() first")
-    return int(array.size), int(array.nbytes)
+    return array
 
 
-def estimate_peak_memory_gb(
-    n_points: int, n_params: int, bytes_per_element: float = 8, jacobian_overhead: float = JACOBIAN_OVERHEAD
-) -> float:
-    """GiB at the peak of a fit that materialises J with all its intermediates: ``jacobian_overhead`` times J."""
-    n_points, n_params = count("n_points", n_points, 0), count("n_params", n_params, 0)
-    parts = fit_parts(n_points, n_params, dtype_bytes=positive("bytes_per_element", bytes_per_element, "bytes"))
-    return parts.jacobian * positive("jacobian_overhead", jacobian_overhead) / GB
+def _needed(n_points, n_params, data, width):
+    """Data, Jacobian and peak in GiB, points and parameters."""
+    n_params = count("n_params", n_params)
+    per_point, fixed = costs("budget", n_params, 0, width)
+    return data / GB, n_points * n_params * width / GB, (data + n_points * per_point + fixed) / GB, n_points, n_params
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what follows
+def _available(memory_limit_gb, safety_factor, client):
+    """GiB that are available, and those that a fit may take."""
+    share = effective_fraction()[0] if safety_factor is None else _share(safety_factor)
+    if memory_limit_gb is not None:
+        available_gb = positive("memory_limit_gb", memory_limit_gb, "GiB")
+    elif (client := active_client(client)) is not None:
+        available_gb = total_memory_gb(client)[0] or FALLBACK_THRESHOLD_GB / share
+    else:
+        available_gb = available_memory() / GB
+    return available_gb, available_gb * share
 
 
-class NLSQStrategy(Enum):
-    """How to fit where J would be materialised."""
-
-    STANDARD = "standard"  # J in memory
-    OUT_OF_CORE = "out_of_core"  # J^T J summed over chunks
-    HYBRID_STREAMING = "hybrid_streaming"  # L-BFGS on a sample, then Gauss-Newton over streamed data
+def _share(safety_factor):
+    if positive("safety_factor", safety_factor) > 1:
+        raise ValueError(f"`safety_factor` is the share of memory that a fit may take, at most 1, not {safety_factor}")
+    return safety_factor
 
 
 @dataclass(frozen=True)
-class StrategyDecision:
-    """A strategy, the GiB that it follows from, and the sentence that says so."""
+class MemoryBudgetSelector:
+    """Chooses a strategy by `MemoryBudget`; ``safety_factor`` as in `MemoryBudget.compute`."""
 
-    strategy: NLSQStrategy
-    threshold_gb: float
-    index_memory_gb: float  # an int64 index of all points
-    peak_memory_gb: float
-    reason: str
+    safety_factor: float | None = None
+
+    def __post_init__(self):
+        if self.safety_factor is not None:
+            _share(self.safety_factor)
+
+    def select(
+        self, n_points: int, n_params: int, memory_limit_gb: float | None = None, *, n_features: int = 1, client=None
+    ) -> tuple[Strategy, dict[str, Any]]:
+        """ "standard", "chunked" or "streaming", and a dict; arguments and errors as in `MemoryBudget.compute`.
+
+        The dict has ``budget``, ``chunk_size`` (points) and ``n_chunks`` such that the Jacobian of a chunk fits, and
+        ``reason``. MemoryError where not even one point fits.
+        """
+        options = dict(memory_limit_gb=memory_limit_gb, safety_factor=self.safety_factor, client=client)
+        budget = MemoryBudget.compute(n_points, n_params, n_features, **options)
+        logger.info("%s", budget)
+        chunk_size, n_chunks = budget.chunks()
+        return budget.strategy, dict(budget=budget, chunk_size=chunk_size, n_chunks=n_chunks, reason=budget.reason)
 
 
-def select_nlsq_strategy(n_points: int, n_params: int, memory_fraction=None, client=None) -> StrategyDecision:
-    """How to fit by memory alone: by an index of the points first, then by the peak with J in memory.
+def calculate_adaptive_tolerances(n_points: int, goal: OptimizationGoal | str | None = None) -> dict[str, float]:
+    """``gtol``, ``ftol`` and ``xtol``, all the same: 1e-12 below a thousand points, looser by tiers to 1e-5 above 10^8.
 
-    Parameters
-    ----------
-    n_points : int
-    n_params : int
-        With none the peak cannot be estimated and counts as 0.
-    memory_fraction, client
-        As in `get_adaptive_memory_threshold`.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A number of points that is negative, or no number.
+    The goal QUALITY takes the next tighter tier, FAST the next looser one, as far as there is one. ValueError or TypeError:
+    a number of points that is not a positive integer; an unknown goal.
     """
-    n_points, n_params = count("n_points", n_points, 0), count("n_params", n_params, -math.inf)
-    threshold_gb, _ = get_adaptive_memory_threshold(memory_fraction, client)
-    index_gb = n_points * 8 / GB
-    peak_gb = estimate_peak_memory_gb(n_points, n_params) if n_params > 0 else 0.0
-    threshold = f"the threshold ({threshold_gb:.2f} GiB)"
-    if index_gb > threshold_gb:
-        strategy, reason = NLSQStrategy.HYBRID_STREAMING, f"Index array ({index_gb:.2f} GiB) exceeds {threshold}"
-    elif peak_gb > threshold_gb:
-        strategy, reason = NLSQStrategy.OUT_OF_CORE, f"Peak memory ({peak_gb:.2f} GiB) exceeds {threshold}"
-    else:
-        strategy, reason = NLSQStrategy.STANDARD, f"Peak memory ({peak_gb:.2f} GiB) fits within {threshold}"
-    logger.info("%s for %s points and %d parameters: %s", strategy.value, f"{n_points:,}", n_params, reason)
-    return StrategyDecision(strategy, threshold_gb, index_gb, peak_gb, reason)
+    tier = bisect_right(TIERS, count("n_points", n_points))
+    return tolerances(tier if goal is None else tier + EFFECTS[as_goal(goal)].tier)

@@ -16,7 +16,7 @@ from ..data.store import BadChunkError
 from ..kernels.blocks import MAX_TILE, Block, JacMode, KernelSpec, Reduction, tile_size
 from ..kernels.rows import sweep_kernel
 from ..kernels.values import VALUES_LEAD, What, value_kernel
-from ..memory.pool import get_memory_manager
+from ..memory.pool import shared_pool
 from ..model.function import Model
 from .condensed import Segmentation
 
@@ -127,7 +127,7 @@ def load_chunk(rules: Rules, run: list[Load], shared: dict) -> Chunk:
             return load.hidden(rules, shared)
 
     large = nbytes >= RESERVED_FROM
-    guard = get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext()
+    guard = shared_pool.reserve(READ_COPIES * nbytes, wait=True) if large else nullcontext()
     with guard, context_meter.meter("nlsq-read"):
         chunk = prepare_chunk(rules, [load.index for load in run], [pieces(load) for load in run])
     if not damage:
