@@ -1,8 +1,6 @@
 """Nonlinear least squares on data that do not fit in memory."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 from .base import config  # noqa: F401  (defaults of dask.config)
 
@@ -56,14 +54,3 @@ def __getattr__(name):
 
 def __dir__():
     return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """Where the import of a submodule would hide the public name that it shares (`fit`), the name stays."""
-
-    def __setattr__(self, name, value):
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
