@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import dask_nlsq
+
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
     "base", "model", "kernels", "memory", "data", "options", "presets", "engine", "solve", "results", "maps", "interface",
-    "fit", "compat", "demo",
+    "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
@@ -61,7 +63,7 @@ def test_imports_point_to_the_left(module):
     inside, outside = imports(module)
     assert "dask_nlsq" not in outside  # imports within the package are relative
     assert not (inside - {module}) & ON_TOP
-    allowed = ORDER[: ORDER.index(folder(module)) + 1] + (["fit", "demo"] if module in ON_TOP else [])
+    allowed = ORDER[: ORDER.index(folder(module)) + 1] + (["fitting", "demo"] if module in ON_TOP else [])
     assert {folder(each) for each in inside} <= set(allowed)
 
 
@@ -101,3 +103,8 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+
+
+def test_no_module_hides_a_public_name():
+    beside = {module for module in SOURCES if "." not in module} | {folder(module) for module in MODULES}
+    assert not beside & set(dask_nlsq.__all__)

@@ -20,7 +20,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
-from dask_nlsq.dashboard import _workers
+from dask_nlsq.interface.live_page import _workers
 
 from .clusters import command_line, local
 

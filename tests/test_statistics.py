@@ -12,11 +12,11 @@ import scipy.optimize
 from scipy import stats
 
 import dask_nlsq
+from dask_nlsq.kernels.rules import at_bounds
 from dask_nlsq.statistics import (
     Noise,
     Statistics,
     Totals,
-    at_bounds,
     correlation,
     largest_correlations,
     quantile,

@@ -34,7 +34,7 @@ import zarr
 from scipy.optimize import OptimizeWarning
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ..fit import curve_fit, resume
+from ..fitting import curve_fit, resume
 
 WAVEVECTOR = 0.0054  # q, 1/A
 GAP = 2e6  # L, A

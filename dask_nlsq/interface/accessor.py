@@ -15,7 +15,7 @@ import xarray as xr
 from scipy.optimize import OptimizeWarning
 
 from ..data.labels import map_values
-from ..fit import curve_fit
+from ..fitting import curve_fit
 from ..kernels.lanes import MapStatus
 from ..maps.fit import fit_map
 from ..model.function import parameter_names

@@ -211,8 +211,8 @@ def fit(scheduler, checkpoint, out, report, log, **given):
     \b
     dask nlsq fit scan.zarr/entry/counts --model gaussian+line --x scan.zarr/entry/energy --out result
     """
-    from ..fit import curve_fit
-    from ..fit import fit as fit_by_workflow
+    from ..fitting import curve_fit
+    from ..fitting import fit as fit_by_workflow
 
     call = _call(**given)
     if checkpoint is not None:
@@ -227,7 +227,7 @@ def plan(scheduler, **given):
     \b
     dask nlsq plan scan.zarr/entry/counts --model gaussian+line --x 0:10:0.01
     """
-    from ..fit import plan_fit
+    from ..fitting import plan_fit
 
     call = _call(**given, read=False)
     with _cluster(scheduler):
@@ -293,7 +293,7 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     \b
     dask nlsq resume scan.ckpt --out result
     """
-    from .. import fit as api
+    from .. import fitting as api
     from ..data.store import open_array
     from ..engine.checkpoint import read_fit
     from . import cli_values as words
