@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ..base.files import RESULT, read_arrays
+from ..base.files import read_arrays
 from ..engine.checkpoint import read_fit
 from ..kernels.lanes import MapStatus
 from ..maps.result import status_counts
 from ..results.result import load
+from ..results.schema import RESULT
 
 
 def describe(path: Path) -> str:
