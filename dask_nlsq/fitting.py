@@ -292,7 +292,7 @@ def fit(
     f, xdata, ydata, p0
         As in `curve_fit`.
     goal : OptimizationGoal or str, optional
-        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.compat.workflow`.
+        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
     n_starts : int, optional
         Number of starts; by default that of the workflow and the goal.
     **curve_fit_options

@@ -175,7 +175,7 @@ def test_census_counts_by_argument():
 def lent():
     """Arrays of the shared manager that are in use."""
     gc.collect()
-    return len(get_memory_manager()._loans)
+    return len(get_memory_manager().pool.loans)
 
 
 def test_what_a_chunk_copies_comes_back_with_it():

@@ -149,7 +149,7 @@ def test_lazy_data_that_do_not_fit_are_read_anew_in_each_sweep(client):
 
 def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read():
     x, y = da.zeros(10**7, chunks=10**6), unread(10**7, 10**6)
-    with pytest.raises(MemoryBudgetError, match=r"it may take 0\.10 GiB \(memory_limit_gb\)"):
+    with pytest.raises(MemoryBudgetError, match=r"it may take 102\.40 MiB \(memory_limit_gb\)"):
         plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kernels.blocks import BLOCK_POINTS, Block, Layouts, longest_tile
-from ..memory.pool import ALIGNMENT, get_memory_manager
+from ..memory.pool import ALIGNMENT, shared_pool
 from .store import BadChunkError
 
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
     blocks: tuple[Block, ...]
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
-    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the MemoryManager
+    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the pool
 
 
 class ValuePolicy(NamedTuple):
@@ -110,7 +110,7 @@ def prepare_chunk(
     -------
     Chunk
         Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
-        `MemoryManager`. `release` gives those back; a chunk that is dropped instead takes them along.
+        pool. `release` gives those back; a chunk that is dropped instead takes them along.
     """
     inspected = (_inspect(preparation, *each) for each in zip(indices, pieces, strict=True))
     censuses, cleaned, invalid = zip(*inspected, strict=True)
@@ -138,7 +138,7 @@ def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarra
 def release(chunk: Chunk) -> None:
     """Give back what `prepare_chunk` has taken; no block of the chunk may be used any longer."""
     for array in chunk.staged:
-        get_memory_manager().free_array(array)
+        shared_pool.take_back(array)
 
 
 def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
@@ -299,8 +299,8 @@ def _view(flat, lo, hi, capacity):
 
 
 def aligned_copy(flat, lo, hi, capacity):
-    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value as far as a tile reaches."""
-    buffer = get_memory_manager().allocate_array(capacity, flat.dtype, zero=False)
+    """A copy of [lo, hi) in a buffer of the shared pool, continued with its last value as far as a tile reaches."""
+    buffer = shared_pool.lend(capacity, flat.dtype, zero=False)
     buffer[: hi - lo] = flat[lo:hi]
     buffer[hi - lo : longest_tile()] = flat[hi - 1]
     return buffer

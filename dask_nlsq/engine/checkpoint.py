@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.files import import_by, import_name, read_arrays, write_arrays, write_whole
+from ..base.files import import_by, import_name, read_arrays, read_json, write_arrays, write_json
 from ..data.align import Data
 from ..data.arrays import has_masked, stacked
 from ..data.store import is_stored
@@ -72,8 +72,7 @@ class Checkpoint:
         else:
             if arrays:
                 self.save("data", arrays)
-            text = json.dumps(dict(version=VERSION, identity=identity, call=call), indent=1)
-            write_whole(self.path / "fit.json", lambda file: file.write(text.encode()))
+            write_json(self.path / "fit.json", version=VERSION, identity=identity, call=call)
 
     def _compare(self, identity):
         known = read_fit(self.path)["identity"]
@@ -104,15 +103,12 @@ def read_fit(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        Where there is none, or one of another version.
+        Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
-        found = json.loads((path / "fit.json").read_text())
+        return read_json(path / "fit.json", VERSION, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no fit.json") from None
-    if found["version"] != VERSION:
-        raise CheckpointError(f"the checkpoint {path} has format {found['version']}, this version reads {VERSION}")
-    return found
 
 
 def _short(value):

@@ -15,7 +15,7 @@ from ..data.sample import pick, spread, stratified_places
 from ..data.store import BadChunkError
 from ..kernels.blocks import Block
 from ..memory.machine import keep_freed_memory
-from ..memory.pool import get_memory_manager
+from ..memory.pool import shared_pool
 from .condensed import Sums, Tree, merge_chunks
 from .request import Objective, Request, condense_blocks, count_not_finite
 
@@ -84,7 +84,7 @@ def load_chunk(preparation: Preparation, run: list[Load], shared: dict) -> Chunk
             return load.hidden(preparation, shared)
 
     large = nbytes >= RESERVED_FROM
-    guard = get_memory_manager().memory_guard(READ_COPIES * nbytes, wait=True) if large else nullcontext()
+    guard = shared_pool.reserve(READ_COPIES * nbytes, wait=True) if large else nullcontext()
     with guard, context_meter.meter("nlsq-read"):
         chunk = prepare_chunk(preparation, [load.index for load in run], [pieces(load) for load in run])
     if not damage:

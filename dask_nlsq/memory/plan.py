@@ -123,8 +123,7 @@ class Plan:
         ]
         rows[2:2] = [("decoded", each) for each in self.decoded]
         columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
-        lines = [f"{name:<12}{value}" for name, value in rows]
-        lines += ["", *table([columns, *map(_cells, self.places)])]
+        lines = [*table(rows), "", *table([columns, *map(_cells, self.places)])]
         return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
 
     def __repr__(self):

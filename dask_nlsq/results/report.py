@@ -10,12 +10,13 @@ from datetime import datetime
 from html import escape
 from importlib.metadata import version
 from io import BytesIO
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from pathlib import Path
 
 import numpy as np
 
 from ..base.files import write_whole
+from ..base.text import size
 from ..memory.machine import detect_total_system_memory, process_settings
 from ..model.function import FixedParameters, function_name
 from . import plots
@@ -291,7 +292,7 @@ def _provenance(result):
         ("loss", loss),
         ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())),
         ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
-        ("memory", f"{memory / 2**30:.1f} GiB" if memory else "not known"),
+        ("memory", size(memory or inf)),
         ("Python", platform.python_version()),
         *((package, version(package)) for package in PACKAGES),
     ]

@@ -5,78 +5,34 @@ from functools import cached_property
 from html import escape
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from ..base.files import import_by, import_name, load_record, save_record
 from ..base.text import several, table
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
-from ..data.chunks import Preparation, ValuePolicy
+from ..data.chunks import Preparation
 from ..data.labels import Labels, at_labels, label, since
 from ..data.store import BadChunkError
-from ..engine.condensed import Factor, Read, Segmentation
+from ..engine.condensed import Factor
 from ..engine.request import Objective, Request
 from ..engine.sweep import SampleSummary
 from ..engine.values import but_hidden, map_chunks
-from ..kernels.blocks import Invalid, Layout, Layouts
-from ..kernels.checks import fingerprint
 from ..kernels.rows import Parts
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
-from ..memory.processes import ProcessMemory
-from ..model.function import FixedParameters, Model, intern
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
-from . import plots
+from . import plots, schema
 from .diagnostics import Diagnostics, diagnose
+from .named_model import NamedModel
 from .report import report
 from .statistics import Noise, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
 from .uncertainty import jackknife, sandwich, spread_out
 
 MOST_CORRELATIONS = 5  # in a summary
-
-
-class NamedModel(NamedTuple):
-    """What a result that was loaded knows of its model."""
-
-    name: list[str] | None  # module and name, where it can be imported
-    fingerprint: str  # of what it computes
-    n: int  # points that it can be evaluated on
-    values: list[float]  # of all parameters, where some are held, else of none
-    free: list[int]
-
-    @classmethod
-    def of(cls, model: Model, preparation: Preparation, n_params: int, n_points: int) -> "NamedModel":
-        n = n_points if preparation.whole else 2
-        f: Any = model.f
-        values: list[float] = []
-        free: list[int] = []
-        found = fingerprint(intern(f), preparation.layouts, n_params, n)
-        if isinstance(f, FixedParameters):
-            f, values, free = f.f, f.values, f.free
-        return cls(import_name(f), found, n, values, free)
-
-    def find(self, layouts: Layouts, n_params: int) -> Model:
-        """Import it.
-
-        Raises
-        ------
-        ValueError
-            Where it cannot be imported, or computes something else now.
-        """
-        way_out = "call the function with popt: f(x, *result.popt)"
-        if self.name is None:
-            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
-        try:
-            f = import_by(self.name)
-            model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
-        except (ImportError, AttributeError) as err:
-            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
-        if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
-            raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
-        return model
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -401,14 +357,12 @@ class FitResult:
 
         A result that is at ``path`` already is replaced, all at once.
         """
-        objective, path = self.objective, Path(path)
-        if not isinstance(objective.model, NamedModel):
+        model: Any = self.objective.model
+        if not isinstance(model, NamedModel):
             n_points = self.n_points + self.n_masked + self.n_omitted
-            named: Any = NamedModel.of(
-                objective.model, self.preparation, len(self.free), n_points
-            )  # in the place of a model that has no file
-            objective = objective._replace(model=named)
-        save_record(path, replace(self, objective=objective, data=None, _labels=None))
+            model = NamedModel.of(model, self.preparation, len(self.free), n_points)  # in the place of one that has no file
+        about = dict(model=model, loss=self.objective.loss, f_scale=self.objective.f_scale, origins=self._origins)
+        schema.save(Path(path), SimpleNamespace(**vars(self), **about))
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
@@ -557,23 +511,6 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-RECORDS: tuple[type, ...] = (
-    Read,
-    Record,
-    Search,
-    SampleSummary,
-    Plan,
-    ProcessMemory,
-    Factor,
-    Totals,
-    Parts,
-    Noise,
-    NamedModel,
-    BadChunkError,
-)
-RECORDS += (Objective, Preparation, ValuePolicy, Layouts, Layout, Invalid, Segmentation, FitResult)
-
-
 def load(path: str | Path) -> FitResult:
     """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
 
@@ -582,6 +519,8 @@ def load(path: str | Path) -> FitResult:
     Raises
     ------
     ValueError
-        Where there is no result, or one of another version.
+        Where there is no result, one of another version, or a file that is not as it was written.
     """
-    return load_record(Path(path), {each.__name__: each for each in RECORDS})
+    found = schema.load(Path(path))
+    model, loss, f_scale, origins = map(found.pop, ("model", "loss", "f_scale", "origins"))
+    return FitResult(**found, objective=Objective(model, loss, f_scale), data=None, _origins=origins)

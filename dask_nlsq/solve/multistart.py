@@ -26,6 +26,7 @@ import numpy as np
 from numpy.linalg import lstsq
 from scipy.stats import qmc
 
+from ..base.text import table
 from ..base.x64 import float64
 from ..data.sample import NoSample, Sample, sample_size
 from ..engine.checkpoint import Interrupted
@@ -84,14 +85,14 @@ class Search(NamedTuple):
         lines = [
             f"{len(self.starts)} starts, the best of {self.n_candidates} candidates on {self.n_points} points, lead to "
             f"{n_optima} optim{'um' if n_optima == 1 else 'a'} of these points (-> fitted to all data, ? as good on these)",
-            f"   {'start':>5} {'basin':>6} {'cost at start':>15} {'cost of optimum':>15}  optimum",
         ]
+        rows = [("", "start", "basin", "cost at start", "cost of optimum", "optimum")]
         for k in np.lexsort((np.arange(len(self.costs)), self.costs)):
-            mark = "->" if k == self.winner else " ?" if k in self.chosen else "  "
+            mark = "->" if k == self.winner else " ?" if k in self.chosen else ""
             at = " ".join(f"{value:.5g}" for value in self.params[k])
-            name = "p0" if k == 0 else str(k)
-            lines.append(f"{mark} {name:>5} {self.basin[k]:>6} {self.start_costs[k]:>15.6g} {self.costs[k]:>15.6g}  {at}")
-        return "\n".join(lines)
+            costs = (f"{self.start_costs[k]:.6g}", f"{self.costs[k]:.6g}")
+            rows.append((mark, "p0" if k == 0 else str(k), str(self.basin[k]), *costs, at))
+        return "\n".join([*lines, *table(rows, "<>>>>")])
 
 
 def search(
