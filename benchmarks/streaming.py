@@ -129,18 +129,19 @@ def sweep_rows(directory, sizes=(10**8, 2 * 10**8)):
 
 def correlation_rows(directory):
     import dask_nlsq
-    from dask_nlsq.demo import demo
+    from dask_nlsq.demo import measurement as simulated
+    from dask_nlsq.demo.model import two_time_model
 
-    measurement = demo.plan_measurement(1000, 23, 0)
+    measurement = simulated.plan_measurement(1000, 23, 0)
     path = Path(directory) / "two-time.zarr"
     if not path.exists():
-        demo.write_measurement(measurement, path, {})
+        simulated.write_measurement(measurement, path)
     m = measurement
-    p0 = demo.draw_start(np.random.default_rng(0), m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
+    p0 = simulated.draw_start(np.random.default_rng(0), m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
     axes = np.arange(23)[:, None, None], np.arange(1000)[None, :, None], np.arange(1000)[None, None, :]
     fit = partial(
         dask_nlsq.curve_fit,
-        demo.two_time_model(measurement),
+        two_time_model(measurement),
         axes,
         path,
         p0=p0,

@@ -18,7 +18,7 @@ KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
         "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps",
-        "interface", "demo",
+        "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
     "zarr": {"data.store", "maps.result", "interface", "demo"},
