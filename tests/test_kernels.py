@@ -103,7 +103,7 @@ def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
         operands = x[start : start + n], y[start : start + n]
         expected, _ = swept(decay, *operands, PARAMS)
         with monkeypatch.context() as patch:
-            patch.setattr("dask_nlsq.engine.condensed.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
+            patch.setattr("dask_nlsq.engine.request.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
             gram, _ = swept(decay, *operands, PARAMS)
         np.testing.assert_allclose(gram, expected, rtol=1e-10)
 

@@ -32,7 +32,7 @@ class Objective(NamedTuple):
 
 @sizeof.register(Objective)
 def objective_nbytes(objective: Objective) -> int:
-    return objective.model.nbytes
+    return objective.model.nbytes if isinstance(objective.model, Model) else 0  # else it travels by itself
 
 
 def present(objective: Objective) -> Objective:
