@@ -8,20 +8,21 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
 
 from .base.warn import warn
+from .data.chunks import Census
 from .data.door import admit_data
 from .data.labels import origins
 from .data.sample import sample_size
-from .data.store import BadChunkError, warn_if_changed
+from .data.store import warn_if_changed
 from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.streaming import SampleSummary, StreamingSweep
-from .engine.sweep import Sweep, open_sweep
+from .engine.evaluator import Evaluator
+from .engine.sweep import open_sweep
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
@@ -48,7 +49,7 @@ logger = logging.getLogger("dask_nlsq")
 def curve_fit(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     sigma=None,
     absolute_sigma: bool = False,
@@ -106,7 +107,7 @@ def curve_fit(
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
         is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
-        earliest one, durations seconds; NaT counts as nan.
+        earliest one, durations seconds; NaT counts as nan. Or what `dask_nlsq.hold` holds, in the place of all data.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -291,7 +292,7 @@ def fit(
     f, xdata, ydata, p0
         As in `curve_fit`.
     goal : OptimizationGoal or str, optional
-        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.compat.workflow`.
+        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
     n_starts : int, optional
         Number of starts; by default that of the workflow and the goal.
     **curve_fit_options
@@ -370,98 +371,92 @@ class _Run(NamedTuple):
     start: np.ndarray  # of all parameters
     search: Search | None
     counts: tuple[int, int, int]  # points used, masked, omitted
-    sweeps: int
-    weights: np.ndarray
-    sample: SampleSummary | None
-    damage: tuple[BadChunkError, ...]
-    jac_mode: str
+    evaluator: Evaluator
     seconds: dict[str, float]
 
 
 def _run(ready: Prepared) -> _Run:
-    """Open the sweep, find the start, solve."""
-    call, began = ready.call, time.perf_counter()
-    about = function_name(ready.evaluation.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
+    """Bring the data where they are swept, find the start, solve."""
+    call, n, began = ready.call, len(ready.free), time.perf_counter()
+    about = function_name(ready.objective.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
     with ExitStack() as stack:
-        stack.enter_context(attached(ready.client, call.report))
-        live = stack.enter_context(Live(ready.client, *about))
-        live.sweep = sweep = stack.enter_context(_open(ready))
-        counts = cache(lambda: admit_data(sweep.census(), ready.problem, len(ready.free)))
-        start = _start(ready, sweep, counts, live, stack)
+        client, plan = ready.source.client, ready.plan
+        stack.enter_context(attached(client, call.report))
+        live = stack.enter_context(Live(client, *about))
+        sweep = ready.source.sweep
+        if sweep is None:
+            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions))
+        live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
+        counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
+        start = _start(ready, evaluator, counts, live, stack)
         loaded = time.perf_counter()
         try:
             with Observers(call.callback, call.progress, call.verbose, live) as observers:
-                solution, found = _solve(ready, sweep, start[ready.free], observers)
+                solution, found = _solve(ready, evaluator, start[ready.free], observers)
         except Interrupted as stop:  # before there is a point to return
             raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
         except NotFiniteAtStart as err:
-            at = start[ready.free]
-            raise ValueError(not_finite_at_start(sweep, ready.evaluation.model, at, ready.names)) from err
-        damage = sum((census.damage for census in sweep.census()), ())
-        live.ended(solution.message, sum(counts()[1:]), len(damage))
+            raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
+        assert sweep.census is not None  # as after each sweep over all data
+        live.ended(solution.message, sum(counts()[1:]), len(sweep.census.damage))
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
-        assert sweep.weights is not None  # as after each sweep over all data
-        about_data = counts(), sweep.count, sweep.weights, sweep.drawn, damage
-        return _Run(solution, start, found, *about_data, sweep.jac_mode, seconds)
+        return _Run(solution, start, found, counts(), evaluator, seconds)
 
 
-def _open(ready: Prepared) -> Sweep:
-    place = ready.problem, ready.evaluation, ready.client, ready.plan.n_partitions
-    return StreamingSweep(*place) if ready.plan.strategy == "streaming" else open_sweep(*place)
-
-
-def _start(ready: Prepared, sweep: Sweep, counts: Callable, live: Live, stack: ExitStack) -> np.ndarray:
+def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, stack: ExitStack) -> np.ndarray:
     """The start of all parameters; what is held has been checked there, of what is not a sample has been drawn."""
-    call, params, n = ready.call, ready.params, len(ready.free)
-    lower, upper, every = ready.options.lower, ready.options.upper, params.start.copy()
-    streamed = sweep if isinstance(sweep, StreamingSweep) else None
+    call, params, n, sweep = ready.call, ready.params, len(ready.free), evaluator.sweep
+    model, every = ready.objective.model, ready.params.start.copy()
+    lower, upper = ready.options.lower, ready.options.upper
 
     def check():
-        check_start(sweep, ready.names, every[ready.free], lower, upper)
+        check_start(sweep, model, ready.names, every[ready.free], lower, upper)
 
-    if streamed is None:
+    if sweep.place.held:
         counts()
         check()
     elif params.guessed:
-        streamed.draw(n, needed=GUESS_RUNS)
+        sweep.draw(n, needed=GUESS_RUNS)
     if params.guessed:
-        guess = guessed_start(sweep, ready.evaluation.model, lower, upper)
+        guess = guessed_start(sweep, model, lower, upper)
         every[ready.free] = np.where([name in params.guessed for name in ready.names], guess, ready.start)
         live.guessed(every[ready.free])
     jac_mode = call.jac_mode
-    if streamed is not None:
+    if not sweep.place.held:
         if call.checkpoint is not None:
-            jac_mode = streamed.jac_mode if _keep(ready, streamed, every) else jac_mode
-            streamed.leave = stack.enter_context(StopOnSignal())
-        streamed.draw(n, needed=call.n_starts > 0)
+            jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
+            evaluator.stop = stack.enter_context(StopOnSignal())
+        sweep.draw(n, needed=call.n_starts > 0)
+        evaluator.save_sample()
         check()
-        streamed.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
+        evaluator.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
     if jac_mode == "auto":
-        layouts, n_points = ready.problem.rules.layouts, ready.problem.n_points
-        jac_mode = choose_jac_mode(ready.evaluation.model, layouts, sweep.sample(), every[ready.free], n_points)
-    sweep.jac_mode = jac_mode
+        layouts, n_points = ready.data.preparation.layouts, ready.data.n_points
+        jac_mode = choose_jac_mode(model, layouts, sweep.sample, every[ready.free], n_points)
+    evaluator.jac_mode = jac_mode
     return every
 
 
-def _keep(ready: Prepared, sweep: StreamingSweep, start: np.ndarray) -> bool:
+def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
     path, params = ready.call.checkpoint, ready.params
     known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
     path = path() if callable(path) else path
-    kept = open_checkpoint(path, ready.evaluation.model, ready.data, ready.problem, ready.stored, {**ready.given, **known})
-    return sweep.resume_from(kept)
+    kept = open_checkpoint(
+        path, ready.objective.model, ready.source.arrays, ready.data, ready.source.stored, {**ready.given, **known}
+    )
+    return evaluator.resume_from(kept)
 
 
-def _solve(ready: Prepared, sweep: Sweep, start: np.ndarray, observers: Observers) -> tuple[Solution, Search | None]:
-    options, evaluation = replace(ready.options, callback=observers), ready.evaluation
-    solver: Callable = solve
-    if isinstance(sweep, StreamingSweep):
-        sweep.watch, solver = observers.reading, hybrid
+def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: Observers) -> tuple[Solution, Search | None]:
+    options = replace(ready.options, callback=observers)
+    solver: Callable = solve if evaluator.sweep.place.held else hybrid
+    evaluator.watch = observers.reading
     if ready.call.n_starts:
-        sample = sweep.points(sample_size(len(start)))
-        found = search(evaluation, sample, start, options.lower, options.upper, ready.call.n_starts)
-        return polish(found, sweep, options, solver)
-    return fit_again(solver(sweep, start, options), sweep, evaluation, start, options, solver), None
+        sample = evaluator.sweep.points(sample_size(len(start)))
+        found = search(ready.objective, sample, start, options.lower, options.upper, ready.call.n_starts)
+        return polish(found, evaluator, options, solver)
+    return fit_again(solver(evaluator, start, options), evaluator, start, options, solver), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -469,8 +464,8 @@ def _solve(ready: Prepared, sweep: Sweep, start: np.ndarray, observers: Observer
 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
-    solution, params, problem, noise = run.solution, ready.params, ready.problem, ready.likelihood
-    for each in ready.stored if ready.plan.strategy == "streaming" else ():
+    solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.likelihood, run.evaluator
+    for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
         warn_if_changed(each)
     n_points, n_masked, n_omitted = run.counts
     equations = solution.equations
@@ -478,11 +473,10 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     pcov = _scaled_covariance(solution, None if noise.known else cost, n_points, ready.names)
     popt = run.start.copy()
     popt[ready.free] = solution.params
-    whitened = problem.factor is not None
-    sigma = problem.operands[1]
+    whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
-    sums = [np.nan] * 3 if whitened else run.weights.sum(axis=0).tolist()
-    assert equations.parts is not None  # as after each sweep over all data
+    assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
+    sums = [np.nan] * 3 if whitened else evaluator.weights.sum(axis=0).tolist()
     return FitResult(
         popt=popt,
         pcov=spread_out(pcov, ready.free, len(popt)),
@@ -492,30 +486,31 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         n_masked=n_masked,
         n_omitted=n_omitted,
         nfev=solution.nfev,
-        sweeps=run.sweeps,
+        sweeps=evaluator.count,
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,
         distance=solution.distance,
         plan=ready.plan,
         reduction=equations.reduction,
-        jac_mode="user" if ready.evaluation.model.jac is not None else run.jac_mode,
+        jac_mode="user" if ready.objective.model.jac is not None else evaluator.jac_mode,
         history=solution.history,
         seconds=run.seconds,
         starts=run.search,
-        sample=run.sample,
-        damage=run.damage,
-        n_filled=sum(len(each.absent) for each in ready.stored),
+        sample=evaluator.drawn or evaluator.sweep.drawn,
+        damage=evaluator.sweep.damage,
+        n_filled=sum(len(each.absent) for each in ready.source.stored),
         fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
         bounds=np.stack([params.lower, params.upper]),
         noise=Noise(noise.loss, noise.known, noise.reweighted, one_sigma),
         totals=Totals(cost, n_points, *sums),
-        parts=unpack(equations.parts, len(ready.free))._replace(weights=run.weights),
+        parts=unpack(equations.parts, len(ready.free))._replace(weights=evaluator.weights),
         factor=solution.factor,
-        evaluation=ready.evaluation,
-        data=problem,
-        _labels=None if whitened else ready.labels,  # whitened points have lost their places
-        _origins=origins(ready.data["xdata"]),
+        objective=ready.objective,
+        preparation=data.preparation,
+        data=data,
+        _labels=None if whitened else ready.source.labels,  # whitened points have lost their places
+        _origins=origins(ready.source.arrays["xdata"]),
     )
 
 

@@ -340,7 +340,7 @@ def info(path):
 @click.option(
     "--directory",
     type=click.Path(file_okay=False),
-    help="Where the Zarr stores and the picture go and stay; a new temporary directory if not given.",
+    help="Where the Zarr store and the picture go and stay; a new temporary directory if not given.",
 )
 def demo(frames, angles, seed, directory):
     """Simulate a beamline measurement in a Zarr store, fit it, and compare with the truth.
@@ -348,7 +348,7 @@ def demo(frames, angles, seed, directory):
     Exits with status 1 where the fit misses it.
     """
     try:
-        from ..demo.demo import run
+        from ..demo.run import run
 
         run(frames=frames, n_angles=angles, seed=seed, directory=directory, echo=click.echo)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as err:

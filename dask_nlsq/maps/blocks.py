@@ -24,7 +24,7 @@ from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
 from ..data.chunks import check_integers
-from ..data.door import open_data
+from ..data.door import open_data, refuse_scaled
 from ..data.labels import coordinates_of, labelled
 from ..data.store import Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
@@ -277,7 +277,9 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     if labelled(ydata):
         xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
-    data, stored, rules = open_data(as_given, call, aim.loss, masks=True)
+    data, stored, rules = open_data(as_given, call, masks=True)
+    if aim.loss == "poisson":
+        refuse_scaled(rules["decoding"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
     y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
     if y.size == 0:

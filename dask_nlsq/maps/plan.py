@@ -6,7 +6,7 @@ from math import ceil, inf, prod
 import dask.array as da
 
 from ..base.config import threads
-from ..base.text import GB, several, size
+from ..base.text import GB, several, size, table
 from ..base.values import is_integer, positive
 from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client, available_memory, workers_memory
@@ -53,16 +53,14 @@ class MapPlan:
         print(self)
 
     def __str__(self):
-        bands = several(self.n_bands, "band")
-        return "\n".join(
-            [
-                f"map      {self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}",
-                f"blocks   {self.n_blocks:,} in {bands}: {self.reason}",
-                f"reads    {size(self.read_bytes)}",
-                *(f"decoded  {each}" for each in self.decoded),
-                f"memory   {size(self.peak_bytes)} for data",
-            ]
-        )
+        rows = [
+            ("map", f"{self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
+            ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
+            ("reads", size(self.read_bytes)),
+            *(("decoded", each) for each in self.decoded),
+            ("memory", f"{size(self.peak_bytes)} for data"),
+        ]
+        return "\n".join(table(rows))
 
 
 def axes_of(axis, dims, ndim) -> tuple[int, ...]:
