@@ -101,7 +101,7 @@ def test_wrong_names_and_values_are_named(options, error, message):
 
 
 def test_what_is_held_is_compiled_once_whatever_the_start():
-    found = {curve_fit(decay, X, Y, p0={"a": a, "b": 1}, fixed={"c": 0.3}).evaluation.model.token for a in (1, 2, 3)}
+    found = {curve_fit(decay, X, Y, p0={"a": a, "b": 1}, fixed={"c": 0.3}).objective.model.token for a in (1, 2, 3)}
     assert len(found) == 1
 
 
