@@ -30,7 +30,7 @@ FINE = 2048  # bins while data are merged; then neighbours are joined until ther
 FEW = 2000  # points up to which all are shown
 BEYOND = 6.0  # residuals with larger values are counted together, in units of what the noise should be
 PER_BIN = 25  # points in the histogram of residuals, at least on average
-MOST_TASKS = 512  # of a pass
+MOST_TASKS = 64  # of a pass on workers, each of which sends 0.1 MB of sums
 SMALLEST = -1000  # k of a block that holds but zeros
 
 
