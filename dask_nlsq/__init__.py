@@ -31,6 +31,8 @@ _MODULES = {
     "curve_fit_large": "fitting",
     "fit": "fitting",
     "fit_map": "maps.fit",
+    "HeldData": "prepare",
+    "hold": "prepare",
     "resume": "fitting",
     "detect_total_system_memory": "memory.machine",
     "estimate_peak_memory_gb": "compat.homodyne",

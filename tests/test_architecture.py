@@ -9,8 +9,8 @@ import dask_nlsq
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
-    "base", "model", "kernels", "memory", "data", "options", "presets", "engine", "solve", "results", "maps", "interface",
-    "fitting", "compat", "demo",
+    "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
+    "results", "maps", "interface", "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them

@@ -327,9 +327,6 @@ def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "converged" in output and "result.json, summary.json, report.html" in output
-    process = shell("fit", "y.zarr", "--model", "own:curved", "--x", "0:10:0.0005", cwd=tmp_path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "has no 'curved'" in errors and errors.count("\n") == 1
 
 
 def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(tmp_path):

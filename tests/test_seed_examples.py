@@ -435,7 +435,7 @@ def environment_as_before(monkeypatch):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, capsys):
-    run(name, EXAMPLES[name].replace("50_000_000", "5_000_000"), capsys)
+    run(name, EXAMPLES[name].replace("50_000_000", "500_000"), capsys)
 
 
 @pytest.mark.slow

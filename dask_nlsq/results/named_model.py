@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from ..base.files import import_by, import_name
-from ..engine.evaluation import Evaluation
+from ..data.chunks import Preparation
 from ..kernels.blocks import Layouts
 from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model, intern
@@ -19,12 +19,12 @@ class NamedModel(NamedTuple):
     free: list[int]
 
     @classmethod
-    def of(cls, evaluation: Evaluation, n_params: int, n_points: int) -> "NamedModel":
-        n = n_points if evaluation.rules.whole else 2
-        f: Any = evaluation.model.f
+    def of(cls, model: Model, preparation: Preparation, n_params: int, n_points: int) -> "NamedModel":
+        n = n_points if preparation.whole else 2
+        f: Any = model.f
         values: list[float] = []
         free: list[int] = []
-        found = fingerprint(intern(f), evaluation.rules.layouts, n_params, n)
+        found = fingerprint(intern(f), preparation.layouts, n_params, n)
         if isinstance(f, FixedParameters):
             f, values, free = f.f, f.values, f.free
         return cls(import_name(f), found, n, values, free)

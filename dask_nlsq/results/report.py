@@ -102,7 +102,7 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
 
 def page(result, coordinate: int | None = 0, log: bool = False) -> str:
     """The HTML of `report`."""
-    name = _model_name(result.evaluation.model)
+    name = _model_name(result.objective.model)
     sections = [
         ("Parameters", _parameters(result)),
         ("Statistics", _statistics(result)),
@@ -243,9 +243,9 @@ def _history(result):
 
 
 def _model(result):
-    if not hasattr(result.evaluation.model, "f"):
+    if not hasattr(result.objective.model, "f"):
         return ""
-    f = result.evaluation.model.f
+    f = result.objective.model.f
     f = f.f if isinstance(f, FixedParameters) else f
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
@@ -256,8 +256,8 @@ def _model(result):
 def _data(result):
     if result.data is None:
         return ""
-    problem, evaluation = data_of(result)
-    layouts = evaluation.rules.layouts
+    problem, _ = data_of(result)
+    layouts = problem.preparation.layouts
     names = ["ydata", "sigma", *["mask"] * (layouts.mask is not None)]
     names += ["xdata"] if len(layouts.x) == 1 else [f"xdata[{k}]" for k in range(len(layouts.x))]
     rows = []
@@ -284,8 +284,8 @@ def _places(operand) -> list[str]:
 
 
 def _provenance(result):
-    evaluation, memory = result.evaluation, detect_total_system_memory()
-    loss = f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"
+    objective, memory = result.objective, detect_total_system_memory()
+    loss = f"{objective.loss}, f_scale {objective.f_scale:g}"
     loss = 'linear, sigma="poisson"' if result.noise.reweighted else loss
     rows = [
         ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),

@@ -16,10 +16,10 @@ from uuid import uuid4
 import numpy as np
 
 from ..base.files import DamagedFileError, read_arrays, read_json, write_arrays, write_json
-from ..data.chunks import Rules
+from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
 from ..engine.condensed import Factor, Read
-from ..engine.streaming import SampleSummary
+from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
 from ..kernels.rows import Parts
 from ..memory.plan import Plan
@@ -32,8 +32,8 @@ from .statistics import Noise, Totals
 FORMAT, VERSION, RESULT = "result of dask_nlsq", 3, "result.json"
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
 FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
-    jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale rules
-    origins"""
+    jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
+    preparation origins"""
 
 
 class Kind(NamedTuple):
@@ -49,8 +49,8 @@ def _layouts(x, kind, lead) -> Layouts:
     return Layouts(Layout(True), Layout(False), None, x, kind, lead, ndim=1)
 
 
-def _rules(layouts, whole, decode_cf) -> Rules:
-    return Rules(layouts, (), 1, False, False, whole, 0, False, (), decode_cf=decode_cf)
+def _preparation(layouts, whole, decode_cf) -> Preparation:
+    return Preparation(layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, whole, 0, ())
 
 
 RECORDS = {
@@ -78,7 +78,7 @@ RECORDS = {
     "model": Kind(NamedModel, "name fingerprint n values free"),
     "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
     "coordinates": Kind(Layouts, "x kind=x_kind lead=x_lead", _layouts),
-    "rules": Kind(Rules, "layouts whole decode_cf", _rules),
+    "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", _preparation),
 }
 NAMES = {kind.cls: name for name, kind in RECORDS.items()}
 
