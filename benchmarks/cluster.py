@@ -36,7 +36,7 @@ from dask_nlsq.engine.partition import Answers, Work
 from dask_nlsq.engine.places import HeldByWorkers
 from dask_nlsq.engine.request import Objective, Request
 from dask_nlsq.engine.sweep import open_sweep
-from dask_nlsq.kernels.rows import part_size
+from dask_nlsq.kernels.rows import segment_size
 from dask_nlsq.memory.plan import PER_THREAD, partition_size, tasks_per_thread
 from dask_nlsq.model.function import intern
 
@@ -224,7 +224,7 @@ class Simulated(HeldByWorkers):
 
 def no_work(partition, objectives, requests):
     p = len(requests[0].params)
-    return Answers([Sums(np.eye(p + 1), 1.0, np.ones((len(partition), part_size(p))))], Census((), 1, 0, 0, {}), ())
+    return Answers([Sums(np.eye(p + 1), 1.0, np.ones((len(partition), segment_size(p))))], Census((), 1, 0, 0, {}), ())
 
 
 NOTHING = Work("sweep", no_work, None)

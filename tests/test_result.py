@@ -16,7 +16,7 @@ import zarr
 from dask_nlsq import BadChunkError, Plan, Record, curve_fit, load
 from dask_nlsq.base.files import DamagedFileError, read_json, write_json
 from dask_nlsq.engine.condensed import Factor
-from dask_nlsq.kernels.rows import Parts
+from dask_nlsq.kernels.rows import SegmentSums
 from dask_nlsq.memory.processes import ProcessMemory
 from dask_nlsq.results.schema import VERSION
 from dask_nlsq.statistics import quantile
@@ -216,7 +216,7 @@ def test_a_field_that_is_missing_is_named(fitted, tmp_path):
 def test_names_of_classes_and_modules_are_not_in_the_file(fitted, tmp_path):
     fitted.save(tmp_path / "fit")
     text = (tmp_path / "fit" / "result.json").read_text()
-    assert not [each.__name__ for each in (Factor, Parts, Plan, Record, ProcessMemory) if each.__name__ in text]
+    assert not [each.__name__ for each in (Factor, SegmentSums, Plan, Record, ProcessMemory) if each.__name__ in text]
     code = """
 import sys
 from dask_nlsq import load
