@@ -27,7 +27,7 @@ KNOWS = {  # library -> folders, or single modules
     "xarray": {"data.labels", "results.result", "maps.result", "interface.accessor"},
     "click": {"interface.cli"},
 }  # fmt: skip
-MOST_LINES, MOST_BODY = 600, 84  # of a module; of a function, without its docstring
+MOST_LINES, MOST_BODY = 600, 80  # of a module; of a function, without its docstring
 
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = [name for name in SOURCES if name not in FACES and not name.endswith("__init__")]

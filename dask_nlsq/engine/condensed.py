@@ -44,9 +44,7 @@ class Condensed(NamedTuple):
     matrix: np.ndarray
     cost: float
     reduction: Reduction
-    parts: np.ndarray | None = (
-        None  # (k, segment_size(p)), see `kernels.rows.SegmentSums`
-    )
+    parts: np.ndarray | None = None  # (k, segment_size(p)), see `kernels.rows.SegmentSums`
     read: Read | None = None  # where the data are not held
     size: float = 0.0  # sum w y^2, which says how large the rounding of the residuals is
 
