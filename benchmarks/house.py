@@ -42,9 +42,8 @@ def main():
         left[folder(module)] |= {folder(each) for each in imports(module)[0] & set(MODULES)} - {folder(module)}
     for name in ORDER:
         n = sum(folder(module) == name for module in MODULES)
-        print(
-            f"{name:<12}{n:>3} modules {size[name]:>6} lines   imports {', '.join(sorted(left[name], key=ORDER.index)) or '-'}"
-        )
+        found = ", ".join(sorted(left[name], key=ORDER.index)) or "-"
+        print(f"{name:<12}{n:>3} modules {size[name]:>6} lines   imports {found}")
     print(f"package {sum(map(lines, SOURCES))} lines; core path ({', '.join(CORE)}) {sum(size[name] for name in CORE)}")
     print("longest function body: {} lines, {}".format(*max(each for module in MODULES for each in bodies(module))))
     print(f"modules over 600 lines: {sum(lines(module) > 600 for module in MODULES)}")
