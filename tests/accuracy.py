@@ -22,9 +22,10 @@ import scipy.optimize
 from distributed import Client, LocalCluster
 
 import dask_nlsq
-from dask_nlsq.data.align import build_problem
-from dask_nlsq.engine.evaluation import Evaluation
-from dask_nlsq.engine.sweep import LocalSweep
+from dask_nlsq.data.align import build_data
+from dask_nlsq.engine.evaluator import Evaluator
+from dask_nlsq.engine.request import Objective
+from dask_nlsq.engine.sweep import open_sweep
 from dask_nlsq.model.function import intern
 from dask_nlsq.solve import multistart
 from dask_nlsq.solve.trust_region import Options, solve
@@ -402,20 +403,21 @@ def escape(trap: Trap, n_starts: int, seed: int, n: int = 20_000) -> Escape:
     x = np.linspace(0, 10, n)
     y = np.asarray(trap.f(x, *trap.truth)) + trap.noise * np.random.default_rng(seed).standard_normal(n)
     lower, upper, p0, truth = np.array(np.broadcast_arrays(*trap.bounds, trap.p0, trap.truth)[:4], dtype=float)
-    problem = build_problem(x, y, check=True, omit=False)
-    evaluation = Evaluation(intern(trap.f), problem.rules, "linear", 1.0)
+    problem = build_data(x, y, check=True, omit=False)
+    objective = Objective(intern(trap.f))
     options = Options(lower, upper)
-    with LocalSweep(problem, evaluation, 2) as sweep:
+    with open_sweep(problem) as sweep:
+        evaluator = Evaluator(sweep, objective, len(p0))
 
         def single(start):
-            before = sweep.count
-            return solve(sweep, start, options).equations.cost, sweep.count - before
+            before = evaluator.count
+            return solve(evaluator, start, options).equations.cost, evaluator.count - before
 
         sample = sweep.points(multistart.sample_size(len(p0)))
-        search = multistart.search(evaluation, sample, p0, lower, upper, n_starts, seed)
-        assert sweep.count == 0
-        solution, search = multistart.polish(search, sweep, options)
-        sweeps, lowest, alone = sweep.count, single(truth)[0], single(p0)[0]
+        search = multistart.search(objective, sample, p0, lower, upper, n_starts, seed)
+        assert evaluator.count == 0
+        solution, search = multistart.polish(search, evaluator, options)
+        sweeps, lowest, alone = evaluator.count, single(truth)[0], single(p0)[0]
         return Escape(
             found=bool(solution.equations.cost <= lowest * (1 + 1e-9)),
             trapped=bool(alone > 1.5 * lowest),

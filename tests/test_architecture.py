@@ -9,15 +9,16 @@ import dask_nlsq
 
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
-    "base", "model", "kernels", "memory", "data", "options", "presets", "engine", "solve", "results", "maps", "interface",
-    "fitting", "compat", "demo",
+    "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
+    "results", "maps", "interface", "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "base.config", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps", "interface", "demo",
+        "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "prepare", "results.binning",
+        "maps", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
     "zarr": {"data.store", "maps.result", "interface", "demo"},

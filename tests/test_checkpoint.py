@@ -165,6 +165,16 @@ def test_files_are_plain_arrays_and_json(store, tmp_path):
             assert all(found[name].dtype.kind in "ufi" for name in found.files)
 
 
+def test_a_changed_byte_of_any_file_is_refused(store, tmp_path):
+    curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
+    for path in (tmp_path / "c").iterdir():
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+        with pytest.raises(ValueError, match=f"{path.name} is damaged .* remove it and fit again"):
+            resume(tmp_path / "c")
+        path.write_bytes(whole)
+
+
 def test_damage_is_remembered(store, tmp_path):
     (store / "c" / "9").write_bytes(b"")
     options = dict(on_bad_chunk="mask", checkpoint=tmp_path / "c")

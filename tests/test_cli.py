@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from zarr.codecs import ZstdCodec
 
 from dask_nlsq import curve_fit, fit_map, load
-from dask_nlsq.demo import demo
+from dask_nlsq.demo import measurement as simulated
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.models import exponential, gaussian, named, polynomial
 from tests.models_of_a_user import decay, plane
@@ -366,7 +366,7 @@ def test_demo_prints_its_report(tmp_path):
 
 
 def test_demo_that_misses_the_truth_exits_with_one_line_and_status_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "simulate_plane", lambda measurement, k: np.where(np.eye(40), np.nan, 1.1 + 0.1 * k))
+    monkeypatch.setattr(simulated, "simulate_plane", lambda measurement, k: np.where(np.eye(40), np.nan, 1.1 + 0.1 * k))
     arguments = ["demo", "--frames", "40", "--angles", "5", "--directory", str(tmp_path / "demo")]
     outcome = CliRunner().invoke(nlsq, arguments)
     assert outcome.exit_code == 1

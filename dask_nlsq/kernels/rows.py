@@ -37,7 +37,7 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
     `Parts` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
     """
-    return model.get(("sweep", spec), lambda: jax.jit(build_sweep(model, spec)))
+    return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
 
 
 class Parts(NamedTuple):
