@@ -27,14 +27,17 @@ from distributed import Client, LocalCluster, Worker
 from distributed.threadpoolexecutor import ThreadPoolExecutor
 
 import dask_nlsq
-from dask_nlsq.data.align import build_problem
-from dask_nlsq.data.chunks import Chunk
+from dask_nlsq.data.align import build_data
+from dask_nlsq.data.chunks import Census
 from dask_nlsq.data.loading import Load
 from dask_nlsq.engine.cluster import Pieces
-from dask_nlsq.engine.condensed import Segmentation
-from dask_nlsq.engine.evaluation import Evaluation, Partition
-from dask_nlsq.engine.sweep import ClusterSweep, LocalSweep
-from dask_nlsq.kernels.rows import part_size
+from dask_nlsq.engine.condensed import Sums, Tree
+from dask_nlsq.engine.partition import Answers, Work
+from dask_nlsq.engine.places import HeldByWorkers
+from dask_nlsq.engine.request import Objective, Request
+from dask_nlsq.engine.sweep import open_sweep
+from dask_nlsq.kernels.rows import segment_size
+from dask_nlsq.memory.machine import process_memory
 from dask_nlsq.memory.plan import PER_THREAD, partition_size, tasks_per_thread
 from dask_nlsq.model.function import intern
 
@@ -46,6 +49,9 @@ TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, jac_mode="columns")
 
 def decay(x, a, b, c):
     return a * jnp.exp(-b * x) + c
+
+
+REQUEST = Request(Objective(intern(decay)), PARAMS)
 
 
 def lazy(n, chunk):
@@ -87,12 +93,11 @@ def overhead(n=2**21):
         warnings.filterwarnings("ignore", "Sending large graph")
         for n_chunks in (32, 512, 4096):
             x, y = lazy(n, n // n_chunks)
-            problem = build_problem(x, y, check=True, omit=False)
-            evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
-            with LocalSweep(problem, evaluation, 2) as sweep:
-                kernel, _ = seconds(lambda sweep=sweep: sweep(PARAMS, "gram"))
-            with ClusterSweep(problem, evaluation, client, 4) as sweep:
-                least, median = seconds(lambda sweep=sweep: sweep(PARAMS, "gram"))
+            problem = build_data(x, y, check=True, omit=False)
+            with open_sweep(problem) as sweep:
+                kernel, _ = seconds(lambda sweep=sweep: sweep.run([REQUEST]))
+            with open_sweep(problem, "chunked", client, 4) as sweep:
+                least, median = seconds(lambda sweep=sweep: sweep.run([REQUEST]))
             print(f"{n_chunks} chunks: overhead {1e3 * (least - kernel):.1f} ms (median {1e3 * (median - kernel):.1f})")
             if n_chunks == 512:
                 x, y = dask.persist(x, y)
@@ -166,15 +171,14 @@ def _scheduler_memory(n_sweeps, n_partitions):
             processes += [subprocess.Popen(command, **quiet) for command in commands[1:]]
             with Client(scheduler_file=file) as client:
                 client.wait_for_workers(2)
-                problem = build_problem(*lazy(2**21, 4096), check=True, omit=False)
-                evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
-                with ClusterSweep(problem, evaluation, client, n_partitions) as sweep:
-                    n_tasks = len(sweep.pieces)
+                problem = build_data(*lazy(2**21, 4096), check=True, omit=False)
+                with open_sweep(problem, "chunked", client, n_partitions) as sweep:
+                    n_tasks = len(sweep.place.pieces)
                     for _ in range(20):
-                        sweep(PARAMS, "gram")
+                        sweep.run([REQUEST])
                     before = psutil.Process(processes[0].pid).memory_info().rss
                     for _ in range(n_sweeps):
-                        sweep(PARAMS, "gram")
+                        sweep.run([REQUEST])
                     after = psutil.Process(processes[0].pid).memory_info().rss
             print(
                 f"scheduler after {n_sweeps} sweeps of 512 chunks ({n_tasks} tasks each): {(after - before) / 1e6:+.1f} MB"
@@ -190,35 +194,64 @@ def scaling(n=10**8):
     times = []
     for n_workers in (1, 2):
         with local(n_workers, env={"PJRT_NPROC": "1"}, memory_limit=0) as (_, client):
-            problem = build_problem(*lazy(n, n // 64), check=True, omit=False)
-            evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
-            with ClusterSweep(problem, evaluation, client, 4 * n_workers) as sweep:
-                times.append(seconds(lambda sweep=sweep: sweep(PARAMS, "gram"), 5)[0])
+            problem = build_data(*lazy(n, n // 64), check=True, omit=False)
+            with open_sweep(problem, "chunked", client, 4 * n_workers) as sweep:
+                times.append(seconds(lambda sweep=sweep: sweep.run([REQUEST]), 5)[0])
     print(f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times")
 
 
-class NoWork:
-    """An evaluation that gives the same small matrix for each block."""
+def closure(n=500_000, nbytes=200e6):
+    """Fits of a model that closes over a large array: seconds of each, peak of each worker."""
+    table = np.random.default_rng(0).random(int(nbytes / 8))
 
-    grouping = Segmentation(per_run=1)
+    def looked_up(x, a, b, c):
+        return a * jnp.exp(-b * x) + c * jnp.asarray(table)[jnp.asarray(x * 100, jnp.int64)]
 
-    def reduce_blocks(self, blocks, params, how):
-        return [(np.eye(len(params) + 1), 1.0, np.ones((1, part_size(len(params))))) for _ in blocks]
+    x = np.linspace(0, 5, n)
+    y = 2 * np.exp(-1.2 * x) + 0.3 * table[(x * 100).astype(int)] + np.random.default_rng(1).normal(0, 0.01, n)
+    with local(memory_limit="4GB") as (_, client):
+        for k in range(3):
+            began = time.perf_counter()
+            data = (da.from_array(each, chunks=n // 10) for each in (x, y))
+            dask_nlsq.curve_fit(looked_up, *data, p0=[1, 1, 0], strategy="chunked", partitions_per_thread=5)
+            print(f"fit {k + 1} of a model of {nbytes / 1e6:.0f} MB, 10 chunks: {time.perf_counter() - began:.2f} s")
+        peaks = [peak / 1e9 for _, peak in client.run(process_memory).values()]
+        print(f"peak of the workers: {', '.join(f'{peak:.2f} GB' for peak in peaks)}")
 
 
-class Simulated(ClusterSweep):
+class Simulated(HeldByWorkers):
     """Sweeps of chunks that are not there: what is left is their tasks, merge and messages."""
 
     def __init__(self, client, n_chunks, n_workers):
         runs = [[Load((k,), (1,), [])] for k in range(n_chunks)]
         n = -(-n_chunks // partition_size(n_chunks, n_workers, tasks_per_thread(n_workers)))
-        self.evaluation = NoWork()
-        self.pieces = Pieces(client, empty_partition, self.evaluation, runs, {}, n, False)
+        self.n_runs, self.pieces = n_chunks, Pieces(client, empty_partition, None, runs, {}, n, False)
+        self.level = self.pieces.level
         self.pieces.wait()
 
+    def __enter__(self):
+        return self
 
-def empty_partition(evaluation, runs, keys, *values):
-    return Partition(evaluation, [Chunk((None,), (), (), ())])
+    def __exit__(self, *exc):
+        self.close()
+
+    def sweep(self):
+        tree = Tree(self.n_runs, "gram")
+        for unit, answers in self.each(NOTHING, None, (REQUEST.objective,), [REQUEST._replace(objective=0)]):
+            tree.add(self.level, unit, answers.sums[0])
+        return tree.root()
+
+
+def no_work(partition, objectives, requests):
+    p = len(requests[0].params)
+    return Answers([Sums(np.eye(p + 1), 1.0, np.ones((len(partition), segment_size(p))))], Census((), 1, 0, 0, {}), ())
+
+
+NOTHING = Work("sweep", no_work, None)
+
+
+def empty_partition(preparation, runs, keys, *values):
+    return [None] * len(runs)
 
 
 def host(address, n_workers, directory):
@@ -257,10 +290,10 @@ def simulated_workers(n_workers=1000, n_chunks=10**5, n_processes=2):
             for each in hosts:
                 each.start()
             client.wait_for_workers(n_workers, timeout=300)
-            with Simulated(client, n_chunks, n_workers) as sweep:
-                n_tasks, began = len(sweep.pieces), time.process_time()
-                least, median = seconds(lambda: sweep(PARAMS, "gram"), 4)
-                cpu = (time.process_time() - began) / sweep.count
+            with Simulated(client, n_chunks, n_workers) as place:
+                n_tasks, began, runs = len(place.pieces), time.process_time(), 4
+                least, median = seconds(place.sweep, runs)
+                cpu = (time.process_time() - began) / (runs + 1)
         finally:
             for each in hosts:
                 each.kill()
@@ -273,7 +306,12 @@ def simulated_workers(n_workers=1000, n_chunks=10**5, n_processes=2):
 
 if __name__ == "__main__":
     figures = dict(
-        overhead=overhead, kills=kills, scheduler_memory=scheduler_memory, scaling=scaling, simulated=simulated_workers
+        overhead=overhead,
+        kills=kills,
+        scheduler_memory=scheduler_memory,
+        scaling=scaling,
+        simulated=simulated_workers,
+        closure=closure,
     )
     for name in sys.argv[1:] or figures:
         figures[name]()

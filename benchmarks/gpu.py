@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dask_nlsq import curve_fit, fit_map
-from dask_nlsq.demo import demo
+from dask_nlsq.demo import measurement as simulated
+from dask_nlsq.demo.model import two_time_model
 
 RUNS = 3
 POINTS = 10**8
@@ -62,8 +63,8 @@ def sweeps(dtype):
 
 
 def correlation(frames=1000, n_angles=23):
-    measurement = demo.plan_measurement(frames, n_angles, 0)
-    y = np.stack([demo.simulate_plane(measurement, k) for k in range(n_angles)]).astype(np.float32)
+    measurement = simulated.plan_measurement(frames, n_angles, 0)
+    y = np.stack([simulated.simulate_plane(measurement, k) for k in range(n_angles)]).astype(np.float32)
     axes = np.arange(n_angles)[:, None, None], np.arange(frames)[None, :, None], np.arange(frames)[None, None, :]
     records = []
 
@@ -74,7 +75,7 @@ def correlation(frames=1000, n_angles=23):
 
     bounds, mask = (measurement.lower, measurement.upper), np.eye(frames, dtype=bool)[None]
     options = dict(param_names=measurement.names, progress=False, callback=stop)
-    curve_fit(demo.two_time_model(measurement), axes, y, measurement.start, bounds=bounds, mask=mask, **options)
+    curve_fit(two_time_model(measurement), axes, y, measurement.start, bounds=bounds, mask=mask, **options)
     each = (records[-1].seconds - records[0].seconds) / (len(records) - 1)
     yield f"one sweep of {y.size:.1e} points, {len(measurement.names)} parameters, s", each, None, None
 

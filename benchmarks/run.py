@@ -89,19 +89,21 @@ def decay_data(n, seed=0):
 
 def swept(f, params, x, y, threads=1, reduction="gram", jac_mode="auto", mask=None):
     """A function that makes one sweep over x and y held in memory."""
-    from dask_nlsq.data.align import build_problem
-    from dask_nlsq.engine.evaluation import Evaluation
-    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.data.align import build_data
+    from dask_nlsq.engine.condensed import Segmentation
+    from dask_nlsq.engine.places import HeldHere
+    from dask_nlsq.engine.request import Objective, Request
+    from dask_nlsq.engine.sweep import Sweep
     from dask_nlsq.kernels.jac_mode import choose_jac_mode
     from dask_nlsq.model.function import intern
 
-    problem = build_problem(x, y, None, mask, check=True, omit=False)
+    problem = build_data(x, y, None, mask, check=True, omit=False)
     model = intern(f)
-    sweep = LocalSweep(problem, Evaluation(model, problem.rules, "linear", 1.0), threads)
+    sweep = Sweep(problem, HeldHere.load(problem, threads))
     if jac_mode == "auto":
-        jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), params, 10**9)
-    sweep.jac_mode = jac_mode
-    return lambda: sweep(params, reduction)
+        jac_mode = choose_jac_mode(model, problem.preparation.layouts, sweep.sample, params, 10**9)
+    request = Request(Objective(model), params, reduction, jac_mode, Segmentation.of(problem, len(params)))
+    return lambda: sweep.run([request])
 
 
 def kernel_at(misfit):
@@ -317,21 +319,21 @@ def overhead_rows():
     import dask.array as da
     from distributed import Client, LocalCluster
 
-    from dask_nlsq.data.align import build_problem
-    from dask_nlsq.engine.evaluation import Evaluation
-    from dask_nlsq.engine.sweep import ClusterSweep, LocalSweep
+    from dask_nlsq.data.align import build_data
+    from dask_nlsq.engine.request import Objective, Request
+    from dask_nlsq.engine.sweep import open_sweep
     from dask_nlsq.model.function import intern
 
     x, y = decay_data(512 * 4096)
-    params = np.array([2.0, 0.5, 0.3])
+    request = Request(Objective(intern(decay)), np.array([2.0, 0.5, 0.3]))
 
     def problem(chunk):
-        return build_problem(da.from_array(x, chunks=chunk), da.from_array(y, chunks=chunk), check=True, omit=False)
+        return build_data(da.from_array(x, chunks=chunk), da.from_array(y, chunks=chunk), check=True, omit=False)
 
     def local(chunk):
         aligned = problem(chunk)
-        sweep = LocalSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), 2)
-        return lambda: sweep(params, "gram")
+        sweep = open_sweep(aligned)
+        return lambda: sweep.run([request])
 
     small, large = medians(local(4096), local(2**18), runs=21)
     how = "2^21 points in 512 chunks; kernel time: the same points in 8 chunks on 2 threads"
@@ -340,9 +342,9 @@ def overhead_rows():
         aligned = problem(4096)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sending large graph")
-            sweep = ClusterSweep(aligned, Evaluation(intern(decay), aligned.rules, "linear", 1.0), client, 4)
+            sweep = open_sweep(aligned, "chunked", client, 4)
         with sweep:
-            (remote,) = medians(lambda: sweep(params, "gram"), runs=21)
+            (remote,) = medians(lambda: sweep.run([request]), runs=21)
     yield Row("the same, 2-worker LocalCluster", "60 ms (25)", f"{(remote - large) * 1e3:.1f} ms", how)
 
 

@@ -129,18 +129,19 @@ def sweep_rows(directory, sizes=(10**8, 2 * 10**8)):
 
 def correlation_rows(directory):
     import dask_nlsq
-    from dask_nlsq.demo import demo
+    from dask_nlsq.demo import measurement as simulated
+    from dask_nlsq.demo.model import two_time_model
 
-    measurement = demo.plan_measurement(1000, 23, 0)
+    measurement = simulated.plan_measurement(1000, 23, 0)
     path = Path(directory) / "two-time.zarr"
     if not path.exists():
-        demo.write_measurement(measurement, path, {})
+        simulated.write_measurement(measurement, path)
     m = measurement
-    p0 = demo.draw_start(np.random.default_rng(0), m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
+    p0 = simulated.draw_start(np.random.default_rng(0), m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
     axes = np.arange(23)[:, None, None], np.arange(1000)[None, :, None], np.arange(1000)[None, None, :]
     fit = partial(
         dask_nlsq.curve_fit,
-        demo.two_time_model(measurement),
+        two_time_model(measurement),
         axes,
         path,
         p0=p0,
@@ -179,27 +180,25 @@ def overlap(directory, name, n):
     """Least seconds of a read, of a sweep over held data, and of a sweep that reads."""
     import zarr
 
-    from dask_nlsq.data.align import build_problem
+    from dask_nlsq.data.align import build_data
     from dask_nlsq.data.store import Policy, open_all
-    from dask_nlsq.engine.evaluation import Evaluation
-    from dask_nlsq.engine.streaming import StreamingSweep
-    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.engine.request import Objective, Request
+    from dask_nlsq.engine.sweep import open_sweep
     from dask_nlsq.model.function import intern
 
     f, truth, _ = MODELS[name]
     path = counts(directory, name, n)
-    data, _ = open_all(Policy(), True, xdata=axes_of(name, n), ydata=path)
-    problem = build_problem(data["xdata"], data["ydata"], check=True, omit=False)
-    evaluation, array = Evaluation(intern(f), problem.rules, "linear", 1.0), zarr.open_array(path, mode="r")
-    nudged = iter(truth * (1 + 1e-9 * k) for k in range(99))  # other params: the last sweep is remembered
+    data, _ = open_all(Policy(), xdata=axes_of(name, n), ydata=path)
+    problem = build_data(data["xdata"], data["ydata"], check=True, omit=False)
+    request, array = Request(Objective(intern(f)), truth), zarr.open_array(path, mode="r")
 
     def read():
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda k: array[k : k + ROWS_PER_CHUNK].size, range(0, array.shape[0], ROWS_PER_CHUNK)))
 
     best = dict.fromkeys(("read", "kernels", "stream"), np.inf)
-    with LocalSweep(problem, evaluation, 2) as held, StreamingSweep(problem, evaluation, None) as stream:
-        runs = (read, lambda: held(truth, "gram"), lambda: stream(next(nudged), "gram"))
+    with open_sweep(problem) as held, open_sweep(problem, "streaming") as stream:
+        runs = (read, lambda: held.run([request]), lambda: stream.run([request]))
         for _ in range(7):
             for what, run in zip(best, runs, strict=True):
                 begin = time.perf_counter()
@@ -219,9 +218,9 @@ def passes(name, n):
     from scipy.optimize import minimize
 
     import dask_nlsq
-    from dask_nlsq.data.align import build_problem
-    from dask_nlsq.engine.evaluation import Evaluation
-    from dask_nlsq.engine.sweep import LocalSweep
+    from dask_nlsq.data.align import build_data
+    from dask_nlsq.engine.request import Objective, Request
+    from dask_nlsq.engine.sweep import open_sweep
     from dask_nlsq.model.function import intern
 
     f, truth, _ = MODELS[name]
@@ -232,14 +231,15 @@ def passes(name, n):
     best = dask_nlsq.curve_fit(f, (i, j), y, p0=truth, ftol=1e-14, xtol=1e-14, gtol=1e-14)
     p0, enough = start(name, truth), best.cost * (1 + 0.01 / n)
     ours = dask_nlsq.curve_fit(f, (i, j), y, p0=p0, ftol=0.01 / n, gtol=None, xtol=None).nfev
-    problem, seen = build_problem((i, j), y, check=True, omit=False), []
+    problem, seen = build_data((i, j), y, check=True, omit=False), []
 
     def cost_and_gradient(u):
-        found = sweep(u * p0, "gram")
+        (found,) = sweep.run([Request(objective, u * p0)])
         seen.append(found.cost)
         return found.cost / n, found.matrix[:-1, -1] * p0 / n
 
-    with LocalSweep(problem, Evaluation(intern(f), problem.rules, "linear", 1.0), 2) as sweep:
+    objective = Objective(intern(f))
+    with open_sweep(problem) as sweep:
         options = dict(ftol=0, gtol=0, maxiter=300)
         minimize(cost_and_gradient, np.ones(len(p0)), jac=True, method="L-BFGS-B", options=options)
     return ours, next((k + 1 for k, cost in enumerate(seen) if cost <= enough), f"more than {len(seen)}")

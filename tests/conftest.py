@@ -1,6 +1,7 @@
 """What all tests share.
 
-A kernel that several files need is compiled once in a run. Processes that tests start compile their own, as a user's do.
+A kernel that several processes of a run need is compiled by the first of them: JAX keeps it in a directory of the run, which
+workers and commands that tests start find in their environment.
 """
 
 import os
@@ -20,8 +21,9 @@ def pytest_configure(config):
     if KERNELS not in os.environ:
         config.kernels = TemporaryDirectory(prefix="dask-nlsq-kernels-")
         os.environ[KERNELS] = config.kernels.name
-    jax.config.update("jax_compilation_cache_dir", os.environ[KERNELS])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    for option, value in dict(compilation_cache_dir=os.environ[KERNELS], persistent_cache_min_compile_time_secs=0.1).items():
+        os.environ[f"JAX_{option.upper()}"] = str(value)
+        jax.config.update(f"jax_{option}", value)
 
 
 @pytest.fixture

@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 
+import dask_nlsq
+
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
-    "base", "model", "kernels", "memory", "data", "options", "presets", "engine", "solve", "results", "maps", "interface",
-    "fit", "compat", "demo",
+    "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
+    "results", "maps", "interface", "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "base.config", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps", "interface", "demo",
+        "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "prepare", "results.binning",
+        "maps", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
     "zarr": {"data.store", "maps.result", "interface", "demo"},
@@ -24,7 +27,7 @@ KNOWS = {  # library -> folders, or single modules
     "xarray": {"data.labels", "results.result", "maps.result", "interface.accessor"},
     "click": {"interface.cli"},
 }  # fmt: skip
-MOST_LINES = 600
+MOST_LINES, MOST_BODY = 600, 80  # of a module; of a function, without its docstring
 
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = [name for name in SOURCES if name not in FACES and not name.endswith("__init__")]
@@ -60,7 +63,7 @@ def test_imports_point_to_the_left(module):
     inside, outside = imports(module)
     assert "dask_nlsq" not in outside  # imports within the package are relative
     assert not (inside - {module}) & ON_TOP
-    allowed = ORDER[: ORDER.index(folder(module)) + 1] + (["fit", "demo"] if module in ON_TOP else [])
+    allowed = ORDER[: ORDER.index(folder(module)) + 1] + (["fitting", "demo"] if module in ON_TOP else [])
     assert {folder(each) for each in inside} <= set(allowed)
 
 
@@ -85,6 +88,14 @@ def test_a_module_is_read_at_one_sitting(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_a_function_is_seen_at_a_glance(module):
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or body[-1].end_lineno - body[0].lineno < MOST_BODY, node.name
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_no_module_reads_what_is_private_to_another(module):
     tree = ast.parse(SOURCES[module].read_text())
     read = {
@@ -100,3 +111,8 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+
+
+def test_no_module_hides_a_public_name():
+    beside = {module for module in SOURCES if "." not in module} | {folder(module) for module in MODULES}
+    assert not beside & set(dask_nlsq.__all__)

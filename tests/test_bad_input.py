@@ -73,7 +73,7 @@ OPTIONS = {
     "p0 not finite": ("`p0` must be finite: b is nan", {"p0": [1, np.nan]}),
     "p0 a matrix": ("`p0` must be a vector", {"p0": [[1, 2]]}),
     "lower = upper": (r"strictly less than each upper bound: b has \[1.0, 1.0\]", {"bounds": ([0, 1], [1, 1])}),
-    "bounds of the wrong length": (r"`bounds\[0\]` has shape \(3,\)", {"bounds": ([0, 1, 2], [1, 2, 3])}),
+    "bounds of the wrong length": (r"`bounds\[0\]` has 3 values: give one", {"bounds": ([0, 1, 2], [1, 2, 3])}),
     "bounds not a pair": ("must be a pair", {"bounds": 3}),
     "bounds not a number": ("must not contain nan", {"bounds": (np.nan, 1)}),
     "sigma zero": ("`sigma` must be positive: 3 values", {"sigma": np.where(np.arange(50) < 3, 0, 1)}),
@@ -157,7 +157,7 @@ RIGHT = {  # by argument; those that are not here take none of them
 RIGHT_OF = {
     (fit, "n_starts"): {"None", "0", "1"},
     (fit_map, "nan_policy"): set(),
-    (fit_map, "bounds"): {"{}", "[None, 1]"},
+    (fit_map, "bounds"): {"{}", "ragged", "[None, 1]"},
 }
 ARGUMENTS = [
     (function, name)
@@ -178,7 +178,7 @@ def test_what_is_no_value_of_an_argument_is_refused_by_its_name(function, name):
 
 
 def test_unknown_keyword_is_a_type_error():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'loess'"):
+    with pytest.raises(TypeError, match="curve_fit has no argument 'loess': did you mean 'loss'"):
         curve_fit(decay, X, Y, loess="linear")
 
 
@@ -187,9 +187,10 @@ def test_no_model_is_a_type_error():
         curve_fit(X, Y, 3)
 
 
-@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("policy", [None, "raise"])
+@pytest.mark.parametrize(
+    "name, value, policy",
+    [("xdata", np.nan, None), ("ydata", np.inf, "raise"), ("ydata", np.nan, None), ("sigma", np.inf, None)],
+)
 def test_values_that_are_not_finite_are_counted_and_placed(name, value, policy):
     data = {"xdata": X, "ydata": Y, "sigma": np.ones(50)}
     data[name] = spoiled(data[name], value, 23, 24, 41)
@@ -198,8 +199,7 @@ def test_values_that_are_not_finite_are_counted_and_placed(name, value, policy):
         curve_fit(decay, **blocks, nan_policy=policy)
 
 
-@pytest.mark.parametrize("name", ["xdata", "ydata", "sigma"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name, value", [("xdata", np.inf), ("ydata", np.nan), ("sigma", np.nan)])
 def test_omit_gives_the_fit_without_these_points(name, value):
     rng = np.random.default_rng(0)
     data = {"xdata": X, "ydata": Y + rng.normal(0, 0.1, 50), "sigma": rng.uniform(1, 2, 50)}
@@ -228,9 +228,17 @@ TOO_LARGE = {  # options, value, block of 10 points
 }
 
 
-@pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
-@pytest.mark.parametrize("options, value, block", TOO_LARGE.values(), ids=TOO_LARGE)
-def test_values_that_are_too_large_to_be_squared_are_named(options, value, block, strategy):
+@pytest.mark.parametrize(
+    "kind, strategy",
+    [
+        *((kind, "chunked") for kind in TOO_LARGE),
+        ("one value", "standard"),
+        ("a tiny sigma", "standard"),
+        ("both", "streaming"),
+    ],
+)
+def test_values_that_are_too_large_to_be_squared_are_named(kind, strategy):
+    options, value, block = TOO_LARGE[kind]
     options, where = dict(xdata=X, ydata=Y) | options, ""
     if strategy != "standard":
         options = {k: da.from_array(v, 10) if isinstance(v, np.ndarray) else v for k, v in options.items()}
@@ -389,7 +397,7 @@ def test_a_memory_limit_is_a_positive_number(limit):
 def test_data_larger_than_all_workers_are_refused():
     with LocalCluster(n_workers=1, memory_limit="1GB", dashboard_address=":0") as cluster, Client(cluster):
         x = da.zeros(10**9, chunks=10**8)
-        with pytest.raises(MemoryError, match=r"worker tcp.* may have 0\.65 GiB \(70% of its memory\) and needs .*rechunk"):
+        with pytest.raises(MemoryError, match=r"worker tcp.* may have 667\.57 MiB \(70% of its memory\).*rechunk"):
             curve_fit(decay, x, x)
 
 
@@ -404,5 +412,5 @@ def test_data_larger_than_the_limit_are_refused_before_they_are_read():
         raise AssertionError("was read")
 
     y = da.zeros(10_000_000, chunks=1_000_000).map_blocks(read, dtype=float, meta=np.zeros(0))
-    with pytest.raises(MemoryError, match=r"the data take 0\.16 GiB in memory.* it may take 10\.2 MiB \(memory_limit_gb\)"):
+    with pytest.raises(MemoryError, match=r"take 16\d\.\d\d MiB in memory.* it may take 10\.24 MiB \(memory_limit_gb\)"):
         curve_fit(decay, da.zeros(10_000_000, chunks=1_000_000), y, memory_limit_gb=0.01)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from zarr.codecs import ZstdCodec
 
 from dask_nlsq import curve_fit, fit_map, load
-from dask_nlsq.demo import demo
+from dask_nlsq.demo import measurement as simulated
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.models import exponential, gaussian, named, polynomial
 from tests.models_of_a_user import decay, plane
@@ -327,9 +327,6 @@ def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "converged" in output and "result.json, summary.json, report.html" in output
-    process = shell("fit", "y.zarr", "--model", "own:curved", "--x", "0:10:0.0005", cwd=tmp_path)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 2 and "has no 'curved'" in errors and errors.count("\n") == 1
 
 
 def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(tmp_path):
@@ -369,7 +366,7 @@ def test_demo_prints_its_report(tmp_path):
 
 
 def test_demo_that_misses_the_truth_exits_with_one_line_and_status_1(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "simulate_plane", lambda measurement, k: np.where(np.eye(40), np.nan, 1.1 + 0.1 * k))
+    monkeypatch.setattr(simulated, "simulate_plane", lambda measurement, k: np.where(np.eye(40), np.nan, 1.1 + 0.1 * k))
     arguments = ["demo", "--frames", "40", "--angles", "5", "--directory", str(tmp_path / "demo")]
     outcome = CliRunner().invoke(nlsq, arguments)
     assert outcome.exit_code == 1

@@ -80,7 +80,7 @@ def assert_nothing_left(client):
     raise AssertionError(f"left on the cluster: {left}, {client.futures}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["chunked", pytest.param("in_memory", marks=pytest.mark.slow), "streaming"])
 def test_a_worker_that_is_killed_costs_time_and_no_digit(client, kind):
     wait_for(client, 2)
     (pid, _) = client.run(os.getpid).values()
@@ -94,8 +94,8 @@ def test_a_worker_that_is_killed_costs_time_and_no_digit(client, kind):
 
 
 def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
-    with command_line(tmp_path, 1 + len(KINDS)) as (client, _, workers):
-        for left, kind in zip((3, 2, 1), KINDS, strict=True):
+    with command_line(tmp_path, 3) as (client, _, workers):
+        for left, kind in ((2, "in_memory"), (1, "streaming")):
             with client.as_current():
                 kill = at_sweep(2, workers[left].kill)
                 found = curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=kill)
@@ -103,10 +103,13 @@ def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
             assert_same(found, alone(kind))
 
 
-STREAMING = pytest.param("streaming", 20, 3, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("strategy, allowed, deaths", [("chunked", 1, 2), ("chunked", 3, 3), STREAMING])
+@pytest.mark.parametrize(
+    "strategy, allowed, deaths",
+    [
+        ("chunked", 3, 3),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("chunked", 1, 2), ("streaming", 20, 3)]),
+    ],
+)
 def test_a_chunk_that_kills_three_workers_is_named(strategy, allowed, deaths, tmp_path):
     def deadly(block, block_info=None):
         if block_info[0]["chunk-location"] == (7,) and "DOOMED" in os.environ:
@@ -146,8 +149,12 @@ def test_arrays_from_memory_that_kill_three_workers_are_named(tmp_path):
         assert_nothing_left(client)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("end", ["success", "failure", "ctrl-c"])
+@pytest.mark.parametrize(
+    "end, kind",
+    [("success", "streaming"), ("failure", "chunked"), *(("ctrl-c", kind) for kind in KINDS),
+     *(pytest.param(*each, marks=pytest.mark.slow)
+       for each in [("success", "chunked"), ("success", "in_memory"), ("failure", "in_memory"), ("failure", "streaming")])],
+)  # fmt: skip
 def test_nothing_is_left_on_the_cluster_after(client, kind, end):
     wait_for(client, 2)
 
@@ -224,7 +231,7 @@ def test_workers_that_join_and_leave_in_mid_fit_change_nothing():
     assert_same(found, alone("chunked"))
 
 
-SIZES = [(1, 2), (3, 1), *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in [(1, 1), (2, 2), (4, 1), (4, 2)])]
+SIZES = [(1, 2), *(pytest.param(n, k, marks=pytest.mark.slow) for n, k in [(1, 1), (2, 2), (3, 1), (4, 1), (4, 2)])]
 
 
 @pytest.mark.parametrize("n_workers, n_threads", SIZES)

@@ -20,7 +20,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
-from dask_nlsq.dashboard import _workers
+from dask_nlsq.interface.live_page import _workers
 
 from .clusters import command_line, local
 
@@ -95,14 +95,15 @@ def test_the_page_knows_how_fast_each_worker_sweeps(client):
 
 
 def test_the_page_can_be_turned_off(tmp_path):
-    with local(1) as cluster, Client(cluster) as client:
+    with local(1, processes=False) as cluster, Client(cluster) as client:
         with dask.config.set({"nlsq.dashboard": False}):
             curve_fit(decay, *data(), **TIGHT)
         assert "nlsq-page" not in client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins))
 
 
 def test_a_scheduler_without_a_dashboard_costs_a_line_in_the_log(caplog):
-    with local(1, dashboard_address=None) as cluster, Client(cluster), caplog.at_level(logging.WARNING, "dask_nlsq"):
+    silent = local(1, processes=False, dashboard_address=None)
+    with silent as cluster, Client(cluster), caplog.at_level(logging.WARNING, "dask_nlsq"):
         curve_fit(decay, *data(), **TIGHT)
         curve_fit(decay, *data(), **TIGHT)
     assert len([record for record in caplog.records if "no live page" in record.message]) == 1
@@ -123,7 +124,7 @@ def test_a_cluster_secured_by_tls_gives_the_same_bits_and_the_page_by_https(clie
     files = {f"distributed.scheduler.dashboard.tls.{name}": str(tmp_path / "pem") for name in ("ca-file", "cert", "key")}
     with client.as_current():
         plain = curve_fit(decay, *data(), **TIGHT)
-    with dask.config.set(files), local(protocol="tls://", security=security) as cluster, Client(cluster) as secured:
+    with dask.config.set(files), local(1, protocol="tls://", security=security) as cluster, Client(cluster) as secured:
         assert secured.scheduler.address.startswith("tls://")
         found = curve_fit(decay, *data(), **TIGHT)
         port = secured.scheduler_info(n_workers=-1)["services"]["dashboard"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dask_nlsq import OptimizationGoal, curve_fit, fit
-from dask_nlsq.compat.workflow import PRESETS, workflow_options
+from dask_nlsq.presets import PRESETS, workflow_options
 
 X = np.linspace(0, 10, 20_000)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from dask_nlsq.base.x64 import float64
-from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk
-from dask_nlsq.engine.condensed import merge_results
-from dask_nlsq.engine.evaluation import Evaluation, SweepOptions
+from dask_nlsq.engine.condensed import merge_neighbours
+from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
 from dask_nlsq.kernels.blocks import BLOCK_POINTS
 from dask_nlsq.kernels.checks import check_pointwise
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
@@ -21,7 +21,6 @@ from dask_nlsq.model.function import intern
 from dask_nlsq.model.losses import LOSSES
 
 PARAMS = np.array([2.0, 0.7, 0.3])
-GRAM = SweepOptions("gram", "columns")
 
 
 def decay(x, a, b, c):
@@ -35,17 +34,16 @@ def data(n, seed=0):
 
 
 def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
-    problem = build_problem(xdata, ydata, sigma, mask, check=True, omit=omit)
+    problem = build_data(xdata, ydata, sigma, mask, check=True, omit=omit)
     (index,) = problem.indices()
-    return problem.rules, prepare_chunk(problem.rules, [index], [problem.pieces(index)])
+    return problem.preparation, prepare_chunk(problem.preparation, [index], [problem.pieces(index)])
 
 
 def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):
-    rules, chunk = chunk_of(xdata, ydata, **operands)
-    results = Evaluation(intern(f, jac), rules, loss, f_scale).reduce_blocks(
-        chunk.blocks, params, SweepOptions(reduction, jac_mode)
-    )
-    matrix, cost, _ = merge_results(results, reduction)
+    preparation, chunk = chunk_of(xdata, ydata, **operands)
+    request = Request(Objective(intern(f, jac), loss, f_scale), params, reduction, jac_mode)
+    (sums,) = condense_blocks(preparation, chunk.blocks, [request])
+    matrix, cost, _ = merge_neighbours(sums, reduction)
     return matrix, cost
 
 
@@ -105,13 +103,15 @@ def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
         operands = x[start : start + n], y[start : start + n]
         expected, _ = swept(decay, *operands, PARAMS)
         with monkeypatch.context() as patch:
-            patch.setattr("dask_nlsq.engine.condensed.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
+            patch.setattr("dask_nlsq.engine.request.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
             gram, _ = swept(decay, *operands, PARAMS)
         np.testing.assert_allclose(gram, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("start", range(9))
-@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint16, np.int8])
+@pytest.mark.parametrize(
+    "start, dtype",
+    [*((k, np.float64) for k in (0, 1, 7, 8)), (3, np.float32), (8, np.float32), (5, np.uint16), (1, np.int8)],
+)
 def test_alignment_of_the_users_buffer_does_not_change_a_bit(start, dtype):
     """Views that start anywhere in a cache line give the bits of a fresh copy."""
     rng = np.random.default_rng(1)
@@ -253,14 +253,14 @@ def test_x_of_any_real_type_reaches_the_model_as_float64(dtype):
 def test_blocks_of_other_lengths_and_values_share_a_compilation():
     model = intern(decay)
     x, y = data(3 * BLOCK_POINTS + 12345)
-    rules, chunk = chunk_of(x, y)
-    evaluation = Evaluation(model, rules, "linear", 1.0)
-    kernel = sweep_kernel(model, evaluation.spec(chunk.blocks[0], 3, GRAM))
-    evaluation.reduce_blocks(chunk.blocks[:1], PARAMS, GRAM)
+    preparation, chunk = chunk_of(x, y)
+    request = Request(Objective(model), PARAMS)
+    kernel = sweep_kernel(model, kernel_spec(preparation, request, chunk.blocks[0]))
+    condense_blocks(preparation, chunk.blocks[:1], [request])
     before = kernel._cache_size()
-    evaluation.reduce_blocks(chunk.blocks, 2 * PARAMS, GRAM)
+    condense_blocks(preparation, chunk.blocks, [request._replace(params=2 * PARAMS)])
     _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
-    evaluation.reduce_blocks(other.blocks, PARAMS, GRAM)
+    condense_blocks(preparation, other.blocks, [request])
     assert kernel._cache_size() == before
 
 
@@ -299,14 +299,14 @@ print(len(found))
     ids=["cumsum", "mean", "max", "sort", "first", "size"],
 )
 def test_models_that_are_not_pointwise_are_recognised(f):
-    rules, chunk = chunk_of(*data(100))
+    preparation, chunk = chunk_of(*data(100))
     with pytest.raises(ValueError, match="not pointwise"):
-        check_pointwise(intern(f), rules.layouts, chunk.sample, np.ones(1))
+        check_pointwise(intern(f), preparation.layouts, chunk.sample, np.ones(1))
 
 
 def test_a_pointwise_model_with_nan_at_a_point_passes():
-    rules, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
-    check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), rules.layouts, chunk.sample, np.ones(1))
+    preparation, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
+    check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), preparation.layouts, chunk.sample, np.ones(1))
 
 
 def test_the_faster_way_of_forming_columns_is_found_by_timing():
@@ -318,10 +318,10 @@ def test_the_faster_way_of_forming_columns_is_found_by_timing():
     def dense(x, a, b, c):
         return a * jnp.exp(-b * x) + c
 
-    rules, chunk = chunk_of(*data(100))
-    few = choose_jac_mode(intern(steps), rules.layouts, chunk.sample, np.ones(40), n=1000)
-    many = choose_jac_mode(intern(steps), rules.layouts, chunk.sample, np.ones(40), n=int(TIMING_PAYS))
+    preparation, chunk = chunk_of(*data(100))
+    few = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), n=1000)
+    many = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), n=int(TIMING_PAYS))
     assert few == many == "arguments"
-    assert choose_jac_mode(intern(dense), rules.layouts, chunk.sample, np.ones(3), n=10) == "columns"
+    assert choose_jac_mode(intern(dense), preparation.layouts, chunk.sample, np.ones(3), n=10) == "columns"
     assert intern(steps).choices
     assert not intern(dense).choices

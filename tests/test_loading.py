@@ -11,7 +11,7 @@ import zarr
 from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit, get_memory_manager
-from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.align import build_data
 from dask_nlsq.data.loading import compute_shared, plan_loads
 
 X = np.linspace(0, 4, 4000)
@@ -23,7 +23,7 @@ def decay(x, a, b, c):
 
 
 def loads_of(x, y):
-    problem = build_problem(x, y, check=True, omit=False)
+    problem = build_data(x, y, check=True, omit=False)
     runs, common = plan_loads(problem)
     return problem, [load for run in runs for load in run], common
 
@@ -96,7 +96,8 @@ def test_a_persisted_array_stays_where_it_is(workers):
 def test_a_partition_is_one_task_however_many_chunks_it_has():
     """The scheduler sees the loads, the sweeps and nothing else of an array that is its own."""
     y = da.from_array(Y, 10) + 0.0
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster, Client(cluster) as client:
+    options = dict(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=":0")
+    with LocalCluster(**options) as cluster, Client(cluster) as client:
         curve_fit(decay, da.from_array(X, 10), y, p0=[1, 1, 0])
         counted = client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.task_prefixes))
         names = client.run_on_scheduler(lambda dask_scheduler: sorted(dask_scheduler.task_prefixes))
@@ -126,14 +127,14 @@ def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeyp
     together = fit()
     assert most[0] == 2
     gc.collect()
-    manager = get_memory_manager()
+    pool = get_memory_manager().pool
     one = 3 * 2 * 8 * n  # x and y three times
-    manager.clear_pool()
+    pool.shrink()
     with monkeypatch.context() as short:
-        short.setattr(manager, "limit_bytes", 1.9 * one)  # two that were read stay beside it
+        short.setattr(pool, "limit", 1.9 * one)  # two that were read stay beside it
         in_turn = fit()
         assert most[0] == 1
-        short.setattr(manager, "limit_bytes", 0.9 * one)
+        short.setattr(pool, "limit", 0.9 * one)
         with pytest.raises(MemoryError, match="missing"):
             fit()
     np.testing.assert_array_equal(in_turn.popt, together.popt)

@@ -190,13 +190,12 @@ def test_sigma_and_mask_of_xarray_are_aligned_by_name():
     sigma = 0.1 + 0.1 * np.random.default_rng(2).random(Y.shape)
     mask = sigma > 0.19
     data = labelled(blocks_of(Y))
-    for name, values, order in [
-        ("sigma", sigma, ("energy", "row", "column")),
-        ("mask", mask, ("column", "energy", "row")),
-    ]:
-        turned = xr.DataArray(values, dims=data.dims).transpose(*order)
-        found = fit_map(peak, None, data, P0, axis="energy", **{name: turned}).compute()
-        same_bits(found, fitted(blocks_of(Y), **{name: values}))
+    turned = dict(
+        sigma=xr.DataArray(sigma, dims=data.dims).transpose("energy", "row", "column"),
+        mask=xr.DataArray(mask, dims=data.dims).transpose("column", "energy", "row"),
+    )
+    found = fit_map(peak, None, data, P0, axis="energy", **turned).compute()
+    same_bits(found, fitted(blocks_of(Y), sigma=sigma, mask=mask))
 
 
 def test_starts_of_xarray_are_aligned_by_name():
@@ -440,7 +439,7 @@ def test_a_summary_counts_statuses_and_shows_medians(whole):
 
 def test_coarse_fits_from_another_start_are_another_map(tmp_path):
     def lazy(p0):
-        return fit_map(peak, X, Y, p0, guess="coarse-to-fine")
+        return fit_map(peak, X, blocks_of(Y), p0, guess="coarse-to-fine")
 
     lazy(P0).to_zarr(tmp_path / "maps.zarr")
     with pytest.raises(ValueError, match=r"another fit\. Changed: coarse"):

@@ -1,5 +1,7 @@
 """`fit_map`: SciPy's answers, whatever the blocks and neighbours; statuses; how the data are read; errors at the door."""
 
+from types import SimpleNamespace
+
 import dask
 import dask.array as da
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from distributed import Client
 
 import dask_nlsq.accessor  # noqa: F401  # registers .nlsq
 from dask_nlsq import BadChunkError, MapStatus, MemoryBudgetError, MissingChunksError, fit_map, models
-from dask_nlsq.options import map_parameters
+from dask_nlsq.parameters import read_parameters
 from tests import clusters
 from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, digits, required
 from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
@@ -467,7 +469,8 @@ def test_bad_values_are_an_error_when_they_are_met(changed, message):
 
 def test_bounds_over_the_map_have_a_start_within():
     bounds = dict(area=(0, None), center=(-2, TRUTH[..., 0]), width=(None, da.from_array(TRUTH[..., 2])))
-    start = map_parameters(peak, None, bounds, None, None, BLOCK)[2]
+    call = SimpleNamespace(p0=None, bounds=bounds, param_names=None, fixed=None)
+    start = read_parameters(peak, call, BLOCK).start
     assert start[0] == 1
     np.testing.assert_allclose(start[1], (TRUTH[..., 0] - 2) / 2)
     np.testing.assert_array_equal(start[2].compute(), TRUTH[..., 2] - 1)
@@ -520,8 +523,7 @@ def test_bounds_may_be_arrays_for_some_parameters_and_numbers_for_others():
     assert np.isfinite(ready.popt).all()
 
 
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (30, 1), (1, 30)])
-@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("shape, lazy", [((1,), False), ((1, 1), True), ((30, 1), True), ((1, 30), False)])
 def test_maps_with_axes_of_length_1(shape, lazy):
     n = int(np.prod(shape))
     y = Y.reshape(-1, N)[:n].reshape(*shape, N)
@@ -560,8 +562,11 @@ MASKED_KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", MASKED_KINDS)
-@pytest.mark.parametrize("name", ["x", "own x", "y", "sigma", "sigma of the map"])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("x", "numpy"), ("own x", "dask"), ("y", "numpy"), ("y", "list"), ("y", "dask"), ("sigma", "list"),
+     ("sigma of the map", "dask")],
+)  # fmt: skip
 def test_masks_travel_with_every_array_that_has_one(name, kind):
     rng = np.random.default_rng(3)
     array = {"x": X, "sigma of the map": np.ones(BLOCK)}.get(name, Y)

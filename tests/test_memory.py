@@ -22,8 +22,8 @@ from dask_nlsq import (
     get_adaptive_memory_threshold,
     select_nlsq_strategy,
 )
+from dask_nlsq.memory import DEFAULT_MEMORY_FRACTION, FALLBACK_THRESHOLD_GB, MEMORY_FRACTION_ENV_VAR
 from dask_nlsq.memory.machine import available_memory, cgroup_memory, detect_memory, workers_memory
-from dask_nlsq.memory.threshold import DEFAULT_MEMORY_FRACTION, FALLBACK_THRESHOLD_GB, MEMORY_FRACTION_ENV_VAR
 
 GB = 2**30
 MB = 2**20

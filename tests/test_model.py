@@ -16,9 +16,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_nlsq
-from dask_nlsq.data.align import build_problem
-from dask_nlsq.engine.evaluation import Evaluation
-from dask_nlsq.engine.sweep import ClusterSweep
+from dask_nlsq.data.align import build_data
+from dask_nlsq.engine.evaluator import Evaluator
+from dask_nlsq.engine.request import Objective
+from dask_nlsq.engine.sweep import open_sweep
 from dask_nlsq.model.function import intern, parameter_names
 
 
@@ -129,7 +130,8 @@ dask_nlsq.curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, 2 * np.exp(-x))
 
 @pytest.mark.parametrize("disabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disabled, tmp_path):
-    environment = os.environ | {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    own = {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
+    environment = {key: value for key, value in os.environ.items() if "CACHE" not in key} | own
     if disabled:
         environment["NLSQ_DISABLE_PERSISTENT_CACHE"] = "1"
     root = Path(__file__).parent.parent
@@ -160,25 +162,24 @@ def test_ragged_ends_along_three_axes_share_two_compilations():
 def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
     """Under the nanny's MALLOC_TRIM_THRESHOLD_ a kernel would fetch each temporary array anew: hundreds of page faults."""
 
-    def page_faults(dask_worker, params):
-        from dask_nlsq.engine.evaluation import Partition, SweepOptions
-        from dask_nlsq.engine.sweep import sweep_partition
+    def page_faults(dask_worker, request):
+        from dask_nlsq.engine.partition import CONDENSE, Partition
 
         (partition,) = [value for value in dask_worker.data.values() if isinstance(value, Partition)]
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
-            sweep_partition(partition, params, SweepOptions("gram", "columns"))
+            CONDENSE.of(partition, [request.objective], [request._replace(objective=0)])
         return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
 
     x = da.linspace(0, 10, 2**17, chunks=2**17)
-    problem = build_problem(x, 2 * da.exp(-x), check=True, omit=False)
-    evaluation = Evaluation(intern(decay), problem.rules, "linear", 1.0)
-    params = np.array([2.0, 1.1, 0.1])
+    problem = build_data(x, 2 * da.exp(-x), check=True, omit=False)
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0") as cluster,
         Client(cluster) as client,
-        ClusterSweep(problem, evaluation, client, 1) as sweep,
+        open_sweep(problem, "chunked", client, 1) as sweep,
     ):
-        sweep(params, "gram")
-        (faults,) = client.run(page_faults, params=params).values()
+        evaluator = Evaluator(sweep, Objective(intern(decay)), 3)
+        params = np.array([2.0, 1.1, 0.1])
+        evaluator(params, "gram")
+        (faults,) = client.run(page_faults, request=evaluator.request(params)).values()
     assert faults < 200, faults

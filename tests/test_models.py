@@ -110,9 +110,8 @@ def test_where_a_formula_says_nothing_neither_does_the_model(name):
 
 
 @pytest.mark.parametrize("low", range(-12, 6, 3))
-@pytest.mark.parametrize("left", range(-6, 6, 2))
-def test_faddeeva_has_thirteen_digits(low, left):
-    x, y = 10 ** RNG.uniform(left, left + 2, 2000), 10 ** RNG.uniform(low, low + 3, 2000)
+def test_faddeeva_has_thirteen_digits(low):
+    x, y = 10 ** RNG.uniform(-6, 6, 12_000), 10 ** RNG.uniform(low, low + 3, 12_000)
     with float64():
         found = np.asarray(jax.jit(faddeeva_real)(x, y))
     np.testing.assert_allclose(found, wofz(x + 1j * y).real, rtol=2e-13)

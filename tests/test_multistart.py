@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq.data.align import build_problem, build_whitened
-from dask_nlsq.engine.evaluation import Evaluation
-from dask_nlsq.engine.sweep import LocalSweep, open_sweep
+from dask_nlsq.data.align import build_data, build_whitened
+from dask_nlsq.engine.evaluator import Evaluator
+from dask_nlsq.engine.request import Objective
+from dask_nlsq.engine.sweep import open_sweep
 from dask_nlsq.model.function import intern
 from dask_nlsq.solve import multistart
 from dask_nlsq.solve.multistart import Search, candidates, polish, search
@@ -32,10 +33,10 @@ def few_candidates(monkeypatch):
 
 
 def search_locally(f=sine, x=X, y=Y, p0=P0, bounds=FREE, n_starts=5, seed=0, loss="linear", f_scale=1.0, **data):
-    problem = build_problem(x, y, **{"check": True, "omit": False} | data)
-    evaluation = Evaluation(intern(f), problem.rules, loss, f_scale)
-    with open_sweep(problem, evaluation, None, 1) as sweep:
-        return search(evaluation, sweep.points(4096), np.asarray(p0, float), *np.asarray(bounds, float), n_starts, seed)
+    problem = build_data(x, y, **{"check": True, "omit": False} | data)
+    objective = Objective(intern(f), loss, f_scale)
+    with open_sweep(problem) as sweep:
+        return search(objective, sweep.points(4096), np.asarray(p0, float), *np.asarray(bounds, float), n_starts, seed)
 
 
 def equal(one: Search, other: Search) -> bool:
@@ -128,13 +129,21 @@ def test_repr_lists_every_start_and_marks_the_winner(few_candidates):
 def points(x, y, n, chunks=None, **data):
     if chunks:
         x, y = da.from_array(x, chunks), da.from_array(y, chunks)
-    problem = build_problem(x, y, **{"check": True, "omit": False} | data)
-    with open_sweep(problem, Evaluation(intern(sine), problem.rules, "linear", 1.0), None, 1) as sweep:
+    problem = build_data(x, y, **{"check": True, "omit": False} | data)
+    with open_sweep(problem) as sweep:
         return sweep.points(n)
 
 
-@pytest.mark.parametrize("chunks", [(60, 50), (7, 50), (60, 11), (40, 33), (4, 3)])
-@pytest.mark.parametrize("apart", [nullcontext, chunks_apart], ids=["joined", "apart"])
+@pytest.mark.parametrize(
+    "chunks, apart",
+    [
+        ((60, 50), nullcontext),
+        ((7, 50), nullcontext),
+        ((40, 33), nullcontext),
+        ((60, 11), chunks_apart),
+        ((4, 3), chunks_apart),
+    ],
+)
 def test_sample_does_not_depend_on_chunks(chunks, apart):
     x, y = X.reshape(60, 50), Y.reshape(60, 50)
     with apart():
@@ -197,10 +206,10 @@ def test_a_jac_of_the_user_leads_to_the_same_optimum():
         z = 2 * jnp.pi * f * x + phi
         return jnp.stack([jnp.sin(z), 2 * jnp.pi * x * a * jnp.cos(z), a * jnp.cos(z), jnp.ones_like(x)], axis=-1)
 
-    problem = build_problem(X, Y, check=True, omit=False)
-    evaluation = Evaluation(intern(sine, jac), problem.rules, "linear", 1.0)
-    with LocalSweep(problem, evaluation, 1) as sweep:
-        found = search(evaluation, sweep.points(4096), P0, *FREE, 5)
+    problem = build_data(X, Y, check=True, omit=False)
+    objective = Objective(intern(sine, jac))
+    with open_sweep(problem) as sweep:
+        found = search(objective, sweep.points(4096), P0, *FREE, 5)
     np.testing.assert_allclose(found.costs[found.winner], search_locally().costs.min(), rtol=1e-6)
 
 
@@ -209,12 +218,12 @@ def test_correlated_noise_and_models_of_all_points_are_screened_on_all_points():
     covariance = 0.09 * 0.5 ** abs(np.subtract.outer(np.arange(x.size), np.arange(x.size)))
     for problem in (
         build_whitened(x, y, covariance, check=True, omit=False),
-        build_problem(x, y, check=True, omit=False, whole=True, mask=np.arange(x.size) % 9 == 0),
+        build_data(x, y, check=True, omit=False, whole=True, mask=np.arange(x.size) % 9 == 0),
     ):
-        evaluation = Evaluation(intern(sine), problem.rules, "linear", 1.0)
-        with LocalSweep(problem, evaluation, 1) as sweep:
-            found = search(evaluation, sweep.points(64), P0, *FREE, 4)
-            solution, _ = polish(found, sweep, Options(*FREE))
+        objective = Objective(intern(sine))
+        with open_sweep(problem) as sweep:
+            found = search(objective, sweep.points(64), P0, *FREE, 4)
+            solution, _ = polish(found, Evaluator(sweep, objective, 4), Options(*FREE))
         assert abs(solution.params[1]) == pytest.approx(TRUTH[1], abs=0.02)
         assert solution.equations.cost == pytest.approx(found.costs.min(), rel=1e-6)
 
@@ -235,49 +244,51 @@ def test_a_region_where_the_model_is_not_finite_is_left_out():
 # ---------------------------------------------------------------- all data
 
 
-def test_one_sweep_for_each_rival_decides_between_optima_that_the_sample_cannot_tell_apart(few_candidates):
+def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_candidates):
     rng = np.random.default_rng(0)
     x = np.linspace(0, 10, 400_000)
     y = -0.01 * x + 5 * rng.standard_normal(x.size)
-    problem = build_problem(x, y, check=True, omit=False)
-    evaluation = Evaluation(intern(lambda x, b: 20 * (b**2 - 1) + 0.01 * b * x), problem.rules, "linear", 1.0)
+    problem = build_data(x, y, check=True, omit=False)
+    objective = Objective(intern(lambda x, b: 20 * (b**2 - 1) + 0.01 * b * x))
     bounds = np.array([-3.0]), np.array([3.0])
-    with LocalSweep(problem, evaluation, 2) as sweep:
-        found = search(evaluation, sweep.points(4096), np.array([0.9]), *bounds, 5)
+    with open_sweep(problem) as sweep:
+        found = search(objective, sweep.points(4096), np.array([0.9]), *bounds, 5)
         assert len(found.chosen) == 2
         rivals = found._replace(chosen=tuple(sorted(found.chosen, key=lambda k: -found.params[k, 0])))
         assert rivals.params[rivals.chosen[0], 0] == pytest.approx(1, abs=0.1)
-        solution, settled = polish(rivals, sweep, Options(*bounds))
-        assert sweep.count == solution.nfev + 2
+        evaluator = Evaluator(sweep, objective, 1)
+        solution, settled = polish(rivals, evaluator, Options(*bounds))
+        assert evaluator.count == solution.nfev  # one for both rivals, and one of them is where the fit begins
     assert solution.params[0] == pytest.approx(-1, abs=0.01)
     assert settled.winner == rivals.chosen[1]
 
 
 def test_an_optimum_that_is_not_finite_on_all_data_gives_way_to_the_next(few_candidates):
-    problem = build_problem(X, Y, check=True, omit=False)
-    evaluation = Evaluation(intern(sine), problem.rules, "linear", 1.0)
-    with LocalSweep(problem, evaluation, 1) as sweep:
-        found = search(evaluation, sweep.points(4096), P0, *FREE, 5)
+    problem = build_data(X, Y, check=True, omit=False)
+    objective = Objective(intern(sine))
+    with open_sweep(problem) as sweep:
+        found = search(objective, sweep.points(4096), P0, *FREE, 5)
         spoiled = found.params.copy()
         spoiled[found.winner] = np.nan
-        solution, settled = polish(found._replace(params=spoiled), sweep, Options(*FREE))
+        evaluator = Evaluator(sweep, objective, 4)
+        solution, settled = polish(found._replace(params=spoiled), evaluator, Options(*FREE))
         assert settled.winner != found.winner
         assert np.isfinite(solution.equations.cost)
         with pytest.raises(NotFiniteAtStart, match="at any of the"):
-            polish(found._replace(params=np.full_like(spoiled, np.nan)), sweep, Options(*FREE))
+            polish(found._replace(params=np.full_like(spoiled, np.nan)), evaluator, Options(*FREE))
 
 
 def test_threads_and_processes_find_the_same(few_candidates):
     x = np.linspace(0, 10, 400_000)
     y = np.asarray(sine(x, *TRUTH)) + RNG.normal(0, 0.3, x.size)
     x, y = da.from_array(x, 30_000), da.from_array(y, 30_000)
-    problem = build_problem(x, y, check=True, omit=False)
-    evaluation = Evaluation(intern(sine), problem.rules, "linear", 1.0)
+    problem = build_data(x, y, check=True, omit=False)
+    objective = Objective(intern(sine))
     answers = []
 
     def run(client):
-        with open_sweep(problem, evaluation, client, 4) as sweep:
-            answers.append(search(evaluation, sweep.points(4096), P0, *FREE, 4))
+        with open_sweep(problem, "standard" if client is None else "chunked", client, 4) as sweep:
+            answers.append(search(objective, sweep.points(4096), P0, *FREE, 4))
 
     for n in (1, 2):
         with threads(n):

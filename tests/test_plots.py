@@ -313,7 +313,7 @@ def test_no_large_array_comes_to_the_client(workers):
         with get_task_stream(workers) as stream:
             there = binned(found)
         sizes = {task["key"]: task["nbytes"] for task in stream.data}
-    assert len(sizes) == 20 + 2 + 1  # chunks, merged by sixteen
+    assert len(sizes) == 20 + 20  # each chunk is laid out, and tallied
     assert max(sizes.values()) < 8 * 8 * FINE + 4096  # a chunk of y has 800 kB
     with dask.config.set(scheduler="threads"):
         here = binned(found)

@@ -12,12 +12,12 @@ import pytest
 import zarr
 
 from dask_nlsq import curve_fit, plan_fit
-from dask_nlsq.data.align import build_problem
+from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sample import spread
-from dask_nlsq.engine.condensed import Tree, join_neighbours, merge
-from dask_nlsq.engine.evaluation import Evaluation
-from dask_nlsq.engine.streaming import StreamingSweep
-from dask_nlsq.engine.sweep import LocalSweep
+from dask_nlsq.engine.condensed import Sums, Tree, join_neighbours, merge
+from dask_nlsq.engine.evaluator import Evaluator
+from dask_nlsq.engine.request import Objective
+from dask_nlsq.engine.sweep import open_sweep
 from dask_nlsq.model.function import intern
 
 from .clusters import assert_nothing_left
@@ -73,8 +73,9 @@ def errors_apart(found, expected):
     return np.max(np.abs(found.popt - expected.popt) / expected.perr)
 
 
-@pytest.mark.parametrize("reduction", ["gram", "qr"])
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 13, 45])
+@pytest.mark.parametrize(
+    "n, reduction", [(1, "gram"), (2, "qr"), (7, "gram"), (8, "gram"), (13, "qr"), (45, "gram"), (45, "qr")]
+)
 def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduction):
     rng = np.random.default_rng(n)
     rows = rng.normal(size=(n, 9, 4))
@@ -85,7 +86,7 @@ def test_a_tree_has_the_bits_of_a_merge_in_whatever_order_results_come(n, reduct
         tree = Tree(n, reduction, joined=1)
         for done, k in enumerate(order):
             assert not tree.covers(0, k)
-            tree.add(0, int(k), matrices[k], costs[k], parts[k])
+            tree.add(0, int(k), Sums(matrices[k], costs[k], parts[k]))
             assert tree.covers(0, int(k))
             assert len(tree.nodes) <= done + 1
         np.testing.assert_array_equal(tree.root()[0], expected[0])
@@ -97,7 +98,7 @@ def test_a_tree_keeps_few_matrices():
     tree = Tree(1000, "gram")
     most = 0
     for k in range(1000):
-        tree.add(0, k, np.ones((2, 2)), 1.0, np.ones((1, 3)))
+        tree.add(0, k, Sums(np.ones((2, 2)), 1.0, np.ones((1, 3))))
         most = max(most, len(tree.nodes))
     assert most <= 10
     assert tree.root()[1] == 1000
@@ -106,15 +107,14 @@ def test_a_tree_keeps_few_matrices():
 @pytest.mark.parametrize("reduction", ["gram", "qr"])
 def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path):
     x, y = da.from_array(X, CHUNK), stored(Y, CHUNK, tmp_path / "y.zarr")
-    problem = build_problem(x, y, check=True, omit=False)
-    evaluation = Evaluation(intern(decay), problem.rules, "soft_l1", 0.1)
-    params = np.array([1.9, 0.6, 0.2])
-    with LocalSweep(problem, evaluation, 2) as held:
-        expected = held(params, reduction)
+    problem = build_data(x, y, check=True, omit=False)
+    objective, params = Objective(intern(decay), "soft_l1", 0.1), np.array([1.9, 0.6, 0.2])
+    with open_sweep(problem) as held:
+        expected = Evaluator(held, objective, 3)(params, reduction)
     for where in (None, workers):
         current = nullcontext() if where is None else workers.as_current()
-        with current, StreamingSweep(problem, evaluation, where) as sweep:
-            found = sweep(params, reduction)
+        with current, open_sweep(problem, "streaming", where) as sweep:
+            found = Evaluator(sweep, objective, 3)(params, reduction)
             np.testing.assert_array_equal(found.matrix, expected.matrix)
             assert found.cost == expected.cost
             np.testing.assert_array_equal(found.parts, expected.parts)

@@ -16,7 +16,7 @@ import xarray as xr
 
 import dask_nlsq.accessor  # noqa: F401
 from dask_nlsq import curve_fit, fit_map, plan_fit, resume
-from dask_nlsq.accessor import start_of
+from dask_nlsq.interface.accessor import start_of
 
 NAN = np.nan
 WAYS = pytest.mark.parametrize("chunks", [None, {"x": 1}], ids=["numpy", "dask"])

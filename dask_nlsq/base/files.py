@@ -1,18 +1,30 @@
-"""What is kept on disk: whole files, values as JSON with arrays beside them, models by their names."""
+"""What is kept on disk: whole files with a checksum, of JSON or of arrays; models by their names."""
 
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from hashlib import blake2b
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 
-VERSION, RESULT = 2, "result.json"  # of the files
-INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
+CHECKSUM_BYTES = 16
+BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
+
+
+class DamagedFileError(ValueError):
+    """A file that is not as it was written."""
+
+    def __init__(self, path: Path, how: str):
+        super().__init__(f"{path} is damaged ({how}): restore it from a copy, or remove it and fit again")
+
+
+def checksum(content) -> bytes:
+    return blake2b(content, digest_size=CHECKSUM_BYTES).digest()
 
 
 def write_whole(path: Path, write: Callable) -> None:
@@ -34,17 +46,56 @@ def write_whole(path: Path, write: Callable) -> None:
             os.close(directory)
 
 
+def write_json(path: Path, **values) -> None:
+    """Write values as a JSON file with a checksum of all its bytes."""
+    text = json.dumps({"checksum": BLANK} | values, indent=1).encode()
+    text = text.replace(BLANK.encode(), checksum(text).hex().encode(), 1)
+    write_whole(path, lambda file: file.write(text))
+
+
+def read_json(path: Path, version: int, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """What `write_json` has written.
+
+    Raises
+    ------
+    DamagedFileError
+        Where a byte is not as it was written.
+    error
+        Where its ``version`` is another one.
+    """
+    content = path.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError:
+        raise DamagedFileError(path, "it is not JSON") from None
+    if not isinstance(found, dict) or "version" not in found:
+        raise DamagedFileError(path, "it names no version")
+    if found["version"] != version:
+        way_out = "use the release that has written it, or fit again"
+        raise error(f"{path} has format {found['version']}, and this release reads {version}: {way_out}")
+    known = str(found.pop("checksum", ""))
+    if checksum(content.replace(known.encode(), BLANK.encode(), 1)).hex() != known:
+        raise DamagedFileError(path, "its checksum does not match")
+    return found
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **values) -> None:
-    """Write arrays and JSON values as one .npz file."""
-    text = np.frombuffer(json.dumps(values).encode(), np.uint8)
-    write_whole(path, lambda file: np.savez(file, __json__=text, **arrays))  # type: ignore[arg-type]
+    """Write arrays and JSON values as one .npz file, with a checksum behind it."""
+    file = BytesIO()
+    np.savez(file, __json__=np.frombuffer(json.dumps(values).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    content = file.getbuffer()
+    write_whole(path, lambda file: file.writelines([content, checksum(content)]))
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """What `write_arrays` has written; None where there is no such file."""
+    """What `write_arrays` has written; None where there is no such file; DamagedFileError where a byte is another one."""
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as found:
+    content = memoryview(path.read_bytes())
+    content, known = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
+    if checksum(content) != known:
+        raise DamagedFileError(path, "its checksum does not match")
+    with np.load(BytesIO(content), allow_pickle=False) as found:
         arrays = {name: found[name] for name in found.files}
     return arrays, json.loads(arrays.pop("__json__").tobytes())
 
@@ -68,108 +119,3 @@ def import_by(name: list[str]):
     for part in qualname.split("."):
         found = getattr(found, part)
     return found
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# records
-
-
-def encode(value, arrays: dict[str, np.ndarray]):
-    """JSON of numbers, texts, tuples, lists, dicts, arrays and records of them; large arrays go to ``arrays`` by a number.
-
-    What JSON does not tell apart is an object with its kind as the only key: ``{"tuple": [...]}``. Numbers come back with
-    the same bits.
-    """
-
-    def walk(each):
-        return encode(each, arrays)
-
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return {"float": str(value)}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, np.dtype):
-        return {"dtype": value.str}
-    if isinstance(value, np.ndarray):
-        if value.size <= INLINE and np.isfinite(value).all():
-            return {"array": value.tolist(), "dtype": value.dtype.str}
-        arrays[str(len(arrays))] = value
-        return {"stored": str(len(arrays) - 1)}
-    if isinstance(value, Mapping):
-        return {"dict": [[walk(k), walk(v)] for k, v in value.items()]}
-    if isinstance(value, list):
-        return [walk(each) for each in value]
-    if hasattr(value, "_fields") or is_dataclass(value):
-        names = value._fields if hasattr(value, "_fields") else [each.name for each in fields(value) if each.init]
-        return {"record": type(value).__name__, "fields": {name: walk(getattr(value, name)) for name in names}}
-    if isinstance(value, tuple):
-        return {"tuple": [walk(each) for each in value]}
-    if isinstance(value, Exception):
-        return {"record": type(value).__name__, "arguments": [walk(each) for each in value.args]}
-    raise TypeError(f"cannot write {value!r} as JSON")
-
-
-def decode(value, arrays: Mapping[str, np.ndarray], records: Mapping[str, type]):
-    """What `encode` was given; ``records`` are the classes that may appear, by name."""
-
-    def walk(each):
-        return decode(each, arrays, records)
-
-    match value:
-        case list():
-            return [walk(each) for each in value]
-        case {"array": numbers, "dtype": dtype}:
-            return np.array(numbers, dtype=dtype)
-        case {"float": text}:
-            return float(text)
-        case {"stored": number}:
-            return arrays[number]
-        case {"dtype": dtype}:
-            return np.dtype(dtype)
-        case {"dict": pairs}:
-            return {walk(k): walk(v) for k, v in pairs}
-        case {"tuple": parts}:
-            return tuple(map(walk, parts))
-        case {"record": name, "fields": found}:
-            return records[name](**{each: walk(part) for each, part in found.items()})
-        case {"record": name, "arguments": found}:
-            return records[name](*map(walk, found))
-    return value
-
-
-def save_record(path: Path, record) -> None:
-    """Write a record as ``result.json`` in the directory ``path``, which names the file of its large arrays.
-
-    What was there is replaced when all is written.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    text = encode(record, arrays)
-    path.mkdir(parents=True, exist_ok=True)
-    before = json.loads((path / RESULT).read_text()).get("arrays") if (path / RESULT).exists() else None
-    name = f"arrays-{uuid4().hex}.npz" if arrays else None
-    if name:
-        write_arrays(path / name, arrays)
-    found = json.dumps(dict(version=VERSION, arrays=name, result=text), indent=1, allow_nan=False)
-    write_whole(path / RESULT, lambda file: file.write(found.encode()))
-    if before:
-        (path / before).unlink(missing_ok=True)
-
-
-def load_record(path: Path, records: Mapping[str, type]):
-    """What `save_record` has written.
-
-    Raises
-    ------
-    ValueError
-        Where there is none, or one of another version.
-    """
-    try:
-        found = json.loads((path / RESULT).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not a saved result: it has no {RESULT}") from None
-    if found["version"] != VERSION:
-        raise ValueError(f"the result {path} has format {found['version']}, this version reads {VERSION}: fit again")
-    arrays, _ = (read_arrays(path / found["arrays"]) if found["arrays"] else None) or ({}, None)
-    return decode(found["result"], arrays, records)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from math import inf
 
+from dask.utils import format_bytes
+
 GB = 2**30  # bytes
 
 
@@ -10,14 +12,15 @@ def several(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with aligned columns."""
+def table(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:
+    """Lines with aligned columns, each flush with the side "<" (left, the default) or ">" that ``sides`` has for it."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    columns = [*zip(sides.ljust(len(widths), "<"), widths, strict=True)]
+    return [
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True)).rstrip() for row in rows
+    ]
 
 
 def size(nbytes: float) -> str:
-    if nbytes == inf:
-        return "not known"
-    unit, name = next((each for each in ((GB, "GiB"), (2**20, "MiB")) if nbytes >= 0.1 * each[0]), (2**10, "KiB"))
-    return f"{nbytes / unit:.{2 if unit == GB else 1}f} {name}"
+    """Bytes as Dask writes them; "not known" for a limit that is inf."""
+    return "not known" if nbytes == inf else format_bytes(round(nbytes))

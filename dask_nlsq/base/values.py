@@ -2,7 +2,9 @@
 
 import math
 import sys
-from numbers import Real
+from numbers import Integral, Real
+
+import numpy as np
 
 FLOAT_MAX = sys.float_info.max
 
@@ -11,9 +13,24 @@ FLOAT_MAX = sys.float_info.max
 # numbers at the door
 
 
+def is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def without_flags(value) -> bool:
+    """Whether no True or False is among numbers, which NumPy would make 1 and 0 of."""
+    if isinstance(value, (list, tuple)):
+        return all(map(without_flags, value))
+    return not isinstance(value, (bool, np.bool_))
+
+
 def real(name: str, value, unit: str = "") -> float:
     """``value`` as a float; TypeError where it is no real number, ValueError where it is not finite."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"`{name}` must be a number{unit and ' of ' + unit}, not {value!r}")
     try:
         number = float(value)

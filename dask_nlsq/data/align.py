@@ -1,4 +1,4 @@
-"""User arrays of any kind become a `Problem` of aligned chunks.
+"""User arrays of any kind become a `Data` of aligned chunks.
 
 Everything about shapes, dtypes and chunks is checked here, from metadata alone. y's chunks rule: dense operands (x,
 sigma, mask of y's shape) are rechunked to them; operands that only broadcast against y (an axis vector, one mask for
@@ -20,19 +20,19 @@ from ..kernels.blocks import Invalid, Layout, Layouts
 from ..memory.pool import buffer_bytes
 from .arrays import apart, as_array, join_masks, parted
 from .cf import AS_STORED, Decoding
-from .chunks import Rules, block_cuts
+from .chunks import Preparation, ValuePolicy, block_cuts
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 
 
 @dataclass(frozen=True)
-class Problem:
+class Data:
     """Aligned operands of a fit. ``operands`` are NumPy or Dask arrays in the order of `Layouts`, ndim as y's."""
 
     operands: tuple[Any, ...]
     chunks: tuple[tuple[int, ...], ...]
-    rules: Rules
+    preparation: Preparation
     factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
     decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
@@ -59,34 +59,35 @@ class Problem:
 
     @property
     def n_runs(self) -> int:
-        return -(-self.n_chunks // self.rules.run)
+        return -(-self.n_chunks // self.preparation.run)
 
     @property
     def run_points(self) -> int:
         """Points of the longest run of chunks that are joined."""
-        return self.rules.run * self.rules.capacities[0]
+        return self.preparation.run * self.preparation.capacities[0]
 
     @property
     def run_nbytes(self) -> int:
         """Bytes of the longest run, in float64."""
-        layouts, rules = self.rules.layouts.operands, self.rules
-        return sum(8 * n * (rules.run if each.dense else 1) for each, n in zip(layouts, rules.capacities, strict=True))
+        layouts, preparation = self.preparation.layouts.operands, self.preparation
+        sizes = zip(layouts, preparation.capacities, strict=True)
+        return sum(8 * n * (preparation.run if each.dense else 1) for each, n in sizes)
 
     def held_nbytes(self, sent: bool) -> int:
         """Bytes of all blocks as `prepare_chunk` makes them; views of the user's arrays count where they are sent."""
         points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in self.chunks]).ravel()
-        runs = np.add.reduceat(points, np.arange(0, len(points), self.rules.run))
+        runs = np.add.reduceat(points, np.arange(0, len(points), self.preparation.run))
         lengths, counts = np.unique(runs, return_counts=True)
         return int(sum(count * self._run_held(int(n), sent) for n, count in zip(lengths, counts, strict=True)))
 
     def _run_held(self, n, sent):
-        total, (cuts, capacity) = 0, block_cuts(self.rules, n)
-        for k, (layout, operand) in enumerate(zip(self.rules.layouts.operands, self.operands, strict=True)):
-            is_mask = layout is self.rules.layouts.mask
+        total, (cuts, capacity) = 0, block_cuts(self.preparation, n)
+        for k, (layout, operand) in enumerate(zip(self.preparation.layouts.operands, self.operands, strict=True)):
+            is_mask = layout is self.preparation.layouts.mask
             itemsize = 1 if is_mask else min(operand.dtype.itemsize, 8)
             if not layout.dense:
-                total += buffer_bytes(max(self.rules.capacities[k], 1) * itemsize)
-            elif self.rules.copied or len(cuts) == 1:
+                total += buffer_bytes(max(self.preparation.capacities[k], 1) * itemsize)
+            elif self.preparation.copied or len(cuts) == 1:
                 total += buffer_bytes((cuts[-1][0] + capacity) * itemsize)
             else:  # the first and the last block seldom lie as they must
                 total += 2 * buffer_bytes(capacity * itemsize)
@@ -135,7 +136,7 @@ class Problem:
 # at the door
 
 
-def build_problem(
+def build_data(
     xdata,
     ydata,
     sigma=None,
@@ -150,8 +151,7 @@ def build_problem(
     decoding: Decoding = AS_STORED,
     decoded: tuple[str, ...] = (),
     decode_cf: bool = True,
-    counts: bool = False,
-) -> Problem:
+) -> Data:
     """Check shapes and dtypes and align the operands; reads no data.
 
     Parameters
@@ -171,9 +171,7 @@ def build_problem(
     decoding : Decoding
         What the stored values of y mean.
     decoded, decode_cf
-        What `Problem` and `Rules` are to say of it.
-    counts : bool
-        Whether y must not be negative.
+        What `Data` and `Preparation` are to say of it.
 
     Raises
     ------
@@ -236,8 +234,9 @@ def build_problem(
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
     dtypes = tuple(operand.dtype for operand in operands)
-    rules = Rules(layouts, capacities, run, check, omit, whole, read_bytes, omit or hides, dtypes, counts, decode_cf)
-    return Problem(operands, chunks, rules, decoded=decoded)
+    policy = ValuePolicy(check, omit, omit or hides, decode_cf)
+    preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)
+    return Data(operands, chunks, preparation, decoded=decoded)
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
@@ -363,28 +362,28 @@ def _aligned(operand, chunks, lazy):
     return operand
 
 
-def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool, **rules) -> Problem:
-    """A problem with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
+def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool, **values) -> Data:
+    """Data with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
 
     Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
-    does, so that the model sees those only that count. ``rules`` are further ones of `build_problem`.
+    does, so that the model sees those only that count. ``values`` are further ones of `build_data`.
 
     Raises
     ------
     ValueError
         Where the covariance matrix is not finite, symmetric and positive definite.
     """
-    problem = build_problem(xdata, ydata, None, mask, check=check, omit=omit, whole=True, **rules)
-    layouts, dropped = problem.rules.layouts, 0
+    data = build_data(xdata, ydata, None, mask, check=check, omit=omit, whole=True, **values)
+    layouts, dropped = data.preparation.layouts, 0
     if layouts.mask is not None or layouts.invalid is not None or layouts.y != Layout(True):
-        pieces = problem.pieces((0,) * len(problem.shape))
+        pieces = data.pieces((0,) * len(data.shape))
         pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
-        hidden = np.zeros(problem.shape, bool)
+        hidden = np.zeros(data.shape, bool)
         if layouts.mask is not None:
             hidden |= pieces.pop(2) != 0
         if layouts.invalid is not None:
             hidden |= layouts.invalid.hits(pieces[0])
-        coordinates = [np.broadcast_to(piece, problem.shape) for piece in pieces[2:]]
+        coordinates = [np.broadcast_to(piece, data.shape) for piece in pieces[2:]]
         if omit:
             for values in (pieces[0], *coordinates):
                 hidden |= ~np.isfinite(values)
@@ -401,8 +400,8 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         dropped = int(keep.size - np.count_nonzero(keep))
         covariance = covariance[np.ix_(keep, keep)]
         y = layouts.y.decoded(pieces[0].ravel()[keep])
-        told = {name: rules[name] for name in ("decoded", "decode_cf") if name in rules}
-        problem = build_problem(x, y, check=check, omit=False, whole=True, **told)
+        told = {name: values[name] for name in ("decoded", "decode_cf") if name in values}
+        data = build_data(x, y, check=check, omit=False, whole=True, **told)
     symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
     if not np.isfinite(covariance).all() or not symmetric:
         raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")
@@ -410,4 +409,4 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError as err:
         raise ValueError("`sigma` must be positive definite.") from err
-    return replace(problem, factor=factor, n_dropped=dropped)
+    return replace(data, factor=factor, n_dropped=dropped)

@@ -1,13 +1,14 @@
 """A chunk that has been read becomes blocks for the kernels, and what is wrong with its values is counted."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
 from ..kernels.blocks import BLOCK_POINTS, Block, Layouts, longest_tile
-from ..memory.pool import ALIGNMENT, get_memory_manager
+from ..memory.pool import ALIGNMENT, shared_pool
 from .store import BadChunkError
 
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
@@ -16,18 +17,46 @@ LARGEST = 1e75  # of y in units of sigma: sums of fourth powers must be finite
 MOST_INTEGER = np.iinfo(np.int64).max
 
 
-class Census(NamedTuple):
-    """What one chunk holds; counts are of points that the mask does not leave out."""
+class Fault(NamedTuple):
+    """Values that are not as they must be: how many, and the first of them."""
 
-    index: tuple[int, ...]
+    count: int
+    index: tuple[int, ...]  # of the chunk of y
+    value: float = 0.0
+
+
+class Census(NamedTuple):
+    """What one chunk holds, or many together; counts are of points that the mask does not leave out."""
+
+    index: tuple[int, ...]  # () of many
     n_points: int
     n_masked: int
-    not_finite: dict[str, int]  # per argument: "xdata", "ydata", "sigma"
     n_omitted: int
-    n_sigma_not_positive: int
-    n_negative: int  # of y, where it has to be counts
-    too_large: float  # value of y that is too large for its sigma, 0 without any
+    faults: dict[str, Fault]  # not finite: "xdata", "ydata", "sigma"; and "sigma <= 0", "ydata < 0", "too large"
     damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
+
+    @property
+    def n_used(self) -> int:
+        return self.n_points - self.n_masked - self.n_omitted
+
+
+def merge_censuses(censuses: Iterable[Census]) -> Census:
+    """The census of many chunks; it does not depend on their order."""
+    n_points, n_masked, n_omitted = 0, 0, 0
+    faults: dict[str, Fault] = {}
+    damage: list[BadChunkError] = []
+    for census in censuses:
+        n_points += census.n_points
+        n_masked += census.n_masked
+        n_omitted += census.n_omitted
+        damage += census.damage
+        for name, fault in census.faults.items():
+            known = faults.get(name)
+            first = fault if known is None or fault.index < known.index else known
+            faults[name] = first._replace(count=fault.count + (known.count if known is not None else 0))
+    return Census(
+        (), n_points, n_masked, n_omitted, dict(sorted(faults.items())), tuple(sorted(damage, key=lambda err: err.args))
+    )
 
 
 class Chunk(NamedTuple):
@@ -36,23 +65,28 @@ class Chunk(NamedTuple):
     blocks: tuple[Block, ...]
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
-    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the MemoryManager
+    staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the pool
 
 
-class Rules(NamedTuple):
-    """How `prepare_chunk` is to treat every chunk of a problem."""
+class ValuePolicy(NamedTuple):
+    """Which values count."""
+
+    check: bool  # count values that are not finite
+    omit: bool = False  # leave points out where a value is not finite
+    hides: bool = False  # points may be left out for their values, or since they cannot be read
+    decode_cf: bool = True  # attributes of stored arrays have been applied, and are in x of predictions
+
+
+class Preparation(NamedTuple):
+    """How `prepare_chunk` is to treat every chunk of the data."""
 
     layouts: Layouts
+    policy: ValuePolicy
     capacities: tuple[int, ...]  # per operand: elements of the largest piece
     run: int  # chunks that are joined: 1 unless they are small
-    check: bool  # count values that are not finite
-    omit: bool  # leave points out where a value is not finite
     whole: bool  # one block of exactly the chunk's length
     read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
-    hides: bool  # points may be left out for their values, or since they cannot be read
     dtypes: tuple[np.dtype, ...]  # of the operands
-    counts: bool = False  # y must not be negative
-    decode_cf: bool = True  # attributes of stored arrays have been applied, and are in x of predictions
 
     @property
     def copied(self) -> bool:
@@ -60,7 +94,9 @@ class Rules(NamedTuple):
         return self.read_bytes > 0
 
 
-def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequence[Sequence[np.ndarray]]) -> Chunk:
+def prepare_chunk(
+    preparation: Preparation, indices: Sequence[tuple[int, ...]], pieces: Sequence[Sequence[np.ndarray]]
+) -> Chunk:
     """Count what is wrong with the values of a chunk, or of a run of small ones, and cut it into blocks.
 
     Parameters
@@ -74,9 +110,9 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
     -------
     Chunk
         Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
-        `MemoryManager`. `release` gives those back; a chunk that is dropped instead takes them along.
+        pool. `release` gives those back; a chunk that is dropped instead takes them along.
     """
-    inspected = (_inspect(rules, *each) for each in zip(indices, pieces, strict=True))
+    inspected = (_inspect(preparation, *each) for each in zip(indices, pieces, strict=True))
     censuses, cleaned, invalid = zip(*inspected, strict=True)
     if len(cleaned) == 1:
         (pieces,) = cleaned
@@ -84,56 +120,58 @@ def prepare_chunk(rules: Rules, indices: Sequence[tuple[int, ...]], pieces: Sequ
         one_axis = (*(1 for _ in cleaned[0][0].shape[1:]), -1)
         pieces = [
             np.concatenate([piece.ravel() for piece in parts]).reshape(one_axis) if layout.dense else parts[0]
-            for layout, parts in zip(rules.layouts.operands, zip(*cleaned, strict=True), strict=True)
+            for layout, parts in zip(preparation.layouts.operands, zip(*cleaned, strict=True), strict=True)
         ]
     shape = pieces[0].shape
-    first_x = 2 + (rules.layouts.mask is not None)
-    blocks, staged = _cut(rules, shape, pieces)
-    if rules.layouts.invalid is not None and not any(invalid):
+    first_x = 2 + (preparation.layouts.mask is not None)
+    blocks, staged = _cut(preparation, shape, pieces)
+    if preparation.layouts.invalid is not None and not any(invalid):
         blocks = tuple(block._replace(clean=True) for block in blocks)
-    return Chunk(blocks, censuses, _sample(rules, shape, pieces[first_x:]), staged)
+    return Chunk(blocks, censuses, _sample(preparation, shape, pieces[first_x:]), staged)
 
 
-def blank(rules: Rules, shape: tuple[int, ...], k: int) -> np.ndarray:
+def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarray:
     """In the place of operand ``k`` of a chunk that cannot be read: a mask that hides all, and values that do no harm."""
-    return (np.ones if k in (1, 2) else np.zeros)(shape, rules.dtypes[k])
+    return (np.ones if k in (1, 2) else np.zeros)(shape, preparation.dtypes[k])
 
 
 def release(chunk: Chunk) -> None:
     """Give back what `prepare_chunk` has taken; no block of the chunk may be used any longer."""
     for array in chunk.staged:
-        get_memory_manager().free_array(array)
+        shared_pool.take_back(array)
 
 
-def _inspect(rules, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
+def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
     """Census of one chunk, its pieces in native byte order with the mask that the kernels use, and if values are invalid."""
     pieces = [_native(np.asarray(piece)) for piece in pieces]
-    shape = pieces[0].shape
-    masked = rules.layouts.mask is not None
+    layouts, policy, shape = preparation.layouts, preparation.policy, pieces[0].shape
+    masked = layouts.mask is not None
     names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
     hidden = stored_mask = (pieces[2] != 0) if masked else np.zeros((1,) * len(shape), bool)
-    invalid = rules.layouts.invalid is not None and rules.layouts.invalid.hits(pieces[0])
+    invalid = layouts.invalid is not None and layouts.invalid.hits(pieces[0])
     if is_invalid := bool(np.any(invalid)):
         hidden = hidden | invalid
-    not_finite = {}
+    counts: Counter[str] = Counter()
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
-        if rules.check and name != "mask" and _may_spoil(piece):
+        if policy.check and name != "mask" and _may_spoil(piece):
             bad = ~np.isfinite(piece)
-            not_finite[name] = not_finite.get(name, 0) + _count(bad & ~hidden, shape)
+            counts[name] += _count(bad & ~hidden, shape)
             spoiled = spoiled | bad
     n_masked = _count(hidden, shape)
-    n_omitted = _count(spoiled & ~hidden, shape) if rules.omit else 0
+    n_omitted = _count(spoiled & ~hidden, shape) if policy.omit else 0
     if masked:
-        pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if rules.hides else stored_mask
-    not_positive = _count((pieces[1] <= 0) & ~hidden, shape)
-    negative = _count((pieces[0] < 0) & ~hidden, shape) if rules.counts else 0
-    too_large = _too_large(rules.layouts.y, *pieces[:2], hidden) if rules.check else 0.0
-    for layout, piece in zip(rules.layouts.x, pieces[2 + masked :], strict=True):
+        pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if policy.hides else stored_mask
+    counts["sigma <= 0"] = _count((pieces[1] <= 0) & ~hidden, shape)
+    if pieces[0].dtype.kind != "u" and not pieces[0].min() >= 0:  # nan hides what is less
+        counts["ydata < 0"] = _count((pieces[0] < 0) & ~hidden, shape)
+    faults = {name: Fault(n, index) for name, n in counts.items() if n}
+    if policy.check and (value := _too_large(layouts.y, *pieces[:2], hidden)):
+        faults["too large"] = Fault(1, index, value)
+    for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
             check_integers(piece, hidden, f"in block {index}")
-    counts = Census(index, prod(shape), n_masked, not_finite, n_omitted, not_positive, negative, too_large)
-    return counts, pieces, is_invalid
+    return Census(index, prod(shape), n_masked, n_omitted, faults), pieces, is_invalid
 
 
 def check_integers(coordinate, hidden, where) -> None:
@@ -182,31 +220,31 @@ def _may_spoil(piece):
         return not np.isfinite(np.sum(piece))  # one pass and no temporary, right but for an overflow of the sum
 
 
-def _sample(rules, shape, coordinates):
+def _sample(preparation, shape, coordinates):
     n = prod(shape)
     places = np.unravel_index(np.unique(np.linspace(0, n - 1, SAMPLE_POINTS).astype(np.int64)), shape)
     sample = []
-    for layout, piece in zip(rules.layouts.x, coordinates, strict=True):
+    for layout, piece in zip(preparation.layouts.x, coordinates, strict=True):
         at = tuple(np.where(size == 1, 0, place) for size, place in zip(piece.shape, places, strict=True))
         sample.append(piece[at].astype(np.int64 if layout.integer else np.float64))
     return tuple(sample)
 
 
-def block_cuts(rules, n) -> tuple[list[tuple[int, int]], int]:
+def block_cuts(preparation, n) -> tuple[list[tuple[int, int]], int]:
     """Begins and ends of the blocks of a run of ``n`` points, and the capacity of their buffers."""
-    longest = rules.run * rules.capacities[0]
-    if rules.whole:
+    longest = preparation.run * preparation.capacities[0]
+    if preparation.whole:
         return [(0, n)], n
     if longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
         return [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)], BLOCK_POINTS + ALIGNMENT
     return [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
 
 
-def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
+def _cut(preparation, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
     """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their buffers."""
     flat = [np.ravel(piece) for piece in pieces]
-    layouts = rules.layouts.operands
-    cuts, capacity = block_cuts(rules, prod(shape))
+    layouts = preparation.layouts.operands
+    cuts, capacity = block_cuts(preparation, prod(shape))
     staged, copies = [], {}
 
     def copy(k, lo, hi, capacity):
@@ -215,8 +253,8 @@ def _cut(rules, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...
 
     for k, layout in enumerate(layouts):
         if not layout.dense:
-            copies[k] = copy(k, 0, len(flat[k]), max(rules.capacities[k], 1))
-        elif rules.copied or len(cuts) == 1:
+            copies[k] = copy(k, 0, len(flat[k]), max(preparation.capacities[k], 1))
+        elif preparation.copied or len(cuts) == 1:
             copies[k] = copy(k, 0, len(flat[k]), cuts[-1][0] + capacity)
 
     def view(k, lo, hi):
@@ -261,8 +299,8 @@ def _view(flat, lo, hi, capacity):
 
 
 def aligned_copy(flat, lo, hi, capacity):
-    """A copy of [lo, hi) in a buffer of the shared MemoryManager, continued with its last value as far as a tile reaches."""
-    buffer = get_memory_manager().allocate_array(capacity, flat.dtype, zero=False)
+    """A copy of [lo, hi) in a buffer of the shared pool, continued with its last value as far as a tile reaches."""
+    buffer = shared_pool.lend(capacity, flat.dtype, zero=False)
     buffer[: hi - lo] = flat[lo:hi]
     buffer[hi - lo : longest_tile()] = flat[hi - 1]
     return buffer

@@ -3,12 +3,13 @@
 xarray's arrays are known by their ``dims`` and ``coords``; it is imported only to label what is computed of some.
 """
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ..base.warn import warn
 
 PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
 
@@ -68,11 +69,10 @@ def warn_if_packed(ydata) -> None:
     """Warn of an xarray array that was opened without decoding: its attributes are not applied."""
     packed = [name for name in PACKED if labelled(ydata) and name in ydata.attrs]
     if packed:
-        warnings.warn(
+        warn(
             f"`ydata` has the attributes {', '.join(packed)}, which are not applied to xarray data: open them with "
             "mask_and_scale=True, or use decode_cf=False if the values are meant as they are stored",
             RuntimeWarning,
-            stacklevel=3,
         )
 
 

@@ -20,8 +20,8 @@ from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
 
-from .align import Problem
-from .chunks import Rules, blank
+from .align import Data
+from .chunks import Preparation, blank
 
 CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
 SHARED = -1
@@ -42,12 +42,14 @@ class Load:
             values = execute_graph(self.graph, {key: shared[key] for key in self.shared}, keys)
         return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
 
-    def hidden(self, rules: Rules, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
+    def hidden(self, preparation: Preparation, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
         """What `pieces` gives, but for what has one value per point: the mask hides all of them."""
         pieces = []
-        for k, (operand, layout) in enumerate(zip(self.operands, rules.layouts.operands, strict=True)):
-            if k == 2 or (layout.dense and isinstance(operand, tuple)):  # rules.layouts.mask is there: chunks are hidden
-                pieces.append(blank(rules, self.shape, k))
+        for k, (operand, layout) in enumerate(zip(self.operands, preparation.layouts.operands, strict=True)):
+            if k == 2 or (
+                layout.dense and isinstance(operand, tuple)
+            ):  # preparation.layouts.mask is there: chunks are hidden
+                pieces.append(blank(preparation, self.shape, k))
             elif isinstance(operand, tuple):
                 pieces.append(shared[operand] if operand in shared else self._alone(operand, shared))
             else:
@@ -77,11 +79,11 @@ class _NamedChunk:
             error.add_note(f"raised while reading block {self.index} of the data")
 
 
-def plan_loads(problem: Problem) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
+def plan_loads(problem: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
     """A `Load` for each chunk in C order, in runs of chunks that are joined; and the graph of what several share."""
     loads = [Load(index, problem.chunk_shape(index), problem.places(index)) for index in problem.indices()]
     arrays = [operand for operand in problem.operands if isinstance(operand, da.Array)]
-    size = problem.rules.run
+    size = problem.preparation.run
     runs = [loads[k : k + size] for k in range(0, len(loads), size)]
     if not arrays:
         return runs, {}

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kernels.blocks import Block, Layout, Layouts
-from .chunks import Chunk, Rules, aligned_copy
+from .chunks import Chunk, Preparation, aligned_copy
 
 
 class NoSample(ValueError):
@@ -32,7 +32,7 @@ def spread(n: int, n_all: int, seed: int = 0) -> np.ndarray:
     return edges[:-1] + (np.random.default_rng(seed).random(n) * np.diff(edges)).astype(np.int64)
 
 
-def stratified_places(chunks, rules: Rules, n: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_places(chunks, preparation: Preparation, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Run and place within it, of ``n`` points spread evenly over all data: one at random in each of n equal stretches.
 
     The points depend on the shape of the data and on ``n`` alone, not on the chunks.
@@ -48,13 +48,13 @@ def stratified_places(chunks, rules: Rules, n: int) -> tuple[np.ndarray, np.ndar
     lengths = reduce(np.multiply.outer, [np.asarray(sizes) for sizes in chunks]).ravel()
     begin = np.concatenate([[0], np.cumsum(lengths)])
     number = np.ravel_multi_index(index, [len(sizes) for sizes in chunks])
-    run = number // rules.run
-    return run, begin[number] - begin[run * rules.run] + local
+    run = number // preparation.run
+    return run, begin[number] - begin[run * preparation.run] + local
 
 
-def pick(rules: Rules, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pick(preparation: Preparation, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values of the operands but for the mask, (operands, m), at ``places`` (m,) of a chunk; and which points count."""
-    layouts, values = rules.layouts, []
+    layouts, values = preparation.layouts, []
     begins = [block.geometry[1] for block in chunk.blocks]
     number = np.searchsorted(begins, places, side="right") - 1
     present = np.flatnonzero(np.bincount(number))

@@ -13,7 +13,6 @@ import lzma
 import os
 import stat
 import sys
-import warnings
 import zlib
 from collections.abc import Awaitable, Callable
 from itertools import product
@@ -29,6 +28,7 @@ from zarr.core.sync import sync
 from zarr.storage import LocalStore, ZipStore
 
 from ..base.config import codec_pipeline, setting
+from ..base.warn import warn
 from .cf import AS_STORED, Decoding
 
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
@@ -235,11 +235,11 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
 
 
 def open_all(
-    policy: Policy, look: bool, decode_cf: bool = True, masks: bool = False, **arguments
+    policy: Policy, decode_cf: bool = True, masks: bool = False, **arguments
 ) -> tuple[dict[str, Any], list[Opened]]:
     """The arguments with Dask arrays in the place of what is stored, in a tuple of coordinates as well.
 
-    ``look`` at all chunks' keys; ``decode_cf`` and ``masks`` as in `as_dask`.
+    The keys of all chunks are looked at; ``decode_cf`` and ``masks`` as in `as_dask`.
     """
     found, opened = {}, []
 
@@ -253,11 +253,10 @@ def open_all(
 
     for name, data in arguments.items():
         found[name] = door(name, data)
-    if look:
-        every = [stored for each in opened for stored in each.stored]
-        _say_unchecked(every)
-        for stored in every:
-            scan_keys(stored)
+    every = [stored for each in opened for stored in each.stored]
+    _say_unchecked(every)
+    for stored in every:
+        scan_keys(stored)
     return found, opened
 
 
@@ -438,7 +437,7 @@ def warn_if_changed(stored: Stored) -> None:
         text = (
             f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
         )
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    warn(text, RuntimeWarning)
 
 
 def _stamp(sizes):

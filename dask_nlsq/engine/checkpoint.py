@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from ..base.files import import_by, import_name, read_arrays, write_arrays, write_whole
-from ..data.align import Problem
+from ..base.files import import_by, import_name, read_arrays, read_json, write_arrays, write_json
+from ..data.align import Data
 from ..data.arrays import has_masked, stacked
 from ..data.store import is_stored
 from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model
+from ..options import LIMITS, SAME
 
 
 class Interrupted(Exception):
@@ -32,23 +33,8 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-VERSION = 3  # of the files
+VERSION = 4  # of the files
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# arguments of `dask_nlsq.curve_fit` that make a fit what it is, and those that only limit it
-KEPT: tuple[str, ...] = (
-    "p0",
-    "absolute_sigma",
-    "check_finite",
-    "bounds",
-    "method",
-    "nan_policy",
-    "loss",
-    "f_scale",
-    "x_scale",
-)
-KEPT += ("ftol", "xtol", "gtol", "accuracy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks", "param_names")
-KEPT += ("decode_cf", "fixed", "reduction", "jac_mode", "tr_solver", "n_starts")
-LIMITS = ("max_nfev", "maxfev", "memory_limit_gb", "partitions_per_thread")
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
 
@@ -86,8 +72,7 @@ class Checkpoint:
         else:
             if arrays:
                 self.save("data", arrays)
-            text = json.dumps(dict(version=VERSION, identity=identity, call=call), indent=1)
-            write_whole(self.path / "fit.json", lambda file: file.write(text.encode()))
+            write_json(self.path / "fit.json", version=VERSION, identity=identity, call=call)
 
     def _compare(self, identity):
         known = read_fit(self.path)["identity"]
@@ -118,15 +103,12 @@ def read_fit(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        Where there is none, or one of another version.
+        Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
-        found = json.loads((path / "fit.json").read_text())
+        return read_json(path / "fit.json", VERSION, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no fit.json") from None
-    if found["version"] != VERSION:
-        raise CheckpointError(f"the checkpoint {path} has format {found['version']}, this version reads {VERSION}")
-    return found
 
 
 def _short(value):
@@ -138,16 +120,16 @@ def _short(value):
 # the call
 
 
-def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Problem, stored, options) -> Checkpoint:
+def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Data, stored, options) -> Checkpoint:
     """The checkpoint of a fit with these ``options`` of `dask_nlsq.curve_fit`; ``data`` as the user gave them.
 
     What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
     """
     f = model.f.f if isinstance(model.f, FixedParameters) else model.f
-    call, arrays = describe_call(f, data, {name: options[name] for name in (*KEPT, *LIMITS)})
-    identity = {name: call["options"][name] for name in KEPT}
+    call, arrays = describe_call(f, data, {name: options[name] for name in (*SAME, *LIMITS)})
+    identity = {name: call["options"][name] for name in SAME}
     n_free = len(options["p0"]) - len(options["fixed"] or ())
-    identity["model"] = fingerprint(model, problem.rules.layouts, n_free)
+    identity["model"] = fingerprint(model, problem.preparation.layouts, n_free)
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity["decoded"] = list(problem.decoded)

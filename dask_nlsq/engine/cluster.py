@@ -16,13 +16,15 @@ from typing import Any
 from uuid import uuid4
 
 from dask._task_spec import Task, TaskRef
-from distributed import Client, KilledWorker, as_completed, performance_report, rejoin, secede, span
+from distributed import Client, Future, KilledWorker, as_completed, performance_report, rejoin, secede, span
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
 from ..base.plugins import install
 from ..data.loading import Load
+from ..model.function import ModelMissing, is_known
 
+SENT_ALONG = 2**16  # bytes of a model up to which it goes along with each task; a larger one is sent to each worker once
 DEATHS = 3  # of workers that work on the same piece, until that is an error
 NAMED = 3  # pieces that such an error names
 SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
@@ -49,7 +51,8 @@ class Pieces:
     Parameters
     ----------
     make : callable
-        The task that makes a piece: ``make(first, runs, keys, *values)``, with the values of the shared tasks ``keys``.
+        The task that makes a piece: ``make(first, runs, keys, *values)``, with the values of the shared tasks ``keys``. The
+        data know no model: objectives come with the work.
     runs, graph
         Of `loading.plan_loads`.
     send : bool
@@ -62,6 +65,7 @@ class Pieces:
         self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
         self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
+        self.sent, self.trusting = {}, True  # of large objectives: futures, or names that workers are trusted to know
         self.counted = install(client, Deaths())
         self._put(range(len(self.parts)))
 
@@ -90,42 +94,76 @@ class Pieces:
                 if future.status == "error":
                     future.result()
 
-    def gather(self, function: Callable, name: str, *args) -> list:
-        """``function(piece, *args)`` of all pieces, in order."""
-        columns, lost = [[arg] * len(self) for arg in args], Counter()
+    def gather(self, function: Callable, name: str, objectives: Sequence, **fixed) -> list:
+        """``function(piece, *objectives, **fixed)`` of all pieces, in order."""
+        lost: Counter = Counter()
         while True:
             try:
                 with self._named():
-                    self._start(function, name, range(len(self)), columns)
+                    self._start(function, name, range(len(self)), [], objectives, **fixed)
                     results = self.client.gather(self.running)
                 self.running = []
                 return results
-            except CancelledError as err:
-                if is_gone(self.client, err):
-                    raise
-                self._give_back(self.running)
-                gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
-                lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
-                if max(lost.values()) >= DEATHS:
-                    raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
-                self._put(gone)
+            except (CancelledError, ModelMissing) as err:
+                self._replace(err, lost)
 
-    def each(self, function: Callable, name: str, numbers: Sequence[int], *columns, **fixed) -> Iterator[tuple[int, Any]]:
-        """A number and ``function(piece, *its arguments)``, as they become ready; to be closed."""
-        self._start(function, name, numbers, columns, **fixed)
+    def each(
+        self, function: Callable, name: str, numbers: Sequence[int], arguments: Sequence, objectives: Sequence, **fixed
+    ) -> Iterator[tuple[int, Any]]:
+        """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
+        left, lost = dict(zip(numbers, arguments, strict=True)), Counter()
         try:
-            with self._named():
-                for future in as_completed(self.running):
-                    yield self.working[future.key], future.result()
+            while left:
+                try:
+                    self._start(function, name, [*left], [[*left.values()]], objectives, **fixed)
+                    with self._named():
+                        for future in as_completed(self.running):
+                            number, result = self.working[future.key], future.result()
+                            del left[number]
+                            yield number, result
+                except (CancelledError, ModelMissing) as err:
+                    self._replace(err, lost)
         finally:
             self._give_back(self.running)
             self.running = []
 
-    def _start(self, function, name, numbers, columns, **fixed):
-        futures = [self.futures[k] for k in numbers]
+    def _start(self, function, name, numbers, columns, objectives, **fixed):
+        futures, n = [self.futures[k] for k in numbers], len(numbers)
+        columns = [*columns, *([each] * n for each in map(self._on_the_way, objectives))]
         with span(name):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
         self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
+
+    def _on_the_way(self, objective):
+        """The objective itself; a large one as a future that each worker gets once, or by name where all have it already."""
+        if objective.model.nbytes <= SENT_ALONG:
+            return objective
+        if objective not in self.sent:
+            self.client.wait_for_workers(1)
+            known = self.client.run(is_known, objective.model.token)
+            if self.trusting and all(known.values()):
+                self.sent[objective] = objective._replace(model=objective.model.token)
+            else:
+                self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
+        return self.sent[objective]
+
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter) -> None:
+        """Make again, or send again, what went with workers that died; an error where that has happened too often."""
+        if isinstance(err, CancelledError) and is_gone(self.client, err):
+            raise err
+        self._give_back(self.running)
+        gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
+        lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
+        if max(lost.values()) >= DEATHS:
+            raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+        self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it
+        self._give_back(self._futures_sent())
+        self.sent.clear()
+        if gone:
+            self._put(gone)
+
+    def _futures_sent(self) -> list[Future]:
+        return [each for each in self.sent.values() if isinstance(each, Future)]
 
     @contextmanager
     def _named(self):
@@ -152,8 +190,8 @@ class Pieces:
         )
 
     def close(self) -> None:
-        self._give_back([*self.running, *(future for future in self.futures if future is not None)])
-        self.futures, self.running = [], []
+        self._give_back([*self.running, *self._futures_sent(), *(future for future in self.futures if future is not None)])
+        self.futures, self.running, self.sent = [], [], {}
 
     def _give_back(self, futures):
         if self.client.status == "running":  # else there is no scheduler to tell
@@ -182,11 +220,7 @@ def attached(client: Client | None, report: str | Path | None = None):
     ------
     ConnectionError
         Where the scheduler went away.
-    ValueError
-        A ``report`` without a client.
     """
-    if client is None and report is not None:
-        raise ValueError(f"report={str(report)!r} is about the work of a cluster: it needs a Client, and data that go there")
     leaves = client is not None and getattr(thread_state, "proceed", False)  # else a worker would wait for itself
     if leaves:
         secede()

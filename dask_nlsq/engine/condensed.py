@@ -1,20 +1,20 @@
 """What all data are condensed to: one small matrix, a cost and sums over segments, merged in a fixed order."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.linalg import norm
 
-from ..data.align import Problem
+from ..data.align import Data
 from ..data.chunks import Chunk
 from ..kernels.blocks import BLOCK_POINTS, Reduction
-from ..kernels.rows import part_size, unpack
+from ..kernels.rows import segment_size, unpack
 from ..kernels.rules import EPS, ROUNDING
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
-MOST_PARTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
-FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
+MOST_SEGMENTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
+FEWEST_SEGMENTS, SEGMENTS_BYTES = 16, 2**21  # of many parameters
 
 
 class Read(NamedTuple):
@@ -30,13 +30,21 @@ class Read(NamedTuple):
         return self.nbytes / self.seconds / 1e9
 
 
+class Sums(NamedTuple):
+    """What a request adds up, over a block, a chunk, or all data."""
+
+    matrix: np.ndarray  # (p+1, p+1), the gram matrix of [J r] or its triangular factor
+    cost: float
+    segments: np.ndarray  # (k, segment_size(p)), over runs of consecutive points, see `kernels.rows.SegmentSums`
+
+
 class Condensed(NamedTuple):
     """One sweep's result: ``matrix`` (p+1, p+1) is the gram matrix of [J r] or its triangular factor."""
 
     matrix: np.ndarray
     cost: float
     reduction: Reduction
-    parts: np.ndarray | None = None  # (k, part_size(p)) sums over consecutive runs of points, see `kernels.Parts`
+    parts: np.ndarray | None = None  # (k, segment_size(p)), see `kernels.rows.SegmentSums`
     read: Read | None = None  # where the data are not held
     size: float = 0.0  # sum w y^2, which says how large the rounding of the residuals is
 
@@ -138,69 +146,65 @@ class Segmentation(NamedTuple):
     """Which runs of consecutive points have sums of their own, beside those of all data."""
 
     per_block: int = 1
-    per_run: int = MOST_PARTS  # at most, of a run of chunks
+    per_run: int = MOST_SEGMENTS  # at most, of a run of chunks
     level: int = 0  # so many times neighbouring runs of chunks are joined
 
     @classmethod
-    def of(cls, problem: Problem, n_params: int) -> "Segmentation":
+    def of(cls, data: Data, n_params: int) -> "Segmentation":
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
-        most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
-        n_blocks = max(-(-problem.n_points // BLOCK_POINTS), problem.n_runs)
-        longest = max(problem.n_points, problem.run_points)
+        most = int(np.clip(SEGMENTS_BYTES // (8 * segment_size(n_params)), FEWEST_SEGMENTS, MOST_SEGMENTS))
+        n_blocks = max(-(-data.n_points // BLOCK_POINTS), data.n_runs)
+        longest = max(data.n_points, data.run_points)
         few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
         per_block = -(-min(most, few) // n_blocks)  # the loop over 256 takes 0.3 ms
-        return cls(per_block, max(1, most // problem.n_runs), max(0, -(-problem.n_runs // most) - 1).bit_length())
+        return cls(per_block, max(1, most // data.n_runs), max(0, -(-data.n_runs // most) - 1).bit_length())
 
 
-def merge_chunks(chunks: Iterable[Chunk], results: list, reduction: Reduction, grouping: Segmentation):
-    """Merge the results of consecutive blocks, first within each chunk."""
+def merge_chunks(chunks: Iterable[Chunk], results: Sequence[Sums], reduction: Reduction, segmentation: Segmentation) -> Sums:
+    """Merge the sums of consecutive blocks, first within each chunk."""
     merged, begin = [], 0
     for chunk in chunks:
         end = begin + len(chunk.blocks)
-        matrix, cost, parts = merge_results(results[begin:end], reduction)
-        times = max(0, -(-len(parts) // grouping.per_run) - 1).bit_length()
-        merged.append((matrix, cost, join_neighbours(parts, times)))
+        found = merge_neighbours(results[begin:end], reduction)
+        times = max(0, -(-len(found.segments) // segmentation.per_run) - 1).bit_length()
+        merged.append(found._replace(segments=join_neighbours(found.segments, times)))
         begin = end
-    matrix, cost, parts = merge_results(merged, reduction)
-    return matrix, cost, join_neighbours(parts, grouping.level)
+    found = merge_neighbours(merged, reduction)
+    return found._replace(segments=join_neighbours(found.segments, segmentation.level))
 
 
-def merge_results(results: Sequence[tuple[np.ndarray, float, np.ndarray]], reduction: Reduction):
-    """`merge` of the (matrix, cost) of neighbours, and their parts one after the other."""
-    matrices, costs, parts = zip(*results, strict=True)
-    return *merge(np.stack(matrices), np.array(costs), reduction), np.concatenate(parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the order of the merge
+def merge_neighbours(results: Sequence[Sums], reduction: Reduction) -> Sums:
+    """`merge` of matrices and costs of neighbours, and their segments one after the other."""
+    matrices, costs, segments = zip(*results, strict=True)
+    return Sums(*merge(np.stack(matrices), np.array(costs), reduction), np.concatenate(segments))
 
 
 class Tree:
-    """Results of ``n`` runs of chunks, merged in pairs as soon as both are there: the order of `reduction.merge`.
+    """Sums of ``n`` runs of chunks, merged in pairs as soon as both are there, in the order of `merge`.
 
-    ``nodes[level, k]`` is the (matrix, cost, parts) of the runs from ``k 2^level`` on, ``2^level`` of them or up to the
-    end. Their parts are added up to the level ``joined``.
+    ``nodes[level, k]`` are those of the runs from ``k 2^level`` on, ``2^level`` of them or up to the end. Their segments are
+    added up to the level ``joined``.
     """
 
     def __init__(self, n: int, reduction: Reduction, joined: int = 0):
         self.n, self.reduction, self.joined = n, reduction, joined
-        self.nodes: dict[tuple[int, int], Any] = {}
+        self.nodes: dict[tuple[int, int], Sums] = {}
 
-    def add(self, level: int, k: int, matrix: np.ndarray, cost: float, parts: np.ndarray) -> None:
+    def add(self, level: int, k: int, sums: Sums) -> None:
         while (count := -(-self.n >> level)) > 1:
             if k ^ 1 < count:  # the last one of an odd number goes up as it is
                 if (level, k ^ 1) not in self.nodes:
                     break
-                pair = [self.nodes.pop((level, k ^ 1)), (matrix, cost, parts)][:: -1 if k % 2 == 0 else 1]
-                matrix, cost, parts = merge_results(pair, self.reduction)
-                parts = join_neighbours(parts, int(level < self.joined))
+                pair = [self.nodes.pop((level, k ^ 1)), sums][:: -1 if k % 2 == 0 else 1]
+                sums = merge_neighbours(pair, self.reduction)
+                sums = sums._replace(segments=join_neighbours(sums.segments, int(level < self.joined)))
             level, k = level + 1, k // 2
-        self.nodes[level, k] = (matrix, cost, parts)
+        self.nodes[level, k] = sums
 
     def covers(self, level: int, k: int) -> bool:
         """Whether all runs of a node are in one that is there."""
         return any((high, k >> (high - level)) in self.nodes for high in range(level, self.n.bit_length() + 1))
 
-    def root(self) -> tuple[np.ndarray, float, np.ndarray]:
+    def root(self) -> Sums:
         (found,) = self.nodes.values()
         return found

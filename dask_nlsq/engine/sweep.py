@@ -1,211 +1,210 @@
-"""Normal equations of all data: per block, merged in a fixed order, by local threads or by the workers of a cluster.
+"""One read of all data answers requests: per block, merged in a fixed order, wherever the data are.
 
-The order of the merge is a binary tree over the blocks of a chunk and then over the chunks in C order, and nothing
-else enters it. A partition (the chunks that one task takes) is an aligned run of ``2^s`` chunks, that is a subtree, so
-the sum has the same bits for any number of threads, workers and partitions.
+The order of the merge is a binary tree over the blocks of a chunk and then over the runs of chunks in C order, and nothing
+else enters it. What one task takes is an aligned run of ``2^s`` of these runs, that is a subtree, so the sums have the same
+bits for any number of threads, workers and partitions, held or read again. What a sweep that is not finished has to keep is
+a few matrices.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple, cast
 
+import dask.array as da
 import numpy as np
 from distributed import Client
 
-from ..base.config import threads
-from ..base.x64 import inherit_device
-from ..data.align import Problem
-from ..data.chunks import Census, Chunk, release
-from ..data.loading import Load, compute_shared, plan_loads
-from ..data.sample import Sample, as_sample
-from ..kernels.blocks import JacMode, Reduction
-from ..kernels.rows import unpack
-from ..memory.machine import keep_freed_memory
-from ..model.losses import LIKELIHOODS
-from .cluster import Pieces
-from .condensed import Condensed, join_neighbours, merge_chunks, merge_results
-from .evaluation import Evaluation, Partition, SweepOptions, count_not_finite, load_chunk, longest, pick_points, with_factor
+from ..data.align import Data
+from ..data.chunks import Census, merge_censuses
+from ..data.sample import NoSample, Sample, as_sample, sample_size, spread
+from ..data.store import BadChunkError
+from ..memory.needs import SAMPLE_POINTS
+from .condensed import Condensed, Read, Sums, Tree
+from .partition import CONDENSE, COUNT, DESCRIBE, DRAW, PICK, Answers, longest
+from .places import HeldHere, Place, open_place
+from .request import Request
 
-GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
+SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
+SAMPLE_RUNS = 64  # and no more than these, or two per parameter: enough to see all regions of the data
+POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
+CHECKED = 8  # points of the sample on which the model is checked
+
+
+class SampleSummary(NamedTuple):
+    """The sample that a fit began with."""
+
+    n_points: int
+    n_chunks: int  # runs of chunks that were read for it
+    of_chunks: int  # that there are
+    seconds: float
+    nfev: int = 0  # passes over the sample until it was fitted
+
+
+class PartialSweep:
+    """A sweep that is not finished: the sums of the units that are done."""
+
+    def __init__(self, requests: Sequence[Request], n_runs: int, level: int):
+        self.requests, self.n_runs, self.level = requests, n_runs, level
+        self.trees = [Tree(n_runs, request.reduction, request.segmentation.level) for request in requests]
+        self.censuses: list[Census] = []
+        self.sample: tuple[np.ndarray, ...] = ()
+
+    def add(self, unit: int, answers: Answers) -> None:
+        for tree, sums in zip(self.trees, answers.sums, strict=True):
+            tree.add(self.level, unit, sums)
+        self.censuses = [merge_censuses([*self.censuses, answers.census])]
+        self.sample = longest([self.sample, answers.sample])
+
+    def left(self) -> list[int]:
+        """Runs of the units that are not done."""
+        return [run for run in range(self.n_runs) if not self.trees[0].covers(self.level, run >> self.level)]
 
 
 class Sweep:
-    """All data of a fit, held; ``sweep(params, reduction)`` reads them once and returns `Condensed`.
+    """Data where they are swept; it knows neither a model nor the solver. A context manager, which gives back what it holds.
 
-    A context manager: leaving it gives back what it holds. `open_sweep` makes the right one.
+    ``census`` and ``sample``, coordinates of some consecutive points, are None and () until all data have been read once.
     """
 
-    count = 0  # sweeps so far
-    latest: tuple[np.ndarray, Condensed]  # parameters and result of the last one
-    weights: np.ndarray | None = None  # (k, 3): of each part the sums of w, w y and w y^2, from the first sweep
-    drawn = None  # what a sweep that does not hold the data knows beforehand
-    chunks: list[Chunk]  # where they are held in this process
-    jac_mode: JacMode = "columns"  # chosen once, where the fit starts, and sent along, so that all workers do the same
+    drawn: SampleSummary | None = None  # of data that are not held
+    values: np.ndarray | None = None  # of the sample, (operands, m)
 
-    def __init__(self, problem: Problem, evaluation: Evaluation):
-        self.evaluation, self.grid, self.n_stored = evaluation, problem.chunks, problem.n_points
+    def __init__(self, data: Data, place: Place):
+        self.data, self.place = data, place
+        self.nbytes = sum(int(operand.nbytes) for operand in data.operands if isinstance(operand, da.Array))
+        self.census: Census | None = None
+        self.sample: tuple[np.ndarray, ...] = ()
+        if place.held:
+            found = [each for _, part in place.each(DESCRIBE, None, ()) for each in part]
+            self.census, self.sample = merge_censuses(census for census, _ in found), longest(each for _, each in found)
 
-    def __call__(self, params: np.ndarray, reduction: Reduction) -> Condensed:
-        self.count += 1
-        params = np.asarray(params, dtype=np.float64)
-        matrix, cost, parts = self._reduce(params, SweepOptions(reduction, self.jac_mode, self.weights is None))
-        equations = self._weighed(Condensed(np.asarray(matrix), float(cost), reduction, parts))
-        self.latest = params, equations
-        return equations
-
-    def _weighed(self, equations: Condensed) -> Condensed:
-        """With the size of y; of counts, whose weights are 1 / mean, the sum of y stands for it."""
-        if self.weights is None:
-            assert equations.parts is not None  # as after each sweep over all data
-            self.weights = unpack(equations.parts, len(equations.matrix) - 1).weights
-        return equations._replace(size=float(self.weights[:, 1 if self.evaluation.loss in LIKELIHOODS else 2].sum()))
-
-    def points(self, n: int) -> Sample:
-        """About ``n`` of the points that count, spread evenly over all data; no sweep.
-
-        They do not depend on chunks, partitions or workers. All points, however many, where the model needs them at once.
-        """
-        n_counted = self.n_stored - sum(census.n_masked + census.n_omitted for census in self.census())
-        if self.evaluation.rules.whole:
-            (chunk,) = self.chunks  # all are in this process then
-            return Sample(chunk.blocks[0], self.evaluation.rules.layouts, n_counted, n_counted, True)
-        wanted = min(-(-n * self.n_stored // n_counted), self.n_stored)
-        orders, values = zip(*self._pick(wanted), strict=True)
-        order = np.argsort(np.concatenate(orders))
-        return as_sample(self.evaluation.rules.layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)
+    @property
+    def damage(self) -> tuple[BadChunkError, ...]:
+        """Chunks of stores that were left out."""
+        return () if self.census is None else self.census.damage
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc) -> None:
-        raise NotImplementedError
+        self.place.close()
 
-    def _reduce(self, params: np.ndarray, how: SweepOptions) -> tuple[np.ndarray, float, np.ndarray]:
-        """Matrix, cost and parts of all data."""
-        raise NotImplementedError
+    def run(
+        self,
+        requests: Sequence[Request],
+        begun: PartialSweep | None = None,
+        after: Callable[[PartialSweep], None] | None = None,
+    ) -> list[Condensed]:
+        """What the data are condensed to for each request, by one read.
 
-    def _pick(self, n: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """What `pick_points` finds in all partitions."""
-        raise NotImplementedError
+        Parameters
+        ----------
+        requests : sequence of Request
+        begun : PartialSweep, optional
+            The same requests to the same data, of which a part has been done.
+        after : callable, optional
+            Is told after each unit, and may raise.
 
-    def census(self) -> list[Census]:
-        """What is known of each chunk."""
-        raise NotImplementedError
+        Raises
+        ------
+        RuntimeError
+            Where the data are not those of the first sweep any more.
+        """
+        began, place = time.perf_counter(), self.place
+        begun = PartialSweep(requests, place.n_runs, place.level) if begun is None else begun
+        objectives = [*dict.fromkeys(request.objective for request in requests)]
+        numbered: Any = [request._replace(objective=cast(Any, objectives.index(request.objective))) for request in requests]
+        runs = None if place.held else begun.left()
+        found = place.each(CONDENSE, runs, objectives, numbered)
+        with closing(found):
+            for unit, answers in found:
+                begun.add(unit, answers)
+                if after is not None:
+                    after(begun)
+        read = None
+        if not place.held:
+            census = self._know(begun)
+            left_out = census.n_masked + census.n_omitted
+            read = Read(self.nbytes, census.n_used, left_out, time.perf_counter() - began)
+        return [condensed(tree.root(), request, read) for tree, request in zip(begun.trees, requests, strict=True)]
 
-    def sample(self) -> tuple[np.ndarray, ...]:
-        """Coordinates of some consecutive points."""
-        raise NotImplementedError
+    def _know(self, begun: PartialSweep) -> Census:
+        """What is in the data, from the first sweep; later ones must find the same."""
+        (census,) = begun.censuses
+        if self.census is None:
+            self.census = census
+            self.sample = self.sample or begun.sample
+        elif census != self.census:
+            raise RuntimeError(
+                "the data have changed during the fit: points masked, not finite or not readable are not those of the first "
+                "sweep. Fit a copy that nobody writes to"
+            )
+        return census
 
-    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-        """Per chunk: how many residuals are not finite."""
-        raise NotImplementedError
+    def not_finite(self, request: Request) -> list[tuple[tuple[int, ...], int]]:
+        """Per chunk: how many residuals are not finite. One more read, to say what is wrong."""
+        asked = request._replace(objective=cast(Any, 0))
+        return sorted(each for _, part in self.place.each(COUNT, None, (request.objective,), asked) for each in part)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # a few of the points
 
-class LocalSweep(Sweep):
-    """Data in this process, blocks shared out to threads; a single block is done in place."""
+    def points(self, n: int) -> Sample:
+        """About ``n`` of the points that count, spread evenly over all data; no sweep.
 
-    def __init__(self, problem: Problem, evaluation: Evaluation, n_threads: int):
-        super().__init__(problem, evaluation)
-        self.chunks, self.pool = [], None
-        runs, common = plan_loads(problem)
-        shared = compute_shared(common)
-        with ExitStack() as on_error, ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
-            on_error.push(self)
-            self.chunks.extend(pool.map(lambda run: load_chunk(evaluation.rules, run, shared), runs))
-            on_error.pop_all()
-        if problem.factor is not None:
-            self.chunks = [with_factor(chunk, problem.factor) for chunk in self.chunks]
-        self.blocks = [block for chunk in self.chunks for block in chunk.blocks]
-        n_threads = min(n_threads, len(self.blocks))
-        self.pool = ThreadPoolExecutor(n_threads, "nlsq-sweep", inherit_device()) if n_threads > 1 else None
-        size = -(-len(self.blocks) // (n_threads * GROUPS_PER_THREAD))
-        self.groups = [self.blocks[k : k + size] for k in range(0, len(self.blocks), size)]
+        They do not depend on chunks, partitions or workers where the data are held; else they are of those that `draw` has
+        read. All points, however many, where a model needs them at once.
+        """
+        layouts, n_stored = self.data.preparation.layouts, self.data.n_points
+        if not self.place.held:
+            if self.drawn is None or self.values is None or self.drawn.n_points == 0:
+                raise NoSample("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
+            n_total = round(n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
+            return as_sample(layouts, self.values, min(n, self.values.shape[1]), n_total)
+        assert self.census is not None
+        n_counted = self.census.n_used
+        if self.data.preparation.whole:
+            assert isinstance(self.place, HeldHere)
+            (chunk,) = self.place.partition.chunks
+            return Sample(chunk.blocks[0], layouts, n_counted, n_counted, True)
+        wanted = min(-(-n * n_stored // n_counted), n_stored)
+        found = [each for _, part in self.place.each(PICK, None, (), self.data.chunks, wanted) for each in part]
+        orders, values = zip(*found, strict=True)
+        order = np.argsort(np.concatenate(orders))
+        return as_sample(layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)
 
-    def __exit__(self, *exc):
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-        for chunk in self.chunks:
-            release(chunk)
-        self.chunks, self.blocks, self.groups = [], [], []
+    def draw(self, n_params: int, needed: int) -> None:
+        """Read a sample of data that are not held: a tenth of the runs of chunks at most, but ``needed`` of them."""
+        began, n_runs = time.perf_counter(), self.place.n_runs
+        if self.place.held or self.drawn is not None:
+            return
+        n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params), n_runs)
+        if n_drawn == 0:
+            return
+        n = min(SAMPLE_POINTS, max(self.data.n_points // POINTS_SHARE, sample_size(n_params)))
+        runs = spread(n_drawn, n_runs).tolist()
+        drawn = (each for _, part in self.place.each(DRAW, runs, (), -(-n // n_drawn)) for each in part)
+        values = np.concatenate([found for _, found in sorted(drawn, key=lambda each: each[0])], axis=1)
+        self.take_sample(values, SampleSummary(values.shape[1], n_drawn, n_runs, time.perf_counter() - began))
 
-    def _reduce(self, params, how):
-        share = self.pool.map if self.pool is not None else map
-        runs = share(lambda blocks: self.evaluation.reduce_blocks(blocks, params, how), self.groups)
-        results = [result for run in runs for result in run]
-        return merge_chunks(self.chunks, results, how.reduction, self.evaluation.grouping)
-
-    def census(self) -> list[Census]:
-        return [census for chunk in self.chunks for census in chunk.censuses]
-
-    def sample(self) -> tuple[np.ndarray, ...]:
-        return longest(chunk.sample for chunk in self.chunks)
-
-    def _pick(self, n):
-        return [pick_points(Partition(self.evaluation, self.chunks), self.grid, n)]
-
-    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-        """Per chunk: how many residuals are not finite."""
-        return count_not_finite(Partition(self.evaluation, self.chunks), params)
-
-
-def load_partition(evaluation: Evaluation, runs: list[list[Load]], keys: list, *values) -> Partition:
-    """The task that puts a partition on a worker; ``values`` are those of the shared tasks ``keys``."""
-    keep_freed_memory()
-    shared = dict(zip(keys, values, strict=True))
-    return Partition(evaluation, [load_chunk(evaluation.rules, run, shared) for run in runs])
-
-
-def sweep_partition(partition: Partition, params: np.ndarray, how: SweepOptions):
-    """The task of a sweep: merged matrix, cost and parts of one partition."""
-    blocks = [block for chunk in partition.chunks for block in chunk.blocks]
-    results = partition.evaluation.reduce_blocks(blocks, params, how)
-    return merge_chunks(partition.chunks, results, how.reduction, partition.evaluation.grouping)
-
-
-def describe_partition(partition: Partition):
-    return [census for chunk in partition.chunks for census in chunk.censuses], longest(
-        chunk.sample for chunk in partition.chunks
-    )
-
-
-class ClusterSweep(Sweep):
-    """Data on the workers of ``client``: one future per partition, one task per partition and sweep.
-
-    The results, a small matrix each, are merged by the client: where tasks merged 32 of them, each had to fetch them from
-    other workers, and a sweep of 938 tasks on 300 workers, simulated in two processes, took 13 s or more instead of 2.
-    """
-
-    def __init__(self, problem: Problem, evaluation: Evaluation, client: Client, n_partitions: int):
-        super().__init__(problem, evaluation)
-        self.pieces = Pieces(client, load_partition, evaluation, *plan_loads(problem), n_partitions, not problem.lazy)
-        with ExitStack() as on_error:
-            on_error.push(self)
-            self.pieces.wait()
-            self.described = self.pieces.gather(describe_partition, "nlsq-census")
-            on_error.pop_all()
-
-    def __exit__(self, *exc):
-        self.pieces.close()
-
-    def _reduce(self, params, how):
-        matrix, cost, parts = merge_results(self.pieces.gather(sweep_partition, "nlsq-sweep", params, how), how.reduction)
-        return matrix, cost, join_neighbours(parts, max(0, self.evaluation.grouping.level - self.pieces.level))
-
-    def census(self) -> list[Census]:
-        return [census for part, _ in self.described for census in part]
-
-    def sample(self) -> tuple[np.ndarray, ...]:
-        return longest(sample for _, sample in self.described)
-
-    def _pick(self, n):
-        return self.pieces.gather(pick_points, "nlsq-points", self.grid, n)
-
-    def not_finite(self, params: np.ndarray) -> list[tuple[tuple[int, ...], int]]:
-        """Per chunk: how many residuals are not finite."""
-        return [each for part in self.pieces.gather(count_not_finite, "nlsq-count", params) for each in part]
+    def take_sample(self, values: np.ndarray, drawn: SampleSummary) -> None:
+        self.values, self.drawn = values, drawn
+        layouts, few = self.data.preparation.layouts.x, values[2:, :: max(1, values.shape[1] // CHECKED)]
+        self.sample = tuple(
+            row.astype(np.int64 if layout.integer else np.float64) for layout, row in zip(layouts, few, strict=True)
+        )
 
 
-def open_sweep(problem: Problem, evaluation: Evaluation, client: Client | None, n_partitions: int) -> Sweep:
-    """Bring the data where they will be swept: to the workers of ``client`` in so many partitions, or into this process."""
-    if client is not None:
-        return ClusterSweep(problem, evaluation, client, n_partitions)
-    return LocalSweep(problem, evaluation, threads())
+def condensed(sums: Sums, request: Request, read: Read | None) -> Condensed:
+    return Condensed(np.asarray(sums.matrix), float(sums.cost), request.reduction, sums.segments, read)
+
+
+def open_sweep(data: Data, strategy: str = "standard", client: Client | None = None, n_partitions: int = 1) -> Sweep:
+    """Bring data where they will be swept: into this process, to the workers of ``client``, or nowhere ("streaming")."""
+    place = open_place(data, strategy, client, n_partitions)
+    try:
+        return Sweep(data, place)
+    except BaseException:
+        place.close()
+        raise

@@ -4,7 +4,6 @@
 points for accessors, so it would have to be imported, and each process that imports Dask would wait for that.
 """
 
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -14,12 +13,14 @@ import numpy as np
 import xarray as xr
 from scipy.optimize import OptimizeWarning
 
+from ..base.warn import warn
 from ..data.labels import map_values
-from ..fit import curve_fit
+from ..fitting import curve_fit
 from ..kernels.lanes import MapStatus
 from ..maps.fit import fit_map
 from ..model.function import parameter_names
-from ..options import feasible, known_names
+from ..options import MAPS, known_names
+from ..parameters import feasible
 from ..solve.outcome import NotConvergedError
 
 FAILED = (MapStatus.ITERATION_LIMIT, MapStatus.TOO_FEW_POINTS, MapStatus.NON_FINITE)
@@ -141,7 +142,7 @@ def _map_of_fits(call, fitted, errors):
     call = {name: value for name, value in call.items() if name not in SCIPYS}
     if (most := call.pop("maxfev", None)) and call.get("max_nfev") is None:
         call["max_nfev"] = most
-    known_names(fit_map, call)
+    known_names("fit_map", MAPS, call)
     found = fit_map(**call | dict(axis=fitted, full_covariance=True))
     settle = partial(_settled, errors=errors, names=found.param_names)
     if call["ydata"].chunks is None:
@@ -154,11 +155,10 @@ def _map_of_fits(call, fitted, errors):
 def _settled(record, errors, names):
     """The fits of a block, NaN where they failed, or an error; a warning where they have not converged."""
     if doubtful := _counts(record["status"], DOUBTFUL):
-        warnings.warn(
+        warn(
             f"not converged: {doubtful} of {record.size} fits of a block; start closer by p0 or bounds, or see `status` of "
             "dask_nlsq.fit_map",
             OptimizeWarning,
-            stacklevel=2,
         )
     failed = np.isin(record["status"], FAILED)
     if not failed.any():

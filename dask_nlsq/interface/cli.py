@@ -17,6 +17,8 @@ from typing import Any
 
 import click
 
+from ..options import FITS, LIMITS, MAPS, WORKFLOWS
+
 PATH = click.Path(path_type=Path)
 CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
 LOST = (ConnectionError, TimeoutError, RuntimeError)  # workers, the scheduler, data that change: not the user's words
@@ -116,60 +118,46 @@ X = click.option(
     help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
     "several axes, the k-th vector belongs to the k-th of them.",
 )
-P0 = click.option("--p0", multiple=True, help="Start: a=1,b=2; or guess, which ready models do by themselves.")
-BOUNDS = click.option("--bounds", multiple=True, help="a=0: or b=:3,c=0:1")
-FIXED = click.option("--fixed", multiple=True, help="Values that are not fitted: c=0.5")
-SIGMA = click.option("--sigma", help="Standard deviation of y: a number, the path of a Zarr array, or poisson.")
-ABSOLUTE = click.option("--absolute-sigma", is_flag=True, help="Sigma is known, and the errors are not scaled by the fit.")
-MASK = click.option("--mask", help="Path of a Zarr array that is true where a point is left out.")
-NO_DATA = "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers."
-VALUES = click.option("--mask-values", help=NO_DATA)
-RANGE = click.option("--valid-range", help="Lowest and highest value of y that counts: 0:1000 or 0:")
-NAN = click.option("--nan-policy", help="raise, or omit: leave out points that are not finite.")
-LOSS = click.option("--loss", help="linear, soft_l1, huber, cauchy, arctan or poisson.")
-BAD = click.option("--on-bad-chunk", help="raise, or mask: leave out chunks that cannot be read.")
-MISSING = click.option("--missing-chunks", help="error, mask, or fill: what becomes of chunks that are absent.")
-RAW = click.option(
-    "--no-decode-cf", is_flag=True, help="Fit values as they are stored: scale_factor, _FillValue and such are left."
-)
-WORKFLOW = click.option("--workflow", help="auto, standard, quality, fast, large_robust, streaming, hpc_distributed.")
-STRATEGY = click.option("--strategy", help="auto, standard, chunked, streaming: where the data are held.")
-STARTS = click.option("--n-starts", type=int, help="Look for the best of so many starts.")
-MEMORY = click.option("--memory-limit", type=float, metavar="GiB", help="Most that each process may take.")
-ACCURACY = click.option(
-    "--accuracy", type=float, help="Standard errors from the optimum at which a fit has converged: 0.01."
-)
-MOST = click.option("--max-nfev", type=int, help="Most sweeps over the data.")
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
-CHECKPOINT = click.option("--checkpoint", type=PATH, help="Directory from which a killed fit is resumed.")
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
 REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
-DATA = (STORE, MODEL, X, P0, BOUNDS, FIXED, SIGMA, ABSOLUTE, MASK, VALUES, RANGE, NAN, LOSS, BAD, MISSING, RAW)
-HOW = (WORKFLOW, STRATEGY, STARTS, MEMORY, ACCURACY, MOST, SCHEDULER)
 
 
-def _call(
-    store, model, x, p0, bounds, fixed, sigma, mask, mask_values, valid_range, no_decode_cf, axis=None, read=True, **options
-):
+def _options(table):
+    """The options that are arguments of `dask_nlsq.fit` or `dask_nlsq.fit_map`, as rows of its table."""
+    for name, row in table.items():
+        if row.option is None:
+            continue
+        flag = row.option.flag or name.replace("_", "-")
+        if row.option.kind is bool:
+            yield click.option(f"--{'no-' * row.default}{flag}", name, is_flag=True, help=row.option.help)
+        else:
+            kind = PATH if row.option.kind is Path else row.option.kind
+            yield click.option(f"--{flag}", name, type=kind, multiple=row.option.many, help=row.option.help)
+
+
+FIT = (STORE, MODEL, X, *_options(FITS | {"workflow": WORKFLOWS["workflow"]}), SCHEDULER)
+LIMIT = (*_options({name: FITS[name] for name in LIMITS}), SCHEDULER)
+
+
+def _call(store, model, x, axis=None, read=True, **said):
     """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
     from ..data.store import open_array
     from ..engine.checkpoint import absolute
-    from ..options import axes_of
+    from ..maps.plan import axes_of
     from . import cli_values as words
 
     store = absolute(store)
     array = open_array("STORE", store)
-    if axis is not None:
-        options["axis"] = axes_of(axis, None, array.ndim)
-    x = words.coordinates(x, array, options.get("axis"), read, not no_decode_cf)
-    options["memory_limit_gb"] = options.pop("memory_limit")
-    options |= dict(bounds=words.bounds(bounds), fixed=words.values("--fixed", fixed), sigma=words.sigma(sigma))
-    options |= dict(mask_values=words.mask_values(mask_values), valid_range=words.valid_range(valid_range))
-    options["mask"] = None if mask is None else absolute(mask)
-    call = dict(f=words.model(model), xdata=x, ydata=store, p0=words.start(p0))
-    said = {name: value for name, value in options.items() if value is not None and value is not False and value != {}}
-    return call | said | ({"decode_cf": False} if no_decode_cf else {})
+    options: dict[str, Any] = {} if axis is None else {"axis": axes_of(axis, None, array.ndim)}
+    for name, value in said.items():
+        if value is True:  # a flag, of what is not the default
+            options[name] = not FITS[name].default
+        elif value is not None and value is not False and value != ():
+            options[name] = words.READ[name](value) if name in words.READ else value
+    x = words.coordinates(x, array, options.get("axis"), read, options.get("decode_cf", True))
+    return dict(f=words.model(model), xdata=x, ydata=store) | options
 
 
 def _cluster(address):
@@ -204,30 +192,28 @@ def _sweep_log(path):
 # one fit
 
 
-@_command(*DATA, *HOW, CHECKPOINT, OUT, REPORT, LOG)
-def fit(scheduler, checkpoint, out, report, log, **given):
+@_command(*FIT, OUT, REPORT, LOG)
+def fit(scheduler, out, report, log, **given):
     """Fit a model to the Zarr array at STORE, a path or URL.
 
     \b
     dask nlsq fit scan.zarr/entry/counts --model gaussian+line --x scan.zarr/entry/energy --out result
     """
-    from ..fit import curve_fit
-    from ..fit import fit as fit_by_workflow
+    from ..fitting import curve_fit
+    from ..fitting import fit as fit_by_workflow
 
     call = _call(**given)
-    if checkpoint is not None:
-        call["checkpoint"] = checkpoint
-    _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, checkpoint, out, report, log)
+    _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, call.get("checkpoint"), out, report, log)
 
 
-@_command(*DATA, *HOW)
+@_command(*FIT)
 def plan(scheduler, **given):
     """Print how a fit would run, and the memory that it takes; reads metadata only.
 
     \b
     dask nlsq plan scan.zarr/entry/counts --model gaussian+line --x 0:10:0.01
     """
-    from ..fit import plan_fit
+    from ..fitting import plan_fit
 
     call = _call(**given, read=False)
     with _cluster(scheduler):
@@ -285,15 +271,15 @@ def _write(result, out, report):
     click.argument("directory", type=PATH),
     click.option("--model", help="Where it cannot be imported by the name that the checkpoint has."),
     click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
-    *(MEMORY, MOST, SCHEDULER, OUT, REPORT, LOG),
+    *(*LIMIT, OUT, REPORT, LOG),
 )
-def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, log):
+def resume(directory, model, x, scheduler, out, report, log, **limits):
     """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
 
     \b
     dask nlsq resume scan.ckpt --out result
     """
-    from .. import fit as api
+    from .. import fitting as api
     from ..data.store import open_array
     from ..engine.checkpoint import read_fit
     from . import cli_values as words
@@ -301,7 +287,7 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
     kept = read_fit(directory)["call"]
     if model is None and kept["model"] is not None:
         model = ":".join(kept["model"])
-    call = dict(path=directory, max_nfev=max_nfev, memory_limit_gb=memory_limit, f=model and words.model(model))
+    call = dict(limits, path=directory, f=model and words.model(model))
     if x and "path" not in (kept["data"]["ydata"] or {}):
         raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
     if x:
@@ -312,14 +298,11 @@ def resume(directory, model, x, memory_limit, max_nfev, scheduler, out, report, 
 
 
 @_command(
-    *DATA,
-    click.option("--axis", multiple=True, type=int, default=(-1,), show_default=True, help="Of the spectra in STORE."),
-    click.option("--guess", help="coarse-to-fine: pixels start from fits of the means of their neighbourhood."),
-    *(STRATEGY, MEMORY, ACCURACY, MOST, SCHEDULER),
+    *(STORE, MODEL, X, *_options(MAPS), SCHEDULER),
     click.option("--out", type=PATH, required=True, help="Zarr group for the maps."),
     click.option("--resume", is_flag=True, help="Go on with what is in --out."),
 )
-def map_(scheduler, out, resume, **given):
+def map_(scheduler, out, resume, axis, **given):
     """Fit a model to each pixel of the map at STORE: all of its axes but --axis.
 
     Exits with 3 where no pixel converged.
@@ -330,7 +313,7 @@ def map_(scheduler, out, resume, **given):
     from ..maps.fit import fit_map
     from .describe import describe_map, n_converged
 
-    call = _call(**given)
+    call = _call(axis=axis or (MAPS["axis"].default,), **given)
     with _cluster(scheduler):
         group = fit_map(**call).to_zarr(out, resume=resume)
     click.echo(describe_map(out, group))
@@ -357,7 +340,7 @@ def info(path):
 @click.option(
     "--directory",
     type=click.Path(file_okay=False),
-    help="Where the Zarr stores and the picture go and stay; a new temporary directory if not given.",
+    help="Where the Zarr store and the picture go and stay; a new temporary directory if not given.",
 )
 def demo(frames, angles, seed, directory):
     """Simulate a beamline measurement in a Zarr store, fit it, and compare with the truth.
@@ -365,7 +348,7 @@ def demo(frames, angles, seed, directory):
     Exits with status 1 where the fit misses it.
     """
     try:
-        from ..demo.demo import run
+        from ..demo.run import run
 
         run(frames=frames, n_angles=angles, seed=seed, directory=directory, echo=click.echo)
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as err:

@@ -4,6 +4,8 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -102,11 +104,9 @@ def _range(text, parts):
         raise ValueError(f"--x {text}: start:stop:step must be numbers, and step not 0, as in 0:10:0.1") from None
 
 
-def start(texts) -> dict[str, float] | str | None:
-    """``("a=1,b=2", "c=3")``: values by name. ``("guess",)``: that. None of none."""
-    if list(texts) == ["guess"]:
-        return "guess"
-    return values("--p0", texts) or None
+def start(texts) -> dict[str, float] | str:
+    """``("a=1,b=2", "c=3")``: values by name. ``("guess",)``: that."""
+    return "guess" if list(texts) == ["guess"] else values("--p0", texts)
 
 
 def values(option: str, texts) -> dict[str, float]:
@@ -129,15 +129,13 @@ def _ends(option, what, text):
     return low, high
 
 
-def valid_range(text: str | None) -> tuple[float | None, float | None] | None:
+def valid_range(text: str) -> tuple[float | None, float | None]:
     """``"0:1e6"``: two ends, None where one is left out."""
-    return None if text is None else _ends("--valid-range", "", text)
+    return _ends("--valid-range", "", text)
 
 
-def mask_values(text: str | None) -> list[float] | None:
+def mask_values(text: str) -> list[float]:
     """``"65535,0"``: numbers; of ``"none"`` no numbers, which differs from None."""
-    if text is None:
-        return None
     return [] if text == "none" else [_number("--mask-values", "", each) for each in text.split(",")]
 
 
@@ -160,14 +158,25 @@ def _number(option, what, text):
         raise ValueError(f"{option} {what}{text}: {text!r} is not a number") from None
 
 
-def sigma(text: str | None):
+def sigma(text: str):
     """A number, "poisson", or a path."""
-    if text in (None, "poisson"):
+    if text == "poisson":
         return text
     try:
         return float(text)
     except ValueError:
         return absolute(text)
+
+
+READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
+    "p0": start,
+    "bounds": bounds,
+    "fixed": partial(values, "--fixed"),
+    "sigma": sigma,
+    "mask": absolute,
+    "mask_values": mask_values,
+    "valid_range": valid_range,
+}
 
 
 def new_place(out: Path) -> None:

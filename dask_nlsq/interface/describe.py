@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ..base.files import RESULT, read_arrays
+from ..base.files import read_arrays
 from ..engine.checkpoint import read_fit
 from ..kernels.lanes import MapStatus
+from ..maps.result import status_counts
 from ..results.result import load
+from ..results.schema import RESULT
 
 
 def describe(path: Path) -> str:
@@ -52,9 +54,7 @@ def describe_map(path: Path, group: Any) -> str:
     if not np.all(done):
         return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume goes on"])
     lines.append(f"{n_converged(group):,} of {group['status'].size:,} converged")
-    codes, counts = np.unique(group["status"][...], return_counts=True)
-    lines += [f"  {count:>9,}  {MapStatus(code).name.lower()}" for code, count in zip(codes, counts, strict=True)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *status_counts(group["status"][...])])
 
 
 def n_converged(group: Any) -> int:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from ..base.config import setting
 from ..base.plugins import ABSENT, install
 from ..engine.condensed import factor
-from ..engine.sweep import Sweep
+from ..engine.evaluator import Evaluator
 from ..memory.plan import Plan
 from ..results.uncertainty import covariance
 from ..solve.trust_region import Record
@@ -94,7 +94,7 @@ class Live:
         shown = client is not None and setting("dashboard") and install(client, LivePage())
         self.client = client if shown else None
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
-        self.sweep: Sweep | None = None  # set as soon as there is one
+        self.evaluator: Evaluator | None = None  # set as soon as there is one
         self.errors = [float("nan")] * len(start)
         about = {name: getattr(plan, name) for name in PLANNED}
         self._tell(model=model, names=list(names), p0=start.tolist(), **about)
@@ -107,9 +107,9 @@ class Live:
             self._tell(status=f"{kind.__name__}: {error}"[:200])
 
     def __call__(self, record: Record) -> None:
-        if self.client is None or self.sweep is None:
+        if self.client is None or self.evaluator is None:
             return
-        params, equations = self.sweep.latest
+        params, equations = self.evaluator.latest
         free = self.plan.n_points - len(params)
         if np.array_equal(params, record.params) and (found := covariance(factor(equations))) is not None:
             scaled = found if self.absolute else found * (2 * equations.cost / max(free, 1))

@@ -81,7 +81,7 @@ def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
 
         return [at(places) for places in parts]
 
-    run = model.get(("pointwise", layouts, n), lambda: jax.jit(evaluate_parts))
+    run = model.get(("pointwise", layouts, n), lambda: model.jit(evaluate_parts))
     with float64():
         found = [list(map(np.asarray, run(sample, params))) for params in starts]
     for everything, places, part in (
@@ -131,7 +131,7 @@ def check_jac(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], na
 
     for start in starts:
         with float64():
-            value, exact, given = map(np.asarray, jax.jit(both)(jnp.asarray(start)))
+            value, exact, given = map(np.asarray, model.jit(both)(jnp.asarray(start)))
         known = np.isfinite(exact).all(axis=1) & np.isfinite(given).all(axis=1)
         lengths, off = np.linalg.norm(exact[known], axis=0), np.linalg.norm((given - exact)[known], axis=0)
         seen = lengths * np.maximum(np.abs(start), 1.0) > SEEN * np.linalg.norm(value[known])

@@ -36,7 +36,7 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
         block = Block(np.array([tile, 0, *[0, 1] * len(buffers)]), np.array([float(tile)]), buffers)
         seconds = {}
         for mode in ("columns", "arguments"):
-            kernel = jax.jit(build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
+            kernel = model.jit(build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
             times = []
             for _ in range(1 + TIMING_RUNS):
                 begin = time.perf_counter()

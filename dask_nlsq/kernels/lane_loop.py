@@ -51,7 +51,7 @@ class Fitted(NamedTuple):
 
 def map_kernel(model: Model, spec: MapSpec):
     """Compiled ``(pixels, n_pixels, limits) -> Fitted`` for the first n_pixels of a block; call inside ``float64()``."""
-    return model.get(("map", spec), lambda: jax.jit(_build(model, spec)))
+    return model.get(("map", spec), lambda: model.jit(_build(model, spec)))
 
 
 def _build(model: Model, spec: MapSpec):

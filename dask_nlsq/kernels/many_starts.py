@@ -26,7 +26,7 @@ def screen_kernel(model: Model, spec: KernelSpec):
     trials at most, the first of which on the ``linear`` (p,) parameters alone. The cost is inf where the model is not
     finite at the start.
     """
-    return model.get(("screen", spec), lambda: jax.jit(_build_screen(model, spec)))
+    return model.get(("screen", spec), lambda: model.jit(_build_screen(model, spec)))
 
 
 def _build_screen(model, spec):

@@ -23,14 +23,14 @@ def value_kernel(model: Model, spec: KernelSpec, what: What):
     "band" takes two more arguments, ``root`` (p, m) with ``root root^T = pcov``, and ``noise``, and gives (2, capacity):
     model values and their standard errors, ``sqrt(J pcov J^T + noise sigma^2)``, with the mean as sigma^2 of counts.
     """
-    return model.get((what, spec), lambda: jax.jit(_build_values(model, spec, what)))
+    return model.get((what, spec), lambda: model.jit(_build_values(model, spec, what)))
 
 
 def values_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
     """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: `value_kernel` for many params."""
 
     def build():
-        return jax.jit(jax.vmap(_build_values(model, spec, what), in_axes=(0, None, None)))
+        return model.jit(jax.vmap(_build_values(model, spec, what), in_axes=(0, None, None)))
 
     return model.get(("values", spec, what), build)
 

@@ -6,7 +6,6 @@ read once, and else in as few *bands* of the map's first axis as memory allows, 
 """
 
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,23 +18,24 @@ import jax
 import numpy as np
 from dask.layers import ArraySliceDep
 
-from ..base.values import positive
+from ..base.warn import warn
 from ..base.x64 import float64
 from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
 from ..data.chunks import check_integers
-from ..data.door import open_data
+from ..data.door import open_data, refuse_scaled
 from ..data.labels import coordinates_of, labelled
-from ..data.store import Policy, Stored
+from ..data.store import Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_model, check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
 from ..kernels.lane_loop import Fitted, Pixels, map_kernel
 from ..kernels.lanes import Limits, MapSpec
 from ..model.function import Model, advice, function_name, intern
-from ..options import accuracy_wanted, axes_of, likelihood, limit, map_parameters, ready_model, tolerance
-from .plan import MapPlan, capacity, plan_blocks
+from ..options import Likelihood, likelihood
+from ..parameters import Parameters, read_parameters
+from .plan import MapPlan, axes_of, capacity, plan_blocks
 
 _first_call = threading.Lock()
 
@@ -269,62 +269,52 @@ class MapProblem:
         return array.rechunk(want), tuple(range(array.ndim))
 
 
-def build_map(
-    f: Callable,
-    xdata: Any,
-    ydata: Any,
-    p0,
-    *,
-    axis,
-    sigma,
-    absolute_sigma,
-    bounds,
-    mask,
-    nan_policy,
-    loss,
-    f_scale,
-    ftol,
-    xtol,
-    gtol,
-    accuracy,
-    max_nfev,
-    param_names,
-    fixed,
-    full_covariance,
-    mask_values,
-    valid_range,
-    strategy,
-    on_bad_chunk,
-    missing_chunks,
-    decode_cf,
-    jac_mode,
-    memory_limit_gb,
-) -> MapProblem:
-    """Check the arguments of `dask_nlsq.fit_map` and align the data; reads none of them."""
-    if likelihood(loss, sigma)[1]:
+def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
+    """Align the data of a call of `dask_nlsq.fit_map`, whose arguments have been checked; reads none of them."""
+    aim, dims = likelihood(call), getattr(ydata, "dims", None)
+    if aim.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
-    if nan_policy not in ("omit", "raise"):
-        raise ValueError(f"`nan_policy` must be 'omit' or 'raise', not {nan_policy!r}")
-    dims = getattr(ydata, "dims", None)
     if labelled(ydata):
-        xdata = coordinates_of(xdata, ydata, axes_of(axis, dims, len(dims)))
-    as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = open_data(as_given, policy, mask_values, valid_range, decode_cf, loss, masks=True)
+        xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
+    as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
+    data, stored, rules = open_data(as_given, call, masks=True)
+    if aim.loss == "poisson":
+        refuse_scaled(rules["decoding"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
     y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
     if y.size == 0:
         raise ValueError("`ydata` must not be empty!")
-    fit_axes = axes_of(axis, dims, y.ndim)
-    map_axes = tuple(k for k in range(y.ndim) if k not in fit_axes)
-    map_shape, n = tuple(y.shape[k] for k in map_axes), prod(y.shape[k] for k in fit_axes)
-
-    p0, bounds, guesses = ready_model(f, p0, bounds, param_names)
-    p0 = f.guess if guesses and p0 is None else p0
-    names, free, start, lower, upper, guess = map_parameters(f, p0, bounds, param_names, fixed, map_shape)
-    model, p = intern(f), len(free)
+    fit_axes = axes_of(call.axis, dims, y.ndim)
+    params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
     coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
-    layouts = Layouts(
+    model, shared = intern(f), coordinates.shared(fit_axes)
+    layouts = _layouts(coordinates, invalid)
+    check_model(model, layouts, prod(y.shape[k] for k in fit_axes), len(params.names))
+    spec = _spec(model, layouts, shared, call, aim, params)
+    if params.guess is not None:
+        _check_guess(params.guess, layouts, prod(y.shape[k] for k in fit_axes), params.names)
+    operands = _operands(data, y.shape, fit_axes, [hidden, *coordinates.hidden], params)
+    _check_shared(shared, operands["mask"].array, fit_axes, call.nan_policy)
+    operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
+    bands, blocks, plan = plan_blocks(y, fit_axes, len(params.names), call.strategy, call.memory_limit_gb)
+    plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
+    most = call.max_nfev or 100 * len(params.free)
+    fit = BlockFit(
+        model=model,
+        spec=spec,
+        limits=Limits(call.ftol, call.xtol, call.gtol, call.accuracy, most, call.f_scale),
+        fit_axes=fit_axes,
+        capacity=capacity(blocks, plan.n_points),
+        x=shared,
+        dtype=record_dtype(len(params.names), call.full_covariance),
+        raises=call.nan_policy == "raise",
+        names=params.names,
+    )
+    return MapProblem(fit, y, operands, bands, blocks, plan, params.names, tuple(stored))
+
+
+def _layouts(coordinates: Coordinates, invalid) -> Layouts:
+    return Layouts(
         y=Layout(True),
         sigma=Layout(True),
         mask=Layout(True),
@@ -334,60 +324,42 @@ def build_map(
         ndim=1,
         invalid=invalid,
     )
-    check_model(model, layouts, n, len(names))
-    if guess is not None:
-        _check_guess(guess, layouts, n, names)
-    shared = coordinates.shared(fit_axes)
-    if jac_mode == "auto" and not any(each is None for each in shared):
-        known = [guess is None and not isinstance(each, da.Array) for each in start]
-        check = np.array([np.asarray(v).flat[0] if k else 1.0 for v, k in zip(start, known, strict=True)])
-        types = [np.int64 if each.integer else np.float64 for each in layouts.x]
-        check_pointwise(model, layouts, tuple(c.astype(t) for c, t in zip(shared, types, strict=True)), check)
-    spec = MapSpec(
+
+
+def _spec(model: Model, layouts: Layouts, shared, call, aim: Likelihood, params: Parameters) -> MapSpec:
+    """What the kernel does; a model that is to be differentiated point by point has been tried at one start."""
+    jac_mode = call.jac_mode
+    if jac_mode == "auto":  # not timed: a map that goes on after a break must get the same bits
+        jac_mode = choose_jac_mode(model, layouts, (), np.ones(len(params.free)), 0)
+        if not any(each is None for each in shared):
+            known = [params.guess is None and not isinstance(each, da.Array) for each in params.start]
+            start = [np.asarray(v).flat[0] if k else 1.0 for v, k in zip(params.start, known, strict=True)]
+            types = [np.int64 if each.integer else np.float64 for each in layouts.x]
+            x = tuple(c.astype(t) for c, t in zip(shared, types, strict=True))
+            check_pointwise(model, layouts, x, np.array(start))
+    bounds = [ends[k] for ends in (params.lower, params.upper) for k in params.free]
+    return MapSpec(
         layouts=layouts,
-        free=free,
-        bounded=any(isinstance(each, da.Array) or np.any(np.isfinite(each)) for each in (*lower, *upper)),
-        # not timed: a map that goes on after a break must get the same bits
-        jac_mode=choose_jac_mode(model, layouts, (), np.ones(p), 0) if jac_mode == "auto" else jac_mode,
-        loss=loss,
-        absolute_sigma=bool(absolute_sigma) or loss == "poisson",
-        guess=guess,
+        free=params.free,
+        bounded=any(isinstance(each, da.Array) or np.any(np.isfinite(each)) for each in bounds),
+        jac_mode=jac_mode,
+        loss=aim.loss,
+        absolute_sigma=aim.known,
+        guess=params.guess,
     )
-    limits = Limits(
-        tolerance("ftol", ftol),
-        tolerance("xtol", xtol),
-        tolerance("gtol", gtol),
-        accuracy_wanted(accuracy),
-        limit(max_nfev, None) or 100 * p,
-        positive("f_scale", f_scale),
-    )
-    sigma, hidden_sigma = parted(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], y.shape, fit_axes))
-    masks = parted(along("mask", False if data["mask"] is None else data["mask"], y.shape, fit_axes))
-    masks = [each != 0 for each in (*masks, hidden, hidden_sigma, *coordinates.hidden) if each is not None]
-    left_out = join_masks(masks)
-    _check_shared(shared, left_out, map_axes, nan_policy)
-    operands = {
+
+
+def _operands(data, shape, fit_axes, hidden, params: Parameters) -> dict[str, Operand]:
+    """What a fit needs besides y, with y's axes; points that are ``hidden`` are masked."""
+    sigma, hidden_sigma = parted(along("sigma", 1.0 if data["sigma"] is None else data["sigma"], shape, fit_axes))
+    masks = parted(along("mask", False if data["mask"] is None else data["mask"], shape, fit_axes))
+    vectors = dict(start=params.start)
+    vectors |= {name: [ends[k] for k in params.free] for name, ends in (("lower", params.lower), ("upper", params.upper))}
+    return {
         "sigma": Operand(sigma),
-        "mask": Operand(left_out),
-        "start": over_the_map(start, y.shape, fit_axes),
-        "lower": over_the_map(lower, y.shape, fit_axes),
-        "upper": over_the_map(upper, y.shape, fit_axes),
+        "mask": Operand(join_masks([each != 0 for each in (*masks, *hidden, hidden_sigma) if each is not None])),
+        **{name: over_the_map(values, shape, fit_axes) for name, values in vectors.items()},
     }
-    operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
-    bands, blocks, plan = plan_blocks(y, fit_axes, len(names), strategy, memory_limit_gb)
-    plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
-    fit = BlockFit(
-        model=model,
-        spec=spec,
-        limits=limits,
-        fit_axes=fit_axes,
-        capacity=capacity(blocks, n),
-        x=shared,
-        dtype=record_dtype(len(names), full_covariance),
-        raises=nan_policy == "raise",
-        names=names,
-    )
-    return MapProblem(fit, y, operands, bands, blocks, plan, names, tuple(stored))
 
 
 def _values(ydata, sentinels, decoding: Decoding):
@@ -399,7 +371,7 @@ def _values(ydata, sentinels, decoding: Decoding):
     return *parted(y), invalid
 
 
-def _check_shared(shared, left_out, map_axes, nan_policy) -> None:
+def _check_shared(shared, left_out, fit_axes, nan_policy) -> None:
     """Points where a coordinate that all pixels share is not finite are left out of all of them, which is said.
 
     Raises
@@ -413,7 +385,7 @@ def _check_shared(shared, left_out, map_axes, nan_policy) -> None:
     if not bad.any():
         return
     if isinstance(left_out, np.ndarray):
-        bad = bad & ~left_out.all(axis=map_axes).ravel()
+        bad = bad & ~left_out.all(axis=tuple(k for k in range(left_out.ndim) if k not in fit_axes)).ravel()
     elif nan_policy == "raise":
         return  # blocks will tell which points count
     count, everything = int(bad.sum()), len(bad)
@@ -423,11 +395,10 @@ def _check_shared(shared, left_out, map_axes, nan_policy) -> None:
             "mask= leaves these points out"
         )
     if count:
-        warnings.warn(
+        warn(
             f"{count} of {everything} points are left out of every pixel, since `xdata`, which all pixels share, is not "
             "finite there: correct it, or leave these points out with mask=",
             RuntimeWarning,
-            stacklevel=4,
         )
 
 

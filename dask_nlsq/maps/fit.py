@@ -14,13 +14,15 @@ from dask.graph_manipulation import clone
 from ..data.labels import along_dims, labelled, map_values, warn_if_packed
 from ..kernels.lanes import MapStatus
 from ..kernels.rules import ACCURACY
-from ..options import axes_of, check_options, model_first
+from ..options import MAPS, checked, model_first, with_known_names
 from .blocks import MapProblem, Operand, build_map
+from .plan import axes_of
 from .result import MapResult
 
 BIN = 8  # pixels to each side of a bin of the coarse map
 
 
+@with_known_names(MAPS)
 def fit_map(
     f: Callable,
     xdata: Any,
@@ -125,17 +127,16 @@ def fit_map(
     is above some 1e6 the covariance loses digits, and above some 1e7 the pixel counts as singular: `dask_nlsq.curve_fit`
     goes on to QR there. See `dask_nlsq.kernels.lane_loop` for the method.
     """
-    given = {name: value for name, value in locals().items() if name not in ("f", "xdata", "ydata", "p0", "guess")}
-    check_options(given | dict(guess=guess))
+    call = checked(MAPS, dict(locals()))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     labels: dict[str, Any] = {}
-    if decode_cf:
+    if call.decode_cf:
         warn_if_packed(ydata)
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]
-        given |= {name: along_dims(name, given[name], ydata) for name in ("sigma", "mask")}
-        p0, given["bounds"], given["fixed"] = map_values(p0, bounds, fixed, ydata, fitted)
-    problem = build_map(f, xdata, ydata, p0, **given)
+        call.sigma, call.mask = along_dims("sigma", sigma, ydata), along_dims("mask", mask, ydata)
+        call.p0, call.bounds, call.fixed = map_values(p0, bounds, fixed, ydata, fitted)
+    problem = build_map(f, xdata, ydata, call)
     if labelled(ydata):
         dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
         kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}

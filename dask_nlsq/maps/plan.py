@@ -6,8 +6,8 @@ from math import ceil, inf, prod
 import dask.array as da
 
 from ..base.config import threads
-from ..base.text import GB, several, size
-from ..base.values import positive
+from ..base.text import GB, several, size, table
+from ..base.values import is_integer, positive
 from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client, available_memory, workers_memory
 from ..memory.plan import MemoryBudgetError
@@ -53,16 +53,36 @@ class MapPlan:
         print(self)
 
     def __str__(self):
-        bands = several(self.n_bands, "band")
-        return "\n".join(
-            [
-                f"map      {self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}",
-                f"blocks   {self.n_blocks:,} in {bands}: {self.reason}",
-                f"reads    {size(self.read_bytes)}",
-                *(f"decoded  {each}" for each in self.decoded),
-                f"memory   {size(self.peak_bytes)} for data",
-            ]
+        rows = [
+            ("map", f"{self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
+            ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
+            ("reads", size(self.read_bytes)),
+            *(("decoded", each) for each in self.decoded),
+            ("memory", f"{size(self.peak_bytes)} for data"),
+        ]
+        return "\n".join(table(rows))
+
+
+def axes_of(axis, dims, ndim) -> tuple[int, ...]:
+    """Places of the fit axes of a map."""
+    given = axis if isinstance(axis, (tuple, list)) else (axis,)
+    found = []
+    for each in given:
+        if isinstance(each, str):
+            if dims is None or each not in dims:
+                raise ValueError(f"`axis` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
+            each = dims.index(each)
+        if not is_integer(each) or not -ndim <= each < ndim:
+            raise ValueError(f"`axis` must name axes of `ydata`, which has {ndim}: not {axis!r}")
+        found.append(int(each) % ndim)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"`axis` must name one or several different axes, not {axis!r}")
+    if found != sorted(found):
+        in_order = tuple(name if isinstance(name, str) else k for k, name in sorted(zip(found, given, strict=True)))
+        raise ValueError(
+            f"`axis` must be in the order of the axes of `ydata`, and `xdata` with it: {in_order}, not {axis!r}"
         )
+    return tuple(found)
 
 
 def capacity(blocks, n):

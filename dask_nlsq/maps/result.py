@@ -19,6 +19,7 @@ import numpy as np
 import zarr
 from tqdm.dask import TqdmCallback
 
+from ..base.text import table
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus
 from ..memory.machine import active_client
@@ -109,9 +110,7 @@ class MapResult:
         head = f"<MapResult {shape}, {', '.join(self.param_names)}>"
         if self.lazy:
             return f"{head}\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
-        codes, counts = np.unique(self.status, return_counts=True)
-        lines = [f"  {count:>9,}  {MapStatus(code).name.lower()}" for code, count in zip(codes, counts, strict=True)]
-        good = self.success
+        lines, good = status_counts(self.status), self.success
         for k, name in enumerate(self.param_names):
             values = self.popt[..., k][good]
             if values.size:
@@ -310,6 +309,13 @@ class MapResult:
     def plot(self, axes=None, names=None):
         """Maps of the parameters: `dask_nlsq.plots.maps`."""
         return maps(self, names, axes)
+
+
+def status_counts(status) -> list[str]:
+    """A line for each status: of how many pixels, and its name."""
+    codes, counts = np.unique(status, return_counts=True)
+    rows = [("", f"{n:,}", MapStatus(code).name.lower()) for code, n in zip(codes, counts, strict=True)]
+    return table(rows, "<>")
 
 
 def _inner(name):

@@ -4,20 +4,20 @@ from importlib import import_module
 
 _MODULES = {  # public name -> module
     "DEFAULT_MEMORY_FRACTION": "memory.threshold",
-    "FALLBACK_THRESHOLD_GB": "memory.threshold",
+    "FALLBACK_THRESHOLD_GB": "compat.homodyne",
     "MEMORY_FRACTION_ENV_VAR": "memory.threshold",
-    "MemoryBudget": "compat.budget",
-    "MemoryManager": "memory.pool",
-    "NLSQStrategy": "compat.budget",
-    "StrategyDecision": "compat.budget",
+    "MemoryBudget": "compat.nlsq",
+    "MemoryManager": "compat.memory_manager",
+    "NLSQStrategy": "compat.homodyne",
+    "StrategyDecision": "compat.homodyne",
     "available_memory": "memory.machine",
-    "clear_memory_pool": "memory.pool",
+    "clear_memory_pool": "compat.memory_manager",
     "detect_total_system_memory": "memory.machine",
-    "estimate_peak_memory_gb": "compat.budget",
-    "get_adaptive_memory_threshold": "memory.threshold",
-    "get_memory_manager": "memory.pool",
-    "get_memory_stats": "memory.pool",
-    "select_nlsq_strategy": "compat.budget",
+    "estimate_peak_memory_gb": "compat.homodyne",
+    "get_adaptive_memory_threshold": "compat.homodyne",
+    "get_memory_manager": "compat.memory_manager",
+    "get_memory_stats": "compat.memory_manager",
+    "select_nlsq_strategy": "compat.homodyne",
 }
 
 __all__ = [*_MODULES]

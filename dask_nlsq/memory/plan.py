@@ -123,8 +123,7 @@ class Plan:
         ]
         rows[2:2] = [("decoded", each) for each in self.decoded]
         columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
-        lines = [f"{name:<12}{value}" for name, value in rows]
-        lines += ["", *table([columns, *map(_cells, self.places)])]
+        lines = [*table(rows), "", *table([columns, *map(_cells, self.places)])]
         return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
 
     def __repr__(self):
@@ -151,9 +150,9 @@ class _Needs(NamedTuple):
 
 
 def _needs(problem, n_params: int, sent: bool) -> _Needs:
-    checked = any(each.size > 1 for each in problem.operands[1 : 2 + (problem.rules.layouts.mask is not None)])
-    run, rules = problem.run_nbytes, problem.rules
-    rows = 8 * (n_params + 1) * problem.n_points if rules.whole else max(TILE_BYTES, 8 * n_params**2)
+    checked = any(each.size > 1 for each in problem.operands[1 : 2 + (problem.preparation.layouts.mask is not None)])
+    run = problem.run_nbytes
+    rows = 8 * (n_params + 1) * problem.n_points if problem.preparation.whole else max(TILE_BYTES, 8 * n_params**2)
     return _Needs(
         held=problem.held_nbytes(sent),
         start=START_BYTES + START_PER_PARAM * n_params,
@@ -192,10 +191,10 @@ def make_plan(
         Arguments that make no sense.
     """
     limit = None if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb, "GiB") * GB
-    if problem.rules.whole and strategy in ("chunked", "streaming"):
+    if problem.preparation.whole and strategy in ("chunked", "streaming"):
         reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
         raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
-    lazy = problem.lazy and not problem.rules.whole
+    lazy = problem.lazy and not problem.preparation.whole
     chosen: Strategy = "chunked" if lazy and client is not None else "standard"
     if strategy != "auto":
         chosen = strategy

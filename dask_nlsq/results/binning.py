@@ -7,22 +7,22 @@ finer bins as coarse as the others, two by two, and the bins of all data are tho
 
 import inspect
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import dask
 import numpy as np
-from dask.delayed import Delayed
 
-from ..base.config import threads
-from ..base.x64 import float64, inherit_device
-from ..data.chunks import Chunk, release
-from ..data.loading import Load, compute_shared, plan_loads
+from ..base.x64 import float64
+from ..data.align import Data
+from ..data.chunks import Chunk
 from ..data.sample import pick
-from ..engine.evaluation import Evaluation, SweepOptions, load_chunk, with_factor
+from ..engine.cluster import attached
+from ..engine.partition import Partition, Share, Work, alone
+from ..engine.request import Objective, Request, kernel_spec
+from ..engine.sweep import open_sweep
 from ..kernels.blocks import Block
 from ..kernels.values import value_kernel
+from ..memory.machine import active_client
 from ..model.function import FixedParameters
 from ..model.losses import MODEL_FLOOR
 
@@ -30,7 +30,7 @@ FINE = 2048  # bins while data are merged; then neighbours are joined until ther
 FEW = 2000  # points up to which all are shown
 BEYOND = 6.0  # residuals with larger values are counted together, in units of what the noise should be
 PER_BIN = 25  # points in the histogram of residuals, at least on average
-MOST_TASKS, MERGED = 512, 16  # of a pass; results that one task merges
+MOST_TASKS = 64  # of a pass on workers, each of which sends 0.1 MB of sums
 SMALLEST = -1000  # k of a block that holds but zeros
 
 
@@ -80,9 +80,8 @@ class Binned(NamedTuple):
 class _Ask(NamedTuple):
     """What a task has to know."""
 
-    evaluation: Evaluation
     factor: np.ndarray | None  # of the covariance of y
-    params: np.ndarray
+    request: Request
     coordinate: int | None
     starts: np.ndarray  # of the chunks along the first axis, and the end of the last
     log: bool
@@ -115,8 +114,8 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     ValueError
         Without the data: after `pickle` or `dask_nlsq.load`; no such coordinate; no point to show.
     """
-    problem, evaluation = data_of(result)
-    layouts = evaluation.rules.layouts
+    problem, objective = data_of(result)
+    layouts = problem.preparation.layouts
     if not (isinstance(bins, int | np.integer) and 1 <= bins <= FINE // 2):
         raise ValueError(f"`bins` must be a number from 1 to {FINE // 2}, not {bins!r}")
     if not layouts.x:
@@ -126,12 +125,11 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
         raise ValueError(f"`coordinate` must be from 0 to {last}, or None for the place in the data, not {coordinate!r}")
     sigma = problem.operands[1]
     weighted = problem.factor is not None or sigma.size > 1 or not isinstance(sigma, np.ndarray) or sigma.item() != 1
-    known = weighted or evaluation.loss == "poisson"
+    known = weighted or objective.loss == "poisson"
     scale = 1.0 if known or not result.dof > 0 else float(np.sqrt(2 * result.cost / result.dof)) or 1.0
     ask = _Ask(
-        evaluation=evaluation,
         factor=problem.factor,
-        params=result.popt[list(result.free)],
+        request=Request(objective._replace(model=None), result.popt[list(result.free)]),
         coordinate=coordinate,
         starts=np.cumsum([0, *problem.chunks[0]]),
         log=log,
@@ -139,28 +137,28 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
         n_cells=int(np.clip(result.n_points // PER_BIN, 12, 120)) // 2 * 2,
         few=problem.n_points <= FEW and len(layouts.x) <= 1,
     )
-    found = (_by_dask if problem.lazy else _here)(ask, problem)
+    found = _tally_all(problem, objective, ask)
     if found.profile is None:
         raise ValueError("nothing to show: no point counts" + (" at a positive coordinate" if log else ""))
-    unit = r"\sqrt{\mathrm{model}}" if evaluation.loss == "poisson" else r"\sigma"
+    unit = r"\sqrt{\mathrm{model}}" if objective.loss == "poisson" else r"\sigma"
     return _result(
         ask,
         found,
         bins,
-        name=_name(evaluation.model.f, layouts, coordinate, problem.shape),
+        name=_name(objective.model.f, layouts, coordinate, problem.shape),
         weighted=weighted,
         measure=f"(model $-$ y) / ${unit}$" if known else "model $-$ y",
     )
 
 
-def data_of(result) -> tuple[Any, Evaluation]:
-    """The problem of a fit, which leads to its data, and how points are evaluated."""
+def data_of(result) -> tuple[Data, Objective]:
+    """The data of a fit, and what was minimised."""
     if result.data is None:
         raise ValueError(
             "this result does not hold the data, since it was pickled or loaded: pictures of the data need the result of "
             "the fit itself, so make them before, or fit again from popt"
         )
-    return result.data, result.evaluation
+    return result.data, result.objective
 
 
 def _name(f, layouts, coordinate, shape):
@@ -178,63 +176,41 @@ def _name(f, layouts, coordinate, shape):
 # the pass
 
 
-def _by_dask(ask: _Ask, problem) -> Tally:
-    runs, common = plan_loads(problem)
-    size = -(-len(runs) // MOST_TASKS)
-    tally, join = dask.delayed(tally_runs, pure=False), dask.delayed(merge, pure=False)
-    parts = []
-    for k in range(0, len(runs), size):
-        keys = list(dict.fromkeys(key for run in runs[k : k + size] for load in run for key in load.shared))
-        parts.append(tally(ask, runs[k : k + size], keys, *(Delayed(key, common) for key in keys)))
-    while len(parts) > 1:
-        parts = [join(parts[k : k + MERGED]) for k in range(0, len(parts), MERGED)]
-    return parts[0].compute()
+def _tally_all(data: Data, objective: Objective, ask: _Ask) -> Tally:
+    client = active_client() if data.lazy else None
+    with attached(client), open_sweep(data, "streaming" if data.lazy else "standard", client, MOST_TASKS) as sweep:
+        found = sorted(sweep.place.each(TALLY, None, (objective,), ask), key=lambda each: each[0])
+        return merge(tally for _, tally in found)
 
 
-def _here(ask: _Ask, problem) -> Tally:
-    runs, common = plan_loads(problem)
-    shared = compute_shared(common)
-    with ThreadPoolExecutor(threads(), "nlsq-bin", inherit_device()) as pool:
-        return merge([tally_run(ask, run, shared, pool.map) for run in runs])
-
-
-def tally_runs(ask: _Ask, runs: list[list[Load]], keys: list, *values) -> Tally:
-    """The task of a pass: some runs of chunks, read one by one; ``values`` are those of the shared tasks ``keys``."""
-    shared = dict(zip(keys, values, strict=True))
-    return merge(tally_run(ask, run, shared) for run in runs)
-
-
-def tally_run(ask: _Ask, run: list[Load], shared: dict, share=map) -> Tally:
-    """Read a run of chunks, and tally its blocks by ``share``, which may be the `map` of a pool of threads."""
-    chunk = load_chunk(ask.evaluation.rules, run, shared)
-    try:
-        if ask.factor is not None:
-            chunk = with_factor(chunk, ask.factor)
+def _tally(partition: Partition, objectives, ask: _Ask, share: Share = alone) -> Tally:
+    ask = ask._replace(request=ask.request._replace(objective=objectives[0]))
+    tallies: list[Tally] = []
+    for chunk in partition.chunks:
         along = None
         if ask.coordinate is None:
             lengths = np.diff(ask.starts)
-            along = np.concatenate(
-                [
-                    ask.starts[c.index[0]] + np.arange(c.n_points) // (c.n_points // lengths[c.index[0]])
-                    for c in chunk.censuses
-                ]
-            )
-        return merge(share(partial(_tally_block, ask, chunk, along), chunk.blocks))
-    finally:
-        release(chunk)
+            places = ((c, c.n_points // lengths[c.index[0]]) for c in chunk.censuses)
+            along = np.concatenate([ask.starts[c.index[0]] + np.arange(c.n_points) // n for c, n in places])
+        tallies += share(partial(_tally_blocks, partition.preparation, ask, chunk, along), chunk.blocks)
+    return merge(tallies)
 
 
-def _tally_block(ask: _Ask, chunk: Chunk, along, block: Block) -> Tally:
-    evaluation, n = ask.evaluation, int(block.geometry[0])
+def _tally_blocks(preparation, ask, chunk, along, blocks) -> list[Tally]:
+    return [_tally_block(preparation, ask, chunk, along, block) for block in blocks]
+
+
+def _tally_block(preparation, ask: _Ask, chunk: Chunk, along, block: Block) -> Tally:
+    request, objective, n = ask.request, ask.request.objective, int(block.geometry[0])
     places = block.geometry[1] + np.arange(n)
-    operands, counts = pick(evaluation.rules, chunk._replace(blocks=(block,)), places)
+    operands, counts = pick(preparation, chunk._replace(blocks=(block,)), places)
     y, sigma = operands[:2]
     x = along[places] if ask.coordinate is None else operands[2 + ask.coordinate]
-    spec = evaluation.spec(block, len(ask.params), SweepOptions("gram", "columns"))
+    spec = kernel_spec(preparation, request, block)
     with float64():
-        kernels = (value_kernel(evaluation.model, spec, what) for what in ("model", "residual"))
-        model, r = (np.asarray(kernel(ask.params, evaluation.f_scale, block))[:n] for kernel in kernels)
-    if evaluation.loss == "poisson":  # of the deviance they have no mean of 0 where counts are few
+        kernels = (value_kernel(objective.model, spec, what) for what in ("model", "residual"))
+        model, r = (np.asarray(kernel(request.params, objective.f_scale, block))[:n] for kernel in kernels)
+    if objective.loss == "poisson":  # of the deviance they have no mean of 0 where counts are few
         r = (model - y) / np.sqrt(np.maximum(model, MODEL_FLOOR))
     if ask.factor is not None:
         sigma = np.linalg.norm(ask.factor, axis=1)
@@ -272,12 +248,15 @@ def _exponent(low, high) -> int:
     return k
 
 
-def merge(tallies: Iterable[Tally]) -> Tally:
+def merge(tallies: Iterable[Tally], ask: _Ask | None = None) -> Tally:
     """One of all, in their order."""
     tallies = list(tallies)
     profiles = [each.profile for each in tallies if each.profile is not None]
     points = None if tallies[0].points is None else np.concatenate([each.points for each in tallies], axis=1)
     return Tally(_merged(profiles) if profiles else None, sum(each.histogram for each in tallies), points)
+
+
+TALLY = Work("bins", _tally, merge)
 
 
 def _merged(profiles: list[Profile]) -> Profile:

@@ -243,8 +243,8 @@ def _smooth(result) -> bool:
     """Whether the model can be evaluated between the points: it has one coordinate, and needs not all points at once."""
     if result.data is None:
         return False
-    rules = data_of(result)[1].rules
-    return rules.layouts.x_kind == "single" and rules.layouts.ndim == 1 and not rules.whole
+    preparation = data_of(result)[0].preparation
+    return preparation.layouts.x_kind == "single" and preparation.layouts.ndim == 1 and not preparation.whole
 
 
 def _points(ax, x, y, error):

@@ -10,12 +10,13 @@ from datetime import datetime
 from html import escape
 from importlib.metadata import version
 from io import BytesIO
-from math import isfinite, prod
+from math import inf, isfinite, prod
 from pathlib import Path
 
 import numpy as np
 
 from ..base.files import write_whole
+from ..base.text import size
 from ..memory.machine import detect_total_system_memory, process_settings
 from ..model.function import FixedParameters, function_name
 from . import plots
@@ -101,7 +102,7 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
 
 def page(result, coordinate: int | None = 0, log: bool = False) -> str:
     """The HTML of `report`."""
-    name = _model_name(result.evaluation.model)
+    name = _model_name(result.objective.model)
     sections = [
         ("Parameters", _parameters(result)),
         ("Statistics", _statistics(result)),
@@ -242,9 +243,9 @@ def _history(result):
 
 
 def _model(result):
-    if not hasattr(result.evaluation.model, "f"):
+    if not hasattr(result.objective.model, "f"):
         return ""
-    f = result.evaluation.model.f
+    f = result.objective.model.f
     f = f.f if isinstance(f, FixedParameters) else f
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
@@ -255,8 +256,8 @@ def _model(result):
 def _data(result):
     if result.data is None:
         return ""
-    problem, evaluation = data_of(result)
-    layouts = evaluation.rules.layouts
+    problem, _ = data_of(result)
+    layouts = problem.preparation.layouts
     names = ["ydata", "sigma", *["mask"] * (layouts.mask is not None)]
     names += ["xdata"] if len(layouts.x) == 1 else [f"xdata[{k}]" for k in range(len(layouts.x))]
     rows = []
@@ -283,15 +284,15 @@ def _places(operand) -> list[str]:
 
 
 def _provenance(result):
-    evaluation, memory = result.evaluation, detect_total_system_memory()
-    loss = f"{evaluation.loss}, f_scale {evaluation.f_scale:g}"
+    objective, memory = result.objective, detect_total_system_memory()
+    loss = f"{objective.loss}, f_scale {objective.f_scale:g}"
     loss = 'linear, sigma="poisson"' if result.noise.reweighted else loss
     rows = [
         ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),
         ("loss", loss),
         ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())),
         ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
-        ("memory", f"{memory / 2**30:.1f} GiB" if memory else "not known"),
+        ("memory", size(memory or inf)),
         ("Python", platform.python_version()),
         *((package, version(package)) for package in PACKAGES),
     ]

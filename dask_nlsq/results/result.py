@@ -5,78 +5,34 @@ from functools import cached_property
 from html import escape
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
-from ..base.files import import_by, import_name, load_record, save_record
 from ..base.text import several, table
-from ..data.align import Problem, build_problem
+from ..data.align import Data, build_data
 from ..data.arrays import decoded
-from ..data.chunks import Rules
+from ..data.chunks import Preparation
 from ..data.labels import Labels, at_labels, label, since
 from ..data.store import BadChunkError
-from ..engine.condensed import Factor, Read, Segmentation
-from ..engine.evaluation import Evaluation
-from ..engine.streaming import SampleSummary
+from ..engine.condensed import Factor
+from ..engine.request import Objective, Request
+from ..engine.sweep import SampleSummary
 from ..engine.values import but_hidden, map_chunks
-from ..kernels.blocks import Invalid, Layout, Layouts
-from ..kernels.checks import fingerprint
-from ..kernels.rows import Parts
+from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
-from ..memory.processes import ProcessMemory
-from ..model.function import FixedParameters, Model, intern
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
-from . import plots
+from . import plots, schema
 from .diagnostics import Diagnostics, diagnose
+from .named_model import NamedModel
 from .report import report
 from .statistics import Noise, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
 from .uncertainty import jackknife, sandwich, spread_out
 
 MOST_CORRELATIONS = 5  # in a summary
-
-
-class NamedModel(NamedTuple):
-    """What a result that was loaded knows of its model."""
-
-    name: list[str] | None  # module and name, where it can be imported
-    fingerprint: str  # of what it computes
-    n: int  # points that it can be evaluated on
-    values: list[float]  # of all parameters, where some are held, else of none
-    free: list[int]
-
-    @classmethod
-    def of(cls, evaluation: Evaluation, n_params: int, n_points: int) -> "NamedModel":
-        n = n_points if evaluation.rules.whole else 2
-        f: Any = evaluation.model.f
-        values: list[float] = []
-        free: list[int] = []
-        found = fingerprint(intern(f), evaluation.rules.layouts, n_params, n)
-        if isinstance(f, FixedParameters):
-            f, values, free = f.f, f.values, f.free
-        return cls(import_name(f), found, n, values, free)
-
-    def find(self, layouts: Layouts, n_params: int) -> Model:
-        """Import it.
-
-        Raises
-        ------
-        ValueError
-            Where it cannot be imported, or computes something else now.
-        """
-        way_out = "call the function with popt: f(x, *result.popt)"
-        if self.name is None:
-            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
-        try:
-            f = import_by(self.name)
-            model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
-        except (ImportError, AttributeError) as err:
-            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
-        if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
-            raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
-        return model
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -132,7 +88,7 @@ class FitResult:
         The loss, whether the size of the noise was known, and whether the model gave the weights.
     totals : Totals
         Sums over all points of the last sweep, from which the statistics are made.
-    parts : Parts
+    parts : SegmentSums
         The same sums, and condensed matrices of the parameters that were fitted, over up to 256 runs of consecutive points.
     factor : Factor
         Of the parameters that were fitted: R with ``R^T R = J^T J``, Q^T r and J^T r.
@@ -164,10 +120,11 @@ class FitResult:
     bounds: np.ndarray
     noise: Noise
     totals: Totals
-    parts: Parts = field(repr=False)
+    parts: SegmentSums = field(repr=False)
     factor: Factor = field(repr=False)
-    evaluation: Evaluation = field(repr=False)  # of a result that was loaded: with a `NamedModel`
-    data: Problem | None = field(repr=False)  # None where the data are not at hand
+    objective: Objective = field(repr=False)  # of a result that was loaded: with a `NamedModel`
+    preparation: Preparation = field(repr=False)
+    data: Data | None = field(repr=False)  # None where the data are not at hand
     _labels: Labels | None = field(default=None, repr=False)  # of the data, where they are xarray's
     _origins: tuple[str | None, ...] = field(default=(), repr=False)  # earliest dates of the coordinates that had any
 
@@ -231,7 +188,7 @@ class FitResult:
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """What is remarkable about the fit, in words; see `dask_nlsq.results.diagnostics`. Nothing is read."""
-        held = self.data is not None and not self.data.lazy and self.evaluation.rules.whole  # as one part
+        held = self.data is not None and not self.data.lazy and self.preparation.whole  # as one part
         residuals = np.ravel(self.residuals()) if held else None
         return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
 
@@ -344,7 +301,7 @@ class FitResult:
             raise ValueError(f"there is no prediction band with loss={noise.loss!r}: it does not say how far points scatter")
         if sigma is not None and (x is None or noise.loss == "poisson"):
             raise ValueError("`sigma` is for points given as `x`, and not for counts, whose mean it is: leave it out")
-        if sigma is None and noise.sigma is None and (x is not None or self.evaluation.rules.whole):
+        if sigma is None and noise.sigma is None and (x is not None or self.preparation.whole):
             raise ValueError("the fit had an array as sigma: give `x`, and as `sigma` the standard deviation there")
         s = noise.sigma if sigma is None else sigma
         return self._band(x, level, 1.0 if noise.absolute else self.reduced_chi_square, s)
@@ -358,32 +315,32 @@ class FitResult:
         middle, error = self._values(points, "band", *spread)
         return label(middle - q * error, labels), label(middle + q * error, labels)
 
-    def _points(self, x, sigma=None) -> tuple[Problem, Labels | None]:
+    def _points(self, x, sigma=None) -> tuple[Data, Labels | None]:
         """Points at x, of the fit where it is None, and the labels of what is computed there."""
-        rules = self.evaluation.rules
+        preparation = self.preparation
         if x is not None:
-            parts = [decoded("x", each, rules.decode_cf)[0] for each in (x if isinstance(x, tuple) else [x])]
+            parts = [decoded("x", each, preparation.policy.decode_cf)[0] for each in (x if isinstance(x, tuple) else [x])]
             x = since(tuple(parts) if isinstance(x, tuple) else parts[0], self._origins)
-            x, labels = at_labels(x, len(rules.layouts.x_lead))
-            match rules.layouts.x_kind:
+            x, labels = at_labels(x, len(preparation.layouts.x_lead))
+            match preparation.layouts.x_kind:
                 case "tuple":
                     shape = np.broadcast_shapes(*(np.shape(c) for c in x))
                 case "stacked":
-                    shape = np.shape(x)[len(rules.layouts.x_lead) :]
+                    shape = np.shape(x)[len(preparation.layouts.x_lead) :]
                 case _:
                     shape = np.shape(x)
             y = np.broadcast_to(0.0, shape)
-            return build_problem(x, y, sigma, check=False, omit=False, whole=rules.whole), labels
+            return build_data(x, y, sigma, check=False, omit=False, whole=preparation.whole), labels
         if self.data is None:
             raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
         return self.data, self._labels
 
     def _values(self, points, what, *spread):
-        model = self.evaluation.model
+        model = self.objective.model
         if isinstance(model, NamedModel):
-            model = model.find(self.evaluation.rules.layouts, len(self.free))
+            model = model.find(self.preparation.layouts, len(self.free))
         params = self.popt[list(self.free)]
-        found = map_chunks(points, self.evaluation._replace(model=model, rules=points.rules), params, what, *spread)
+        found = map_chunks(points, Request(self.objective._replace(model=model), params), what, *spread)
         return found if points is self.data else but_hidden(points, found)
 
     def __copy__(self):
@@ -400,12 +357,12 @@ class FitResult:
 
         A result that is at ``path`` already is replaced, all at once.
         """
-        evaluation, path = self.evaluation, Path(path)
-        if not isinstance(evaluation.model, NamedModel):
+        model: Any = self.objective.model
+        if not isinstance(model, NamedModel):
             n_points = self.n_points + self.n_masked + self.n_omitted
-            named: Any = NamedModel.of(evaluation, len(self.free), n_points)  # in the place of a model that has no file
-            evaluation = evaluation._replace(model=named)
-        save_record(path, replace(self, evaluation=evaluation, data=None, _labels=None))
+            model = NamedModel.of(model, self.preparation, len(self.free), n_points)  # in the place of one that has no file
+        about = dict(model=model, loss=self.objective.loss, f_scale=self.objective.f_scale, origins=self._origins)
+        schema.save(Path(path), SimpleNamespace(**vars(self), **about))
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
@@ -554,23 +511,6 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-RECORDS: tuple[type, ...] = (
-    Read,
-    Record,
-    Search,
-    SampleSummary,
-    Plan,
-    ProcessMemory,
-    Factor,
-    Totals,
-    Parts,
-    Noise,
-    NamedModel,
-    BadChunkError,
-)
-RECORDS += (Evaluation, Rules, Layouts, Layout, Invalid, Segmentation, FitResult)
-
-
 def load(path: str | Path) -> FitResult:
     """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
 
@@ -579,6 +519,8 @@ def load(path: str | Path) -> FitResult:
     Raises
     ------
     ValueError
-        Where there is no result, or one of another version.
+        Where there is no result, one of another version, or a file that is not as it was written.
     """
-    return load_record(Path(path), {each.__name__: each for each in RECORDS})
+    found = schema.load(Path(path))
+    model, loss, f_scale, origins = map(found.pop, ("model", "loss", "f_scale", "origins"))
+    return FitResult(**found, objective=Objective(model, loss, f_scale), data=None, _origins=origins)

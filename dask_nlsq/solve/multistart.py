@@ -9,7 +9,7 @@ Parameters in which the model is linear (amplitudes, offsets) are found by evalu
 candidate takes its first step (variable projection [3]_), so the candidates need to cover the others only.
 
 Two optima are told apart by a paired test: the sample's costs differ by ``sum d_i``, ``d_i`` the difference at point i,
-with a standard deviation of ``sqrt(m) std(d)``. Where that leaves doubt, one sweep of all data for each rival decides.
+with a standard deviation of ``sqrt(m) std(d)``. Where that leaves doubt, one sweep of all data decides.
 
 References
 ----------
@@ -24,14 +24,15 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.linalg import lstsq
-from scipy.stats import qmc
 
+from ..base.text import table
 from ..base.x64 import float64
 from ..data.sample import NoSample, Sample, sample_size
 from ..engine.checkpoint import Interrupted
 from ..engine.condensed import Condensed, factor
-from ..engine.evaluation import Evaluation, SweepOptions
-from ..engine.sweep import Sweep
+from ..engine.evaluator import Evaluator
+from ..engine.request import Objective
+from ..kernels.blocks import KernelSpec
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
 from ..kernels.rules import STUCK, UNDETERMINED
 from ..kernels.values import values_kernel
@@ -83,18 +84,18 @@ class Search(NamedTuple):
         lines = [
             f"{len(self.starts)} starts, the best of {self.n_candidates} candidates on {self.n_points} points, lead to "
             f"{n_optima} optim{'um' if n_optima == 1 else 'a'} of these points (-> fitted to all data, ? as good on these)",
-            f"   {'start':>5} {'basin':>6} {'cost at start':>15} {'cost of optimum':>15}  optimum",
         ]
+        rows = [("", "start", "basin", "cost at start", "cost of optimum", "optimum")]
         for k in np.lexsort((np.arange(len(self.costs)), self.costs)):
-            mark = "->" if k == self.winner else " ?" if k in self.chosen else "  "
+            mark = "->" if k == self.winner else " ?" if k in self.chosen else ""
             at = " ".join(f"{value:.5g}" for value in self.params[k])
-            name = "p0" if k == 0 else str(k)
-            lines.append(f"{mark} {name:>5} {self.basin[k]:>6} {self.start_costs[k]:>15.6g} {self.costs[k]:>15.6g}  {at}")
-        return "\n".join(lines)
+            costs = (f"{self.start_costs[k]:.6g}", f"{self.costs[k]:.6g}")
+            rows.append((mark, "p0" if k == 0 else str(k), str(self.basin[k]), *costs, at))
+        return "\n".join([*lines, *table(rows, "<>>>>")])
 
 
 def search(
-    evaluation: Evaluation,
+    objective: Objective,
     sample: Sample,
     p0: np.ndarray,
     lower: np.ndarray,
@@ -107,7 +108,7 @@ def search(
     Parameters
     ----------
     sample : Sample
-        Of `Sweep.points`, with about ``sample_size(p)`` points.
+        Of `engine.sweep.Sweep.points`, with about ``sample_size(p)`` points.
     p0, lower, upper : (p,) arrays
     seed : int
         Of the Sobol sequence.
@@ -117,7 +118,7 @@ def search(
     ValueError
         Where cost and derivatives are finite at none of the candidates.
     """
-    screen = _Screen(evaluation, sample, lower, upper, len(p0))
+    screen = _Screen(objective, sample, lower, upper, len(p0))
     p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
     reach = _reach(p0, screen(p0[None], 1)[2][0])
     screen.linear = _linear(screen, p0, reach)
@@ -150,14 +151,14 @@ def search(
     )
 
 
-def separated(evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
+def separated(objective: Objective, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
     """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none.
 
     Of counts by least squares, which has a gradient where the mean is not positive.
     """
-    if evaluation.loss in LIKELIHOODS:
-        evaluation = evaluation._replace(loss="linear")
-    screen = _Screen(evaluation, sample, lower, upper, len(p0))
+    if objective.counts:
+        objective = objective._replace(loss="linear")
+    screen = _Screen(objective, sample, lower, upper, len(p0))
     p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
     screen.linear = _linear(screen, p0, _reach(p0, screen(p0[None], 1)[2][0]))
     if not screen.linear.any():
@@ -166,7 +167,7 @@ def separated(evaluation: Evaluation, sample: Sample, p0: np.ndarray, lower, upp
     return params[0] if np.isfinite(costs[0]) else None
 
 
-def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndarray, options: Options, fit) -> Solution:
+def fit_again(first: Solution, evaluator: Evaluator, p0: np.ndarray, options: Options, fit) -> Solution:
     """A second try where a fit from ``p0`` has not converged: amplitudes that are far off throw the other parameters away.
 
     From where the parameters in which the model is linear are solved for; the better of the two solutions, with the
@@ -176,7 +177,8 @@ def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndar
     if first.status not in FAILED or left == 0 or len(p0) > MOST_SEPARATED:
         return first
     try:
-        start = separated(evaluation, sweep.points(sample_size(len(p0))), p0, options.lower, options.upper)
+        sample = evaluator.sweep.points(sample_size(len(p0)))
+        start = separated(evaluator.objective, sample, p0, options.lower, options.upper)
     except NoSample:
         return first
     if start is None or np.array_equal(start, p0):
@@ -191,7 +193,7 @@ def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndar
     observe = options.callback
     callback = None if observe is None else lambda record: observe(later(record))
     try:
-        second = fit(sweep, start, replace(options, callback=callback, max_nfev=left))
+        second = fit(evaluator, start, replace(options, callback=callback, max_nfev=left))
     except NotFiniteAtStart:
         return first
     except Interrupted:
@@ -204,10 +206,10 @@ def fit_again(first: Solution, sweep: Sweep, evaluation: Evaluation, p0: np.ndar
     return found._replace(nfev=first.nfev + second.nfev, history=history)
 
 
-def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[Solution, Search]:
-    """Fit all data from the best optimum of the sample by ``fit(sweep, params, options)``.
+def polish(found: Search, evaluator: Evaluator, options: Options, fit=solve) -> tuple[Solution, Search]:
+    """Fit all data from the best optimum of the sample by ``fit(evaluator, params, options)``.
 
-    Where the sample leaves doubt about which is the best, one sweep for each rival decides.
+    Where the sample leaves doubt about which is the best, one sweep decides.
 
     Raises
     ------
@@ -216,11 +218,13 @@ def polish(found: Search, sweep: Sweep, options: Options, fit=solve) -> tuple[So
     """
     order = list(found.chosen)
     if len(order) > 1:
-        order.sort(key=lambda k: predicted_cost(sweep(found.params[k], "gram"), found.params[k], options))
+        at = [found.params[k] for k in order]
+        costs = [predicted_cost(*each, options) for each in zip(evaluator.at(at, "gram"), at, strict=True)]
+        order = [order[k] for k in np.argsort(costs, kind="stable")]
     others = [np.flatnonzero(found.basin == b)[0] for b in range(found.basin.max() + 1)]
     for k in dict.fromkeys([*order, *others]):
         try:
-            return fit(sweep, found.params[k], options), found._replace(winner=int(k))
+            return fit(evaluator, found.params[k], options), found._replace(winner=int(k))
         except NotFiniteAtStart:  # at points that are not in the sample
             continue
     raise NotFiniteAtStart(f"the cost or its derivatives are not finite at any of the {len(others)} optima of the sample")
@@ -244,6 +248,8 @@ def candidates(p0, lower, upper, reach, n: int, seed: int) -> np.ndarray:
     far as ten times as near. Without bounds they follow a Cauchy distribution around p0. ``reach`` (p,) is the scale
     where p0 gives none.
     """
+    from scipy.stats import qmc  # takes 0.3 s to import
+
     sobol = qmc.Sobol(len(p0), scramble=True, seed=seed)
     u = np.maximum(sobol.random_base2(int(np.ceil(np.log2(max(n - 1, 1)))))[: n - 1], 1e-9).T
     starts = np.empty((n, len(p0)))
@@ -360,36 +366,33 @@ def _rivals(screen, params, costs, basin, distance):
 class _Screen:
     """The sample and the kernels that work on it for many params at once, in batches of one size."""
 
-    def __init__(self, evaluation: Evaluation, sample: Sample, lower, upper, p: int):
-        self.sample, self.evaluation = sample, evaluation
+    def __init__(self, objective: Objective, sample: Sample, lower, upper, p: int):
+        self.sample, self.objective = sample, objective
         self.bounds = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
         self.linear = np.zeros(p, bool)
-        capacity = len(sample.block.buffers[0])
+        block, layouts = sample.block, sample.layouts
+        capacity = len(block.buffers[0])
         tile = None if sample.whole else min(TILE, capacity)
-        rules = evaluation.rules._replace(layouts=sample.layouts)
-        self.spec = (
-            evaluation._replace(rules=rules)
-            .spec(sample.block, p, SweepOptions("gram", "columns"))
-            ._replace(tile=tile, parts=0)
-        )
+        layouts = layouts._replace(invalid=None) if block.clean else layouts
+        self.spec = KernelSpec(layouts, "gram", "columns", objective.loss, tile, len(block.buffers) > len(layouts.operands))
         self.batch = max(1, min(BATCH, BATCH_BYTES // (8 * (p + 1) * (tile or capacity))))
         self.first_points = sample.n_points if sample.whole else min(FIRST_POINTS, sample.n_points)
 
     def __call__(self, starts, steps, n_points=None):
         """params (k, p), costs (k,) and grams (k, p+1, p+1) after at most ``steps`` steps on the first ``n_points``."""
-        kernel = screen_kernel(self.evaluation.model, self.spec)
+        kernel = screen_kernel(self.objective.model, self.spec)
         block = self.sample.block
         if not self.sample.whole:
             geometry = block.geometry.copy()
             geometry[0] = n_points or self.sample.n_points
             block = block._replace(geometry=geometry)
-        rest = (self.evaluation.f_scale, block, *self.bounds, self.linear & (steps > 1), steps)
+        rest = (self.objective.f_scale, block, *self.bounds, self.linear & (steps > 1), steps)
         return self._batches(kernel, starts, *rest)
 
     def values(self, params, what):
         """Residuals or model values (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
-        kernel = values_kernel(self.evaluation.model, self.spec, what)
-        (values,) = self._batches(kernel, params, self.evaluation.f_scale, self.sample.block)
+        kernel = values_kernel(self.objective.model, self.spec, what)
+        (values,) = self._batches(kernel, params, self.objective.f_scale, self.sample.block)
         values = values[:, : self.sample.block.geometry[0]]
         return values[:, np.isfinite(values[0]) | np.isfinite(values).any(axis=0)]
 
@@ -397,8 +400,8 @@ class _Screen:
         """What each point adds to the cost, (k, m)."""
         rho_of = LOSSES["linear" if self.spec.loss in LIKELIHOODS else self.spec.loss]  # of the deviance's residuals
         with float64():
-            rho = rho_of((self.values(params, "residual") / self.evaluation.f_scale) ** 2)[0]
-        return 0.5 * self.evaluation.f_scale**2 * np.asarray(rho)
+            rho = rho_of((self.values(params, "residual") / self.objective.f_scale) ** 2)[0]
+        return 0.5 * self.objective.f_scale**2 * np.asarray(rho)
 
     def _batches(self, kernel, params, *rest):
         """What ``kernel`` gives for each batch of ``params`` (k, p), as a tuple."""

@@ -1,8 +1,8 @@
 """What is said where a fit does not converge, or cannot begin."""
 
 from ..data.chunks import LARGEST
-from ..engine.sweep import Sweep
-from ..model.function import Model, function_name
+from ..engine.evaluator import Evaluator
+from ..model.function import function_name
 from .trust_region import Solution
 
 
@@ -25,8 +25,9 @@ def not_converged(solution: Solution, names):
     )
 
 
-def not_finite_at_start(sweep: Sweep, model: Model, start, names):
-    bad = [(index, count) for index, count in sweep.not_finite(start) if count]
+def not_finite_at_start(evaluator: Evaluator, start, names):
+    model = evaluator.objective.model
+    bad = [(index, count) for index, count in evaluator.sweep.not_finite(evaluator.request(start)) if count]
     at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, start, strict=True))
     if not bad:
         return (

@@ -13,13 +13,12 @@ GUESS_POINTS = 2048  # from which a ready model guesses its start
 GUESS_RUNS = 8  # runs of chunks, at least, that are read for it where the data are not held
 
 
-def check_start(sweep: Sweep, names, start, lower, upper):
-    rules = sweep.evaluation.rules
-    if not rules.whole:
+def check_start(sweep: Sweep, model: Model, names, start, lower, upper) -> None:
+    preparation, sample = sweep.data.preparation, sweep.sample
+    if not preparation.whole:
         elsewhere = np.clip(start + 0.1 * np.maximum(abs(start), 1) * (-1.0) ** np.arange(len(start)), lower, upper)
-        model, layouts, sample = sweep.evaluation.model, rules.layouts, sweep.sample()
-        check_pointwise(model, layouts, sample, start, elsewhere)
-        check_jac(model, layouts, sample, names, start, elsewhere)
+        check_pointwise(model, preparation.layouts, sample, start, elsewhere)
+        check_jac(model, preparation.layouts, sample, names, start, elsewhere)
 
 
 def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
@@ -31,8 +30,8 @@ def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
         Where no point of the sample counts, or the guess is not finite.
     """
     sample = sweep.points(GUESS_POINTS)
-    rules, n = sweep.evaluation.rules._replace(layouts=sample.layouts), int(sample.block.geometry[0])
-    values, counts = pick(rules, Chunk((sample.block,), (), (), ()), np.arange(n))
+    preparation, n = sweep.data.preparation._replace(layouts=sample.layouts), int(sample.block.geometry[0])
+    values, counts = pick(preparation, Chunk((sample.block,), (), (), ()), np.arange(n))
     y, x = values[0], values[2]
     padded = np.full((2, max(n, GUESS_POINTS)), np.nan)  # nan does not count: one compilation for small data
     padded[:, :n] = np.where(counts, (x, y), np.nan)

@@ -7,17 +7,18 @@ by sweeps over everything. (L-BFGS takes 3 to 12 times as many passes over the s
 
 import itertools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 
 from ..base.config import threads
-from ..base.x64 import inherit_device
+from ..data.chunks import Census, Chunk
 from ..data.sample import Sample
-from ..engine.condensed import Condensed, Segmentation, merge_results
-from ..engine.evaluation import Evaluation, SweepOptions
-from ..engine.streaming import StreamingSweep
+from ..engine.condensed import Segmentation
+from ..engine.evaluator import Evaluator
+from ..engine.partition import Partition
+from ..engine.places import HeldHere
+from ..engine.sweep import Sweep
 from ..kernels.blocks import Block, Reduction
 from ..kernels.rules import OFF_BOUND, off_the_bounds
 from .multistart import predicted_cost
@@ -31,32 +32,21 @@ PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
 
-class SampleSweep:
-    """A sample as data of its own, in pieces that do not depend on the number of threads."""
-
-    def __init__(self, evaluation: Evaluation, sample: Sample, jac_mode):
-        rules = evaluation.rules._replace(layouts=sample.layouts)
-        self.evaluation = evaluation._replace(rules=rules, grouping=Segmentation())
-        self.jac_mode = jac_mode
-        n, n_operands = sample.n_points, len(sample.block.buffers)
-        edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
-        self.pieces = [
-            Block(np.array([b - a, 0, *[a, 1] * n_operands]), np.array([float(b - a)]), sample.block.buffers)
-            for a, b in itertools.pairwise(edges)
-        ]
-        self.pool = ThreadPoolExecutor(min(threads(), len(self.pieces)), "nlsq-sample", inherit_device())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.pool.shutdown()
-
-    def __call__(self, params: np.ndarray, reduction: Reduction) -> Condensed:
-        how = SweepOptions(reduction, self.jac_mode)
-        parts = self.pool.map(lambda piece: self.evaluation.reduce_blocks([piece], params, how), self.pieces)
-        matrix, cost, sums = merge_results([found for (found,) in parts], reduction)
-        return Condensed(matrix, float(cost), reduction, sums)
+def sample_evaluator(evaluator: Evaluator, sample: Sample) -> Evaluator:
+    """The same objective on a sample as data of its own, in pieces that do not depend on the number of threads."""
+    n, n_operands = sample.n_points, len(sample.block.buffers)
+    edges = np.linspace(0, n, 1 + max(1, min(PIECES, n // PIECE_POINTS))).astype(int)
+    blocks = tuple(
+        Block(np.array([b - a, 0, *[a, 1] * n_operands]), np.array([float(b - a)]), sample.block.buffers)
+        for a, b in itertools.pairwise(edges)
+    )
+    data = evaluator.sweep.data
+    preparation = data.preparation._replace(layouts=sample.layouts)
+    partition = Partition(preparation, [Chunk(blocks, (), (), ())], Census((), n, 0, 0, {}), ())
+    sweep = Sweep(replace(data, preparation=preparation), HeldHere(partition, threads()))
+    small = Evaluator(sweep, evaluator.objective, 0, Segmentation())
+    small.jac_mode = evaluator.jac_mode
+    return small
 
 
 def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
@@ -77,36 +67,38 @@ def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarra
     return mixed if worse < 0.5 * ALIKE**2 * sigma**2 * np.count_nonzero(alike) else found.params  # false for nan
 
 
-def warm_start(sweep: StreamingSweep, start: np.ndarray, options: Options) -> np.ndarray:
+def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.ndarray:
     """Where a fit of the sample ends; ``start`` where that is better for all data, or the sample says nothing.
 
     All that is known of the cost at ``start`` is that of the sample. Where the next step from the new point, which
     also finds parameters that the sample does not see, promises no less for all data, the sample may have misled, and
     a sweep at ``start`` decides.
     """
-    if sweep.drawn is None or sweep.drawn.n_points < SAMPLE_PER_PARAM * len(start):
+    drawn = evaluator.sweep.drawn
+    if drawn is None or drawn.n_points < SAMPLE_PER_PARAM * len(start):
         return start
-    sample = sweep.points(sweep.drawn.n_points)
+    sample = evaluator.sweep.points(drawn.n_points)
     coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
     own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
     try:
-        with SampleSweep(sweep.evaluation, sample, sweep.jac_mode) as small:
+        small = sample_evaluator(evaluator, sample)
+        with small.sweep:
             found = solve(small, start, own)
             warm = told_apart(found, start, small)
     except NotFiniteAtStart:
         return start
-    sweep.drawn = sweep.drawn._replace(nfev=found.nfev)
+    evaluator.drawn = drawn._replace(nfev=found.nfev)
     warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
     reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
-    there = sweep(warm, reduction)
+    there = evaluator(warm, reduction)
     assert there.read is not None  # of data that are not held
     expected = found.history[0].cost / sample.n_points  # per point
     if predicted_cost(there, warm, options) / there.read.n_points <= expected:
         return warm
-    return warm if there.finite and there.cost <= sweep(start, reduction).cost else start
+    return warm if there.finite and there.cost <= evaluator(start, reduction).cost else start
 
 
-def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Solution:
+def hybrid(evaluator: Evaluator, start: np.ndarray, options: Options) -> Solution:
     """`trust_region.solve` on all data, from where a fit of the sample ends.
 
     Raises
@@ -115,4 +107,4 @@ def hybrid(sweep: StreamingSweep, start: np.ndarray, options: Options) -> Soluti
         Where on all data cost or derivatives are not finite at ``start``.
     """
     # what the sample has determined is near its optimum, what it has not seen is most of the cost: steps are free at once
-    return solve(sweep, warm_start(sweep, start, options), replace(options, free_below=np.inf))
+    return solve(evaluator, warm_start(evaluator, start, options), replace(options, free_below=np.inf))

@@ -1,56 +1,37 @@
-"""curve_fit and fit: check, bring the data where they are swept, solve, return."""
+"""curve_fit and fit: prepare, bring the data where they are swept, solve, return."""
 
 import logging
 import signal
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
 
-from .base.values import positive
-from .data.arrays import check_sendable
-from .data.door import admit_data, align_data, count_points, open_data, too_few
-from .data.labels import by_name, origins, warn_if_packed
+from .base.warn import warn
+from .data.chunks import Census
+from .data.door import admit_data
+from .data.labels import origins
 from .data.sample import sample_size
-from .data.store import Policy, warn_if_changed
-from .engine.checkpoint import Interrupted, StopOnSignal, create_checkpoint_directory, open_checkpoint, read_call
+from .data.store import warn_if_changed
+from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.condensed import Segmentation
-from .engine.evaluation import Evaluation
-from .engine.streaming import StreamingSweep
+from .engine.evaluator import Evaluator
 from .engine.sweep import open_sweep
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
-from .memory.machine import active_client
-from .memory.plan import Plan, make_plan
-from .model.function import function_name, held, intern
-from .options import (
-    accuracy_wanted,
-    check_options,
-    finite_policy,
-    jacobian,
-    known_names,
-    likelihood,
-    limit,
-    model_first,
-    parameters,
-    partitions,
-    ready_model,
-    scale,
-    starts_wanted,
-    tolerance,
-)
-from .presets import OptimizationGoal, workflow_options
+from .memory.plan import Plan
+from .model.function import function_name
+from .options import FITS, defaults, known_names, with_known_names
+from .prepare import Prepared, by_workflow, prepare
+from .presets import OptimizationGoal
 from .results.diagnostics import combinations
 from .results.result import FitResult
 from .results.statistics import Noise, Totals
@@ -58,16 +39,17 @@ from .results.uncertainty import covariance, spread_out
 from .solve.multistart import Search, fit_again, polish, search
 from .solve.outcome import NotConvergedError, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
-from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
+from .solve.trust_region import NotFiniteAtStart, Record, Solution, solve
 from .solve.warm_start import hybrid
 
 logger = logging.getLogger("dask_nlsq")
 
 
+@with_known_names(FITS)
 def curve_fit(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     sigma=None,
     absolute_sigma: bool = False,
@@ -125,7 +107,7 @@ def curve_fit(
         Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
         the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
         is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
-        earliest one, durations seconds; NaT counts as nan.
+        earliest one, durations seconds; NaT counts as nan. Or what `dask_nlsq.hold` holds, in the place of all data.
     ydata : array_like
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
@@ -151,7 +133,7 @@ def curve_fit(
         forward-mode differentiation.
     full_output : bool
         Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
-    loss : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}
+    loss, f_scale : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}, float
         rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier. Or the
         maximum likelihood for counts, with half the deviance as cost, the inverse of Fisher's information as covariance
         (never scaled), and a mean of at least 1e-10.
@@ -253,182 +235,23 @@ def curve_fit(
     Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
     `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
     """
-    given = dict(locals())
-    check_options(given)
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    if decode_cf:
-        warn_if_packed(ydata)
-    xdata, sigma, mask, labels = by_name(xdata, ydata, sigma, mask)
-    loss, reweighted = likelihood(loss, sigma)
-    p0, bounds, guesses = ready_model(f, p0, bounds, param_names, method)
-    all_names, all_lower, all_upper, all_start, free = parameters(f, p0, bounds, param_names, fixed, guesses)
-    names, (lower, upper, start) = [all_names[k] for k in free], np.stack([all_lower, all_upper, all_start])[:, free]
-    method = None if method == "auto" else method
-    n_starts = starts_wanted(n_starts)
-    if method == "lm" and np.any(np.isfinite([lower, upper])):
-        raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
-    model = intern(*held(f, jacobian(jac), all_start, free))
-    known = absolute_sigma or (loss == "poisson" and not reweighted)
-    options = Options(
-        lower=lower,
-        upper=upper,
-        x_scale=scale(x_scale, len(all_start), free),
-        ftol=tolerance("ftol", ftol),
-        xtol=tolerance("xtol", xtol),
-        gtol=tolerance("gtol", gtol),
-        accuracy=accuracy_wanted(accuracy),
-        noise="known" if known else "pearson" if reweighted else "cost",
-        names=tuple(names),
-        max_nfev=limit(max_nfev, maxfev),
-        gtol_relative=method in (None, "lm") and not np.any(np.isfinite([lower, upper])),
-        reduction=reduction,
-        tr_solver=tr_solver,
-    )
-    check, omit = finite_policy(check_finite, nan_policy)
-    if checkpoint is not None:
-        strategy = "streaming"
-    as_given = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    without = as_given | dict(sigma=None) if reweighted else as_given
-    policy = Policy(on_bad_chunk, missing_chunks)
-    data, stored, rules = open_data(without, policy, mask_values, valid_range, decode_cf, loss)
-    rules |= dict(check=check, omit=omit, counts=loss == "poisson")
-    problem = align_data(model, len(start), **data, strategy=strategy, rules=rules)
-    if problem.n_points < len(start):
-        raise TypeError(too_few(len(start), problem.n_points))
-    client = active_client()
-    plan = make_plan(problem, len(start), strategy, memory_limit_gb, client, partitions(partitions_per_thread))
-    if plan.strategy == "standard":
-        client = None
-    if client is not None:
-        check_sendable(**as_given)
-        for line in plan.advice:
-            logger.warning("%s", line)
-    evaluation = Evaluation(model, problem.rules, loss, positive("f_scale", f_scale), Segmentation.of(problem, len(start)))
-
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        stack.enter_context(attached(client, report))
-        live = stack.enter_context(Live(client, function_name(model.f), names, start, plan, absolute_sigma))
-        place = problem, evaluation, client, plan.n_partitions
-        streamed = StreamingSweep(*place) if plan.strategy == "streaming" else None
-        live.sweep = sweep = streamed or open_sweep(*place)
-        stack.enter_context(sweep)
-
-        @cache
-        def admit():
-            counts = admit_data(sweep.census(), problem, len(start))
-            check_start(sweep, names, start, lower, upper)
-            return counts
-
-        if guesses:
-            if streamed:
-                streamed.draw(len(start), needed=GUESS_RUNS)
-            else:
-                admit()
-            start = np.where([name in guesses for name in names], guessed_start(sweep, model, lower, upper), start)
-            all_start[free] = start
-            live.guessed(start)
-        if checkpoint is not None and streamed:
-            bounds = (all_lower, all_upper)
-            path = checkpoint() if callable(checkpoint) else checkpoint  # nothing is created before all is checked
-            kept = open_checkpoint(
-                path, model, as_given, problem, stored, given | dict(p0=all_start, bounds=bounds, param_names=all_names)
-            )
-            if streamed.resume_from(kept):
-                jac_mode = streamed.jac_mode
-            streamed.leave = stack.enter_context(StopOnSignal())
-        if streamed:
-            streamed.draw(len(start), needed=n_starts > 0)
-            check_start(streamed, names, start, lower, upper)
-            streamed.admit = admit  # what is in the data is known when the first sweep has read them
-        else:
-            admit()
-        if jac_mode == "auto":
-            jac_mode = choose_jac_mode(model, problem.rules.layouts, sweep.sample(), start, problem.n_points)
-        sweep.jac_mode = jac_mode
-        loaded = time.perf_counter()
-        try:
-            with Observers(callback, progress, verbose, live) as observers:
-                options = replace(options, callback=observers)
-                if streamed:
-                    streamed.watch = observers.reading
-                found: Search | None = None
-                solver: Callable = hybrid if streamed else solve
-                if n_starts:
-                    sample = sweep.points(sample_size(len(start)))
-                    found = search(evaluation, sample, start, lower, upper, n_starts)
-                    solution, found = polish(found, sweep, options, solver)
-                else:
-                    solution = solver(sweep, start, options)
-                    solution = fit_again(solution, sweep, evaluation, start, options, solver)
-        except Interrupted as stop:  # before there is a point to return
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
-        except NotFiniteAtStart as err:
-            raise ValueError(not_finite_at_start(sweep, model, start, names)) from err
-        n_points, n_masked, n_omitted = admit()
-        sweeps, drawn, damage = sweep.count, sweep.drawn, sum((census.damage for census in sweep.census()), ())
-        live.ended(solution.message, n_masked + n_omitted, len(damage))
-    for each in stored if streamed else ():
-        warn_if_changed(each)
-    cost = solution.equations.pearson / 2 if reweighted else solution.equations.cost
-    pcov = _scaled_covariance(solution, None if known else cost, n_points, names)
-    popt = all_start.copy()
-    popt[free] = solution.params
-    assert solution.equations.parts is not None and sweep.weights is not None  # as after each sweep over all data
-    parts = unpack(solution.equations.parts, len(free))._replace(weights=sweep.weights)
-    result = FitResult(
-        popt=popt,
-        pcov=spread_out(pcov, free, len(popt)),
-        param_names=all_names,
-        cost=cost,
-        n_points=n_points,
-        n_masked=n_masked,
-        n_omitted=n_omitted,
-        nfev=solution.nfev,
-        sweeps=sweeps,
-        status=solution.status,
-        message=solution.message,
-        optimality=solution.optimality,
-        distance=solution.distance,
-        plan=plan,
-        reduction=solution.equations.reduction,
-        jac_mode="user" if model.jac is not None else jac_mode,
-        history=solution.history,
-        seconds=dict(load=loaded - started, solve=time.perf_counter() - loaded),
-        starts=found,
-        sample=drawn,
-        damage=damage,
-        n_filled=sum(len(each.absent) for each in stored),
-        fixed={name: float(popt[k]) for k, name in enumerate(all_names) if k not in free},
-        bounds=np.stack([all_lower, all_upper]),
-        noise=Noise(loss, known, reweighted, _one_sigma(problem)),
-        totals=Totals(cost, n_points, *(sweep.weights.sum(axis=0).tolist() if problem.factor is None else [np.nan] * 3)),
-        parts=parts,
-        factor=solution.factor,
-        evaluation=evaluation,
-        data=problem,
-        _labels=labels if problem.factor is None else None,  # whitened points have lost their places
-        _origins=origins(xdata),
-    )
-    if solution.status == 0:
-        raise NotConvergedError(not_converged(solution, names), result)
-    if solution.status == STUCK:
-        warnings.warn(f"Not converged: {solution.message} {WAY_OUT}", OptimizeWarning, stacklevel=2)
-    if solution.status == -3:
-        logger.warning("%s", solution.message)
+    ready = prepare(dict(locals()))
+    run = _run(ready)
+    result = _assemble(ready, run)
+    if result.status == 0:
+        raise NotConvergedError(not_converged(run.solution, ready.names), result)
+    if result.status == STUCK:
+        warn(f"Not converged: {result.message} {WAY_OUT}", OptimizeWarning)
+    if result.status == -3:
+        logger.warning("%s", result.message)
     logger.info("%s", result.summary())
-    if verbose:
+    if ready.call.verbose:
         print(result.summary())
-    if full_output:
+    if ready.call.full_output:
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
     return result
 
 
-CHANGE = {
-    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
-    "it with `fixed`. A model with steps has no derivatives",
-    False: "Hold one of them with `fixed`, or start components that are alike from different values",
-}
 WAY_OUT = (
     "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
     "accuracy=None takes what SciPy's tests accept."
@@ -469,7 +292,7 @@ def fit(
     f, xdata, ydata, p0
         As in `curve_fit`.
     goal : OptimizationGoal or str, optional
-        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.compat.workflow`.
+        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
     n_starts : int, optional
         Number of starts; by default that of the workflow and the goal.
     **curve_fit_options
@@ -480,12 +303,8 @@ def fit(
     ValueError
         An unknown workflow or goal; and as `curve_fit`.
     """
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    known_names(curve_fit, curve_fit_options)
-    options = workflow_options(workflow, goal, count_points(ydata), n_starts)
-    if options["strategy"] == "streaming" and not curve_fit_options.keys() & {"checkpoint", "strategy"}:
-        options["checkpoint"] = create_checkpoint_directory
-    return curve_fit(f, xdata, ydata, p0, **options | curve_fit_options)
+    options = dict(curve_fit_options, workflow=workflow, goal=goal, n_starts=n_starts)
+    return curve_fit(**by_workflow("fit", f, xdata, ydata, p0, options))
 
 
 def resume(
@@ -515,7 +334,7 @@ def resume(
 def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
     """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
 
-    Reads and computes nothing. ``plan_fit(...).explain()`` prints the plan as a table.
+    Reads nothing but metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.
 
     Parameters
     ----------
@@ -530,35 +349,176 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
         Where the data do not fit; the message has the numbers and the way out.
     ValueError, TypeError
         As `curve_fit`, as far as it can be seen without the values of the data.
+    BadChunkError, MissingChunksError
+        Chunks of a Zarr array that are damaged or absent.
     """
-    f, xdata, ydata = model_first(f, xdata, ydata)
-    if not options.keys().isdisjoint(("workflow", "goal")):
-        named = options.pop("workflow", "auto"), options.pop("goal", None)
-        options = workflow_options(*named, count_points(ydata), options.pop("n_starts", None)) | options
-    known_names(curve_fit, options)
-    call = signature(curve_fit).bind(f, xdata, ydata, p0, **options)
-    call.apply_defaults()
-    given = call.arguments
-    check_options(given)
-    p0, bounds, guesses = ready_model(f, p0, given["bounds"], given["param_names"])
-    _, _, _, every, free = parameters(f, p0, bounds, given["param_names"], given["fixed"], guesses)
-    start = every[free]
-    scale(given["x_scale"], len(every), free)
-    check, omit = finite_policy(given["check_finite"], given["nan_policy"])
-    model = intern(*held(f, jacobian(given["jac"]), every, free))
-    loss, reweighted = likelihood(given["loss"], given["sigma"])
-    xdata, sigma, mask, _ = by_name(xdata, ydata, None if reweighted else given["sigma"], given["mask"])
-    data = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    values = given["mask_values"], given["valid_range"], given["decode_cf"]
-    data, _, rules = open_data(data, Policy(), *values, loss, look=False)
-    rules |= dict(check=check, omit=omit)
-    problem = align_data(model, len(start), **data, strategy=given["strategy"], rules=rules)
-    where = given["strategy"], given["memory_limit_gb"], active_client(), partitions(given["partitions_per_thread"])
-    return make_plan(problem, len(start), *where)
+    if options.keys() & {"workflow", "goal"}:
+        options = by_workflow("plan_fit", f, xdata, ydata, p0, options)
+    else:
+        known_names("plan_fit", FITS, options)
+        options = dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options
+    return prepare(defaults(FITS) | options).plan
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the fit
+
+
+class _Run(NamedTuple):
+    """What a fit has found, and what is known of its data once they have been read."""
+
+    solution: Solution
+    start: np.ndarray  # of all parameters
+    search: Search | None
+    counts: tuple[int, int, int]  # points used, masked, omitted
+    evaluator: Evaluator
+    seconds: dict[str, float]
+
+
+def _run(ready: Prepared) -> _Run:
+    """Bring the data where they are swept, find the start, solve."""
+    call, n, began = ready.call, len(ready.free), time.perf_counter()
+    about = function_name(ready.objective.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
+    with ExitStack() as stack:
+        client, plan = ready.source.client, ready.plan
+        stack.enter_context(attached(client, call.report))
+        live = stack.enter_context(Live(client, *about))
+        sweep = ready.source.sweep
+        if sweep is None:
+            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions))
+        live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
+        counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
+        start = _start(ready, evaluator, counts, live, stack)
+        loaded = time.perf_counter()
+        try:
+            with Observers(call.callback, call.progress, call.verbose, live) as observers:
+                solution, found = _solve(ready, evaluator, start[ready.free], observers)
+        except Interrupted as stop:  # before there is a point to return
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
+        except NotFiniteAtStart as err:
+            raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
+        assert sweep.census is not None  # as after each sweep over all data
+        live.ended(solution.message, sum(counts()[1:]), len(sweep.census.damage))
+        seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
+        return _Run(solution, start, found, counts(), evaluator, seconds)
+
+
+def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, stack: ExitStack) -> np.ndarray:
+    """The start of all parameters; what is held has been checked there, of what is not a sample has been drawn."""
+    call, params, n, sweep = ready.call, ready.params, len(ready.free), evaluator.sweep
+    model, every = ready.objective.model, ready.params.start.copy()
+    lower, upper = ready.options.lower, ready.options.upper
+
+    def check():
+        check_start(sweep, model, ready.names, every[ready.free], lower, upper)
+
+    if sweep.place.held:
+        counts()
+        check()
+    elif params.guessed:
+        sweep.draw(n, needed=GUESS_RUNS)
+    if params.guessed:
+        guess = guessed_start(sweep, model, lower, upper)
+        every[ready.free] = np.where([name in params.guessed for name in ready.names], guess, ready.start)
+        live.guessed(every[ready.free])
+    jac_mode = call.jac_mode
+    if not sweep.place.held:
+        if call.checkpoint is not None:
+            jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
+            evaluator.stop = stack.enter_context(StopOnSignal())
+        sweep.draw(n, needed=call.n_starts > 0)
+        evaluator.save_sample()
+        check()
+        evaluator.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
+    if jac_mode == "auto":
+        layouts, n_points = ready.data.preparation.layouts, ready.data.n_points
+        jac_mode = choose_jac_mode(model, layouts, sweep.sample, every[ready.free], n_points)
+    evaluator.jac_mode = jac_mode
+    return every
+
+
+def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
+    """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
+    path, params = ready.call.checkpoint, ready.params
+    known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
+    path = path() if callable(path) else path
+    kept = open_checkpoint(
+        path, ready.objective.model, ready.source.arrays, ready.data, ready.source.stored, {**ready.given, **known}
+    )
+    return evaluator.resume_from(kept)
+
+
+def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: Observers) -> tuple[Solution, Search | None]:
+    options = replace(ready.options, callback=observers)
+    solver: Callable = solve if evaluator.sweep.place.held else hybrid
+    evaluator.watch = observers.reading
+    if ready.call.n_starts:
+        sample = evaluator.sweep.points(sample_size(len(start)))
+        found = search(ready.objective, sample, start, options.lower, options.upper, ready.call.n_starts)
+        return polish(found, evaluator, options, solver)
+    return fit_again(solver(evaluator, start, options), evaluator, start, options, solver), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # after the fit
+
+
+def _assemble(ready: Prepared, run: _Run) -> FitResult:
+    solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.likelihood, run.evaluator
+    for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
+        warn_if_changed(each)
+    n_points, n_masked, n_omitted = run.counts
+    equations = solution.equations
+    cost = equations.pearson / 2 if noise.reweighted else equations.cost
+    pcov = _scaled_covariance(solution, None if noise.known else cost, n_points, ready.names)
+    popt = run.start.copy()
+    popt[ready.free] = solution.params
+    whitened, sigma = data.factor is not None, data.operands[1]
+    one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
+    assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
+    sums = [np.nan] * 3 if whitened else evaluator.weights.sum(axis=0).tolist()
+    return FitResult(
+        popt=popt,
+        pcov=spread_out(pcov, ready.free, len(popt)),
+        param_names=params.names,
+        cost=cost,
+        n_points=n_points,
+        n_masked=n_masked,
+        n_omitted=n_omitted,
+        nfev=solution.nfev,
+        sweeps=evaluator.count,
+        status=solution.status,
+        message=solution.message,
+        optimality=solution.optimality,
+        distance=solution.distance,
+        plan=ready.plan,
+        reduction=equations.reduction,
+        jac_mode="user" if ready.objective.model.jac is not None else evaluator.jac_mode,
+        history=solution.history,
+        seconds=run.seconds,
+        starts=run.search,
+        sample=evaluator.drawn or evaluator.sweep.drawn,
+        damage=evaluator.sweep.damage,
+        n_filled=sum(len(each.absent) for each in ready.source.stored),
+        fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
+        bounds=np.stack([params.lower, params.upper]),
+        noise=Noise(noise.loss, noise.known, noise.reweighted, one_sigma),
+        totals=Totals(cost, n_points, *sums),
+        parts=unpack(equations.parts, len(ready.free))._replace(weights=evaluator.weights),
+        factor=solution.factor,
+        objective=ready.objective,
+        preparation=data.preparation,
+        data=data,
+        _labels=None if whitened else ready.source.labels,  # whitened points have lost their places
+        _origins=origins(ready.source.arrays["xdata"]),
+    )
+
+
+CHANGE = {
+    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
+    "it with `fixed`. A model with steps has no derivatives",
+    False: "Hold one of them with `fixed`, or start components that are alike from different values",
+}
 
 
 def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
@@ -571,11 +531,5 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
         return pcov * (2 * cost / (n_points - p))
     reasons = combinations(solution.factor, names)
     why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warnings.warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning, stacklevel=3)
+    warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning)
     return np.full((p, p), np.inf)
-
-
-def _one_sigma(problem):
-    """Sigma, where it is the same for all points."""
-    sigma = problem.operands[1]
-    return float(np.asarray(sigma).item()) if sigma.size == 1 and problem.factor is None else None

@@ -1,0 +1,141 @@
+"""A demonstration with a known answer: simulate a beamline measurement on disk, fit it, compare with the truth.
+
+The data are fitted twice: held in memory, and read anew from the store in each sweep, as where they are larger than any
+memory; that fit is cut off after a sweep and resumed.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import OptimizeWarning
+
+from ..fitting import curve_fit, resume
+from .measurement import Measurement, expected_cost, plan_measurement, prepare_directory, write_measurement
+from .model import two_time_model
+from .report import closing, draw, facts, parameters, reduced_chi_square, streaming_facts
+
+MAX_PULL = 5.0  # one of 53 exceeds it by chance once in 30,000 demonstrations
+MAX_APART = 1e-4  # standard errors between the two fits of the same data
+TOLERANCE = 1e-12  # of the cost, for that: g0, beta and g_offset are correlated so that 1e-8 leaves a hundredth of them
+MANY = 7  # names in a message; the last ones are the physical parameters
+
+
+class Report(NamedTuple):
+    """What `run` found: the fits, ``pulls`` (2 A + 7,), how far the fits are ``apart`` in standard errors, and the files."""
+
+    result: object
+    streamed: object
+    pulls: np.ndarray
+    apart: float
+    directory: Path
+    picture: Path | None
+
+
+def run(
+    frames: int = 200, n_angles: int = 23, seed: int = 0, directory: str | Path | None = None, echo: Callable = print
+) -> Report:
+    """Simulate, store, fit and judge; ``echo`` receives the report line by line.
+
+    Parameters
+    ----------
+    frames, n_angles : int
+        Frames n of 0.1 s, angles from -90 to 90 degrees; the data are ``n_angles * n * n`` numbers of 4 bytes.
+    seed : int
+        Of the truth per angle, of the start, 10 to 50 % off, and of the noise.
+    directory : path, optional
+        Where the store and the picture go and stay. A new temporary directory if not given.
+
+    Raises
+    ------
+    ValueError, OSError
+        Too few frames or angles; an earlier demonstration in the directory; too little space.
+    RuntimeError
+        The fit missed the truth by more than 5 standard errors, or the streaming fit the other one by more than 1e-4.
+    """
+    measurement = plan_measurement(frames, n_angles, seed)
+    directory = prepare_directory(directory, measurement)
+    a, n, _ = measurement.shape
+    echo(f"Two-time correlations: {a} angles x {n} x {n} frames = {a * n * n:,} points, {len(measurement.truth)} parameters")
+    echo(f"Simulating, and writing to {directory}")
+    store = write_measurement(measurement, directory / "two-time.zarr")
+    echo("Fitting: reading the data, compiling the model, sweeps\n")
+    result = fit_measurement(measurement, store, echo)
+    pulls = compare(measurement, result)
+    echo("\n".join([*parameters(measurement, result, pulls), *facts(result)]))
+    echo("\nThe same from a store that is read anew in each sweep, cut off after the first one and resumed:")
+    streamed = fit_streaming(measurement, store, directory / "streaming.ckpt", echo)
+    apart = float(np.max(np.abs(streamed.popt - result.popt) / result.perr))
+    echo("\n".join(streaming_facts(streamed, apart)))
+    picture = draw(measurement, store, result, directory / "demo.png")
+    echo("\n".join(closing(directory, picture)))
+    report = Report(result, streamed, pulls, apart, directory, picture)
+    judge(measurement, report)
+    return report
+
+
+def sayer(measurement: Measurement, echo: Callable[[str], None]) -> Callable:
+    """A callback that says a line per sweep."""
+    a, n, _ = measurement.shape
+    expected = expected_cost(a * n * (n - 1), len(measurement.truth))
+
+    def say(record):
+        echo(f"sweep {record.nfev:>3}: cost {record.cost / expected:12.7f} x expected, {record.seconds:6.1f} s")
+
+    return say
+
+
+def fit_measurement(measurement: Measurement, store: Path, echo: Callable[[str], None] = print, **options):
+    """Fit all parameters to the array (A, n, n) at ``store``; axes are coordinates, the diagonal i = j is left out."""
+    a, n, _ = measurement.shape
+    coordinates = np.arange(a)[:, None, None], np.arange(n)[None, :, None], np.arange(n)[None, None, :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)  # of undetermined parameters: `judge` says it
+        return curve_fit(
+            two_time_model(measurement),
+            coordinates,
+            store,
+            p0=measurement.start,
+            bounds=(measurement.lower, measurement.upper),
+            mask=np.eye(n, dtype=bool)[None],
+            ftol=TOLERANCE,
+            param_names=measurement.names,
+            **dict(callback=sayer(measurement, echo), progress=False) | options,  # the lines are enough
+        )
+
+
+def fit_streaming(measurement: Measurement, store: Path, checkpoint: Path, echo: Callable[[str], None]):
+    """`fit_measurement` without holding the data, ended after one sweep, as by a queue's time limit, and resumed."""
+    say = sayer(measurement, echo)
+
+    def cut_off(record):
+        say(record)
+        raise StopIteration
+
+    fit_measurement(measurement, store, strategy="streaming", checkpoint=checkpoint, callback=cut_off)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OptimizeWarning)
+        return resume(checkpoint, two_time_model(measurement), callback=say, progress=False)
+
+
+def compare(measurement: Measurement, result) -> np.ndarray:
+    """Pulls (2 A + 7,), ``(fit - truth) / standard error``; inf where the data did not determine the parameter."""
+    determined = np.isfinite(result.perr) & (result.perr > 0)
+    return np.where(determined, (result.popt - measurement.truth) / np.where(determined, result.perr, 1.0), np.inf)
+
+
+def judge(measurement: Measurement, report: Report) -> None:
+    """Raise where the demonstration failed."""
+    # not ">": a pull that is NaN must not pass
+    missed = [name for name, pull in zip(measurement.names, report.pulls, strict=True) if not abs(pull) <= MAX_PULL]
+    if missed:
+        raise RuntimeError(
+            f"the fit missed the truth of {len(missed)} parameters ({', '.join(missed[-MANY:])}) by more than {MAX_PULL:g} "
+            "standard errors or did not determine them, with a reduced chi-square of "
+            f"{reduced_chi_square(report.result):.3f}: where that is much more than 1 the start "
+            "led to a local minimum (2 of 40 starts did), and another seed gives another start"
+        )
+    if not report.apart <= MAX_APART:
+        raise RuntimeError(f"the streaming fit ended {report.apart:.1e} standard errors from the other, not {MAX_APART:g}")

@@ -1,0 +1,199 @@
+"""Where data are, and how work reaches all of them: held here or on workers, or unread in a store, read here or by workers.
+
+All four do the same: ``each(work, runs, objectives, *args)`` yields the number of a *unit* and the result of the work on its
+runs of chunks, on all of them where ``runs`` is None; held data have no other choice. A unit is ``2^level`` neighbouring
+runs, so that its result is a node of the tree of the merge.
+"""
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from contextvars import copy_context
+from threading import Semaphore
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from distributed import Client
+
+from ..base.config import threads
+from ..base.x64 import inherit_device
+from ..data.align import Data
+from ..data.chunks import Chunk, Preparation, release
+from ..data.loading import Load, compute_shared, plan_loads
+from ..memory.machine import keep_freed_memory
+from ..memory.needs import READ_AHEAD
+from .cluster import Pieces
+from .partition import Partition, Work, load_chunk, load_partition, with_factor
+from .request import Objective, present
+
+Runs: TypeAlias = Sequence[int] | None
+Results: TypeAlias = Generator[tuple[int, Any], None, None]
+
+GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
+
+
+class HeldHere:
+    """Data in this process, blocks shared out to threads; a single block is done in place. One unit."""
+
+    held = True
+
+    def __init__(self, partition: Partition, n_threads: int):
+        self.partition, self.n_runs = partition, len(partition.chunks)
+        self.level = (self.n_runs - 1).bit_length()
+        self.n_threads = min(n_threads, sum(len(chunk.blocks) for chunk in partition.chunks))
+        self.pool = ThreadPoolExecutor(self.n_threads, "nlsq-sweep", inherit_device()) if self.n_threads > 1 else None
+
+    @classmethod
+    def load(cls, data: Data, n_threads: int) -> "HeldHere":
+        chunks: list[Chunk] = []
+        runs, common = plan_loads(data)
+        shared = compute_shared(common)
+        with ExitStack() as on_error, ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
+            on_error.callback(lambda: deque(map(release, chunks), 0))
+            chunks.extend(pool.map(lambda run: load_chunk(data.preparation, run, shared), runs))
+            on_error.pop_all()
+        if data.factor is not None:
+            chunks = [with_factor(chunk, data.factor) for chunk in chunks]
+        return cls(Partition.of(data.preparation, chunks), n_threads)
+
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+        yield 0, work.of(self.partition, objectives, *args, share=self._share)
+
+    def _share(self, function, blocks):
+        if self.pool is None:
+            return function(blocks)
+        size = -(-len(blocks) // (self.n_threads * GROUPS_PER_THREAD))
+        groups = [blocks[k : k + size] for k in range(0, len(blocks), size)]
+        return [each for found in self.pool.map(function, groups) for each in found]
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+        for chunk in self.partition.chunks:
+            release(chunk)
+        self.partition = self.partition._replace(chunks=())
+
+
+class HeldByWorkers:
+    """Data on the workers of ``client``: one future per partition, one task per partition and sweep.
+
+    The results, a small matrix each, are merged by the client: where tasks merged 32 of them, each had to fetch them from
+    other workers, and a sweep of 938 tasks on 300 workers, simulated in two processes, took 13 s or more instead of 2.
+    """
+
+    held = True
+
+    def __init__(self, data: Data, client: Client, n_partitions: int):
+        runs, graph = plan_loads(data)
+        self.n_runs = len(runs)
+        self.pieces = Pieces(client, load_partition, data.preparation, runs, graph, n_partitions, not data.lazy)
+        self.level = self.pieces.level
+        with ExitStack() as on_error:
+            on_error.callback(self.close)
+            self.pieces.wait()
+            on_error.pop_all()
+
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+        yield from enumerate(self.pieces.gather(work_on_partition, f"nlsq-{work.name}", objectives, work=work, args=args))
+
+    def close(self) -> None:
+        self.pieces.close()
+
+
+def work_on_partition(partition: Partition, *objectives: Objective, work: Work, args: tuple):
+    """The task of a sweep."""
+    return work.of(partition, [*map(present, objectives)], *args)
+
+
+class LazyRuns(NamedTuple):
+    """Runs of chunks that a task reads whenever it needs them, with the shared values that they need."""
+
+    preparation: Preparation
+    runs: list[list[Load]]
+    shared: dict[Any, np.ndarray]
+
+    def each(self, work: Work, places: Iterable[int], objectives, args: tuple, n_threads: int) -> Iterator:
+        """The result of the work on each run, in order; at most ``n_threads + READ_AHEAD`` runs are in memory."""
+        kernels, n_ahead = Semaphore(n_threads), n_threads + READ_AHEAD
+        runs = [self.runs[place] for place in places]
+
+        def one(run):
+            chunk = load_chunk(self.preparation, run, self.shared)
+            try:
+                with kernels:
+                    return work.of(Partition.of(self.preparation, [chunk]), objectives, *args)
+            finally:
+                release(chunk)
+
+        waiting: deque[Future] = deque()
+        with ThreadPoolExecutor(max(1, min(n_ahead, len(runs))), "nlsq-stream", inherit_device()) as pool:
+            try:
+                for run in runs:
+                    waiting.append(pool.submit(copy_context().run, one, run))  # with it, Dask's meters
+                    if len(waiting) > 2 * n_ahead:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+class UnreadHere:
+    """Data that this process reads whenever they are needed, run by run."""
+
+    held, level = False, 0
+
+    def __init__(self, data: Data):
+        runs, common = plan_loads(data)
+        self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(common)), len(runs)
+
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+        runs = range(self.n_runs) if runs is None else runs
+        yield from zip(runs, self.lazy.each(work, runs, objectives, args, threads()), strict=True)
+
+    def close(self) -> None:
+        pass
+
+
+class UnreadByWorkers:
+    """Data that workers of ``client`` read: each unit is a task that reads its runs one by one and merges the results."""
+
+    held = False
+
+    def __init__(self, data: Data, client: Client, n_partitions: int):
+        runs, graph = plan_loads(data)
+        self.pieces = Pieces(client, _lay_out, data.preparation, runs, graph, n_partitions, False)
+        self.n_runs, self.level = len(runs), self.pieces.level
+
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+        """In the order in which units are ready."""
+        places: dict[int, list[int]] = {}
+        for run in range(self.n_runs) if runs is None else runs:
+            places.setdefault(run >> self.level, []).append(run % (1 << self.level))
+        name = f"nlsq-{work.name}"
+        yield from self.pieces.each(work_through, name, [*places], [*places.values()], objectives, work=work, args=args)
+
+    def close(self) -> None:
+        self.pieces.close()
+
+
+def _lay_out(preparation, runs, keys, *values) -> LazyRuns:
+    keep_freed_memory()
+    return LazyRuns(preparation, runs, dict(zip(keys, values, strict=True)))
+
+
+def work_through(lazy: LazyRuns, places: Sequence[int], *objectives: Objective, work: Work, args: tuple):
+    """The task of a sweep over data that are not held."""
+    return work.merge(lazy.each(work, places, [*map(present, objectives)], args, 1), *args)
+
+
+Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers
+
+
+def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int) -> Place:
+    """Bring data where they will be swept, or see to it that they can be read there."""
+    if strategy == "streaming":
+        return UnreadHere(data) if client is None else UnreadByWorkers(data, client, n_partitions)
+    return HeldHere.load(data, threads()) if client is None else HeldByWorkers(data, client, n_partitions)

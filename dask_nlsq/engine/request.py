@@ -1,0 +1,110 @@
+"""What a sweep is asked for, and how blocks of data answer it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from dask.sizeof import sizeof
+from distributed.metrics import context_meter
+
+from ..base.x64 import float64
+from ..data.chunks import LARGEST, Chunk, Preparation
+from ..kernels.blocks import MAX_TILE, Block, JacMode, KernelSpec, Reduction, tile_size
+from ..kernels.rows import sweep_kernel
+from ..kernels.values import VALUES_LEAD, What, value_kernel
+from ..model.function import Model, known_model
+from ..model.losses import LIKELIHOODS
+from .condensed import Segmentation, Sums
+
+
+class Objective(NamedTuple):
+    """What a fit minimises, whatever the data are. Parameters that are held are part of the model."""
+
+    model: Model
+    loss: str = "linear"
+    f_scale: float = 1.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether y must be counts, which are not negative."""
+        return self.loss in LIKELIHOODS
+
+
+@sizeof.register(Objective)
+def objective_nbytes(objective: Objective) -> int:
+    return objective.model.nbytes if isinstance(objective.model, Model) else 0  # else it travels by itself
+
+
+def present(objective: Objective) -> Objective:
+    """The objective with its model, which may have come by the token alone."""
+    model = objective.model
+    return objective._replace(model=known_model(model)) if isinstance(model, str) else objective
+
+
+class Request(NamedTuple):
+    """An objective at params (p,), and what all data are to be condensed to there.
+
+    On the way to the data ``objective`` is the number of the one that it stands for, among those that travel with it.
+    """
+
+    objective: Objective
+    params: np.ndarray
+    reduction: Reduction = "gram"
+    jac_mode: JacMode = "columns"  # chosen once, so that all workers do the same
+    segmentation: Segmentation = Segmentation()
+    weigh: bool = False  # sum the weights too, and y with them
+
+
+def kernel_spec(preparation: Preparation, request: Request, block: Block) -> KernelSpec:
+    layouts = preparation.layouts
+    if block.clean:
+        layouts = layouts._replace(invalid=None)  # axis vectors: half the time of a sweep
+    capacity, n_segments = len(block.buffers[0]), request.segmentation.per_block
+    tile = None if preparation.whole else tile_size(len(request.params), capacity)
+    if tile is not None and tile <= MAX_TILE:  # longer ones are a GPU's, which has no use for short ones
+        tile = min(tile, -(-capacity // max(n_segments, 1)))
+    whitened = len(block.buffers) > len(layouts.operands)
+    return KernelSpec(layouts, request.reduction, request.jac_mode, request.objective.loss, tile, whitened, n_segments)
+
+
+def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests: Sequence[Request]) -> list[list[Sums]]:
+    """For each request the sums of each block. A block is read by one kernel after the other, while it is in the cache."""
+    kernels: dict[tuple, Callable] = {}
+    results: list[list[Sums]] = [[] for _ in requests]
+    with float64():
+        for block in blocks:
+            for k, request in enumerate(requests):
+                like, label, model = (k, len(block.buffers[0]), block.clean), "jax-execute", request.objective.model
+                if like not in kernels:
+                    n_known = len(model.compiled)
+                    kernels[like] = sweep_kernel(model, kernel_spec(preparation, request, block))
+                    label = "jax-execute" if n_known == len(model.compiled) else "jax-compile"  # by the first call
+                with context_meter.meter(label):  # else Dask counts it as idle
+                    found = kernels[like](request.params, request.objective.f_scale, block, request.weigh)
+                    matrix, cost, segments = found
+                    results[k].append(Sums(np.asarray(matrix), float(cost), np.asarray(segments)))
+    return results
+
+
+def values(preparation: Preparation, chunk: Chunk, request: Request, what: What, *spread) -> np.ndarray:
+    """What `value_kernel` computes, for a chunk, in its shape; residuals are NaN where the mask is true."""
+    flat = []
+    with float64():
+        for block in chunk.blocks:
+            kernel = value_kernel(request.objective.model, kernel_spec(preparation, request, block), what)
+            found = kernel(request.params, request.objective.f_scale, block, *spread)
+            flat.append(np.asarray(found)[..., : block.geometry[0]])
+    return np.concatenate(flat, axis=-1).reshape(*VALUES_LEAD[what], *chunk.blocks[0].shape.astype(int))
+
+
+def count_not_finite(
+    preparation: Preparation, chunks: Iterable[Chunk], request: Request
+) -> list[tuple[tuple[int, ...], int]]:
+    """Per chunk of y: its index and how many residuals that count are not finite, or too large to be squared."""
+    counts = []
+    for chunk in chunks:
+        bad = ~(abs(values(preparation, chunk, request, "residual").ravel()) < LARGEST**2)
+        ends = np.cumsum([census.n_points for census in chunk.censuses])
+        for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
+            counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))
+    return counts

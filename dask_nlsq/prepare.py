@@ -1,0 +1,287 @@
+"""All that is known of a fit before its data are read: `curve_fit` solves it, `plan_fit` shows its plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from .base.text import size
+from .data.align import Data
+from .data.arrays import check_sendable
+from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
+from .data.labels import Labels, by_name, warn_if_packed
+from .data.store import Stored
+from .engine.checkpoint import create_checkpoint_directory
+from .engine.cluster import attached
+from .engine.request import Objective
+from .engine.sweep import Sweep, open_sweep
+from .memory.machine import active_client
+from .memory.plan import Plan, make_plan
+from .model.function import function_name, held, intern
+from .options import FITS, WORKFLOWS, Likelihood, checked, known_names, likelihood, model_first
+from .parameters import Parameters, read_parameters, scale
+from .presets import workflow_options
+from .solve.trust_region import Options
+
+HELD_PARAMS = 20  # parameters that memory is reckoned for where the model is not known yet
+
+
+class Source(NamedTuple):
+    """The data of a fit: aligned, and where they will be swept, or are held already."""
+
+    arrays: dict[str, Any]  # xdata, ydata, sigma and mask as they came, but for plain arrays in the place of labelled ones
+    labels: Labels | None  # of y
+    data: Data
+    stored: list[Stored]  # arrays in stores that are read
+    client: Any  # whose workers take part, if any
+    plan: Plan
+    sweep: Sweep | None = None  # of data that `dask_nlsq.hold` holds
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call of `dask_nlsq.curve_fit` that has been checked, and its data aligned."""
+
+    given: Mapping[str, Any]  # the arguments as they came
+    call: SimpleNamespace  # and as the fit takes them
+    params: Parameters
+    likelihood: Likelihood
+    options: Options  # of the solver
+    objective: Objective
+    source: Source
+
+    @property
+    def data(self) -> Data:
+        return self.source.data
+
+    @property
+    def plan(self) -> Plan:
+        return self.source.plan
+
+    @property
+    def free(self) -> list[int]:
+        return list(self.params.free)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the free parameters."""
+        return self.options.names
+
+    @property
+    def start(self) -> np.ndarray:
+        """Of the free parameters, (p,); within their bounds where it is to be guessed."""
+        return self.params.start[self.free]
+
+
+def prepare(given: Mapping[str, Any]) -> Prepared:
+    """Check the arguments of `dask_nlsq.curve_fit` and align the data, of which nothing is read but the keys of stores.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
+        As `dask_nlsq.curve_fit`.
+    """
+    call = checked(FITS, given)
+    if call.method == "lm" and call.loss != "linear":
+        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
+    if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
+        raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
+    f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
+    aim, params = likelihood(call), read_parameters(f, call)
+    options, n = _solver_options(call, aim, params), len(params.free)
+    model = intern(*held(f, call.jac, params.start, params.free))
+    objective = Objective(model, aim.loss, call.f_scale)
+    if isinstance(xdata, HeldData):
+        source = xdata.source_for(given, objective, n)
+    else:
+        source = align(call, xdata, ydata, objective, n)
+    if source.client is None and call.report is not None:
+        raise ValueError(
+            f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
+        )
+    return Prepared(given, call, params, aim, options, objective, source)
+
+
+def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Source:
+    """Align the data of a call, for an objective or, where that is None, for any whose model works on blocks of points.
+
+    ``call`` has the arguments of `HELD`, and ``checkpoint`` where there may be one.
+    """
+    if call.decode_cf:
+        warn_if_packed(ydata)
+    xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
+    arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
+    reweighted = isinstance(sigma, str)
+    opened, stored, values = open_data(arrays | (dict(sigma=None) if reweighted else {}), call)
+    values["check"] = call.nan_policy is not None or call.check_finite is not False
+    values["omit"] = call.nan_policy == "omit" and not call.check_finite
+    strategy: Any = call.strategy if getattr(call, "checkpoint", None) is None else "streaming"
+    data = align_data(opened, strategy, values)
+    if objective is not None and _admitted(objective, n_params, data):
+        data = align_data(opened, strategy, values, whole=True)
+    client = active_client()
+    plan = make_plan(data, n_params, strategy, call.memory_limit_gb, client, call.partitions_per_thread)
+    client = None if plan.strategy == "standard" else client
+    if client is not None:
+        check_sendable(**arrays)
+    return Source(arrays, labels, data, stored, client, plan)
+
+
+def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
+    """An error where data are not for an objective; else whether it needs all points at once."""
+    if objective.counts:
+        refuse_scaled(data.preparation.layouts.y)
+    return needs_all_points(objective.model, n_params, data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data for several fits
+
+HELD = (  # arguments that belong to the data
+    "sigma", "mask", "check_finite", "nan_policy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks",
+    "decode_cf", "strategy", "memory_limit_gb", "partitions_per_thread",
+)  # fmt: skip
+
+
+class HeldData:
+    """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        with attached(source.client):
+            self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
+        self.closed = False
+
+    @property
+    def plan(self) -> Plan:
+        """Where the data are, and what that takes."""
+        return self._source.plan
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back what is held; no fit can use it any more."""
+        if not self.closed:
+            self.closed = True
+            self._sweep.place.close()
+
+    def __repr__(self):
+        state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
+        return f"<HeldData {self.plan.n_points:,} points, {state}>"
+
+    def source_for(self, given: Mapping[str, Any], objective: Objective, n_params: int) -> Source:
+        """The data for a fit of ``objective``.
+
+        Raises
+        ------
+        ValueError
+            Where they have been given back, for arguments that belong to the data, and for a model that needs all points at
+            once.
+        """
+        if self.closed:
+            raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
+        reweighted = isinstance(given["sigma"], str)
+        for name in ("ydata", *HELD):
+            default = None if name == "ydata" else FITS[name].default
+            value = given[name]
+            alike = value is default or (isinstance(value, (str, bool)) and value == default)
+            if not alike and not (name == "sigma" and reweighted):
+                raise ValueError(f"`{name}` belongs to the data that are held: give it to hold(...)")
+        if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
+            raise ValueError("counts have weights of their own: hold them without `sigma`")
+        if given["checkpoint"] is not None and self.plan.strategy != "streaming":
+            raise ValueError('`checkpoint` is for data that are read again in each sweep: hold(..., strategy="streaming")')
+        if _admitted(objective, n_params, self._source.data):
+            raise ValueError(
+                f"{function_name(objective.model.f)} can only be evaluated on all points at once, and the data are held in "
+                "blocks: pass the arrays themselves, or write it so that it takes any number of points"
+            )
+        return self._source._replace(plan=replace(self.plan, n_params=n_params), sweep=self._sweep)
+
+
+def hold(
+    xdata: Any,
+    ydata: Any,
+    *,
+    sigma=None,
+    mask=None,
+    check_finite: bool | None = None,
+    nan_policy: Literal["raise", "omit"] | None = None,
+    mask_values=None,
+    valid_range=None,
+    on_bad_chunk: Literal["raise", "mask"] = "raise",
+    missing_chunks: Literal["error", "mask", "fill"] = "error",
+    decode_cf: bool = True,
+    strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
+    memory_limit_gb: float | None = None,
+    partitions_per_thread: int | None = None,
+) -> HeldData:
+    """Load data once for several fits: other models, starts or losses.
+
+    Within ``with hold(x, y) as data:`` each ``curve_fit(f, data, p0=...)`` works on what is held, in this process or on the
+    workers of the active Client. With ``strategy="streaming"`` nothing is held, but the sample that a fit begins with.
+
+    Parameters
+    ----------
+    xdata, ydata, sigma, mask, ...
+        As in `dask_nlsq.curve_fit`, to which they cannot be given a second time; ``sigma="poisson"`` is an argument of the
+        fits.
+
+    Returns
+    -------
+    HeldData
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
+        As `dask_nlsq.curve_fit`.
+
+    Examples
+    --------
+    >>> with hold(x, y) as data:  # doctest: +SKIP
+    ...     one = curve_fit(gaussian, data)
+    ...     two = curve_fit(gaussian + line, data)
+    """
+    given = dict(locals())
+    call = checked({name: FITS[name] for name in HELD}, given)
+    if isinstance(call.sigma, str):
+        raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
+    return HeldData(align(call, xdata, ydata, None, HELD_PARAMS))
+
+
+def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
+    free = list(params.free)
+    lower, upper = params.lower[free], params.upper[free]
+    bounded = bool(np.any(np.isfinite([lower, upper])))
+    if call.method == "lm" and bounded:
+        raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
+    alike = ("ftol", "xtol", "gtol", "accuracy", "reduction", "tr_solver")
+    return Options(
+        lower=lower,
+        upper=upper,
+        x_scale=scale(call.x_scale, params),
+        noise=aim.variance,
+        names=tuple(params.names[k] for k in free),
+        max_nfev=call.maxfev if call.max_nfev is None else call.max_nfev,
+        gtol_relative=call.method in (None, "auto", "lm") and not bounded,
+        **{name: getattr(call, name) for name in alike},
+    )
+
+
+def by_workflow(caller: str, f, xdata, ydata, p0, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `dask_nlsq.curve_fit` for those of `dask_nlsq.fit`; what is given wins over the workflow."""
+    table = FITS | WORKFLOWS
+    known_names(caller, table, given)
+    named = checked(WORKFLOWS, {name: given.get(name, row.default) for name, row in WORKFLOWS.items()})
+    f, xdata, ydata = model_first(f, xdata, ydata)
+    options = workflow_options(named.workflow, named.goal, count_points(ydata), named.n_starts)
+    if options["strategy"] == "streaming" and not given.keys() & {"checkpoint", "strategy"}:
+        options["checkpoint"] = create_checkpoint_directory
+    own = {name: value for name, value in given.items() if name not in WORKFLOWS}
+    return dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options | own

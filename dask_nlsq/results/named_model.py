@@ -1,0 +1,50 @@
+"""The model of a result that was loaded: imported by its name, if it still computes the same."""
+
+from typing import Any, NamedTuple
+
+from ..base.files import import_by, import_name
+from ..data.chunks import Preparation
+from ..kernels.blocks import Layouts
+from ..kernels.checks import fingerprint
+from ..model.function import FixedParameters, Model, intern
+
+
+class NamedModel(NamedTuple):
+    """What a result that was loaded knows of its model."""
+
+    name: list[str] | None  # module and name, where it can be imported
+    fingerprint: str  # of what it computes
+    n: int  # points that it can be evaluated on
+    values: list[float]  # of all parameters, where some are held, else of none
+    free: list[int]
+
+    @classmethod
+    def of(cls, model: Model, preparation: Preparation, n_params: int, n_points: int) -> "NamedModel":
+        n = n_points if preparation.whole else 2
+        f: Any = model.f
+        values: list[float] = []
+        free: list[int] = []
+        found = fingerprint(intern(f), preparation.layouts, n_params, n)
+        if isinstance(f, FixedParameters):
+            f, values, free = f.f, f.values, f.free
+        return cls(import_name(f), found, n, values, free)
+
+    def find(self, layouts: Layouts, n_params: int) -> Model:
+        """Import it.
+
+        Raises
+        ------
+        ValueError
+            Where it cannot be imported, or computes something else now.
+        """
+        way_out = "call the function with popt: f(x, *result.popt)"
+        if self.name is None:
+            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
+        try:
+            f = import_by(self.name)
+            model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
+        except (ImportError, AttributeError) as err:
+            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
+        if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
+            raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
+        return model

@@ -1,0 +1,179 @@
+"""The files of a saved result: ``result.json``, and beside it a file of its larger arrays, each with a checksum.
+
+The names of records and fields are those of the format. They are written down here, once, and depend on no name of a class
+or a module: who renames an attribute writes "field=attribute", and who changes the fields counts `VERSION` up. Numbers come
+back with the same bits.
+"""
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from uuid import uuid4
+
+import numpy as np
+
+from ..base.files import DamagedFileError, read_arrays, read_json, write_arrays, write_json
+from ..data.chunks import Preparation, ValuePolicy
+from ..data.store import BadChunkError
+from ..engine.condensed import Factor, Read
+from ..engine.sweep import SampleSummary
+from ..kernels.blocks import Layout, Layouts
+from ..kernels.rows import SegmentSums
+from ..memory.plan import Plan
+from ..memory.processes import ProcessMemory
+from ..solve.multistart import Search
+from ..solve.trust_region import Record
+from .named_model import NamedModel
+from .statistics import Noise, Totals
+
+FORMAT, VERSION, RESULT = "result of dask_nlsq", 3, "result.json"
+INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
+FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
+    jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
+    preparation origins"""
+
+
+class Kind(NamedTuple):
+    """A kind of record: its class, the names of its fields, and what makes it of these, if not the class."""
+
+    cls: type
+    fields: str
+    make: Callable | None = None
+
+
+def _layouts(x, kind, lead) -> Layouts:
+    """Of any data with such coordinates."""
+    return Layouts(Layout(True), Layout(False), None, x, kind, lead, ndim=1)
+
+
+def _preparation(layouts, whole, decode_cf) -> Preparation:
+    return Preparation(layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, whole, 0, ())
+
+
+RECORDS = {
+    "fit": Kind(SimpleNamespace, FIT, dict),
+    "read": Kind(Read, "nbytes n_points n_left_out seconds"),
+    "step": Kind(
+        Record,
+        "iteration nfev cost actual predicted step_norm radius optimality accepted params seconds reduction read distance",
+    ),
+    "search": Kind(Search, "starts start_costs params costs basin chosen winner n_candidates n_points"),
+    "sample": Kind(SampleSummary, "n_points n_chunks of_chunks seconds nfev"),
+    "process": Kind(
+        ProcessMemory,
+        "name n_threads now held peak limit dask_nlsq jax numpy python x64 pjrt_nproc cores limited",
+    ),
+    "plan": Kind(
+        Plan,
+        "strategy reason n_points n_params n_chunks n_partitions sweep_bytes held_bytes in_flight_bytes places decoded",
+    ),
+    "damaged chunk": Kind(BadChunkError, "array index key cause masked"),
+    "noise": Kind(Noise, "loss absolute reweighted sigma"),
+    "totals": Kind(Totals, "cost n weight weighted squares"),
+    "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
+    "factor": Kind(Factor, "R projected gradient condition"),
+    "model": Kind(NamedModel, "name fingerprint n values free"),
+    "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
+    "coordinates": Kind(Layouts, "x kind=x_kind lead=x_lead", _layouts),
+    "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", _preparation),
+}
+NAMES = {kind.cls: name for name, kind in RECORDS.items()}
+
+
+def fields(kind: Kind) -> dict[str, str]:
+    """Attributes by the names of fields."""
+    return {name: attribute or name for name, _, attribute in (each.partition("=") for each in kind.fields.split())}
+
+
+def encode(value, place: str, arrays: dict[str, np.ndarray]):
+    """JSON of a value; its larger arrays go to ``arrays`` by their places. What JSON does not tell apart is an object."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.ndarray):
+        if 0 < value.size <= INLINE and np.isfinite(value).all():
+            return {"array": value.tolist(), "dtype": value.dtype.str}
+        arrays[place] = value
+        return {"stored": place}
+    if isinstance(value, dict):
+        return {"dict": {name: encode(each, f"{place}.{name}", arrays) for name, each in value.items()}}
+    if name := NAMES.get(type(value)):
+        values = {each: attrgetter(attribute)(value) for each, attribute in fields(RECORDS[name]).items()}
+        return {"record": name, "fields": {each: encode(part, f"{place}.{each}", arrays) for each, part in values.items()}}
+    parts = [encode(each, f"{place}[{k}]", arrays) for k, each in enumerate(value)]
+    return {"tuple": parts} if isinstance(value, tuple) else parts
+
+
+def decode(found, place: str, arrays: Mapping[str, np.ndarray]):
+    """What `encode` was given."""
+    match found:
+        case {"float": text}:
+            return float(text)
+        case {"array": numbers, "dtype": dtype}:
+            return np.array(numbers, dtype)
+        case {"stored": number}:
+            return known(arrays, number, number)
+        case {"dict": parts}:
+            return {name: decode(each, f"{place}.{name}", arrays) for name, each in parts.items()}
+        case {"record": name, "fields": parts}:
+            kind = RECORDS[name]
+            places = {each: f"{place}.{each}" for each in fields(kind)}
+            values = {each: decode(known(parts, each, where), where, arrays) for each, where in places.items()}
+            return (kind.make or kind.cls)(**values)
+        case {"tuple": parts}:
+            return tuple(decode(each, f"{place}[{k}]", arrays) for k, each in enumerate(parts))
+        case list():
+            return [decode(each, f"{place}[{k}]", arrays) for k, each in enumerate(found)]
+    return found
+
+
+def known(parts: Mapping, name: str, place: str):
+    """A part of a saved result, which may be of a release that has other parts."""
+    if name not in parts:
+        raise ValueError(f"the saved result has no `{place}`: load it with the release that has written it, or fit again")
+    return parts[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the files
+
+
+def save(path: Path, fit: SimpleNamespace) -> None:
+    """Write what has the fields of `FIT`; what was there is replaced when all is written."""
+    arrays: dict[str, np.ndarray] = {}
+    text = encode(fit, "result", arrays)
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        before = read_json(path / RESULT, VERSION)["arrays"]
+    except (FileNotFoundError, ValueError):  # none, or none that can be read
+        before = None
+    name = f"arrays-{uuid4().hex}.npz" if arrays else None
+    if name:
+        write_arrays(path / name, arrays)
+    write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, result=text)
+    if before:
+        (path / before).unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The fields of `FIT`, as `save` has written them.
+
+    Raises
+    ------
+    ValueError
+        Where there is no result, one of another version, one without a field; a `DamagedFileError` for a damaged file.
+    """
+    try:
+        found = read_json(path / RESULT, VERSION)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is not a saved result: it has no {RESULT}") from None
+    kept = read_arrays(path / found["arrays"]) if found["arrays"] else ({}, {})
+    if kept is None:
+        raise DamagedFileError(path / found["arrays"], "it is not there")
+    return decode(found["result"], "result", kept[0])
