@@ -317,7 +317,9 @@ def test_rounding_of_a_parameter_inside_the_model_is_part_of_the_floor(xp):
     params, columns = xp.asarray([2.4e6]), xp.asarray([1 / 0.03 * 10])  # 100 points that change by 1 over a width
     expected = (2 * rules.EPS * 2.4e6 / 0.03) ** 2
     assert float(rules.rounding_floor(0.0, params, columns, 100)) == pytest.approx(expected, rel=1e-9, abs=0)
-    assert float(rules.rounding_floor(1e12, params, columns, 100)) == pytest.approx(expected + 1e12 * ROUNDING**2, rel=1e-9, abs=0)
+    assert float(rules.rounding_floor(1e12, params, columns, 100)) == pytest.approx(
+        expected + 1e12 * ROUNDING**2, rel=1e-9, abs=0
+    )
     assert float(rules.rounding_floor(3.0, params * 0, columns, 100)) == 3 * ROUNDING**2
     both = rules.rounding_floor(0.0, xp.asarray([3.0, 1.0]), xp.asarray([1.0, 4.0]), 10)
     assert float(both) == pytest.approx((2 * rules.EPS) ** 2 * 25 * 2 / 10, rel=1e-9, abs=0)
@@ -395,7 +397,10 @@ def test_an_error_that_says_nothing_counts_only_where_parameter_and_bound_agree(
     fourth has a bound at 0, the fifth one that is as good as that; the sixth has an infinite error within an interval, the
     seventh without one. The last has an upper bound that is not near."""
     inf = np.inf
-    lower, upper = xp.asarray([1.0, 1.0, 1.0, 0.0, 0.05, 0.0, 0.0, -inf]), xp.asarray([inf, inf, inf, inf, inf, 1e6, inf, 1.0])
+    lower, upper = (
+        xp.asarray([1.0, 1.0, 1.0, 0.0, 0.05, 0.0, 0.0, -inf]),
+        xp.asarray([inf, inf, inf, inf, inf, 1e6, inf, 1.0]),
+    )
     params = xp.asarray([1.5, 1.001, 1.5, 1e-3, 100.0, 1.0, 1.0, 0.5])
     perr = xp.asarray([1e6, 1e8, 1e8, 1e8, 1e10, inf, inf, 1e8])
     np.testing.assert_array_equal(rules.at_bounds(params, perr, lower, upper), [-1, -1, 0, -1, -1, -1, 0, 0])
