@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from dask.utils import format_bytes
 
+from .base.text import size
 from .data.align import Data
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
@@ -172,7 +172,7 @@ class HeldData:
             self._sweep.place.close()
 
     def __repr__(self):
-        state = "given back" if self.closed else f'"{self.plan.strategy}", {format_bytes(self.plan.held_bytes)} held'
+        state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
         return f"<HeldData {self.plan.n_points:,} points, {state}>"
 
     def source_for(self, given: Mapping[str, Any], objective: Objective, n_params: int) -> Source:

@@ -21,7 +21,7 @@ from ..data.store import BadChunkError
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
-from ..kernels.rows import Parts
+from ..kernels.rows import SegmentSums
 from ..memory.plan import Plan
 from ..memory.processes import ProcessMemory
 from ..solve.multistart import Search
@@ -73,7 +73,7 @@ RECORDS = {
     "damaged chunk": Kind(BadChunkError, "array index key cause masked"),
     "noise": Kind(Noise, "loss absolute reweighted sigma"),
     "totals": Kind(Totals, "cost n weight weighted squares"),
-    "parts": Kind(Parts, "gram spread cost residual squares n n_tiles floored weights"),
+    "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
     "factor": Kind(Factor, "R projected gradient condition"),
     "model": Kind(NamedModel, "name fingerprint n values free"),
     "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
