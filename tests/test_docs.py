@@ -140,7 +140,7 @@ def test_blocks_that_do_not_run_are_few_and_say_what_they_need():
 
 def test_every_setting_is_on_its_page():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    defaults = yaml.safe_load((ROOT / "dask_nlsq" / "nlsq.yaml").read_text())["nlsq"]
+    defaults = yaml.safe_load((ROOT / "dask_nlsq" / "base" / "nlsq.yaml").read_text())["nlsq"]
     for key, value in defaults.items():
         text = "null" if value is None else str(value).lower()
         row = f"| `nlsq.{key}` | `DASK_NLSQ__{key.replace('-', '_').upper()}` | `{text}` |"
