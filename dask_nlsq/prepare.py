@@ -132,7 +132,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
 def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
     """An error where data are not for an objective; else whether it needs all points at once."""
     if objective.counts:
-        refuse_scaled(data.preparation.layouts.y)
+        refuse_scaled(data.scaled)
     return needs_all_points(objective.model, n_params, data)
 
 
@@ -150,6 +150,7 @@ class HeldData:
 
     def __init__(self, source: Source):
         self._source = source
+        source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
         self.closed = False

@@ -410,7 +410,7 @@ BAD = {
     "fixed unknown": (dict(fixed=dict(widht=1)), ValueError, "`fixed` names 'widht'"),
     "fixed all": (dict(fixed=dict.fromkeys(NAMES, 1.0)), ValueError, "`fixed` holds all"),
     "fixed map": (dict(fixed=dict(width=np.ones(7))), ValueError, r"`fixed\['width'\]`.*\(7,\)"),
-    "names": (dict(param_names=["a", "b"]), ValueError, "takes 4 parameters"),
+    "names": (dict(param_names=["a", "b"]), ValueError, "must be 4 different names"),
     "names twice": (dict(param_names=["a", "b", "c", "a"]), ValueError, "`param_names` must be different"),
     "sigma shape": (dict(sigma=np.ones(7)), ValueError, r"`sigma` of shape \(7,\) does not fit"),
     "sigma ambiguous": (dict(ydata=np.ones((N, N)), sigma=np.ones(N)), ValueError, "`sigma`.*several ways.*as many axes"),

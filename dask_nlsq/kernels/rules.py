@@ -39,8 +39,6 @@ MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has
 SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
-MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
-MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
 AT_BOUND = 1e-2  # standard errors
 SHARE = 1e-3  # of the interval between two bounds, and of the size of parameter and bound
 TELLING = 1e6  # times the size of a parameter, above which its error says only that the data do not determine it
@@ -165,13 +163,8 @@ def converged(xp, here, accuracy):
 
 def distance(xp, decrement, variance, contraction, floor):
     """Standard errors to the optimum, 0 where rounding is all that is left; nan without degrees of freedom."""
-    plain = xp.sqrt(2 * decrement / xp.where((decrement > 0) & (variance != 0), variance, 1.0))
+    plain = xp.sqrt(2 * decrement / xp.where(variance != 0, variance, 1.0))
     return xp.where(decrement <= floor, 0.0, plain / (1 - xp.minimum(contraction, SLOWEST)))
-
-
-def contraction(xp, before, after):
-    """Factor by which a step shortens the distance, from the decrements before and after it."""
-    return xp.sqrt(after / xp.where(before > 0, before, xp.inf))
 
 
 def magnitude(xp, size, reach, columns):
