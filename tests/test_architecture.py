@@ -17,8 +17,8 @@ ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no othe
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "prepare", "results.binning",
-        "maps", "interface",
+        "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps",
+        "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
     "zarr": {"data.store", "maps.result", "interface", "demo"},

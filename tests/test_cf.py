@@ -167,6 +167,10 @@ def test_scaled_values_are_no_counts(tmp_path):
         curve_fit(decay, np.tile(X, 2), [path, in_zarr(tmp_path / "z", y, {})], p0=P0, loss="poisson", mask_values=())
 
 
+def level(x, a):
+    return a + 0 * x
+
+
 @pytest.mark.parametrize("scale", [0.1, -0.1, 0.07])
 def test_the_argument_valid_range_is_of_scaled_values_and_mask_values_are_stored_ones(scale, tmp_path):
     stored = (np.arange(N) % 100).astype("i2")
@@ -178,10 +182,10 @@ def test_the_argument_valid_range_is_of_scaled_values_and_mask_values_are_stored
             hidden = (decoded < low) | (decoded > high)
             if hidden.all():
                 continue
-            found = curve_fit(lambda x, a: a + 0 * x, X, path, p0=[1], valid_range=limits)
+            found = curve_fit(level, X, path, p0=[1], valid_range=limits)
             assert found.n_masked == hidden.sum()
             np.testing.assert_allclose(found.popt, decoded[~hidden].mean(), rtol=1e-12)
-    found = curve_fit(lambda x, a: a + 0 * x, X, path, p0=[1], mask_values=[33, 50])
+    found = curve_fit(level, X, path, p0=[1], mask_values=[33, 50])
     assert found.n_masked == 2 * N // 100
 
 
@@ -292,7 +296,7 @@ def test_a_covariance_goes_with_packed_values(tmp_path):
         same(found, expected)
 
 
-@pytest.mark.parametrize("guess", [None, "coarse-to-fine"])
+@pytest.mark.parametrize("guess", [None, pytest.param("coarse-to-fine", marks=pytest.mark.slow)])
 def test_maps_of_packed_values(guess, tmp_path):
     rng = np.random.default_rng(2)
     x = np.linspace(0, 5, 50)
@@ -407,8 +411,15 @@ def test_the_command_line_decodes_what_it_names_and_may_leave_it(tmp_path):
     np.testing.assert_allclose([float(each) for each in re.findall(r"^ +[abc] +(\S+)", said, re.M)], found.popt, rtol=1e-3)
     outcome = CliRunner().invoke(nlsq, ["fit", str(flat), *options, "--loss", "poisson"])
     assert outcome.exit_code == 2 and "--no-decode-cf" in outcome.stderr
-    maps = run("map", y, *options, "--axis", "0", "--out", tmp_path / "m")
-    assert "2 of 2 converged" in maps
+
+
+@pytest.mark.slow
+def test_maps_of_the_command_line_are_decoded(tmp_path):
+    y = in_zarr(tmp_path / "y", np.stack([STORED] * 2, axis=1), dict(scale_factor=SCALE, add_offset=OFFSET))
+    x = in_zarr(tmp_path / "x", np.arange(N, dtype="i2"), dict(scale_factor=5 / (N - 1), _FillValue=17))
+    options = ["--model", "exponential+polynomial:0", "--x", str(x), "--axis", "0", "--out", str(tmp_path / "m")]
+    outcome = CliRunner().invoke(nlsq, ["map", str(y), *options])
+    assert outcome.exit_code == 0 and "2 of 2 converged" in outcome.stdout, outcome.output
 
 
 def test_a_dask_array_and_an_array_in_memory_have_no_attributes():
