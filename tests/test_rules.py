@@ -353,8 +353,8 @@ def test_a_parameter_is_undetermined_where_its_column_is_zero_or_has_faded(xp):
 
 
 def test_a_trial_is_the_point_itself_to_rounding(xp):
-    trial, params = xp.asarray([2 + 2 * rules.SAME, 2 + 3 * rules.SAME, 0.0, 1e-300]), xp.asarray([2.0, 2.0, 0.0, 0.0])
-    np.testing.assert_array_equal(rules.same(xp, trial, params), [True, False, True, False])
+    trial, params = xp.asarray([2 + 2 * rules.SAME, 2 + 3 * rules.SAME, 0, 1e-300, np.nan]), xp.asarray([2.0, 2.0, 0, 0, 1])
+    np.testing.assert_array_equal(rules.same(xp, trial, params), [True, False, True, False, True])
 
 
 def test_starts_are_moved_off_their_bounds_in_any_unit(xp):

@@ -115,6 +115,12 @@ def test_bend_is_the_curvature_between_two_directions():
     assert model.bend(hat_of(model, [1, 3], [5, 7]), np.array([1.0, 2]), np.array([-3.0, 1])) == 18 - 15 + 14
 
 
+def test_a_direction_that_is_all_but_undetermined_does_not_overflow():
+    """The Newton step is 1e214 long; of a radius of 1e117 all but nothing of it is left."""
+    step, alpha = exact(np.diag([1.0, 1e-113]), np.array([1e114, 1e101]), radius=1e117)
+    assert np.linalg.norm(step) == pytest.approx(1e117) and alpha > 0
+
+
 def test_refused_steps_share_one_decomposition():
     model = model_of([[2, 1], [0, 1]], [3, 4])
     hat = hat_of(model, [1, 1], [0, 0])
