@@ -150,6 +150,7 @@ class HeldData:
 
     def __init__(self, source: Source):
         self._source = source
+        source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
         self.closed = False

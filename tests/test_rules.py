@@ -306,12 +306,6 @@ def test_the_distance_is_in_standard_errors_and_counts_slow_convergence(xp):
     assert distance(2.0, 4.0, floor=1.9) == 1.0
 
 
-def test_contraction_is_that_of_the_distance(xp):
-    assert float(rules.contraction(xp, xp.asarray(4.0), xp.asarray(1.0))) == 0.5
-    assert float(rules.contraction(xp, xp.asarray(0.25), xp.asarray(1.0))) == 2
-    assert float(rules.contraction(xp, xp.asarray(0.0), xp.asarray(1.0))) == 0.0
-
-
 def test_rounding_of_a_parameter_inside_the_model_is_part_of_the_floor(xp):
     """A centre of 2.4e6 and a width of 0.03: the difference of time and centre is known to 1e-8 of the width."""
     params, columns = xp.asarray([2.4e6]), xp.asarray([1 / 0.03 * 10])  # 100 points that change by 1 over a width

@@ -44,6 +44,8 @@ def test_hat_space_without_bounds_is_the_scaling(xp):
 
 def test_hat_space_measures_the_distance_to_the_bound_ahead(xp):
     """Descending, the first parameter moves down to its lower bound 4 away, the second up to its upper bound 9 away."""
+    flat = hat(xp, [5, 1], [0.5, -0.5], [1, 1], [1, -7], [6, 10])
+    np.testing.assert_array_equal(flat.v, [4, 9])
     found = hat(xp, [5, 1], [2, -3], [1, 4], [1, -7], [6, 10])
     np.testing.assert_array_equal(found.v, [4, 9])
     np.testing.assert_array_equal(found.d, [2, 6])  # sqrt(v scale)
@@ -66,14 +68,14 @@ def test_a_held_parameter_does_not_move(xp):
 
 def test_no_step_is_far_longer_than_its_parameter_has_been(xp):
     d, diagonal, gradient, reach, newton = arrays(
-        xp, [1e44, 1, 1e44, 0], [4, 4, 0, 4], [1e44, 3, 5, 0], [10, 10, 0, 1], [8, 6, 7, 0]
+        xp, [1e44, 1, 1e44, 0, 0.5], [4, 4, 0, 4, 1], [1e44, 3, 5, 0, 1], [10, 10, 0, 1, 1e-3], [8, 6, 7, 0, 1]
     )
     here = Point()._replace(hat=HatSpace(d, diagonal, gradient, None), reach=reach, newton=newton)
     reined = steps.reined_in(xp, here, 2.0)
     most = MOST_CHANGE * 10 / 2
-    np.testing.assert_allclose(reined.hat.d, [most, 1, 1e44, 0])  # of a parameter that is 0 nothing is known
-    np.testing.assert_allclose(reined.hat.diagonal, [4 * (most / 1e44) ** 2, 4, 0, 4])
-    np.testing.assert_allclose(reined.hat.gradient, [most, 3, 5, 0])
+    np.testing.assert_allclose(reined.hat.d, [most, 1, 1e44, 0, 0.05])  # of a parameter that is 0 nothing is known
+    np.testing.assert_allclose(reined.hat.diagonal, [4 * (most / 1e44) ** 2, 4, 0, 4, 0.01])
+    np.testing.assert_allclose(reined.hat.gradient, [most, 3, 5, 0, 0.1])
     np.testing.assert_allclose(reined.hat.d * reined.newton, d * newton)
 
 
@@ -107,6 +109,7 @@ def test_what_gtol_is_compared_with(xp):
     assert float(point(xp, scheme=Scheme(bounds)).optimality) == 5
     relative = Scheme(None, gtol_relative=True)
     assert float(point(xp, scheme=relative).optimality) == pytest.approx(5 / 12**0.5)
+    assert float(point(xp, scheme=relative, columns=[0.1, 0.2]).optimality) == pytest.approx(50 / 12**0.5)
     assert float(point(xp, scheme=relative, columns=[1, 0], gradient=[1, 0]).optimality) == pytest.approx(1 / 12**0.5)
 
 
@@ -128,6 +131,8 @@ def test_two_full_steps_in_a_row_tell_how_slow_the_convergence_is(xp):
     assert [int(each.n_full) for each in (first, second, third)] == [0, 1, 2]
     assert float(second.distance) == 3 and float(third.contraction) == pytest.approx(2 / 3)
     assert float(third.distance) == pytest.approx(6)
+    assert float(point(xp, second._replace(decrement=xp.asarray(0.5)), True, decrement=0.125).contraction) == 0.5
+    assert float(point(xp, second._replace(decrement=xp.asarray(0.0)), True).contraction) == 0
     cut = point(xp, second, False)
     assert (int(cut.n_full), float(cut.distance)) == (0, 2)
 
@@ -167,6 +172,7 @@ def test_the_way_to_the_bound_ahead_and_which_parameters_hit_it(xp):
         ([1, 0], [0, 2], 5, 6**0.5),
         ([3, 4], [-3, -4], 5, 2),  # across, from the sphere itself
         ([3, 4], [3, 4], 5, 0),
+        ([3, 4], [4, -3], 5, 0),  # along the sphere
         ([1e9, 0], [1, 0], 1e9 + 1, 1),
     ],
 )
@@ -182,6 +188,7 @@ def test_the_way_to_the_sphere(xp, start, direction, radius, t):
         (2, -4, 0, 1, 1),
         (2, -4, 3, 5, 3),
         (2, 4, -5, 5, -2),
+        (0.5, -1, 0, 5, 2),
         (0, -1, 0, 3, 3),
         (0, 1, 0, 3, 0),
         (-2, 1, 0, 3, 3),
@@ -231,6 +238,7 @@ def test_a_step_within_the_bounds_is_taken_whole(xp):
     assert_step(found, [1, 2], 11.5, full=True)  # on the bound; in hat space (0.5, 2)
     np.testing.assert_array_equal(found.step_h, [0.5, 2])
     assert_step(best(xp, ALONG, [-3, -5], [9, 9], 99, bounded=False), [9, 9], 72 - 324, full=True)
+    assert best(xp, FLAT, [3, 5], [-0.5, -10], 20).full  # on the other one
     assert not best(xp, FLAT, [-3, -5], [0.6, 2], 8, d=(2, 1)).full
     assert not best(xp, FLAT, [3, 5], [-0.5, -11], 8).full
 
@@ -244,6 +252,25 @@ def test_a_reflection_ends_next_to_the_bound_that_it_meets(xp):
     """y <= 1.5 is met at t = 1 / 4, of which 0.995 are taken: q = -4 - 4t."""
     t = 0.995 / 4
     assert_step(best(xp, ALONG, [-3, -5], [2, 2], 8**0.5, upper=(1, 1.5)), [1 - 2 * t, 1 + 2 * t], 4 + 4 * t)
+
+
+def test_a_reflection_is_one_in_hat_space(xp):
+    """As before in units of (2, 1): the step is (1, 2) there, and turns to (-1, 2)."""
+    t = 0.995 / 4
+    scaled = best(xp, ALONG * [[4, 2], [2, 1]], [-6, -5], [1, 2], 5**0.5, upper=(1, 1.5), d=(2, 1))
+    assert_step(scaled, [1 - 2 * t, 1 + 2 * t], 4 + 4 * t)
+    np.testing.assert_allclose(scaled.step_h, [0.5 - t, 1 + 2 * t])
+
+
+@pytest.mark.parametrize("highest, room", [(10, 3**0.5 / 2), (2.5, 0.75)])
+def test_a_reflection_that_leads_up_is_short_but_leaves_the_bound(xp, highest, room):
+    """q = 6 x^2 - 8 x y + 6 y^2 - 9x - 7y is -12 + 4 t + 80 t^2; less than 0.995 of the step up to the bound gains.
+
+    It is as short as that, relative to the room on the way to the sphere or to the other bound: 0.005 / 2 of it.
+    """
+    t = 0.0025 / room
+    found = best(xp, ACROSS, [-9, -7], [2, 2], 8**0.5, upper=(1, highest))
+    assert_step(found, [1 - 2 * t, 1 + 2 * t], 12 - 4 * t - 80 * t**2)
 
 
 def test_a_reflection_ends_where_the_model_is_least(xp):

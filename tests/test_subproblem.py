@@ -1,11 +1,13 @@
 """The step to the minimum of the quadratic model in a ball, by both solvers."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.engine.condensed import Condensed, Factor
-from dask_nlsq.kernels.steps import HatSpace
+from dask_nlsq.kernels.steps import HatSpace, more
 from dask_nlsq.solve.subproblem import QuadraticModel, solve_cg, solve_svd, spectrum
 
 
@@ -142,3 +144,66 @@ def test_the_parameter_makes_the_step_as_long_as_the_radius(radius):
         length = np.hypot(4 / (4 + alpha), 16 / (16 + alpha))
         assert length == pytest.approx(radius, rel=1e-3)  # of the better alpha with which the iteration would go on
         np.testing.assert_allclose(step, -radius / length * np.array([4 / (4 + alpha), 16 / (16 + alpha)]), rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moré's iteration; the Newton step has length 4 and slope -4, the gradient 4: alpha is between 0.75 and 4 for a radius of 1
+
+
+def tried(lengths, slopes, first, newton=4.0, radius=1.0):
+    """The alphas at which steps of these lengths and slopes were computed, and what came out."""
+    alphas, left = [], iter(zip(lengths, slopes, strict=True))
+
+    def step_at(alpha):
+        alphas.append(float(alpha))
+        length, slope = next(left)
+        return jnp.asarray([length, 0.0]), jnp.asarray(length), jnp.asarray(slope)
+
+    with jax.disable_jit():
+        found = more(step_at, jnp.asarray([newton, 0.0]), jnp.asarray(-4.0), jnp.asarray(4.0), radius, jnp.asarray(first))
+    return alphas, [np.asarray(each) for each in found]
+
+
+def test_one_step_of_the_iteration_is_exact_for_one_direction():
+    """The step 4 / (1 + alpha) is 2 long at 1, with the slope -1: alpha = 1 + 2 (2 - 1) / 1."""
+    alphas, (step, alpha, following) = tried([2, 1], [-1, -0.25], 1.0)
+    assert alphas == [1, 3]
+    assert (step[0], alpha, following) == (1, 3, 3)
+
+
+@pytest.mark.parametrize("first", [0.0, 0.5, 5.0])
+def test_a_guess_outside_of_what_is_possible_is_replaced_by_the_geometric_mean(first):
+    assert tried([1], [-1], first)[0] == pytest.approx([3**0.5])
+
+
+def test_guesses_stay_between_what_has_been_too_short_and_too_long():
+    """From 2, too short, the iteration would go to -0.5, from there, too long, beyond 2 again."""
+    alphas, _ = tried([0.5, 2, 1], [-0.1, -1, -1], 2.0)
+    second = (0.75 * 2) ** 0.5
+    assert alphas == pytest.approx([2, second, ((second + 1) * 2) ** 0.5])
+    assert tried([0.5, 1], [-1e-9, -1], 3.9, newton=1.0000001)[0] == pytest.approx([3.9, 0.001 * 3.9])
+
+
+@pytest.mark.parametrize("near, far", [(1.0099, 1.0101), (0.9901, 0.9899)])
+def test_the_iteration_ends_within_one_percent_of_the_radius(near, far):
+    assert len(tried([near], [-1], 2.0)[0]) == 1
+    assert len(tried([far, near], [-1, -1], 2.0)[0]) == 2
+
+
+def test_the_iteration_ends_after_ten_steps_at_a_number_that_is_not_one_and_within_the_ball():
+    assert len(tried([2] * 10, [-1e9] * 10, 2.0)[0]) == 10
+    assert len(tried([np.nan], [-1], 2.0)[0]) == 1
+    assert tried([], [], 2.0, newton=1.0)[0] == []
+
+
+def test_lanes_that_are_done_stay_as_they_are():
+    """Steps 4 / (1 + alpha) and 8 / (1 + alpha) for a radius of 1, from 3, the answer of the first; the third is inside."""
+    newton = jnp.asarray([4.0, 8.0, 0.5])
+
+    def step_at(alpha):
+        length = newton / (1 + alpha)
+        return length[None], length, -length / (1 + alpha)
+
+    step, alpha, _ = more(step_at, newton[None], -newton, newton, 1.0, jnp.asarray([3.0, 3.0, 0.0]))
+    np.testing.assert_allclose(step, [[1, 1, 0.5]])
+    np.testing.assert_allclose(alpha[:2], [3, 7])

@@ -1,6 +1,6 @@
 """One bounded trust-region fit per pixel: all pixels of a block in one compiled loop.
 
-Pixels need from 3 to some 100 steps (`map_step`). So that the quick ones need not wait, the lanes of pixels that are done
+Pixels need from 3 to some 100 steps (`iterate`). So that the quick ones need not wait, the lanes of pixels that are done
 are given the next pixels of the block; that moves data, so it waits until a quarter of them are done. Those that work are
 gathered in front then, and only groups of lanes with work to do are evaluated, so that the last pixels do not cost a
 block's time.
@@ -67,7 +67,8 @@ def _build(model: Model, spec: MapSpec):
 
         def fill_and_fit(state):
             lanes, out, taken = state
-            lanes = _compacted(lanes)
+            order = jnp.argsort(lanes.status != RUNNING, stable=True)  # those that work first
+            lanes = jax.tree.map(lambda each: each[..., order], lanes)
             idle = lanes.status != RUNNING
             turn = taken + jnp.cumsum(idle) - 1
             pixel = jnp.where(idle, jnp.where(turn < n_pixels, turn, len(pixels.y)), lanes.pixel)
@@ -80,17 +81,11 @@ def _build(model: Model, spec: MapSpec):
                 return jnp.sum(lanes.status == RUNNING) > few
 
             lanes = lax.while_loop(busy, partial(iterate, model, spec, limits), lanes)
-            return lanes, _store(spec, lanes, out), taken
+            return lanes._replace(data=()), _store(spec, lanes, out), taken
 
         return lax.while_loop(unfinished, fill_and_fit, (empty, _no_result(spec, pixels), 0))[1]
 
     return fit
-
-
-def _compacted(lanes: Lanes) -> Lanes:
-    """Lanes that work first; not their data, which are loaded again."""
-    order = jnp.argsort(lanes.status != RUNNING, stable=True)
-    return jax.tree.map(lambda each: each[..., order], lanes._replace(data=()))._replace(data=lanes.data)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,24 +93,18 @@ def _compacted(lanes: Lanes) -> Lanes:
 
 
 def _empty(spec, pixels: Pixels) -> Lanes:
-    """Lanes without a pixel, at the beginning of their course."""
-    p, n = len(spec.free), pixels.y.shape[1]
-    width = n_lanes(n)
+    """Lanes without a pixel or data, at the beginning of their course."""
+    p, width = len(spec.free), n_lanes(pixels.y.shape[1])
 
     def full(value, *shape):
         return jnp.full((*shape, width), value)
 
     nowhere, step = Point(), Step(full(jnp.inf, p), full(jnp.inf, p), full(-jnp.inf), full(False))
-    x = tuple(jnp.zeros((width if len(c) > 1 else 1, n), _dtype(c)) for c in pixels.x)
-    vectors = full(0.0, pixels.start.shape[1]), full(0.0, p), full(0.0, p)
-    lanes = Lanes(
-        data=Data(*jnp.zeros((2, width, n)), x, full(0), full(0.0), *vectors),
-        pixel=full(len(pixels.y)),
-        trial=full(0.0, p),
-        course=jax.tree.map(full, Course(None, None))._replace(here=nowhere, step=step),
-        status=full(int(MapStatus.MASKED)),
-    )
-    point = jax.eval_shape(partial(linearise, spec), lanes, full(0.0, p + 1, p + 1), full(0.0), full(0.0))
+    course = jax.tree.map(full, Course(None, None))._replace(here=nowhere, step=step)
+    lanes = Lanes((), full(len(pixels.y)), full(0.0, p), course, full(int(MapStatus.MASKED)))
+    data = Data((), (), (), full(0), full(0.0), (), full(0.0, p), full(0.0, p))
+    found = lanes._replace(data=data), full(0.0, p + 1, p + 1), full(0.0), full(0.0)
+    point = jax.eval_shape(partial(linearise, spec), *found)
     here = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), point)
     known = {
         name: jnp.full_like(getattr(here, name), value) for name, value in nowhere._asdict().items() if value is not None
@@ -161,8 +150,7 @@ def _load(spec, data: Data, lanes: Lanes, pixel, idle, fresh: Course) -> Lanes:
     status = jnp.where(data.n_points >= len(spec.free), status, int(MapStatus.TOO_FEW_POINTS))
     # masked even where the start was a guess from nothing
     status = jnp.where((data.n_points > 0) & (pixel < n_pixels), status, int(MapStatus.MASKED))
-    loaded = jax.tree.map(partial(jnp.where, idle), Lanes((), pixel, trial, fresh, status), lanes._replace(data=()))
-    return loaded._replace(data=data)
+    return jax.tree.map(partial(jnp.where, idle), Lanes((), pixel, trial, fresh, status), lanes)._replace(data=data)
 
 
 def _guesses(spec, data: Data):
@@ -211,7 +199,7 @@ def _store(spec, lanes: Lanes, out: Fitted) -> Fitted:
     at_bound = jnp.zeros_like(here.params)
     if spec.bounded:
         at_bound = at_bounds(here.params, jnp.sqrt(diagonal(pcov)), data.lower, data.upper)
-    status = _judged(lanes.status, jnp.any(at_bound != 0, axis=0), regular, unknown, here.floored > 0)
+    status = map_status(lanes.status, jnp.any(at_bound != 0, axis=0), regular, unknown, here.floored > 0)
 
     values = popt.T, pcov.transpose(2, 0, 1), 2 * here.cost, here.distance
     values = [jnp.where(fitted.reshape(-1, *[1] * (each.ndim - 1)), each, jnp.nan) for each in values]
@@ -219,7 +207,7 @@ def _store(spec, lanes: Lanes, out: Fitted) -> Fitted:
     return jax.tree.map(lambda old, new: old.at[target].set(new.astype(old.dtype), mode="drop"), out, found)
 
 
-def _judged(status, at_bound, regular, unknown, floored):
+def map_status(status, at_bound, regular, unknown, floored):
     """Statuses that say what the fit has found, not only why it ended."""
     converged = (status >= MapStatus.GTOL) & (status <= MapStatus.ROUNDING)
     ended = converged | (status == rules.STUCK)

@@ -95,7 +95,7 @@ class Data(NamedTuple):
 class Lanes(NamedTuple):
     """Pixels that are being fitted; all fields but the data end in the axis of the lanes."""
 
-    data: Data
+    data: Any  # Data, while they are fitted
     pixel: Any
     trial: Any  # (p, lanes)
     course: Course

@@ -167,11 +167,6 @@ def distance(xp, decrement, variance, contraction, floor):
     return xp.where(decrement <= floor, 0.0, plain / (1 - xp.minimum(contraction, SLOWEST)))
 
 
-def contraction(xp, before, after):
-    """Factor by which a step shortens the distance, from the decrements before and after it."""
-    return xp.sqrt(after / xp.where(before > 0, before, xp.inf))
-
-
 def magnitude(xp, size, reach, columns):
     """What rounding is relative to: ``size`` = sum w y^2, or, where the data are zero, what the model has been, squared.
 

@@ -115,7 +115,8 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     floor = rules.rounding_floor(magnitude, params, columns, seen.n_points)
     undetermined = rules.undetermined(xp, columns, longest, params, magnitude)
     n_full = xp.where(full, before.n_full + 1, 0)
-    contraction = xp.where(n_full > 1, rules.contraction(xp, before.decrement, decrement), 0.0)
+    shorter = xp.sqrt(decrement / xp.where(before.decrement > 0, before.decrement, xp.inf))
+    contraction = xp.where(n_full > 1, shorter, 0.0)
     return Point(
         params=params,
         cost=cost,

@@ -220,18 +220,14 @@ def _by_qr(here: Point, sweep, options: Options) -> Point:
     return there._replace(distance=distance, n_full=here.n_full, contraction=here.contraction)
 
 
-def _lossy(here: Point) -> bool:
-    return here.model.factor.condition > GRAM_CONDITION_LIMIT
-
-
-def _wants_qr(here: Point, options: Options) -> bool:
-    return options.reduction == "auto" and here.model.equations.reduction == "gram" and _lossy(here)
-
-
 def _next_reduction(here: Point, options: Options) -> Reduction:
     if options.reduction != "auto":
         return options.reduction
-    return "qr" if _lossy(here) else "gram"
+    return "qr" if here.model.factor.condition > GRAM_CONDITION_LIMIT else "gram"
+
+
+def _wants_qr(here: Point, options: Options) -> bool:
+    return here.model.equations.reduction == "gram" and _next_reduction(here, options) == "qr"
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
