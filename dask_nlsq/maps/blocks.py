@@ -191,7 +191,6 @@ class MapProblem:
     bands: tuple[slice, ...]  # along the first map axis, of pixels
     blocks: tuple[tuple[int, ...], ...]  # sizes along the map axes
     plan: MapPlan
-    names: tuple[str, ...]
     sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
     coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
 
@@ -310,20 +309,12 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
         raises=call.nan_policy == "raise",
         names=params.names,
     )
-    return MapProblem(fit, y, operands, bands, blocks, plan, params.names, tuple(stored))
+    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored))
 
 
 def _layouts(coordinates: Coordinates, invalid) -> Layouts:
-    return Layouts(
-        y=Layout(True),
-        sigma=Layout(True),
-        mask=Layout(True),
-        x=tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays))),
-        x_kind=coordinates.kind,
-        x_lead=coordinates.lead,
-        ndim=1,
-        invalid=invalid,
-    )
+    x = tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays)))
+    return Layouts(*[Layout(True)] * 3, x=x, x_kind=coordinates.kind, x_lead=coordinates.lead, ndim=1, invalid=invalid)
 
 
 def _spec(model: Model, layouts: Layouts, shared, call, noise: Noise, params: Parameters) -> MapSpec:
