@@ -166,8 +166,8 @@ class _Reading:
 
     def __init__(self, evaluator: Evaluator, begun: PartialSweep):
         self.evaluator, self.done, self.every = evaluator, 0, setting("checkpoint-seconds")
-        self.n_left = len({run >> begun.level for run in begun.left()})
-        self.left = len(begun.left()) / begun.n_runs
+        left = begun.left()
+        self.n_left, self.left = len({run >> begun.level for run in left}), len(left) / begun.n_runs
         self.began = self.saved = time.perf_counter()
 
     def __call__(self, begun: PartialSweep) -> None:
