@@ -15,12 +15,12 @@ from ..data.sample import pick, spread, stratified_places
 from ..data.store import BadChunkError
 from ..kernels.blocks import Block
 from ..memory.machine import keep_freed_memory
+from ..memory.needs import READ_COPIES
 from ..memory.pool import shared_pool
 from .condensed import Sums, Tree, merge_chunks
 from .request import Objective, Request, condense_blocks, count_not_finite
 
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
-READ_COPIES = 3  # of a run while it is read: as it comes, a step of the user's graph, and the blocks
 
 
 class Partition(NamedTuple):

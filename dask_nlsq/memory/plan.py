@@ -23,7 +23,7 @@ from ..base.text import GB, several, size, table
 from ..base.values import positive
 from ..kernels.blocks import TILE_BYTES
 from .machine import available_memory, process_settings, workers_memory
-from .needs import READ_AHEAD, SAMPLE_POINTS
+from .needs import READ_AHEAD, READ_COPIES, SAMPLE_POINTS
 from .processes import HERE, ProcessMemory, advice, ask_workers, pjrt, wanted_resources
 from .threshold import Strategy, effective_fraction
 
@@ -32,7 +32,6 @@ logger = logging.getLogger("dask_nlsq")
 START_BYTES, START_PER_PARAM = 120e6, 6e6  # measured with 3, 20 and 50 parameters: 97, 129 and 255 to 360 MB
 WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
 CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and connections
-IN_FLIGHT = 3  # times the float64 size of a run: as it comes, and what a step of the user's graph makes between
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while it is drawn
 SCRATCH = 8  # times a tile's rows
@@ -161,7 +160,7 @@ def _needs(problem, n_params: int, sent: bool) -> _Needs:
     return _Needs(
         held=problem.held_nbytes(sent),
         start=START_BYTES + START_PER_PARAM * n_params,
-        in_flight=(IN_FLIGHT * run if problem.lazy else 0) + BOOLEANS * problem.run_points * checked,
+        in_flight=(READ_COPIES * run if problem.lazy else 0) + BOOLEANS * problem.run_points * checked,
         scratch=SCRATCH * rows + (0 if problem.factor is None else problem.factor.nbytes),
         run=run,
     )
