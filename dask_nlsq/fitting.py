@@ -333,7 +333,7 @@ def resume(
 
 
 @with_known_names(FITS | WORKFLOWS)
-def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
+def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> Plan:
     """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
 
     Reads nothing but metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.

@@ -20,7 +20,7 @@ from .engine.sweep import Sweep, open_sweep
 from .memory.machine import active_client
 from .memory.plan import Plan, make_plan
 from .model.function import function_name, held, intern
-from .options import FITS, WORKFLOWS, Noise, checked, is_reweighted, model_first, noise_of
+from .options import FITS, WORKFLOWS, Noise, checked, is_reweighted, model_first, noise_of, with_known_names
 from .parameters import Parameters, read_parameters, scale
 from .presets import workflow_options
 from .solve.trust_region import Options
@@ -206,6 +206,7 @@ class HeldData:
         return self._source._replace(plan=replace(self.plan, n_params=n_params), sweep=self._sweep)
 
 
+@with_known_names({name: FITS[name] for name in HELD})
 def hold(
     xdata: Any,
     ydata: Any,
