@@ -11,7 +11,7 @@ from functools import cached_property, reduce
 from itertools import product
 from math import prod
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -302,7 +302,7 @@ def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
 class Coordinates(NamedTuple):
     """How the model takes x, and x as arrays: over the fit axes of a map, or with y's axes where pixels differ in it."""
 
-    kind: str
+    kind: Literal["single", "stacked", "tuple", "none"]
     lead: tuple[int, ...]
     arrays: list
     hidden: list  # what masks of x leave out, with y's axes

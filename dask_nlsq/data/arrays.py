@@ -42,7 +42,7 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
         data = data.data
     data = stacked(name, data)
     if isinstance(data, da.Array):
-        array = data
+        array: Any = data
         if any(np.isnan(size) for sizes in array.chunks for size in sizes):
             raise ValueError(f"`{name}` is a Dask array of unknown chunk sizes: call {name}.compute_chunk_sizes() first")
     elif _on_disk(data):
@@ -176,7 +176,7 @@ def decoded(name: str, data, decode_cf: bool) -> tuple[Any, Decoding]:
     if not (decode_cf and on_disk(data) and isinstance(getattr(data, "attrs", None), Mapping)):
         return stacked(name, data), AS_STORED
     how = Decoding.of(name, data.attrs, data.dtype) or AS_STORED
-    return (data if how is AS_STORED else how.lazily(as_array(name, data))), how
+    return (data if how is AS_STORED else how.lazily(da.asarray(as_array(name, data)))), how
 
 
 class _Reopened:

@@ -92,8 +92,8 @@ def plan_measurement(frames: int, n_angles: int, seed: int) -> Measurement:
     truth = np.concatenate([contrast, offset, [each.truth for each in PHYSICAL]])
     lower = np.concatenate([np.repeat([0.0, 0.5], n_angles), [each.lower for each in PHYSICAL]])
     upper = np.concatenate([np.repeat([1.0, 1.5], n_angles), [each.upper for each in PHYSICAL]])
-    names = [f"{what}_{k:02d}" for what in ("contrast", "offset") for k in range(n_angles)]
-    names = (*names, *(each.name for each in PHYSICAL))
+    names = tuple(f"{what}_{k:02d}" for what in ("contrast", "offset") for k in range(n_angles))
+    names += tuple(each.name for each in PHYSICAL)
     start = draw_start(rng, truth, lower, upper, times)
     angles = np.linspace(-90.0, 90.0, n_angles)
     return Measurement(frames, angles, exposure, times, seed, names, truth, start, lower, upper)

@@ -75,7 +75,7 @@ def draw(measurement: Measurement, store: Path, result, path: Path) -> Path | No
     fitted = np.asarray(result.predict((np.full((1, 1, 1), k), i, j))).reshape(n, n)
     figure = Figure(figsize=(10.5, 9), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
-    low, high = np.nanpercentile(data, [0.5, 99.5])
+    low, high = np.nanpercentile(np.asarray(data), [0.5, 99.5])
     draw_plane(figure, axes[0], measurement, data, "data", (low, high), "viridis")
     draw_plane(figure, axes[1], measurement, fitted, "fit", (low, high), "viridis")
     draw_plane(figure, axes[2], measurement, fitted - data, "residual, fit - data", (-4 * NOISE, 4 * NOISE), "RdBu_r")

@@ -7,7 +7,7 @@ memory; that fit is cut off after a sweep and resumed.
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.optimize import OptimizeWarning
@@ -91,6 +91,7 @@ def fit_measurement(measurement: Measurement, store: Path, echo: Callable[[str],
     """Fit all parameters to the array (A, n, n) at ``store``; axes are coordinates, the diagonal i = j is left out."""
     a, n, _ = measurement.shape
     coordinates = np.arange(a)[:, None, None], np.arange(n)[None, :, None], np.arange(n)[None, None, :]
+    chosen: dict[str, Any] = dict(callback=sayer(measurement, echo), progress=False) | options  # the lines are enough
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizeWarning)  # of undetermined parameters: `judge` says it
         return curve_fit(
@@ -102,7 +103,7 @@ def fit_measurement(measurement: Measurement, store: Path, echo: Callable[[str],
             mask=np.eye(n, dtype=bool)[None],
             ftol=TOLERANCE,
             param_names=measurement.names,
-            **dict(callback=sayer(measurement, echo), progress=False) | options,  # the lines are enough
+            **chosen,
         )
 
 

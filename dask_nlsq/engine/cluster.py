@@ -64,8 +64,11 @@ class Pieces:
         self.client, self.make, self.first, self.graph, self.send, self.size = client, make, first, graph, send, size
         self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]
-        self.running, self.working, self.futures = [], {}, [None] * len(self.parts)
-        self.sent, self.trusting = {}, True  # of large objectives: futures, or names that workers are trusted to know
+        self.running: list[Future] = []
+        self.working: dict[str, int] = {}
+        self.futures: list[Any] = [None] * len(self.parts)
+        self.sent: dict[Any, Any] = {}
+        self.trusting = True  # of large objectives: futures, or names that workers are trusted to know
         self.counted = install(client, Deaths())
         self._put(range(len(self.parts)))
 
@@ -96,7 +99,7 @@ class Pieces:
 
     def gather(self, function: Callable, name: str, objectives: Sequence, **fixed) -> list:
         """``function(piece, *objectives, **fixed)`` of all pieces, in order."""
-        lost: Counter = Counter()
+        lost: Counter[int | None] = Counter()
         while True:
             try:
                 with self._named():
@@ -111,7 +114,8 @@ class Pieces:
         self, function: Callable, name: str, numbers: Sequence[int], arguments: Sequence, objectives: Sequence, **fixed
     ) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
-        left, lost = dict(zip(numbers, arguments, strict=True)), Counter()
+        left = dict(zip(numbers, arguments, strict=True))
+        lost: Counter[int | None] = Counter()
         try:
             while left:
                 try:
@@ -132,7 +136,7 @@ class Pieces:
         columns = [*columns, *([each] * n for each in map(self._on_the_way, objectives))]
         with span(name):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
-        self.working = dict(zip((future.key for future in self.running), numbers, strict=True))
+        self.working = dict(zip((str(future.key) for future in self.running), numbers, strict=True))
 
     def _on_the_way(self, objective):
         """The objective itself; a large one as a future that each worker gets once, or by name where all have it already."""
@@ -147,13 +151,14 @@ class Pieces:
                 self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
         return self.sent[objective]
 
-    def _replace(self, err: CancelledError | ModelMissing, lost: Counter) -> None:
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter[int | None]) -> None:
         """Make again, or send again, what went with workers that died; an error where that has happened too often."""
         if isinstance(err, CancelledError) and is_gone(self.client, err):
             raise err
         self._give_back(self.running)
         gone = [k for k, future in enumerate(self.futures) if future.cancelled()]
-        lost.update(gone or [None])  # arrays that were in memory, with the workers that held them
+        lost.update(gone)
+        lost[None] += not gone  # arrays that were in memory, with the workers that held them
         if max(lost.values()) >= DEATHS:
             raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
         self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it

@@ -10,7 +10,7 @@ from distributed.metrics import context_meter
 from ..base.x64 import float64
 from ..data.chunks import LARGEST, Chunk, Preparation
 from ..kernels.blocks import MAX_TILE, Block, JacMode, KernelSpec, Reduction, tile_size
-from ..kernels.rows import sweep_kernel
+from ..kernels.rows import N_WEIGHTS, sweep_kernel, weight_kernel
 from ..kernels.values import VALUES_LEAD, What, value_kernel
 from ..model.function import Model, known_model
 from ..model.losses import LIKELIHOODS
@@ -80,9 +80,12 @@ def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests:
                     kernels[like] = sweep_kernel(model, kernel_spec(preparation, request, block))
                     label = "jax-execute" if n_known == len(model.compiled) else "jax-compile"  # by the first call
                 with context_meter.meter(label):  # else Dask counts it as idle
-                    found = kernels[like](request.params, request.objective.f_scale, block, request.weigh)
-                    matrix, cost, segments = found
-                    results[k].append(Sums(np.asarray(matrix), float(cost), np.asarray(segments)))
+                    matrix, cost, segments = kernels[like](request.params, request.objective.f_scale, block)
+                    weights = np.zeros((len(segments), N_WEIGHTS))
+                    if request.weigh:
+                        weights = weight_kernel(kernel_spec(preparation, request, block))(block)
+                    segments = np.concatenate([segments, weights], axis=1)
+                    results[k].append(Sums(np.asarray(matrix), float(cost), segments))
     return results
 
 

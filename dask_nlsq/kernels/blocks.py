@@ -104,7 +104,7 @@ def tile_size(n_params: int, capacity: int) -> int:
 
 def longest_tile() -> int:
     """Points of the longest tile that any kernel may take on the device of this thread."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]  # as `base.x64`
     on_cpu = getattr(device, "platform", device) == "cpu"  # the setting may be a device or the name of a platform
     return MAX_TILE if on_cpu else BLOCK_POINTS
 

@@ -43,7 +43,7 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
                 jax.block_until_ready(kernel(params, 1.0, block))
                 times.append(time.perf_counter() - begin)
             seconds[mode] = min(times[1:])  # the first compiles
-        return min(seconds, key=seconds.get)
+        return min(seconds, key=seconds.__getitem__)
 
     key = ("jac_mode", layouts.x, p)
     if key not in model.choices:

@@ -201,9 +201,10 @@ def _store(spec, lanes: Lanes, out: Fitted) -> Fitted:
         at_bound = at_bounds(here.params, jnp.sqrt(diagonal(pcov)), data.lower, data.upper)
     status = map_status(lanes.status, jnp.any(at_bound != 0, axis=0), regular, unknown, here.floored > 0)
 
-    values = popt.T, pcov.transpose(2, 0, 1), 2 * here.cost, here.distance
+    values = [popt.T, pcov.transpose(2, 0, 1), 2 * here.cost, here.distance]
     values = [jnp.where(fitted.reshape(-1, *[1] * (each.ndim - 1)), each, jnp.nan) for each in values]
-    found = Fitted(*values, data.n_points, nfev, status, jnp.where(fitted, at_bound, 0).T)
+    popt, pcov, chi2, distance = values
+    found = Fitted(popt, pcov, chi2, distance, data.n_points, nfev, status, jnp.where(fitted, at_bound, 0).T)
     return jax.tree.map(lambda old, new: old.at[target].set(new.astype(old.dtype), mode="drop"), out, found)
 
 

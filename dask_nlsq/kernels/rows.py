@@ -15,6 +15,7 @@ References
 .. [2] B. Triggs et al., "Bundle Adjustment - A Modern Synthesis", 1999, section 4.3.
 """
 
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -28,14 +29,16 @@ from .blocks import JacMode, KernelSpec, Tile
 from .rules import EPS
 
 REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
+N_WEIGHTS = 3  # sums of w, w y and w y^2
 HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
-    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts (k, segment_size(p))`` of one block.
+    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts`` of one block.
 
     ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
-    `SegmentSums` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
+    `SegmentSums` takes apart but for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3). To be
+    called inside ``float64()``.
     """
     return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
 
@@ -59,47 +62,72 @@ class SegmentSums(NamedTuple):
 
 
 def segment_size(n_params: int) -> int:
-    return 2 * (n_params + 1) ** 2 + 9
+    return 2 * (n_params + 1) ** 2 + 6 + N_WEIGHTS
 
 
 def unpack(parts: np.ndarray, n_params: int) -> SegmentSums:
     """`SegmentSums` of the rows (k, segment_size) that sweeps add up."""
     m = n_params + 1
     gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
-    return SegmentSums(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
+    cost, residual, squares, n, n_tiles, floored = sums.T
+    shaped = gram.reshape(-1, m, m), spread.reshape(-1, m, m)
+    return SegmentSums(*shaped, cost, residual, squares, n, n_tiles, floored, weights)
+
+
+def weight_kernel(spec: KernelSpec):
+    """Compiled ``block -> (k, 3)``, the last columns of `SegmentSums`: sums that know neither model nor parameters."""
+    return _weight_kernel(spec._replace(reduction="gram", jac_mode="columns", loss="linear"))
+
+
+@lru_cache(maxsize=256)
+def _weight_kernel(spec: KernelSpec):
+    return jax.jit(partial(_sum_weights, spec))
 
 
 def build_sweep(model, spec):
-    def sweep(params, f_scale, block, weigh=False):
+    def sweep(params, f_scale, block):
         p = len(params)
-        capacity = block.buffers[0].shape[0]
-        tile = spec.tile or capacity
-        n = block.geometry[0]
-        tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
-        n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
 
-        def add_tile(i, state):
+        def add_tile(state, part, first, fresh):
             matrix, cost, parts = state
-            begin = i * tile
-            # the last tile of a ragged block starts early and leaves out what the one before has counted
-            first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
-            point = first + jnp.arange(tile)
-            fresh = (point >= begin) & (point < n)
             rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
-            gram = _gram(rows) if spec.parts or spec.reduction == "gram" else None
+            gram = _gram(rows)  # which XLA leaves out where nothing needs it
             matrix = matrix + gram if spec.reduction == "gram" else _update_factor(matrix, rows)
             if spec.parts:
-                weights = lax.cond(weigh, lambda: _weights(spec, block, first, fresh), lambda: jnp.zeros(3))
-                part = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums, weights])
-                parts = parts.at[i // tiles_per_part].add(part)
+                mine = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
+                parts = parts.at[part].add(mine)
             return matrix, cost + sums[0], parts
 
-        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()), jnp.zeros((n_parts, segment_size(p))))
-        if spec.tile is None:
-            return add_tile(0, start)
-        return lax.fori_loop(0, (n + tile - 1) // tile, add_tile, start)
+        return _by_tile(spec, block, add_tile, (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS)
 
     return sweep
+
+
+def _sum_weights(spec, block):
+    def add_tile(state, part, first, fresh):
+        tile = Tile(spec.layouts, block, first, len(fresh))
+        one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
+        return (state[0].at[part].add(jnp.stack([one @ one, one @ y, y @ y])),)
+
+    return _by_tile(spec, block, add_tile, (), N_WEIGHTS)[0]
+
+
+def _by_tile(spec, block, add_tile, start, n_columns):
+    """Walk over a block: ``add_tile(state, part, first, fresh)``; the state ends in zeros (k, n_columns) for its parts."""
+    capacity, n = block.buffers[0].shape[0], block.geometry[0]
+    tile = spec.tile or capacity
+    tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
+    n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
+
+    def add(i, state):
+        begin = i * tile
+        # the last tile of a ragged block starts early and leaves out what the one before has counted
+        first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
+        point = first + jnp.arange(tile)
+        return add_tile(state, i // tiles_per_part, first, (point >= begin) & (point < n))
+
+    state = (*start, jnp.zeros((n_parts, n_columns)))
+    return add(0, state) if spec.tile is None else lax.fori_loop(0, (n + tile - 1) // tile, add, state)
 
 
 def _gram(rows):
@@ -155,13 +183,6 @@ def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
     n = jnp.sum(fresh if hidden is None else fresh & ~hidden, dtype=jnp.int32).astype(jnp.float64)
     squares = 2 * cost if spec.loss == "linear" else r @ r
     return rows, jnp.stack([cost, jnp.sum(r), squares, n, jnp.sign(n), floored])
-
-
-def _weights(spec, block, first, fresh):
-    """Sums over a tile of w, w y and w y^2."""
-    tile = Tile(spec.layouts, block, first, len(fresh))
-    one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
-    return jnp.stack([one @ one, one @ y, y @ y])
 
 
 def with_columns(residual, params, jac_mode: JacMode):

@@ -169,7 +169,7 @@ class BlockFit:
         record["perr"][failed] = np.nan
         with np.errstate(invalid="ignore"):
             record["perr"][:, free] = np.sqrt(np.diagonal(found.pcov, axis1=1, axis2=2))
-        if "pcov" in self.dtype.names:
+        if "pcov" in (self.dtype.names or ()):
             record["pcov"][failed] = np.nan
             record["pcov"][:, np.array(free)[:, None], free] = found.pcov
         return record
@@ -226,7 +226,8 @@ class MapProblem:
 
     def band(self, rows: slice) -> da.Array:
         """Records of some rows of the map, which end where blocks do."""
-        axes, arguments = self.map_axes, []
+        axes = self.map_axes
+        arguments: list[Any] = []
         for operand in (Operand(self.y), *self.operands.values()):
             arguments += self.part(operand, rows)
         first, *others = self.blocks if axes else [()]
@@ -250,7 +251,8 @@ class MapProblem:
     def part(self, operand: Operand, rows: slice) -> tuple[Any, tuple[int, ...] | None]:
         """An operand on some rows of the map, in its blocks, and its axes as `blockwise` counts them."""
         array, last = operand
-        axes, want = self.map_axes, {}
+        axes = self.map_axes
+        want: dict[int, tuple[int, ...]] = {}
         may_be_shared = axes and isinstance(array, np.ndarray) and array is not self.y
         if array.ndim == last or (may_be_shared and all(array.shape[k] == 1 for k in axes)):
             return array, None  # the same for all pixels
@@ -272,7 +274,7 @@ class MapProblem:
 
 def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     """Align the data of a call of `dask_nlsq.fit_map`, whose arguments have been checked; reads none of them."""
-    noise, dims = noise_of(call), getattr(ydata, "dims", None)
+    noise, dims = noise_of(call), getattr(ydata, "dims", ())
     if noise.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if labelled(ydata):
@@ -316,7 +318,8 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
 
 def _layouts(coordinates: Coordinates, invalid) -> Layouts:
     x = tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays)))
-    return Layouts(*[Layout(True)] * 3, x=x, x_kind=coordinates.kind, x_lead=coordinates.lead, ndim=1, invalid=invalid)
+    own = Layout(True)
+    return Layouts(own, own, own, x, x_kind=coordinates.kind, x_lead=coordinates.lead, ndim=1, invalid=invalid)
 
 
 def _spec(model: Model, layouts: Layouts, shared, call, noise: Noise, params: Parameters) -> MapSpec:
@@ -358,9 +361,10 @@ def _operands(data, shape, fit_axes, hidden, params: Parameters) -> dict[str, Op
 def _values(ydata, sentinels, decoding: Decoding):
     """y, what hides its values, and which of them stand for no data; scaled ones are decoded, as they are read."""
     y = as_array("ydata", ydata)
-    invalid = invalid_values(*sentinels, y.dtype, decoding)
+    mask_values, valid_range = sentinels
+    invalid = invalid_values(mask_values, valid_range, y.dtype, decoding)
     if decoding.scaled:
-        y, invalid = decoding.lazily(y, invalid), None
+        y, invalid = decoding.lazily(da.asarray(y), invalid), None
     return *parted(y), invalid
 
 

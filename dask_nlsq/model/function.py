@@ -140,9 +140,14 @@ def _by_value(function):
     Installed packages are pickled by name, as everywhere.
     """
     function = function.f if isinstance(function, FixedParameters) else function
-    module = sys.modules.get(getattr(function, "__module__", None))
+    module = sys.modules.get(getattr(function, "__module__", None) or "")
     file = getattr(module, "__file__", None)
-    if file is None or is_installed(file) or module.__name__ in cloudpickle.list_registry_pickle_by_value():
+    if (
+        module is None
+        or file is None
+        or is_installed(file)
+        or module.__name__ in cloudpickle.list_registry_pickle_by_value()
+    ):
         yield
         return
     cloudpickle.register_pickle_by_value(module)
@@ -165,7 +170,7 @@ def is_installed(file: str) -> bool:
 def _keep_compilations():
     """Turn on JAX's persistent cache where the user asked for it and has not set up JAX's own."""
     directory = compilation_cache()
-    if directory is None or jax.config.jax_compilation_cache_dir is not None:
+    if directory is None or jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]  # as `base.x64`
         return
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # ours take 0.1 s and more, and add up
@@ -270,6 +275,7 @@ def evaluate(model: Model, x, params):
 
 def evaluate_jac(model: Model, x, params):
     """``jac(x, *params)`` in float64, shape as the user returns it."""
+    assert model.jac is not None
     return _real(model.jac(x, *params), "jac")
 
 

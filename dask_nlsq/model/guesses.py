@@ -116,6 +116,7 @@ def _choose(part: Part, view: View):
 
     The coefficients of the columns follow the others at once (variable projection), so only these take steps.
     """
+    assert part.candidates is not None
     candidates = part.candidates(view)
     cost = partial(_cost, part, view)
 

@@ -81,7 +81,7 @@ class _Ask(NamedTuple):
     """What a task has to know."""
 
     factor: np.ndarray | None  # of the covariance of y
-    request: Request
+    request: Request  # whose objective comes with the work
     coordinate: int | None
     starts: np.ndarray  # of the chunks along the first axis, and the end of the last
     log: bool
@@ -129,7 +129,7 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     scale = 1.0 if known or not result.dof > 0 else float(np.sqrt(2 * result.cost / result.dof)) or 1.0
     ask = _Ask(
         factor=problem.factor,
-        request=Request(objective._replace(model=None), result.popt[list(result.free)]),
+        request=Request(objective._replace(model=None), result.popt[list(result.free)]),  # type: ignore[arg-type]
         coordinate=coordinate,
         starts=np.cumsum([0, *problem.chunks[0]]),
         log=log,
@@ -219,7 +219,7 @@ def _tally_block(preparation, ask: _Ask, chunk: Chunk, along, block: Block) -> T
             x = np.log10(x)
     counts &= np.isfinite(model) & np.isfinite(r) & np.isfinite(x)
     rows = (x, y, model, sigma, r)
-    x, y, model, sigma, r = rows = rows if counts.all() else [row[counts] for row in rows]
+    x, y, model, sigma, r = rows = rows if counts.all() else tuple(row[counts] for row in rows)
     cells = np.clip((r / ask.scale + BEYOND) * (ask.n_cells / (2 * BEYOND)), -1, ask.n_cells)
     histogram = np.bincount(np.floor(cells).astype(np.int64) + 1, minlength=ask.n_cells + 2)
     return Tally(_profile(x, y, model, sigma, r), histogram, np.stack(rows) if ask.few else None)
@@ -253,7 +253,7 @@ def merge(tallies: Iterable[Tally], ask: _Ask | None = None) -> Tally:
     tallies = list(tallies)
     profiles = [each.profile for each in tallies if each.profile is not None]
     points = None if tallies[0].points is None else np.concatenate([each.points for each in tallies], axis=1)
-    return Tally(_merged(profiles) if profiles else None, sum(each.histogram for each in tallies), points)
+    return Tally(_merged(profiles) if profiles else None, np.sum([each.histogram for each in tallies], axis=0), points)
 
 
 TALLY = Work("bins", _tally, merge)
@@ -278,6 +278,7 @@ def _merged(profiles: list[Profile]) -> Profile:
 
 
 def _result(ask: _Ask, found: Tally, bins: int, **about) -> Binned:
+    assert found.profile is not None
     sums = found.profile.sums
     joined = np.arange(0, sums.shape[1], -(-sums.shape[1] // bins))
     sums = np.add.reduceat(sums, joined, axis=1)
