@@ -219,8 +219,8 @@ def sigma_of(kind: str, x: np.ndarray):
     return {"none": None, "scalar": 0.13, "points": points, "matrix": np.outer(points, points) * 0.5**distance}[kind]
 
 
-def distance_to_optimum(case: Case, x, y, sigma, popt, perr) -> float:
-    """Newton step, with the full Hessian of the cost, along the params that no bound holds; in standard errors."""
+def distances_to_optimum(case: Case, x, y, sigma, points, perr) -> list[float]:
+    """Newton steps, with the full Hessian of the cost, along the params that no bound holds; in standard errors."""
     rho = RHO[case.options.get("loss", "linear")]
     f_scale = case.options.get("f_scale", 1.0)
 
@@ -232,12 +232,16 @@ def distance_to_optimum(case: Case, x, y, sigma, popt, perr) -> float:
     def cost(params):
         return 0.5 * f_scale**2 * jnp.sum(rho((whitened(case.model.jax(x, *params) - y) / f_scale) ** 2))
 
+    lower, upper = np.broadcast_arrays(*case.options.get("bounds", ANYWHERE), perr)[:2]
+
+    def distance(popt, g, H):
+        free = np.minimum(popt - lower, upper - popt) > 1e-3 * perr
+        step = np.linalg.solve(H[np.ix_(free, free)], g[free])
+        return float(np.max(np.abs(step) / perr[free]))
+
     with jax.enable_x64(True):
-        g, H = (np.asarray(jax.jit(derivative(cost))(popt)) for derivative in (jax.grad, jax.hessian))
-    lower, upper = np.broadcast_arrays(*case.options.get("bounds", ANYWHERE), popt)[:2]
-    free = np.minimum(popt - lower, upper - popt) > 1e-3 * perr
-    step = np.linalg.solve(H[np.ix_(free, free)], g[free])
-    return float(np.max(np.abs(step) / perr[free]))
+        derivatives = jax.jit(lambda params: (jax.grad(cost)(params), jax.hessian(cost)(params)))
+        return [distance(popt, *map(np.asarray, derivatives(popt))) for popt in points]
 
 
 def against_scipy(case: Case) -> Deviation:
@@ -263,9 +267,7 @@ def against_scipy(case: Case) -> Deviation:
     tight, _ = dask_nlsq.curve_fit(model.jax, *data, **shaped, **common, **TIGHT)
 
     perr = np.sqrt(np.diag(wanted_cov))
-    ours, scipys, ours_tight = (
-        distance_to_optimum(case, kept_x, kept_y, kept_sigma, found, perr) for found in (popt, wanted, tight)
-    )
+    ours, scipys, ours_tight = distances_to_optimum(case, kept_x, kept_y, kept_sigma, (popt, wanted, tight), perr)
     return Deviation(
         popt=float(np.max(np.abs(popt - wanted) / perr)),
         pcov=float(np.max(np.abs(pcov - wanted_cov) / np.outer(perr, perr))),

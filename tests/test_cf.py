@@ -69,6 +69,7 @@ def same(found, expected):
     assert (found.n_points, found.n_masked) == (expected.n_points, expected.n_masked)
 
 
+SLOW = pytest.mark.slow
 SPOILED = STORED.copy()
 SPOILED[::50], SPOILED[7::50], SPOILED[11::50] = -32768, 32000, -9999
 HIDES = {
@@ -86,7 +87,7 @@ HIDES = {
 @pytest.mark.parametrize(
     "kind, hides",
     [
-        *(("zarr", hides) for hides in HIDES),
+        *(pytest.param("zarr", each, marks=() if each in ("several", "floats") else SLOW) for each in HIDES),
         *((kind, "several") for kind in KINDS if kind != "zarr"),
         ("hdf5", "valid_range"),
     ],
@@ -99,7 +100,7 @@ def test_attributes_say_what_is_stored(kind, hides, tmp_path):
     same(found, curve_fit(decay, X, SPOILED * SCALE + OFFSET, p0=P0, sigma=sigma, mask=hidden, **TIGHT))
 
 
-@pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
+@pytest.mark.parametrize("strategy", [pytest.param("standard", marks=SLOW), "chunked", "streaming"])
 def test_strategies_agree_on_packed_values(strategy, tmp_path, workers):
     y = in_zarr(tmp_path / "y", SPOILED, dict(scale_factor=SCALE, add_offset=OFFSET, valid_range=[-5000, 31999]))
     hidden = (SPOILED < -5000) | (SPOILED > 31999)
@@ -113,7 +114,10 @@ def test_strategies_agree_on_packed_values(strategy, tmp_path, workers):
             same(curve_fit(decay, X, stored, p0=P0, **TIGHT), curve_fit(decay, X, DECODED, p0=P0, **TIGHT))
 
 
-@pytest.mark.parametrize("dtype, version", [("i2", 2), ("i2", 3), ("u2", 3), ("i4", 2), ("f4", 3)])
+@pytest.mark.parametrize(
+    "dtype, version",
+    [("i2", 2), ("u2", 3), *(pytest.param(*each, marks=SLOW) for each in [("i2", 3), ("i4", 2), ("f4", 3)])],
+)
 def test_a_store_that_xarray_has_packed_is_fitted_as_xarray_reads_it(dtype, version, tmp_path):
     y = np.where(np.arange(N) % 40 == 3, np.nan, Y)
     offset = 0.0 if dtype[0] == "u" else OFFSET
@@ -171,12 +175,12 @@ def level(x, a):
     return a + 0 * x
 
 
-@pytest.mark.parametrize("scale", [0.1, -0.1, 0.07])
+@pytest.mark.parametrize("scale", [-0.1, pytest.param(0.1, marks=SLOW), pytest.param(0.07, marks=SLOW)])
 def test_the_argument_valid_range_is_of_scaled_values_and_mask_values_are_stored_ones(scale, tmp_path):
     stored = (np.arange(N) % 100).astype("i2")
     decoded = stored * scale + 1.0
     path = in_zarr(tmp_path / "y", stored, dict(scale_factor=scale, add_offset=1.0))
-    for edge in (stored[33] * scale + 1.0, stored[3] * scale + 1.0, 2.0, -7.3):
+    for edge in (stored[33] * scale + 1.0, -7.3):
         for limits in ((edge, None), (None, edge), (edge - 1, edge + 1)):
             low, high = (-np.inf if limits[0] is None else limits[0]), (np.inf if limits[1] is None else limits[1])
             hidden = (decoded < low) | (decoded > high)
@@ -315,8 +319,6 @@ def test_maps_of_packed_values(guess, tmp_path):
     found = found.compute()
     np.testing.assert_array_equal(found.n_points, expected.n_points)
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-5)
-    raw = fit_map(decay, x, tmp_path / "y", P0, decode_cf=False).compute()
-    assert (raw.n_points == 50).all()
 
 
 def test_a_fit_is_resumed_with_the_same_decoding(tmp_path):

@@ -67,7 +67,7 @@ def same_bits(found, expected):
     "options, places",
     [
         ({}, (5, 133)),
-        (dict(bounds=([0, 0, 0], [199, 9, 99])), (133,)),
+        pytest.param(dict(bounds=([0, 0, 0], [199, 9, 99])), (133,), marks=pytest.mark.slow),
         (dict(loss="soft_l1", reduction="qr"), (250,)),
         (dict(n_starts=3), (371,)),
     ],

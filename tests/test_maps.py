@@ -571,8 +571,8 @@ MASKED_KINDS = {
 
 @pytest.mark.parametrize(
     "name, kind",
-    [("x", "numpy"), ("own x", "dask"), ("y", "numpy"), ("y", "list"), ("y", "dask"), ("sigma", "list"),
-     ("sigma of the map", "dask")],
+    [("own x", "dask"), ("y", "numpy"), ("sigma of the map", "dask"),
+     *(pytest.param(*each, marks=SLOW) for each in [("x", "numpy"), ("y", "list"), ("y", "dask"), ("sigma", "list")])],
 )  # fmt: skip
 def test_masks_travel_with_every_array_that_has_one(name, kind):
     rng = np.random.default_rng(3)

@@ -169,14 +169,14 @@ def test_the_codec_pipeline_is_configured(tmp_path):
 # values that are no data
 
 
-@pytest.mark.parametrize("strategy", ["standard", "streaming"])
+@pytest.mark.parametrize("strategy", [pytest.param("standard", marks=pytest.mark.slow), "streaming"])
 @pytest.mark.parametrize(
     "options, left_out",
     [
         ({}, lambda y: y == 65535),
         (dict(mask_values=[65535, 7]), lambda y: np.isin(y, [65535, 7])),
         (dict(mask_values=[65535, -1, 70000, np.nan]), lambda y: y == 65535),
-        (dict(valid_range=(10, 1000)), lambda y: (y < 10) | (y > 1000)),
+        pytest.param(dict(valid_range=(10, 1000)), lambda y: (y < 10) | (y > 1000), marks=pytest.mark.slow),
         (dict(valid_range=(None, 999.5)), lambda y: y > 999),
         (dict(mask=X > 9), lambda y: (y == 65535) | (X > 9)),
     ],

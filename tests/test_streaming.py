@@ -121,8 +121,15 @@ def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path
             assert found.read.n_points == N
 
 
-@pytest.mark.parametrize("where", ["threads", "workers"])
-@pytest.mark.parametrize("f, truth", [(decay, DECAY), (peak, PEAK)], ids=["decay", "peak"])
+@pytest.mark.parametrize(
+    "f, truth, where",
+    [
+        pytest.param(decay, DECAY, "threads", id="decay-threads", marks=pytest.mark.slow),
+        pytest.param(peak, PEAK, "threads", id="peak-threads"),
+        pytest.param(decay, DECAY, "workers", id="decay-workers"),
+        pytest.param(peak, PEAK, "workers", id="peak-workers", marks=pytest.mark.slow),
+    ],
+)
 def test_the_fit_is_that_of_held_data_within_four_sweeps(f, truth, where, workers, tmp_path):
     x = X if f is decay else RNG.permutation(np.linspace(9, 11, N))  # so that each chunk sees the whole peak
     clean = np.asarray(f(x, *truth))
@@ -184,13 +191,13 @@ HOLES = np.where(np.arange(N) % 1000 == 7, np.nan, Y)
 @pytest.mark.parametrize(
     "y, options",
     [
-        (Y, dict(bounds=([0, 0, 0.31], [1.9, 9, 9]))),
+        pytest.param(Y, dict(bounds=([0, 0, 0.31], [1.9, 9, 9])), marks=pytest.mark.slow),
         (Y + (np.arange(N) % 50 == 0), dict(loss="soft_l1", f_scale=0.1)),
         (Y, dict(sigma=0.05 + 0.01 * X, absolute_sigma=True)),
         (Y + 9 * (X > 5), dict(mask=X > 5)),
         (HOLES, dict(nan_policy="omit")),
         (Y, dict(reduction="qr")),
-        (Y, dict(method="trf", x_scale=[1, 2, 3])),
+        pytest.param(Y, dict(method="trf", x_scale=[1, 2, 3]), marks=pytest.mark.slow),
     ],
     ids=["bounds", "loss", "sigma", "mask", "omit", "qr", "trf"],
 )

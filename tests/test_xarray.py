@@ -176,7 +176,7 @@ CALLS = {
         pytest.param("counts", "with one reduced", marks=pytest.mark.slow),
         ("counts", "with all reduced"),
         ("counts", "along one that differs from place to place"),
-        (["counts", "dark"], "along one"),
+        pytest.param(["counts", "dark"], "along one", marks=pytest.mark.slow),
         pytest.param(["counts"], "with all reduced", marks=pytest.mark.slow),
     ],
 )
@@ -208,7 +208,11 @@ DAYS = 86400.0 * np.arange(12)
 
 @pytest.mark.parametrize(
     ("time", "chunks"),
-    [(dates(DAYS), None), (dates(DAYS).astype("M8[s]"), {"t": 5}), ((1e9 * DAYS).astype("m8[ns]"), {"x": 1})],
+    [
+        (dates(DAYS), None),
+        pytest.param(dates(DAYS).astype("M8[s]"), {"t": 5}, marks=pytest.mark.slow),
+        ((1e9 * DAYS).astype("m8[ns]"), {"x": 1}),
+    ],
     ids=["dates", "dates in seconds, chunked", "durations"],
 )
 def test_dates_are_seconds_since_the_first_and_durations_seconds(time, chunks):
