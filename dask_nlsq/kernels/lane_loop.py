@@ -51,12 +51,14 @@ class Fitted(NamedTuple):
 
 def map_kernel(model: Model, spec: MapSpec):
     """Compiled ``(pixels, n_pixels, limits) -> Fitted`` for the first n_pixels of a block; call inside ``float64()``."""
-    return model.get(("map", spec), lambda: model.jit(_build(model, spec)))
+    return model.get(("map", spec), lambda: model.jit(build_fit(model, spec)))
 
 
-def _build(model: Model, spec: MapSpec):
+def build_fit(model: Model, spec: MapSpec):
+    """What `map_kernel` compiles."""
+
     def fit(pixels, n_pixels, limits):
-        data = _prepare(spec, pixels)
+        data = prepare(spec, pixels)
         if spec.guess is not None:
             data = data._replace(start=_guesses(spec, data))
         empty = _empty(spec, pixels)
@@ -116,7 +118,7 @@ def _dtype(coordinate):
     return jnp.int64 if coordinate.dtype.kind in "iu" else jnp.float64
 
 
-def _prepare(spec, pixels: Pixels) -> Data:
+def prepare(spec, pixels: Pixels) -> Data:
     """Data of all pixels as the steps need them."""
     x = tuple(c.astype(_dtype(c)) for c in pixels.x)
     y, sigma = pixels.y.astype(jnp.float64), pixels.sigma.astype(jnp.float64)

@@ -125,7 +125,7 @@ def as_x(spec, coordinates):
 def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
     """Evaluate the trial of each lane, accept or refuse it, and propose the next one."""
     running, before = lanes.status == RUNNING, lanes.course
-    there = linearise(spec, lanes, *_normal_equations(model, spec, limits, lanes))
+    there = linearise(spec, lanes, *normal_equations(model, spec, limits, lanes))
     course = rules.follow(jnp, before, there._replace(finite=there.finite & running), limits, _choose)
     here, still = course.here, jnp.all(rules.same(jnp, lanes.trial, before.here.params), axis=0)
     hopeless = course.hopeless | (still & ~course.verdict.accepted)
@@ -167,7 +167,7 @@ def _propose(course: Course, bounds) -> tuple[Step, Any]:
     return step._replace(full=inside & step.full), jnp.where(inside, 0.0, alpha)
 
 
-def _normal_equations(model, spec, limits, lanes):
+def normal_equations(model, spec, limits, lanes):
     """Gram matrices (p + 1, p + 1, lanes) of [J r], costs, and counts where the mean is floored."""
 
     def one(params, start, coordinates, y, weight):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -64,6 +64,14 @@ class _Pixel(NamedTuple):
         return f"in pixel {place}"
 
 
+class PixelBlock(NamedTuple):
+    """The data of a block as the kernels take them: of ``n_pixels`` pixels, in the shape of the map, and of some that fill up."""
+
+    pixels: Pixels
+    n_pixels: int
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class BlockFit:
     """What a task does with the arrays of a block."""
@@ -78,8 +86,26 @@ class BlockFit:
     raises: bool  # where values are not finite
     names: tuple[str, ...]  # of all parameters
 
-    def __call__(self, place, y, sigma, mask, start, lower, upper, *own, first=0) -> np.ndarray:
+    def __call__(self, place, *arrays, first=0) -> np.ndarray:
         """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
+        block = self.gather(place, *arrays, first=first)
+        with float64():
+            kernel = map_kernel(self.model, self.spec)
+            with self.compiling("map", block.pixels):
+                found = jax.tree.map(np.asarray, kernel(block.pixels, block.n_pixels, self.limits))
+        return self._record(Fitted(*(each[: block.n_pixels] for each in found))).reshape(block.shape)
+
+    @contextmanager
+    def compiling(self, what: str, pixels: Pixels):
+        """For the first call of a kernel on arrays like these: two threads would both compile it."""
+        shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
+        known = (what, "compiled", self.spec, shapes)
+        with nullcontext() if known in self.model.choices else _first_call:
+            yield
+        self.model.choices[known] = True
+
+    def gather(self, place, y, sigma, mask, start, lower, upper, *own, first=0) -> PixelBlock:
+        """The arrays of a block as the kernels take them, once they have been checked."""
         shape = tuple(s for k, s in enumerate(y.shape) if k not in self.fit_axes)
         rest = iter(own)
         x = tuple(self._rows(next(rest), shape) if c is None else c[None] for c in self.x)
@@ -89,15 +115,7 @@ class BlockFit:
         self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
         n_pixels, others = len(y), (sigma, mask, x, *vectors)
         others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
-        pixels = Pixels(self._filled(y), *others)
-        with float64():
-            kernel = map_kernel(self.model, self.spec)
-            shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
-            known = ("map compiled", self.spec, shapes)
-            with nullcontext() if known in self.model.choices else _first_call:  # two threads would both compile
-                found = jax.tree.map(np.asarray, kernel(pixels, n_pixels, self.limits))
-            self.model.choices[known] = True
-        return self._record(Fitted(*(each[:n_pixels] for each in found))).reshape(shape)
+        return PixelBlock(Pixels(self._filled(y), *others), n_pixels, shape)
 
     def _rows(self, array, shape):
         """(pixels or 1, n or 1) of an array with y's axes."""
@@ -224,8 +242,8 @@ class MapProblem:
         parts = [self.band(band) for band in self.bands]
         return parts[0] if len(parts) == 1 else da.concatenate(parts)
 
-    def band(self, rows: slice) -> da.Array:
-        """Records of some rows of the map, which end where blocks do."""
+    def band(self, rows: slice, task: Callable | None = None) -> da.Array:
+        """Records of some rows of the map, which end where blocks do; or what another ``task`` makes of their arrays."""
         axes = self.map_axes
         arguments: list[Any] = []
         for operand in (Operand(self.y), *self.operands.values()):
@@ -235,14 +253,14 @@ class MapProblem:
         inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
         place = ArraySliceDep((inside, *others) if axes else ())
         return da.blockwise(
-            self.fit,
+            task or self.fit,
             axes,
             place,
             axes,
             *arguments,
             first=rows.start,
-            dtype=self.fit.dtype,
-            meta=np.empty((0,) * len(axes), self.fit.dtype),
+            dtype=self.fit.dtype if task is None else object,
+            meta=np.empty((0,) * len(axes), self.fit.dtype if task is None else object),
             concatenate=True,
             align_arrays=False,
             token="nlsq-map",
