@@ -12,6 +12,7 @@ import dask
 import dask.array as da
 import numpy as np
 from dask.base import tokenize
+from dask.blockwise import Blockwise
 from dask.layers import ArrayBlockIdDep, ArrayChunkShapeDep
 
 from .cf import AS_STORED, Decoding
@@ -271,6 +272,12 @@ def _checked(name: str, array: da.Array) -> da.Array:
         meta=array._meta,
         align_arrays=False,
     )
+
+
+def is_made(array) -> bool:
+    """Whether tasks make the values of an array, rather than read them where they are stored."""
+    layers = array.dask.layers.items() if isinstance(array, da.Array) else ()
+    return any(isinstance(layer, Blockwise) and not name.startswith(("array-", CHECKED)) for name, layer in layers)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
