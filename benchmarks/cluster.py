@@ -36,7 +36,8 @@ from dask_nlsq.engine.partition import Answers, Work
 from dask_nlsq.engine.places import HeldByWorkers
 from dask_nlsq.engine.request import Objective, Request
 from dask_nlsq.engine.sweep import open_sweep
-from dask_nlsq.kernels.rows import part_size
+from dask_nlsq.kernels.rows import segment_size
+from dask_nlsq.memory.machine import process_memory
 from dask_nlsq.memory.plan import PER_THREAD, count_partitions, tasks_per_thread
 from dask_nlsq.model.function import intern
 
@@ -199,6 +200,25 @@ def scaling(n=10**8):
     print(f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times")
 
 
+def closure(n=500_000, nbytes=200e6):
+    """Fits of a model that closes over a large array: seconds of each, peak of each worker."""
+    table = np.random.default_rng(0).random(int(nbytes / 8))
+
+    def looked_up(x, a, b, c):
+        return a * jnp.exp(-b * x) + c * jnp.asarray(table)[jnp.asarray(x * 100, jnp.int64)]
+
+    x = np.linspace(0, 5, n)
+    y = 2 * np.exp(-1.2 * x) + 0.3 * table[(x * 100).astype(int)] + np.random.default_rng(1).normal(0, 0.01, n)
+    with local(memory_limit="4GB") as (_, client):
+        for k in range(3):
+            began = time.perf_counter()
+            data = (da.from_array(each, chunks=n // 10) for each in (x, y))
+            dask_nlsq.curve_fit(looked_up, *data, p0=[1, 1, 0], strategy="chunked", partitions_per_thread=5)
+            print(f"fit {k + 1} of a model of {nbytes / 1e6:.0f} MB, 10 chunks: {time.perf_counter() - began:.2f} s")
+        peaks = [peak / 1e9 for _, peak in client.run(process_memory).values()]
+        print(f"peak of the workers: {', '.join(f'{peak:.2f} GB' for peak in peaks)}")
+
+
 class Simulated(HeldByWorkers):
     """Sweeps of chunks that are not there: what is left is their tasks, merge and messages."""
 
@@ -224,7 +244,7 @@ class Simulated(HeldByWorkers):
 
 def no_work(partition, objectives, requests):
     p = len(requests[0].params)
-    return Answers([Sums(np.eye(p + 1), 1.0, np.ones((len(partition), part_size(p))))], Census((), 1, 0, 0, {}), ())
+    return Answers([Sums(np.eye(p + 1), 1.0, np.ones((len(partition), segment_size(p))))], Census((), 1, 0, 0, {}), ())
 
 
 NOTHING = Work("sweep", no_work, None)
@@ -286,7 +306,12 @@ def simulated_workers(n_workers=1000, n_chunks=10**5, n_processes=2):
 
 if __name__ == "__main__":
     figures = dict(
-        overhead=overhead, kills=kills, scheduler_memory=scheduler_memory, scaling=scaling, simulated=simulated_workers
+        overhead=overhead,
+        kills=kills,
+        scheduler_memory=scheduler_memory,
+        scaling=scaling,
+        simulated=simulated_workers,
+        closure=closure,
     )
     for name in sys.argv[1:] or figures:
         figures[name]()

@@ -385,6 +385,7 @@ def _run(ready: Prepared) -> _Run:
         live = stack.enter_context(Live(client, *about))
         sweep = ready.source.sweep
         if sweep is None:
+            plan.warn()
             sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions))
         live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))

@@ -258,7 +258,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator: `known_names` before a call, since Python names no near one before 3.13."""
+    """A decorator: `known_names` before each call, since Python names no near one before 3.13."""
 
     def decorate(function: F) -> F:
         @wraps(function)
@@ -307,17 +307,3 @@ def likelihood(call) -> Likelihood:
     if call.loss == "poisson" and call.sigma is not None:
         raise ValueError(f"loss={call.loss!r} has the weights that belong to it: leave out `sigma`")
     return Likelihood(call.loss, False, call.absolute_sigma or call.loss == "poisson")
-
-
-def check_together(call) -> None:
-    """Refuse arguments of `curve_fit` that exclude each other."""
-    if call.method == "lm" and call.loss != "linear":
-        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
-    if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
-        raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
-
-
-def finite_policy(call) -> dict[str, bool]:
-    """Whether values that are not finite are counted, and whether their points are left out."""
-    check = call.nan_policy is not None or call.check_finite is not False
-    return dict(check=check, omit=call.nan_policy == "omit" and not call.check_finite)

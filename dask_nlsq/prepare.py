@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from dask.utils import format_bytes
 
+from .base.text import size
 from .data.align import Data
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
@@ -21,17 +21,7 @@ from .engine.sweep import Sweep, open_sweep
 from .memory.machine import active_client
 from .memory.plan import Plan, make_plan
 from .model.function import function_name, held, intern
-from .options import (
-    FITS,
-    WORKFLOWS,
-    Likelihood,
-    check_together,
-    checked,
-    finite_policy,
-    known_names,
-    likelihood,
-    model_first,
-)
+from .options import FITS, WORKFLOWS, Likelihood, checked, known_names, likelihood, model_first
 from .parameters import Parameters, read_parameters, scale
 from .presets import workflow_options
 from .solve.trust_region import Options
@@ -95,7 +85,10 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         As `dask_nlsq.curve_fit`.
     """
     call = checked(FITS, given)
-    check_together(call)
+    if call.method == "lm" and call.loss != "linear":
+        raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
+    if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
+        raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
     aim, params = likelihood(call), read_parameters(f, call)
     options, n = _solver_options(call, aim, params), len(params.free)
@@ -123,7 +116,8 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     reweighted = isinstance(sigma, str)
     opened, stored, values = open_data(arrays | (dict(sigma=None) if reweighted else {}), call)
-    values |= finite_policy(call)
+    values["check"] = call.nan_policy is not None or call.check_finite is not False
+    values["omit"] = call.nan_policy == "omit" and not call.check_finite
     strategy: Any = call.strategy if getattr(call, "checkpoint", None) is None else "streaming"
     data = align_data(opened, strategy, values)
     if objective is not None and _admitted(objective, n_params, data):
@@ -141,7 +135,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
 def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
     """An error where data are not for an objective; else whether it needs all points at once."""
     if objective.counts:
-        refuse_scaled(data.preparation.layouts.y)
+        refuse_scaled(data.scaled)
     return needs_all_points(objective.model, n_params, data)
 
 
@@ -159,6 +153,7 @@ class HeldData:
 
     def __init__(self, source: Source):
         self._source = source
+        source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
         self.closed = False
@@ -181,7 +176,7 @@ class HeldData:
             self._sweep.place.close()
 
     def __repr__(self):
-        state = "given back" if self.closed else f'"{self.plan.strategy}", {format_bytes(self.plan.held_bytes)} held'
+        state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
         return f"<HeldData {self.plan.n_points:,} points, {state}>"
 
     def source_for(self, given: Mapping[str, Any], objective: Objective, n_params: int) -> Source:
@@ -270,20 +265,16 @@ def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
     bounded = bool(np.any(np.isfinite([lower, upper])))
     if call.method == "lm" and bounded:
         raise ValueError("Method 'lm' only works for unconstrained problems. Use 'trf' or 'dogbox' instead.")
+    alike = ("ftol", "xtol", "gtol", "accuracy", "reduction", "tr_solver")
     return Options(
         lower=lower,
         upper=upper,
         x_scale=scale(call.x_scale, params),
-        ftol=call.ftol,
-        xtol=call.xtol,
-        gtol=call.gtol,
-        accuracy=call.accuracy,
         noise=aim.variance,
         names=tuple(params.names[k] for k in free),
         max_nfev=call.maxfev if call.max_nfev is None else call.max_nfev,
         gtol_relative=call.method in (None, "auto", "lm") and not bounded,
-        reduction=call.reduction,
-        tr_solver=call.tr_solver,
+        **{name: getattr(call, name) for name in alike},
     )
 
 

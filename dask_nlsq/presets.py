@@ -60,15 +60,7 @@ GOAL_STARTS = 10  # of a goal that asks for several, where the preset does not s
 
 
 def workflow_options(workflow: str, goal, n_points: int, n_starts: int | None) -> dict[str, Any]:
-    """What a preset and a goal mean as arguments of `dask_nlsq.curve_fit`.
-
-    Raises
-    ------
-    ValueError
-        An unknown preset or goal.
-    """
-    if not isinstance(workflow, str) or workflow not in PRESETS:
-        raise ValueError(f"`workflow` must be one of {', '.join(map(repr, PRESETS))}, not {workflow!r}")
+    """What a preset and a goal mean as arguments of `dask_nlsq.curve_fit`."""
     preset = PRESETS[workflow]
     effect = Effect(0, preset.n_starts > 0) if goal is None else EFFECTS[as_goal(goal)]
     tier = bisect_right(TIERS, n_points) if preset.tolerance is None else TOLERANCES.index(preset.tolerance)

@@ -233,7 +233,7 @@ def distance_to_optimum(case: Case, x, y, sigma, popt, perr) -> float:
         return 0.5 * f_scale**2 * jnp.sum(rho((whitened(case.model.jax(x, *params) - y) / f_scale) ** 2))
 
     with jax.enable_x64(True):
-        g, H = np.asarray(jax.grad(cost)(popt)), np.asarray(jax.hessian(cost)(popt))
+        g, H = (np.asarray(jax.jit(derivative(cost))(popt)) for derivative in (jax.grad, jax.hessian))
     lower, upper = np.broadcast_arrays(*case.options.get("bounds", ANYWHERE), popt)[:2]
     free = np.minimum(popt - lower, upper - popt) > 1e-3 * perr
     step = np.linalg.solve(H[np.ix_(free, free)], g[free])

@@ -27,7 +27,7 @@ KNOWS = {  # library -> folders, or single modules
     "xarray": {"data.labels", "results.result", "maps.result", "interface.accessor"},
     "click": {"interface.cli"},
 }  # fmt: skip
-MOST_LINES = 600
+MOST_LINES, MOST_BODY = 600, 80  # of a module; of a function, without its docstring
 
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 MODULES = [name for name in SOURCES if name not in FACES and not name.endswith("__init__")]
@@ -85,6 +85,14 @@ def test_a_library_is_known_only_where_it_belongs(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_is_read_at_one_sitting(module):
     assert len(SOURCES[module].read_text().splitlines()) <= MOST_LINES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_function_is_seen_at_a_glance(module):
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or body[-1].end_lineno - body[0].lineno < MOST_BODY, node.name
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -186,6 +186,7 @@ def test_an_amplitude_that_starts_at_zero_is_fitted_in_stores(tmp_path, strategy
     assert found.success and at_the_optimum(exponential, X, y, found.popt, [3, 1.3])
 
 
+@pytest.mark.slow
 def test_an_amplitude_that_starts_at_zero_is_fitted_by_the_accessor():
     y = xr.DataArray(noisy(exponential, X, [3, 1.3], 0.01), coords={"x": X})
     several = xr.concat([y, y], "pixel")
@@ -230,6 +231,7 @@ def test_a_center_with_a_large_offset_does_not_hide_the_width_in_maps(dimmed):
     assert all(at_the_optimum(dip, DATES, dimmed, each, DIP) for each in found.popt)
 
 
+@pytest.mark.slow
 def test_a_center_with_a_large_offset_does_not_hide_the_width_from_the_accessor(dimmed):
     y = xr.DataArray(dimmed, coords={"t": DATES})
     p0 = dict(zip(("depth", "m", "w", "c"), DIP_START, strict=True))
@@ -400,7 +402,7 @@ def test_a_peak_that_the_sample_misses_keeps_its_start(tmp_path, level):
 # pixels that are degenerate
 
 
-@pytest.mark.parametrize("offset", [300, 3000])
+@pytest.mark.parametrize("offset", [pytest.param(300, marks=pytest.mark.slow), 3000])
 def test_a_pixel_of_large_condition_is_converged_or_no_success(offset):
     x = offset + np.linspace(0, 1, 50)
     u = x - offset
@@ -423,8 +425,13 @@ def test_no_pixel_has_finite_errors_where_parameters_are_degenerate():
 # counts
 
 
-@pytest.mark.parametrize("way", poisson.WAYS)
-@pytest.mark.parametrize("first", [0, 27], ids=["starts", "seeds"])
+@pytest.mark.parametrize(
+    "first, way",
+    [
+        *(pytest.param(0, way, id=f"starts-{way}") for way in poisson.WAYS),
+        *(pytest.param(27, way, id=f"seeds-{way}", marks=pytest.mark.slow) for way in poisson.WAYS),
+    ],
+)
 def test_no_step_into_a_negative_mean_traps_a_fit(way, first):
     cases = poisson.problems()[first : first + 27 : 3]
     outcomes = poisson.WAYS[way](cases)

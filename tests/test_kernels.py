@@ -49,8 +49,8 @@ def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0,
 
 def dense_rows(f, x, y, params, sigma=1.0):
     with float64():
-        J = np.asarray(jax.jacfwd(lambda q: f(x, *q))(jnp.asarray(params)))
-        r = np.asarray(f(x, *params)) - y
+        J = np.asarray(jax.jit(jax.jacfwd(lambda q: f(x, *q)))(jnp.asarray(params)))
+        r = np.asarray(jax.jit(f)(x, *params)) - y
     return np.column_stack([J, r]) / np.reshape(sigma, (-1, 1))
 
 

@@ -68,7 +68,7 @@ def test_every_model_of_the_room_is_compared_with_its_formula():
 def test_derivatives_are_finite_and_those_of_the_formula(name):
     model, (params, formula) = SINGLE[name], FORMULAS[name]
     with float64():
-        columns = np.asarray(jax.jacfwd(lambda p: model(X, *p))(np.array(params)))
+        columns = np.asarray(jax.jit(jax.jacfwd(lambda p: model(X, *p)))(np.array(params)))
     assert np.isfinite(columns).all()
     for k, value in enumerate(params):
         step = 1e-6 * abs(value)
@@ -97,8 +97,8 @@ def test_derivatives_are_finite_and_those_of_the_formula(name):
 )
 def test_value_and_derivatives_are_finite_at_the_edges(name, x, params):
     with float64():
-        value = SINGLE[name](np.array(x), *params)
-        columns = jax.jacfwd(lambda p: SINGLE[name](np.array(x), *p))(np.array(params))
+        value = jax.jit(SINGLE[name])(np.array(x), *params)
+        columns = jax.jit(jax.jacfwd(lambda p: SINGLE[name](np.array(x), *p)))(np.array(params))
     assert np.isfinite(value).all()
     assert np.isfinite(columns).all()
 
@@ -120,7 +120,7 @@ def test_faddeeva_has_thirteen_digits(low):
 def test_derivatives_of_faddeeva_have_ten_digits():
     x, y = RNG.uniform(-8, 8, 3000), 10 ** RNG.uniform(-6, 0.9, 3000)
     with float64():
-        by_x, by_y = jax.vmap(jax.grad(faddeeva_real, (0, 1)))(x, y)
+        by_x, by_y = jax.jit(jax.vmap(jax.grad(faddeeva_real, (0, 1))))(x, y)
     derivative = -2 * (x + 1j * y) * wofz(x + 1j * y) + 2j / np.sqrt(np.pi)
     np.testing.assert_allclose(by_x, derivative.real, atol=1e-10 * np.abs(derivative).max(), rtol=1e-10)
     np.testing.assert_allclose(by_y, -derivative.imag, atol=1e-10 * np.abs(derivative).max(), rtol=1e-10)

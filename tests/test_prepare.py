@@ -16,13 +16,14 @@ import xarray as xr
 import zarr
 from scipy.optimize import Bounds, OptimizeWarning
 
-from dask_nlsq import curve_fit, fit, fit_map, models, plan_fit
+from dask_nlsq import curve_fit, fit, fit_map, hold, models, plan_fit
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.interface.cli_values import READ
 from dask_nlsq.model.losses import LIKELIHOODS
 from dask_nlsq.model.losses import LOSSES as RHO
 from dask_nlsq.options import FITS, LOSSES, MAPS, WORKFLOWS
 from dask_nlsq.parameters import read_parameters
+from dask_nlsq.prepare import HELD
 
 N, CHUNK = 6000, 500
 X = np.linspace(0, 10, N)
@@ -62,6 +63,11 @@ def test_signature_docstring_and_table_are_the_same(function, table):
     for name, row in table.items():
         if name not in ("p0", "bounds", "axis"):  # which are read together with the model or the data
             row.check(name, row.default)
+
+
+def test_what_is_held_is_said_as_to_a_fit():
+    parameters = {name: each.default for name, each in inspect.signature(hold).parameters.items() if name not in OWN}
+    assert parameters == {name: FITS[name].default for name in HELD}
 
 
 def test_the_losses_that_can_be_named_are_those_that_there_are():

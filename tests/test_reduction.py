@@ -4,7 +4,7 @@ import pytest
 
 from dask_nlsq import curve_fit
 from dask_nlsq.data.align import build_data
-from dask_nlsq.engine.condensed import Condensed, Segmentation, factor, merge
+from dask_nlsq.engine.condensed import Condensed, Segmentation, factor, merge, rank_tolerance
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import open_sweep
@@ -48,6 +48,13 @@ def test_a_missing_column_has_infinite_condition(reduction):
 def test_equal_columns_have_infinite_condition_or_rounding(reduction):
     rows = random_rows(condition=1e30)
     assert factor(equations(rows, reduction)).condition > 1e7
+
+
+@pytest.mark.parametrize("p, qr, gram", [(1, 2.0**-40, 2.0**-26), (16, 2.0**-40, 2.0**-24), (2**14, 2.0**-38, 2.0**-19)])
+def test_what_counts_as_rounding_is_that_of_the_model_or_the_root_of_that_of_squares(p, qr, gram):
+    matrix = np.broadcast_to(0.0, (p + 1, p + 1))
+    assert rank_tolerance(Condensed(matrix, 1.0, "qr")) == qr
+    assert rank_tolerance(Condensed(matrix, 1.0, "gram")) == gram
 
 
 @pytest.mark.parametrize("reduction", ["gram", "qr"])

@@ -43,7 +43,7 @@ def lmfit_result(problem, start, weights=None):
             return np.asarray(f(**given))
 
     value.__signature__ = inspect.signature(f)  # where lmfit finds the names
-    columns = jax.jacfwd(lambda params: f(problem.x, *params))
+    columns = jax.jit(jax.jacfwd(lambda params: f(problem.x, *params)))
 
     def jacobian(params, y, weights=None, **_):
         with jax.enable_x64(True):

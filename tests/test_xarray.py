@@ -19,7 +19,8 @@ from dask_nlsq import curve_fit, fit_map, plan_fit, resume
 from dask_nlsq.interface.accessor import start_of
 
 NAN = np.nan
-WAYS = pytest.mark.parametrize("chunks", [None, {"x": 1}], ids=["numpy", "dask"])
+IN_CHUNKS = pytest.mark.parametrize("chunks", [{"x": 1}, pytest.param(None, marks=pytest.mark.slow)], ids=["dask", "numpy"])
+IN_MEMORY = pytest.mark.parametrize("chunks", [None, pytest.param({"x": 1}, marks=pytest.mark.slow)], ids=["numpy", "dask"])
 
 
 def decay(t, n0, tau=1, *, np=jnp):
@@ -61,7 +62,7 @@ def coefficients(values, x, names):
     return xr.DataArray(values, coords={"x": x, "param": names})
 
 
-@WAYS
+@IN_CHUNKS
 def test_xarray_case_a_decay_with_missing_values(decays, chunks):
     data = maybe_chunked(decays, chunks)
     found = data.nlsq.curvefit([data.t], decay, p0={"n0": 4}, bounds={"tau": (2, 6)})
@@ -85,7 +86,7 @@ def test_xarray_case_starts_come_from_the_signature_and_move_into_the_bounds():
     np.testing.assert_array_equal(found["tau"], [4, 5])
 
 
-@WAYS
+@IN_MEMORY
 def test_xarray_case_starts_that_differ_from_place_to_place(sines, chunks):
     data = maybe_chunked(sines, chunks)
     a, p = (xr.DataArray(values, coords=[data.x]) for values in ([1, -1], [0, 0.5]))
@@ -99,7 +100,7 @@ def test_xarray_case_starts_that_differ_from_place_to_place(sines, chunks):
         data.nlsq.curvefit([data.t], sine, p0={"a": xr.DataArray([1, 2], coords={"foo": [1, 2]})})
 
 
-@WAYS
+@IN_CHUNKS
 def test_xarray_case_bounds_that_differ_from_place_to_place(sines, chunks):
     data = maybe_chunked(sines, chunks)
     low, high = (xr.DataArray(values, coords=[data.x]) for values in ([0, -2], [2, 0]))
@@ -114,7 +115,7 @@ def test_xarray_case_bounds_that_differ_from_place_to_place(sines, chunks):
         data.nlsq.curvefit([data.t], sine, bounds={"a": (0, xr.DataArray([1], coords={"foo": [1]}))})
 
 
-@WAYS
+@IN_MEMORY
 def test_xarray_case_fits_that_fail(chunks):
     def line(x, a, b):
         return jnp.where(a > 10, 0.0, a * x + b)
@@ -169,8 +170,15 @@ CALLS = {
 
 @pytest.mark.parametrize(
     ("variables", "name"),
-    [*(("counts", name) for name in CALLS), (["counts", "dark"], "along one"), (["counts"], "with all reduced")],
-    ids=[*CALLS, "Dataset along one", "Dataset with all reduced"],
+    [
+        pytest.param("counts", "along one", marks=pytest.mark.slow),
+        ("counts", "along two"),
+        pytest.param("counts", "with one reduced", marks=pytest.mark.slow),
+        ("counts", "with all reduced"),
+        ("counts", "along one that differs from place to place"),
+        (["counts", "dark"], "along one"),
+        pytest.param(["counts"], "with all reduced", marks=pytest.mark.slow),
+    ],
 )
 def test_dimensions_coordinates_and_attributes_are_those_of_xarray(stack, variables, name):
     (coords, options, f), data = CALLS[name], stack[variables]
@@ -218,10 +226,11 @@ def test_dates_are_seconds_since_the_first_and_durations_seconds(time, chunks):
 
 
 def test_places_along_dates_keep_their_dates():
-    data = xr.DataArray(np.stack([2 * S, 3 * S]), coords={"when": dates([0, 60]), "s": S})
-    found = data.nlsq.curvefit("s", lambda s, slope: slope * s)
+    y = np.stack([growth(DAYS, a, 1e-6) for a in (1, 3)])
+    data = xr.DataArray(y, coords={"when": dates([0, 60]), "s": DAYS})
+    found = data.nlsq.curvefit("s", growth, p0={"rate": 2e-6})
     assert found.when.equals(data.when)
-    np.testing.assert_allclose(found.curvefit_coefficients.sel(when="2026-01-01T00:01"), [3])
+    np.testing.assert_allclose(found.curvefit_coefficients.sel(when="2026-01-01T00:01"), [3, 1e-6], rtol=1e-6)
 
 
 @pytest.fixture
@@ -266,7 +275,7 @@ def test_each_variable_of_a_dataset_has_its_own_sigma(noisy):
     found = both.nlsq.curvefit("t", decay, "row", sigma=xr.Dataset({"y": sigma, "z": 3 + 0 * sigma}), absolute_sigma=True)
     one = data.nlsq.curvefit("t", decay, ["row"], sigma=sigma, absolute_sigma=True)
     np.testing.assert_array_equal(found.y_curvefit_coefficients, one.curvefit_coefficients)
-    other = both.z.nlsq.curvefit("t", decay, ["row"], sigma=3.0, absolute_sigma=True)
+    other = both.z.nlsq.curvefit("t", decay, ["row"], sigma=3 + 0 * sigma, absolute_sigma=True)
     np.testing.assert_array_equal(found.z_curvefit_covariance, other.curvefit_covariance)
 
 

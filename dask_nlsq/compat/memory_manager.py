@@ -18,7 +18,7 @@ Algorithm = Literal["trf", "lm", "dogbox"]
 
 
 class MemoryManager:
-    """Aligned arrays and reservations, as in `dask_nlsq.memory.pool.Pool`, and predictions of memory; safe between threads.
+    """Aligned arrays and reservations, as in `memory.pool.Pool`, and predictions of memory; safe between threads.
 
     ``gc_threshold``: share of all memory in use above which the pool is let go and garbage is collected. ``safety_factor``:
     by which predictions exceed the formulas, at least 1. ``limit_bytes``: of arrays and reservations together.

@@ -36,6 +36,7 @@ class Data:
     factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
     decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
+    scaled: str = ""  # how attributes have scaled values of y
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,6 +123,7 @@ def build_data(
     sentinels=((), None),
     decoding: Decoding = AS_STORED,
     decoded: tuple[str, ...] = (),
+    scaled: str = "",
     decode_cf: bool = True,
 ) -> Data:
     """Check shapes and dtypes and align the operands; reads no data.
@@ -142,7 +144,7 @@ def build_data(
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
     decoding : Decoding
         What the stored values of y mean.
-    decoded, decode_cf
+    decoded, scaled, decode_cf
         What `Data` and `Preparation` are to say of it.
 
     Raises
@@ -210,7 +212,7 @@ def build_data(
     dtypes = tuple(operand.dtype for operand in operands)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
     preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)
-    return Data(operands, chunks, preparation, decoded=decoded)
+    return Data(operands, chunks, preparation, decoded=decoded, scaled=scaled)
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
@@ -374,7 +376,7 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         dropped = int(keep.size - np.count_nonzero(keep))
         covariance = covariance[np.ix_(keep, keep)]
         y = layouts.y.decoded(pieces[0].ravel()[keep])
-        told = {name: values[name] for name in ("decoded", "decode_cf") if name in values}
+        told = {name: values[name] for name in ("decoded", "scaled", "decode_cf") if name in values}
         data = build_data(x, y, check=check, omit=False, whole=True, **told)
     symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
     if not np.isfinite(covariance).all() or not symmetric:

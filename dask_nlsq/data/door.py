@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.blocks import Layout
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
 from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
 from ..model.ready import ReadyModel
 from .align import Data, build_data, build_whitened
 from .arrays import apart, decoded, stacked
-from .cf import AS_STORED, Decoding
+from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
 from .store import Opened, Policy, is_stored, n_stored, open_all
 
@@ -70,7 +69,8 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     for line in lines:
         logger.info("%s (decode_cf=False leaves values as they are stored)", line)
     values = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, call.valid_range), decoding=decoding)
-    return data, stored, values | dict(decoded=lines, decode_cf=call.decode_cf)
+    scaled = next((str(how) for name, _, how in said if name.startswith("ydata") and how.scaled), "")
+    return data, stored, values | dict(decoded=lines, scaled=scaled, decode_cf=call.decode_cf)
 
 
 def _check_alike(opened: Opened, mask_values) -> None:
@@ -141,15 +141,12 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
     return not whole
 
 
-def refuse_scaled(values: Decoding | Layout) -> None:
-    """An error where y is not counts but what scale and offset have made of them."""
-    found = [f"scale_factor {values.scale:g}"] * (values.scale != 1) + [f"add_offset {values.offset:g}"] * (
-        values.offset != 0
-    )
-    if found:
+def refuse_scaled(scaled: str) -> None:
+    """An error where y is not counts but what attributes have made of them, as `Data.scaled` says."""
+    if scaled:
         raise ValueError(
-            f"loss='poisson' and sigma='poisson' are for counts, and `ydata` is scaled ({', '.join(found)}): fit it with "
-            "sigma=, or, where the stored numbers are the counts, say decode_cf=False"
+            f"loss='poisson' and sigma='poisson' are for counts, and `ydata` is scaled ({scaled}): fit it with sigma=, or, "
+            "where the stored numbers are the counts, say decode_cf=False"
         )
 
 

@@ -9,12 +9,12 @@ from numpy.linalg import norm
 from ..data.align import Data
 from ..data.chunks import Chunk
 from ..kernels.blocks import BLOCK_POINTS, Reduction
-from ..kernels.rows import part_size, unpack
+from ..kernels.rows import segment_size, unpack
 from ..kernels.rules import EPS, ROUNDING
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
-MOST_PARTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
-FEWEST_PARTS, PARTS_BYTES = 16, 2**21  # of many parameters
+MOST_SEGMENTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
+FEWEST_SEGMENTS, SEGMENTS_BYTES = 16, 2**21  # of many parameters
 
 
 class Read(NamedTuple):
@@ -35,7 +35,7 @@ class Sums(NamedTuple):
 
     matrix: np.ndarray  # (p+1, p+1), the gram matrix of [J r] or its triangular factor
     cost: float
-    segments: np.ndarray  # (k, part_size(p)), over runs of consecutive points, see `kernels.rows.SegmentSums`
+    segments: np.ndarray  # (k, segment_size(p)), over runs of consecutive points, see `kernels.rows.SegmentSums`
 
 
 class Condensed(NamedTuple):
@@ -44,7 +44,7 @@ class Condensed(NamedTuple):
     matrix: np.ndarray
     cost: float
     reduction: Reduction
-    parts: np.ndarray | None = None  # (k, part_size(p)) sums over consecutive runs of points, see `kernels.Parts`
+    parts: np.ndarray | None = None  # (k, segment_size(p)), see `kernels.rows.SegmentSums`
     read: Read | None = None  # where the data are not held
     size: float = 0.0  # sum w y^2, which says how large the rounding of the residuals is
 
@@ -146,13 +146,13 @@ class Segmentation(NamedTuple):
     """Which runs of consecutive points have sums of their own, beside those of all data."""
 
     per_block: int = 1
-    per_run: int = MOST_PARTS  # at most, of a run of chunks
+    per_run: int = MOST_SEGMENTS  # at most, of a run of chunks
     level: int = 0  # so many times neighbouring runs of chunks are joined
 
     @classmethod
     def of(cls, data: Data, n_params: int) -> "Segmentation":
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
-        most = int(np.clip(PARTS_BYTES // (8 * part_size(n_params)), FEWEST_PARTS, MOST_PARTS))
+        most = int(np.clip(SEGMENTS_BYTES // (8 * segment_size(n_params)), FEWEST_SEGMENTS, MOST_SEGMENTS))
         n_blocks = max(-(-data.n_points // BLOCK_POINTS), data.n_runs)
         longest = max(data.n_points, data.run_points)
         few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own

@@ -1,10 +1,10 @@
 """A step of many bounded trust-region fits at once, one in each *lane*.
 
-The method is that of `trust_region`: the same hat space and candidates, and by the same `rules`, on the gram matrix of each
-pixel's own rows ``[J r]``; its free steps are left out, which cost as much here as they save. Arrays end
-in the axis of the lanes, ``params`` is (p, lanes), so that each operation on small matrices is one on vectors. The
-subproblem is solved by elimination, which vectorises, in place of the SVD: where the data do not determine a direction
-its pivot is rounding, and is kept at the size of it.
+The points, candidate `steps` and `rules` are those of `trust_region`, on the gram matrix of each pixel's own rows
+``[J r]``; its free steps are left out, which cost as much here as they save. Arrays end in the axis of the lanes,
+``params`` is (p, lanes), so that each operation on small matrices is one on vectors. The subproblem is solved by
+elimination, which vectorises, in place of the SVD: where the data do not determine a direction its pivot is rounding, and
+is kept at the size of it.
 """
 
 from enum import IntEnum
@@ -21,13 +21,13 @@ from ..model.losses import masked_cost
 from . import rules
 from .blocks import JacMode, Layouts, assemble_x
 from .rows import poisson_rows, robust_rows, with_columns
-from .rules import EPS, MORE_ITERATIONS, MORE_RTOL, ROUNDING, SLIGHT, STALLS, STUCK, TO_ROUNDING
+from .rules import EPS, RUNNING, Course, length
+from .steps import HatSpace, Point, Scheme, Seen, Step, best_step, dot, more, point_at, reined_in
 
 MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
 LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
 GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
 PIVOT = 2**8 * EPS  # of the diagonal element: rounding of a gram matrix of some 1000 points, as measured
-RUNNING = 255  # status of a pixel that is being fitted
 
 
 class MapStatus(IntEnum):
@@ -71,59 +71,34 @@ class MapSpec(NamedTuple):
     guess: Model | None = None  # ``guess(x, y) -> start`` of all parameters
 
 
-class Point(NamedTuple):
-    """Where each lane stands, and the model of its cost around there."""
+class LaneModel(NamedTuple):
+    """What a sweep says of J in each lane."""
 
-    params: Any  # (p, lanes)
     gram: Any  # (p + 1, p + 1, lanes)
-    cost: Any  # (lanes,)
-    floored: Any  # points with counts below the floor of a Poisson likelihood
-    finite: Any
     regular: Any  # the gram matrix has not lost the digits of any direction
-    n_faded: Any  # parameters that the model no longer depends on
-    longest: Any  # (p, lanes) columns of J so far
-    reach: Any  # the largest that each parameter has been, in size, (p, lanes)
-    d: Any  # step = d * step_h
-    gradient: Any  # in hat space
-    hessian: Any  # in hat space, (p, p, lanes)
-    newton: Any  # step in hat space
-    newton_slope: Any  # derivative of its length by the Levenberg-Marquardt parameter
-    decrement: Any
-    floor: Any  # of the decrement, that rounding leaves
-    distance: Any
-    n_full: Any  # full steps in a row that led here
-    optimality: Any
+    newton_slope: Any  # derivative of the length of the Newton step by the Levenberg-Marquardt parameter
 
 
 class Data(NamedTuple):
-    """Of the pixels in the lanes."""
+    """Of the pixels of a block, or of those in the lanes."""
 
-    y: Any  # (lanes, n)
-    weight: Any  # (lanes, n): 1 / sigma, 0 for points that do not count
-    x: tuple[Any, ...]  # (lanes or 1, n) each
+    y: Any  # (pixels, n)
+    weight: Any  # (pixels, n): 1 / sigma, 0 for points that do not count
+    x: tuple[Any, ...]  # (pixels or 1, n) each
+    n_points: Any  # (pixels,)
+    size: Any  # (pixels,): sum w y^2
+    start: Any  # (pixels or 1, all parameters), in the lanes (all parameters, lanes)
+    lower: Any  # (pixels or 1, p), in the lanes (p, lanes)
+    upper: Any
 
 
 class Lanes(NamedTuple):
     """Pixels that are being fitted; all fields but the data end in the axis of the lanes."""
 
-    data: Data
+    data: Any  # Data, while they are fitted
     pixel: Any
-    start: Any
-    lower: Any
-    upper: Any
-    n_points: Any
-    size: Any  # sum w y^2
-    here: Point
     trial: Any  # (p, lanes)
-    full: Any  # the trial is the minimum of the quadratic model
-    predicted: Any
-    step_norm: Any
-    step_h_norm: Any
-    radius: Any
-    alpha: Any
-    stalls: Any
-    tests_passed: Any  # SciPy's, at some point
-    nfev: Any
+    course: Course
     status: Any
 
 
@@ -149,56 +124,47 @@ def as_x(spec, coordinates):
 
 def iterate(model, spec, limits: Limits, lanes: Lanes) -> Lanes:
     """Evaluate the trial of each lane, accept or refuse it, and propose the next one."""
-    running, first, before = lanes.status == RUNNING, lanes.nfev == 0, lanes.here
-    there = linearise(spec, limits, lanes, *_normal_equations(model, spec, limits, lanes))
-    verdict = rules.judge(jnp, before, there, lanes.predicted, lanes.stalls)
-    tests = rules.proposal(jnp, verdict, lanes.step_norm, _norm(before.params), limits.ftol, limits.xtol)
-    still = jnp.all(rules.same(jnp, lanes.trial, before.params), axis=0)
-    hopeless = ~first & ~verdict.accepted & ((verdict.stalls >= STALLS) | still)
-
-    radius = rules.next_radius(jnp, lanes.radius, verdict.ratio, lanes.step_h_norm)
-    whole = _norm(jnp.where((there.longest > 0) & (there.d > 0), there.params / there.d, 0.0))
-    radius = jnp.where(first, rules.first_radius(jnp, whole, _norm(there.newton), there.cost), radius)
-    alpha = jnp.where(first, 0.0, lanes.alpha * lanes.radius / radius)
-    moves = running & (verdict.accepted | first)
-    here = jax.tree.map(
-        lambda new, old: jnp.where(moves, new, old), there, before._replace(n_full=jnp.zeros_like(before.n_full))
-    )
-    nfev = lanes.nfev + running
-
-    proposed = jnp.where(there.finite & ~first, tests, 0)
-    proposed = jnp.where((here.optimality < limits.gtol) | (here.optimality == 0), rules.GTOL, proposed)
-    tests_passed = (lanes.tests_passed & ~first & (verdict.relative < SLIGHT)) | (proposed > 0)
-    dof = lanes.n_points - len(spec.free)
-    state = here.distance, here.decrement, here.cost, here.floor, dof, here.floored
-    arrived = rules.converged(jnp, *state, limits.accuracy)
-    status = jnp.where((proposed > 0) & (arrived | ~here.regular & (here.floored == 0)), proposed, RUNNING)
-    status = jnp.where((status == RUNNING) & hopeless, jnp.where(arrived, TO_ROUNDING, STUCK), status)
-    ended = jnp.where(tests_passed, STUCK, int(MapStatus.ITERATION_LIMIT))
-    status = jnp.where((status == RUNNING) & (nfev >= limits.max_nfev), ended, status)
-    status = jnp.where(first & ~there.finite, int(MapStatus.NON_FINITE), status)
-    status = jnp.where(running, status, lanes.status)
-    scaled = _reined_in(here, radius)
-    step_h, alpha, inside = _solve_subproblem(scaled, radius, alpha)
-    step_h, predicted, uncut = _select_step(spec, scaled, step_h, radius, lanes.lower, lanes.upper)
-    step = scaled.d * step_h
-    trial = here.params + step
+    running, before = lanes.status == RUNNING, lanes.course
+    there = linearise(spec, lanes, *_normal_equations(model, spec, limits, lanes))
+    course = rules.follow(jnp, before, there._replace(finite=there.finite & running), limits, _choose)
+    here, still = course.here, jnp.all(rules.same(jnp, lanes.trial, before.here.params), axis=0)
+    hopeless = course.hopeless | (still & ~course.verdict.accepted)
+    course = course._replace(nfev=before.nfev + running, hopeless=hopeless)
+    arrived = rules.converged(jnp, here, limits.accuracy) | ~here.model.regular & (here.floored == 0)
+    status = rules.finished(jnp, course, arrived, limits.max_nfev)
+    status = jnp.where(here.finite, status, int(MapStatus.NON_FINITE))
+    step, alpha = _propose(course, _bounds(spec, lanes.data))
+    trial = here.params + step.step
     if spec.bounded:
-        trial = rules.off_the_bounds(jnp, trial, lanes.lower, lanes.upper, 0.0)
-    return lanes._replace(
-        here=here,
-        trial=trial,
-        full=inside & uncut,
-        predicted=predicted,
-        step_norm=_norm(step),
-        step_h_norm=_norm(step_h),
-        radius=radius,
-        alpha=alpha,
-        stalls=jnp.where(first, 0, verdict.stalls),
-        tests_passed=tests_passed,
-        nfev=nfev,
-        status=status,
-    )
+        trial = rules.off_the_bounds(jnp, trial, lanes.data.lower, lanes.data.upper, 0.0)
+    course = course._replace(step=step, alpha=alpha)
+    return lanes._replace(course=course, trial=trial, status=jnp.where(running, status, lanes.status))
+
+
+def _choose(accepted, there: Point, here: Point) -> Point:
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), there, here)
+
+
+def _bounds(spec, data: Data):
+    return (data.lower, data.upper) if spec.bounded else None
+
+
+def _propose(course: Course, bounds) -> tuple[Step, Any]:
+    """The next step of each lane, and its Levenberg-Marquardt parameter."""
+    radius, here = course.radius, reined_in(jnp, course.here, course.radius)
+    hessian, gradient = _hessian(here.model.gram, here.hat), here.hat.gradient
+    eye = jnp.eye(len(hessian))[..., None]
+
+    def step_at(alpha):
+        return _newton(hessian + alpha * eye, gradient)[:3]
+
+    # the slope is that of the space before it was reined in, a first guess for the iteration
+    slope, inside = here.model.newton_slope, length(jnp, here.newton) <= radius
+    bounded, alpha, _ = more(step_at, here.newton, slope, length(jnp, gradient), radius, course.alpha)
+    bounded = bounded * (radius / length(jnp, bounded))  # on the sphere exactly, so that it never leaves it
+    step_h = jnp.where(inside, here.newton, bounded)
+    step = best_step(jnp, here, lambda a, b: dot(a, _times(hessian, b)), step_h, radius, bounds)
+    return step._replace(full=inside & step.full), jnp.where(inside, 0.0, alpha)
 
 
 def _normal_equations(model, spec, limits, lanes):
@@ -221,14 +187,14 @@ def _normal_equations(model, spec, limits, lanes):
         rows = robust_rows(r, J, limits.f_scale, spec.loss)
         return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss), 0.0
 
-    x, axes = each_or_shared(lanes.data.x)
-    p, (width, n) = len(spec.free), lanes.data.y.shape
+    data, p, (width, n) = lanes.data, len(spec.free), lanes.data.y.shape
+    x, axes = each_or_shared(data.x)
     size = group_size(n, p)
     operands = (
         lanes.trial.T,
-        lanes.start.T,
-        lanes.data.y,
-        lanes.data.weight,
+        data.start.T,
+        data.y,
+        data.weight,
         *(c for c, a in zip(x, axes, strict=True) if a == 0),
     )
 
@@ -250,195 +216,43 @@ def _normal_equations(model, spec, limits, lanes):
     return gram.transpose(1, 2, 0), cost, floored
 
 
-def linearise(spec, limits, lanes, gram, cost, floored) -> Point:
-    """The quadratic model at the trial of each lane (see `trust_region`)."""
-    p, params, first, before = len(spec.free), lanes.trial, lanes.nfev == 0, lanes.here
-    columns = jnp.sqrt(jnp.stack([gram[k, k] for k in range(p)]))
-    longest = jnp.where(first, columns, jnp.maximum(columns, before.longest))
-    lengths = rules.scale_lengths(jnp, columns, longest)
-    scale = 1 / jnp.where(lengths > 0, lengths, 1.0)
-    g = gram[:p, p]
-    v = dv = jnp.zeros_like(params)
-    if spec.bounded:
-        to_upper, to_lower = (g < 0) & jnp.isfinite(lanes.upper), (g > 0) & jnp.isfinite(lanes.lower)
-        v = jnp.where(to_upper, lanes.upper - params, jnp.where(to_lower, params - lanes.lower, 1.0))
-        dv = jnp.where(to_upper, -1.0, jnp.where(to_lower, 1.0, 0.0))
-        d = jnp.sqrt(jnp.where(dv != 0, v / scale, 1.0)) * scale
-    else:
-        d, v = scale, jnp.ones_like(params)
-    diagonal = g * dv * scale
-    d = jnp.where(rules.held(jnp, params, v, diagonal), 0.0, d)
-    gradient = d * g
-    hessian = gram[:p, :p] * d[:, None] * d
-    hessian = jnp.stack([jnp.stack([hessian[i, j] + (diagonal[i] if i == j else 0.0) for j in range(p)]) for i in range(p)])
-    inverted, regular = inverse(hessian)
-    newton = -_times(inverted, gradient)
-    newton_slope = -_dot(newton, _times(inverted, newton)) / _norm(newton)
-    decrement = -0.5 * _dot(gradient, newton)
-    optimality = jnp.max(jnp.abs(g * v), axis=0)
-    if not spec.bounded:  # MINPACK's test, a cosine, as in `curve_fit`
-        lengths = columns * jnp.sqrt(2 * cost)
-        optimality = jnp.max(jnp.abs(g) / jnp.where(lengths > 0, lengths, 1.0), axis=0)
+def linearise(spec, lanes: Lanes, gram, cost, floored) -> Point:
+    """The quadratic model at the trial of each lane."""
+    p, data = len(spec.free), lanes.data
     finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
-    dof = lanes.n_points - p
-    variance = jnp.ones_like(cost) if spec.absolute_sigma else 2 * cost / dof
-    variance = jnp.where(dof > 0, variance, jnp.nan)
-    n_full = jnp.where(lanes.full & ~first, before.n_full + 1, 0)
-    reach = jnp.where(first, jnp.abs(params), jnp.maximum(jnp.abs(params), before.reach))
-    magnitude = rules.magnitude(jnp, lanes.size, reach, columns)
-    faded = jnp.sum(rules.undetermined(jnp, columns, longest, params, magnitude), axis=0)
-    point = Point(
-        params=params,
-        gram=gram,
-        cost=cost,
-        floored=floored,
-        finite=finite,
-        regular=regular,
-        n_faded=jnp.where(cost > ROUNDING**2 * magnitude, faded, 0),
-        longest=longest,
-        reach=reach,
-        d=d,
-        gradient=gradient,
-        hessian=hessian,
-        newton=newton,
-        newton_slope=newton_slope,
-        decrement=decrement,
-        floor=rules.rounding_floor(magnitude, params, columns, lanes.n_points),
-        distance=jnp.zeros_like(cost),
-        n_full=n_full,
-        optimality=optimality,
+    seen = Seen(
+        lanes.trial, cost, gram[:p, p], jnp.sqrt(diagonal(gram)[:p]), 2 * cost, data.n_points, data.size, floored, finite
     )
-    kappa = rules.contraction(jnp, before, point, n_full > 0, n_full > 1)
-    return point._replace(distance=rules.distance(jnp, decrement, variance, kappa, point.floor))
+    scheme = Scheme(_bounds(spec, data), gtol_relative=not spec.bounded, noise_known=spec.absolute_sigma)  # as `curve_fit`
+
+    def solve_newton(hat):
+        newton, _, slope, regular = _newton(_hessian(gram, hat), hat.gradient)
+        return newton, -0.5 * dot(hat.gradient, newton), LaneModel(gram, regular, slope)
+
+    return point_at(jnp, seen, lanes.course.here, lanes.course.step.full, scheme, solve_newton)
 
 
-def _reined_in(here: Point, radius) -> Point:
-    """The point in a hat space in which no step within the radius is far longer than its parameter has been."""
-    d = rules.reined_in(jnp, here.d, here.reach, radius)
-    share = jnp.where(here.d > 0, d / jnp.where(here.d > 0, here.d, 1.0), 1.0)
-    newton = here.newton / share
-    # the derivative of the length of the step by the parameter is that of the other space, a first guess for the iteration
-    return here._replace(d=d, gradient=share * here.gradient, hessian=share[:, None] * here.hessian * share, newton=newton)
+def _hessian(gram, hat: HatSpace):
+    """J_h^T J_h + C, (p, p, lanes)."""
+    p = len(hat.d)
+    return gram[:p, :p] * hat.d[:, None] * hat.d + jnp.eye(p)[..., None] * hat.diagonal
 
 
-def _solve_subproblem(here: Point, radius, alpha):
-    """Minimiser in the ball and the Levenberg-Marquardt parameter that belongs to it, by Moré's iteration."""
-    newton_length = _norm(here.newton)
-    inside = newton_length <= radius
-    eye = jnp.eye(len(here.d))[..., None]
-
-    def step_and_slope(alpha):
-        inverted, _ = inverse(here.hessian + alpha * eye)
-        step = -_times(inverted, here.gradient)
-        length = _norm(step)
-        return step, length, -_dot(step, _times(inverted, step)) / length
-
-    lower = -(newton_length - radius) / here.newton_slope
-    upper = _norm(here.gradient) / radius
-
-    def inner_guess(lower, upper):
-        return jnp.maximum(0.001 * upper, jnp.sqrt(lower * upper))
-
-    def unfinished(state):
-        return (state[0] < MORE_ITERATIONS) & ~jnp.all(state[-1])
-
-    def refine(state):
-        count, *before, done = state
-        alpha, lower, upper, _ = before
-        alpha = jnp.where((alpha < lower) | (alpha > upper), inner_guess(lower, upper), alpha)
-        found, length, slope = step_and_slope(alpha)
-        phi = length - radius
-        upper = jnp.where(phi < 0, alpha, upper)
-        lower = jnp.maximum(lower, alpha - phi / slope)
-        near = (jnp.abs(phi) < MORE_RTOL * radius) | ~jnp.isfinite(phi)
-        following = jnp.where(near, alpha, alpha - length / radius * phi / slope)
-        after = following, lower, upper, found * (radius / length)  # on the sphere exactly, so that it never leaves it
-        # a lane that is done stays as it is, however many turns the others take
-        return count + 1, *(jnp.where(done, old, new) for old, new in zip(before, after, strict=True)), done | near
-
-    start = jnp.where(alpha > 0, alpha, inner_guess(lower, upper))
-    state = (0, start, lower, upper, here.newton, inside | ~jnp.isfinite(here.newton_slope))
-    _, alpha, _, _, step, _ = lax.while_loop(unfinished, refine, state)
-    return jnp.where(inside, here.newton, step), jnp.where(inside, 0.0, alpha), inside
-
-
-def _select_step(spec, here: Point, step_h, radius, lower, upper):
-    """The best of: the step up to the bound, its reflection there, the scaled gradient; in hat space.
-
-    With the reduction that the model predicts, and whether no bound has cut the step.
-    """
-
-    def bend(a, b):
-        return _dot(a, _times(here.hessian, b))
-
-    def reduction(step_h):
-        return -(0.5 * bend(step_h, step_h) + _dot(here.gradient, step_h))
-
-    def along(origin, direction, low, high):
-        """t in [low, high] with the least of the quadratic on ``origin + t direction``."""
-        a, b = bend(direction, direction), bend(origin, direction) + _dot(here.gradient, direction)
-        t = -b / jnp.where(a > 0, a, 1.0)
-        at_low, at_high = (0.5 * a * end**2 + b * end for end in (low, high))
-        return jnp.where((a > 0) & (low < t) & (t < high), t, jnp.where(at_low <= at_high, low, high))
-
-    if not spec.bounded:
-        return step_h, reduction(step_h), jnp.ones_like(here.cost, bool)
-    params, d = here.params, here.d
-    nearness = jnp.where(jnp.isfinite(here.distance), here.distance, here.optimality)
-    theta = jnp.maximum(0.995, 1 - nearness)
-    step = d * step_h
-    whole = jnp.all((params + step >= lower) & (params + step <= upper), axis=0)
-
-    stride, hits = _to_bound(params, step, lower, upper)
-    reflected_h = jnp.where(hits, -step_h, step_h)
-    shorter_h = step_h * stride  # up to the bound
-    to_sphere = _to_sphere(shorter_h, reflected_h, radius)
-    beyond, _ = _to_bound(params + step * stride, d * reflected_h, lower, upper)
-    reflection = jnp.minimum(beyond, to_sphere)
-    shortest = (1 - theta) * stride / jnp.where(reflection > 0, reflection, 1.0)
-    longest = jnp.where(reflection == beyond, theta * beyond, to_sphere)
-    turned_h = shorter_h + along(shorter_h, reflected_h, shortest, longest) * reflected_h
-    turns = (reflection > 0) & (shortest <= longest)
-
-    down_h = -here.gradient
-    to_edge = radius / _norm(down_h)
-    free, _ = _to_bound(params, d * down_h, lower, upper)
-    t = along(jnp.zeros_like(down_h), down_h, jnp.zeros_like(free), jnp.where(theta * free < to_edge, theta * free, to_edge))
-    candidates = [theta * shorter_h, turned_h, t * down_h]
-    values = [reduction(each) for each in candidates]
-    values[1] = jnp.where(turns, values[1], -jnp.inf)
-    best, value = candidates[0], values[0]
-    for other, its in zip(candidates[1:], values[1:], strict=True):
-        best, value = jnp.where(its > value, other, best), jnp.where(its > value, its, value)
-    return jnp.where(whole, step_h, best), jnp.where(whole, reduction(step_h), value), whole
-
-
-def _to_bound(params, step, lower, upper):
-    """Largest t with ``params + t step`` inside, and which parameters then hit a bound."""
-    strides = jnp.maximum((lower - params) / step, (upper - params) / step)
-    strides = jnp.where(step == 0, jnp.inf, strides)
-    stride = jnp.min(strides, axis=0)
-    return stride, strides == stride
-
-
-def _to_sphere(start, direction, radius):
-    """t > 0 at which ``start + t direction`` leaves the ball."""
-    a, b, c = _dot(direction, direction), _dot(start, direction), _dot(start, start) - radius**2
-    root = jnp.sqrt(jnp.maximum(b * b - a * c, 0.0))
-    q = -(b + jnp.copysign(root, b))  # without cancellation
-    return jnp.maximum(q / a, jnp.where(q != 0, c / q, 0.0))
+def _newton(hessian, gradient):
+    """The step to the minimum, its length, the derivative of that by the Levenberg-Marquardt parameter; if regular."""
+    inverted, regular = inverse(hessian)
+    step = -_times(inverted, gradient)
+    its_length = length(jnp, step)
+    return step, its_length, -dot(step, _times(inverted, step)) / its_length, regular
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # small matrices, (p, p, lanes)
 
 
-def _dot(a, b):
-    return jnp.sum(a * b, axis=0)
-
-
-def _norm(a):
-    return jnp.sqrt(_dot(a, a))
+def diagonal(matrix):
+    """(p, lanes)."""
+    return jnp.stack([matrix[k, k] for k in range(len(matrix))])
 
 
 def _times(matrix, vector):
@@ -452,13 +266,13 @@ def inverse(matrix):
     kept at that size, so that no gradient is lost; one whose element is zero leaves its row and column zero.
     """
     p = len(matrix)
-    diagonal, place = jnp.stack([matrix[k, k] for k in range(p)]), jnp.arange(p)[:, None]
-    least = PIVOT * diagonal
+    elements, place = diagonal(matrix), jnp.arange(p)[:, None]
+    least = PIVOT * elements
 
     def eliminate(k, state):
         matrix, regular = state
         row, column = matrix[k], matrix[:, k]
-        some = diagonal[k] > 0
+        some = elements[k] > 0
         pivot = jnp.where(some, jnp.maximum(row[k], least[k]), 1.0)
         row = jnp.where(some, jnp.where(place == k, 1.0, row) / pivot, 0.0)
         column = jnp.where(place == k, -1.0, column)

@@ -32,15 +32,15 @@ HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more t
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
-    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts (k, part_size(p))`` of one block.
+    """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts (k, segment_size(p))`` of one block.
 
     ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
-    `Parts` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
+    `SegmentSums` takes apart, of ``spec.parts`` runs of points at most. To be called inside ``float64()``.
     """
     return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
 
 
-class Parts(NamedTuple):
+class SegmentSums(NamedTuple):
     """Sums over runs of consecutive points, along the first axis: those that the uncertainty of a fit is taken from.
 
     ``gram`` (k, p+1, p+1) is that of ``[J r]``, rescaled for the loss, and ``spread`` the sum of ``c c^T`` over tiles, c
@@ -58,15 +58,15 @@ class Parts(NamedTuple):
     weights: np.ndarray  # (k, 3): w = 1 / sigma^2, w y and w y^2; 0 in sweeps that were not asked for them
 
 
-def part_size(n_params: int) -> int:
+def segment_size(n_params: int) -> int:
     return 2 * (n_params + 1) ** 2 + 9
 
 
-def unpack(parts: np.ndarray, n_params: int) -> Parts:
-    """`Parts` of the rows (k, part_size) that sweeps add up."""
+def unpack(parts: np.ndarray, n_params: int) -> SegmentSums:
+    """`SegmentSums` of the rows (k, segment_size) that sweeps add up."""
     m = n_params + 1
     gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
-    return Parts(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
+    return SegmentSums(gram.reshape(-1, m, m), spread.reshape(-1, m, m), *sums.T, weights)
 
 
 def build_sweep(model, spec):
@@ -94,7 +94,7 @@ def build_sweep(model, spec):
                 parts = parts.at[i // tiles_per_part].add(part)
             return matrix, cost + sums[0], parts
 
-        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()), jnp.zeros((n_parts, part_size(p))))
+        start = (jnp.zeros((p + 1, p + 1)), jnp.zeros(()), jnp.zeros((n_parts, segment_size(p))))
         if spec.tile is None:
             return add_tile(0, start)
         return lax.fori_loop(0, (n + tile - 1) // tile, add_tile, start)
@@ -134,7 +134,7 @@ def _update_factor(factor, rows):
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
-    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first six sums of `Parts`."""
+    """Rows [J r]^T (p + 1, tile) of one tile, rescaled for the loss, and the first six sums of `SegmentSums`."""
     tile = Tile(spec.layouts, block, first, len(fresh))
 
     def residual(params):

@@ -39,20 +39,20 @@ MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has
 SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
-MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
-MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
 AT_BOUND = 1e-2  # standard errors
 SHARE = 1e-3  # of the interval between two bounds, and of the size of parameter and bound
 TELLING = 1e6  # times the size of a parameter, above which its error says only that the data do not determine it
 
+RUNNING = 255  # status of a fit that goes on
 GTOL, FTOL, XTOL, FTOL_XTOL, TO_ROUNDING = 1, 2, 3, 4, 5  # statuses of fits that have converged
-STUCK, UNDETERMINED = 11, 12  # of fits that have not
+EVALUATIONS, STUCK, UNDETERMINED = 0, 11, 12  # of fits that have not
 
 
 class Verdict(NamedTuple):
     """What a trial was worth; numbers, or arrays of the lanes."""
 
     accepted: Any
+    actual: Any  # reduction of the cost, nan where the trial is not finite
     ratio: Any  # of actual and predicted reduction
     relative: Any  # reduction of the cost
     by_gradient: Any  # the cost is flat to rounding, and the gradient has judged
@@ -66,20 +66,19 @@ def judge(xp, here, there, predicted, stalls) -> Verdict:
     lowers the decrement. A trial with more counts where the mean is floored (Poisson), or more parameters on which the model
     does not depend, is never accepted: the gradient knows no way back from there.
     """
-    actual = here.cost - there.cost
+    actual = xp.where(there.finite, here.cost - there.cost, xp.nan)
     by_gradient = there.finite & (predicted >= 0) & (predicted < ROUNDING * here.cost)
     better = xp.where(by_gradient, there.decrement < here.decrement, (actual > 0) & (actual >= LEAST_RATIO * predicted))
     accepted = there.finite & better & (there.floored <= here.floored) & (there.n_faded <= here.n_faded)
-    ratio = actual / xp.where(predicted > 0, predicted, 1.0)
-    ratio = xp.where(predicted > 0, ratio, xp.where((predicted == 0) & (actual == 0), 1.0, 0.0))
+    ratio = xp.where(predicted > 0, actual / xp.where(predicted > 0, predicted, 1.0), 0.0)
     ratio = xp.where(by_gradient, xp.where(accepted, 1.0, 0.0), xp.where(accepted, ratio, xp.minimum(ratio, 0.0)))
     ratio = xp.where(there.finite, ratio, 0.0)
     relative = xp.where(by_gradient, predicted, actual) / xp.where(here.cost > 0, here.cost, xp.inf)
-    return Verdict(accepted, ratio, relative, by_gradient, xp.where(by_gradient & ~accepted, stalls + 1, 0))
+    return Verdict(accepted, actual, ratio, relative, by_gradient, xp.where(by_gradient & ~accepted, stalls + 1, 0))
 
 
 def next_radius(xp, radius, ratio, step_norm):
-    """A quarter of the step where the model was wrong, at least twice the radius where it was right up to the edge.
+    """A quarter of the step where the model was wrong, at least twice the radius where it was right up to the edge ([1]_).
 
     The misfit of the model grows with the step: where it is far below `LINEAR` the radius is far too small.
     """
@@ -88,30 +87,84 @@ def next_radius(xp, radius, ratio, step_norm):
     return xp.where(ratio < 0.25, xp.maximum(0.25 * step_norm, LEAST_RADIUS), xp.where(right, growth * radius, radius))
 
 
-def proposal(xp, verdict: Verdict, step_norm, params_norm, ftol, xtol):
-    """The status with which SciPy's tests would stop after a step, 0 where they would go on.
+def proposal(xp, verdict: Verdict, step_norm, params_norm, limits):
+    """The status with which SciPy's ``ftol`` and ``xtol`` of ``limits`` would stop after a step, 0 where they would go on.
 
     A tolerance below rounding asks for what can be had: then only the gradient decides.
     """
-    measurable = ftol > ROUNDING
-    tolerance = xp.where(verdict.by_gradient & ~xp.asarray(measurable), 0.0, ftol)
+    measurable = limits.ftol > ROUNDING
+    tolerance = xp.where(verdict.by_gradient & ~xp.asarray(measurable), 0.0, limits.ftol)
     small = (verdict.relative < tolerance) & (verdict.ratio > 0.25)
-    short = step_norm < xtol * (xtol + params_norm)
+    short = (step_norm < limits.xtol * (limits.xtol + params_norm)) & ~xp.isnan(verdict.actual)
     status = xp.where(small, xp.where(short, FTOL_XTOL, FTOL), xp.where(short, XTOL, 0))
     stalled = verdict.stalls >= xp.where(measurable, 1, STALLS)
     return xp.where((status == 0) & stalled, xp.where(measurable, FTOL, TO_ROUNDING), status)
 
 
+class Course(NamedTuple):
+    """What a fit carries from one sweep to the next; the defaults are those before the first."""
+
+    here: Any  # the point where it stands
+    step: Any  # the last one, and whether it is full
+    radius: Any = 0.0
+    alpha: Any = 0.0  # Levenberg-Marquardt parameter of the last step in the ball, a first guess of the next
+    nfev: Any = 0
+    verdict: Any = Verdict(False, np.nan, 0.0, np.nan, False, 0)  # on that step
+    proposed: Any = 0  # the status with which SciPy's tests would end
+    passed: Any = False  # those tests, now or before
+    hopeless: Any = False  # no step leads on
+
+
+def follow(xp, course: Course, there, limits, choose) -> Course:
+    """What follows from a sweep at a trial: where the fit now stands, the radius, and what SciPy's tests propose.
+
+    After a step that lowers the cost by more than `SLIGHT` the tests have to be passed again. ``choose(accepted, there,
+    here)`` is one of the two points.
+    """
+    here, step = course.here, course.step
+    verdict = judge(xp, here, there, step.predicted, course.verdict.stalls)
+    now = choose(verdict.accepted, there, here._replace(n_full=xp.zeros_like(here.n_full)))
+    proposed = proposal(xp, verdict, length(xp, step.step), length(xp, here.params), limits)
+    proposed = xp.where((now.optimality < limits.gtol) | (now.optimality == 0), GTOL, proposed)
+    radius = next_radius(xp, course.radius, verdict.ratio, length(xp, step.step_h))
+    radius = xp.where(course.nfev == 0, first_radius(xp, now), radius)
+    return course._replace(
+        here=now,
+        radius=radius,
+        alpha=course.alpha * course.radius / radius,
+        nfev=course.nfev + 1,
+        verdict=verdict,
+        proposed=proposed,
+        passed=(proposed > 0) | (course.passed & (verdict.relative < SLIGHT)),
+        hopeless=verdict.stalls >= STALLS,
+    )
+
+
+def finished(xp, course: Course, arrived, max_nfev):
+    """The status with which a fit ends, or `RUNNING`.
+
+    What SciPy's tests have proposed counts where the fit has ``arrived``. It ends as well where it is hopeless, and where
+    the evaluations are exhausted: stuck if the tests had passed.
+    """
+    status = xp.where((course.proposed > 0) & arrived, course.proposed, RUNNING)
+    status = xp.where((status == RUNNING) & course.hopeless, xp.where(arrived, TO_ROUNDING, STUCK), status)
+    ended = (status == RUNNING) & (course.nfev >= max_nfev)
+    return xp.where(ended, xp.where(course.passed, STUCK, EVALUATIONS), status)
+
+
+def converged(xp, here, accuracy):
+    """Whether a fit may stop at a point; ``accuracy`` is inf where SciPy's tests alone decide.
+
+    Without degrees of freedom the decrement is compared with the cost, as if there were one.
+    """
+    near = xp.where(here.dof > 0, here.distance < accuracy, here.decrement < xp.minimum(accuracy, 1.0) ** 2 * here.cost)
+    return (near | (here.decrement <= here.floor) | (accuracy == float("inf"))) & (here.floored == 0)
+
+
 def distance(xp, decrement, variance, contraction, floor):
     """Standard errors to the optimum, 0 where rounding is all that is left; nan without degrees of freedom."""
-    plain = xp.sqrt(2 * decrement / xp.where((decrement > 0) & (variance != 0), variance, 1.0))
+    plain = xp.sqrt(2 * decrement / xp.where(variance != 0, variance, 1.0))
     return xp.where(decrement <= floor, 0.0, plain / (1 - xp.minimum(contraction, SLOWEST)))
-
-
-def contraction(xp, here, there, full, was_full):
-    """By which two full steps in a row shorten the distance; 0 where they were not full."""
-    kappa = xp.sqrt(there.decrement / xp.where(here.decrement > 0, here.decrement, xp.inf))
-    return xp.where(full & was_full, kappa, 0.0)
 
 
 def magnitude(xp, size, reach, columns):
@@ -131,36 +184,26 @@ def rounding_floor(magnitude, params, columns, n_points):
     return ROUNDING**2 * magnitude + inside
 
 
-def converged(xp, distance, decrement, cost, floor, dof, floored, accuracy):
-    """Whether a fit may stop here; ``accuracy`` is inf where SciPy's tests alone decide.
-
-    Without degrees of freedom the decrement is compared with the cost, as if there were one.
-    """
-    near = xp.where(dof > 0, distance < accuracy, decrement < xp.minimum(accuracy, 1.0) ** 2 * cost)
-    return (near | (decrement <= floor) | (accuracy == float("inf"))) & (floored == 0)
-
-
 def same(xp, trial, params):
     """Where a trial is the point itself, to rounding."""
     return xp.abs(trial - params) <= SAME * xp.abs(params)
 
 
-def reined_in(xp, d, reach, radius):
-    """``d`` (p,) such that no step within the radius is longer than `MOST_CHANGE` times what its parameter has been.
-
-    A parameter whose column is all but zero would have the freedom of many orders of magnitude.
-    """
-    return xp.minimum(d, xp.where(reach > 0, MOST_CHANGE * reach / radius, xp.inf))
-
-
-def first_radius(xp, moved, newton, cost):
-    """Of the trust region, in the units of the residuals: the effect of the parameters, where ``moved`` is its length.
+def first_radius(xp, here):
+    """Of the trust region, in the units of the residuals: the effect of the parameters, where they have one.
 
     Of parameters that start at zero nothing is known but the residuals that they are to explain; where no other can move
-    yet, the ``newton`` step alone says how far.
+    yet, the Newton step alone says how far.
     """
-    radius = xp.maximum(xp.where(moved > 0, moved, newton), FIRST_RADIUS * xp.sqrt(2 * cost))
+    d = here.hat.d
+    moved = length(xp, xp.where((here.longest > 0) & (d > 0), here.params / xp.where(d > 0, d, 1.0), 0.0))
+    radius = xp.maximum(xp.where(moved > 0, moved, length(xp, here.newton)), FIRST_RADIUS * xp.sqrt(2 * here.cost))
     return xp.where(radius > 0, radius, 1.0)
+
+
+def length(xp, vector):
+    """Of a vector (p,), or of those of all lanes."""
+    return xp.sqrt((vector * vector).sum(axis=0))
 
 
 def held(xp, params, v, stiffening):
@@ -171,12 +214,14 @@ def held(xp, params, v, stiffening):
     return (stiffening > 0) & ((v <= SAME * xp.abs(params)) & (v != xp.abs(params)) | (v <= LEAST_RADIUS))
 
 
-def scale_lengths(xp, columns, longest):
-    """Lengths (p,) of the columns of J that scale the trust region: the longest so far, as far as that is remembered.
+def scale(xp, columns, longest):
+    """Scale of the parameters, 1 over the length of their columns of J (p,): the longest so far, as far as remembered.
 
-    A column that has become very much shorter is scaled anew: the region would leave its parameter no freedom.
+    A scale never grows, as in Moré's (and SciPy's) method, except where a column has become very much shorter than it was:
+    the region would leave its parameter no freedom. A column that is zero is no length scale.
     """
-    return xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
+    lengths = xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
+    return 1 / xp.where(lengths > 0, lengths, 1.0)
 
 
 def undetermined(xp, columns, longest, params, magnitude):

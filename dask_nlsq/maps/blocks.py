@@ -279,7 +279,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
     if aim.loss == "poisson":
-        refuse_scaled(rules["decoding"])
+        refuse_scaled(rules["scaled"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
     y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
     if y.size == 0:

@@ -82,6 +82,11 @@ class Plan:
         """What to change in the settings of the workers, a line each."""
         return advice(self.places)
 
+    def warn(self) -> None:
+        """Log the advice."""
+        for line in self.advice:
+            logger.warning("%s", line)
+
     def explain(self) -> None:
         """Print the plan as a table, which is also ``str(plan)``."""
         print(self)

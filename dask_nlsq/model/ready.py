@@ -33,6 +33,7 @@ SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors 
 POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
 RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
 MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
+PUBLIC = "dask_nlsq.models"  # the path of these models that stays
 STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
 
 
@@ -80,7 +81,7 @@ class ReadyModel:
         self.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in ("x", *names)])
         self.__name__ = " + ".join(term.label for term in terms)
         self.__doc__ = "\n\n".join(inspect.cleandoc(term.function.__doc__ or "") for term in terms)
-        self.__qualname__ = self.__name__  # as which it can be imported
+        self.__module__, self.__qualname__ = PUBLIC, self.__name__  # by which saved files import it
 
     def __call__(self, *arguments, **named):
         x, *params = self.__signature__.bind(*arguments, **named).args

@@ -1,9 +1,10 @@
 """What the condensed matrices of the last sweep tell about a fit, in words; nothing is read.
 
-Parts are runs of consecutive points of the data (chunks in C order), up to 256 of them, so that up to 256 points are parts
-of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have few points neighbours are
-joined for the other tests, whose sums must be nearly normal: the means for a trend, the chi-squares for outliers by the
-median absolute deviation. Misfit along other coordinates than that order is not looked for: `FitResult.plot` shows it.
+Segments are runs of consecutive points of the data (chunks in C order), up to 256 of them, so that up to 256 points are
+parts of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have few points
+neighbours are joined for the other tests, whose sums must be nearly normal: the means for a trend, the chi-squares for
+outliers by the median absolute deviation. Misfit along other coordinates than that order is not looked for:
+`FitResult.plot` shows it.
 
 The size of the residuals is judged where that of the noise is known. Of counts with the mean m the deviance of a point is on
 average 1 + 1/(6 m) for large m, at most 1.161 (at m = 1.34; its variance is at most 2.41), and 0 for m = 0: a deviance is
@@ -34,7 +35,7 @@ SEPARATED = (
 NEAR_ONE = 0.99  # correlation that is worth a word
 IN_WORDS = 3  # of a kind
 LEAST = 0.05  # share of a parameter in a combination, below which it is left out
-FEWEST_PARTS = 10  # for tests along the data
+FEWEST_SEGMENTS = 10  # for tests along the data
 IN_A_PART, COUNTS_IN_A_PART = 32, 25  # points and, in a Poisson fit, counts at least: sums over fewer are far from normal
 SIGNIFICANT = 4.0  # standard deviations
 UNBALANCED = 0.1  # of all residuals, more than half of them with one sign: their noise is skewed
@@ -163,7 +164,7 @@ def _goodness(result) -> list[str]:
             excess = (value - most * result.n_points / dof) / np.sqrt(variance / dof)
         else:
             sums = result.parts.squares[result.parts.n > 0]
-            if len(sums) < FEWEST_PARTS:
+            if len(sums) < FEWEST_SEGMENTS:
                 return []
             scatter = np.sum((sums - np.mean(sums)) ** 2)  # larger than 2 dof where the mean is small
             excess = (value - 1) * dof / np.sqrt(max(scatter, 2 * dof))
@@ -180,7 +181,7 @@ def _goodness(result) -> list[str]:
 
 def _runs(mean):
     """Runs of the same sign, their expected number and its standard deviation."""
-    if len(mean) < FEWEST_PARTS:
+    if len(mean) < FEWEST_SEGMENTS:
         return (np.nan,) * 3
     up = mean > 0
     n, n_up = len(up), np.count_nonzero(up)
@@ -202,9 +203,9 @@ def _joined(sums, column, least):
 
 
 def _uneven(blocks, counts):
-    """Parts with a chi-square that is larger than elsewhere; its variance is 2 n + n^2 / counts of alike counts."""
+    """Segments with a chi-square that is larger than elsewhere; its variance is 2 n + n^2 / counts of alike counts."""
     n, chi = blocks.n, blocks.chi_square
-    if len(n) < FEWEST_PARTS:
+    if len(n) < FEWEST_SEGMENTS:
         return []
     middle, worst = np.median(chi), int(np.argmax(chi))
     spread = np.maximum(1.4826 * np.median(np.abs(chi - middle)), middle * np.sqrt(2 / n + 1 / counts))
@@ -225,7 +226,7 @@ def _in_order(runs, residuals, what):
     one sign then; the products of neighbours are 0 on average still, and must be positive for a misfit.
     """
     count, expected, deviation = runs
-    if not (expected - count > SIGNIFICANT * deviation and expected > FEWEST_PARTS / 2):
+    if not (expected - count > SIGNIFICANT * deviation and expected > FEWEST_SEGMENTS / 2):
         return []
     products = residuals[1:] * residuals[:-1]
     skewed = abs(np.mean(residuals > 0) - 0.5) > UNBALANCED
@@ -240,7 +241,7 @@ def _in_order(runs, residuals, what):
 def _drift(blocks):
     """A trend of the mean residuals along the data."""
     n = blocks.n
-    if len(n) < FEWEST_PARTS:
+    if len(n) < FEWEST_SEGMENTS:
         return []
     place = np.linspace(-1, 1, len(n))
     slope = np.polynomial.polynomial.polyfit(place, blocks.mean_residual, 1, w=np.sqrt(n))

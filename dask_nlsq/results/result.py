@@ -20,7 +20,7 @@ from ..engine.condensed import Factor
 from ..engine.request import Objective, Request
 from ..engine.sweep import SampleSummary
 from ..engine.values import but_hidden, map_chunks
-from ..kernels.rows import Parts
+from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
 from ..solve.multistart import Search
@@ -88,7 +88,7 @@ class FitResult:
         The loss, whether the size of the noise was known, and whether the model gave the weights.
     totals : Totals
         Sums over all points of the last sweep, from which the statistics are made.
-    parts : Parts
+    parts : SegmentSums
         The same sums, and condensed matrices of the parameters that were fitted, over up to 256 runs of consecutive points.
     factor : Factor
         Of the parameters that were fitted: R with ``R^T R = J^T J``, Q^T r and J^T r.
@@ -120,7 +120,7 @@ class FitResult:
     bounds: np.ndarray
     noise: Noise
     totals: Totals
-    parts: Parts = field(repr=False)
+    parts: SegmentSums = field(repr=False)
     factor: Factor = field(repr=False)
     objective: Objective = field(repr=False)  # of a result that was loaded: with a `NamedModel`
     preparation: Preparation = field(repr=False)

@@ -1,13 +1,15 @@
 """The files of a saved result: ``result.json``, and beside it a file of its larger arrays, each with a checksum.
 
-The names of fields are those of the format. They are written down here, once, and depend on no name of a class or a module;
-who renames an attribute writes ``name=("attribute", kind)``, and who changes the fields counts `VERSION` up.
+The names of records and fields are those of the format. They are written down here, once, and depend on no name of a class
+or a module: who renames an attribute writes "field=attribute", and who changes the fields counts `VERSION` up. Numbers come
+back with the same bits.
 """
 
 from collections.abc import Callable, Mapping
 from math import isfinite
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -19,7 +21,7 @@ from ..data.store import BadChunkError
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
-from ..kernels.rows import Parts
+from ..kernels.rows import SegmentSums
 from ..memory.plan import Plan
 from ..memory.processes import ProcessMemory
 from ..solve.multistart import Search
@@ -29,105 +31,17 @@ from .statistics import Noise, Totals
 
 FORMAT, VERSION, RESULT = "result of dask_nlsq", 3, "result.json"
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# kinds of values
+FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
+    jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
+    preparation origins"""
 
 
 class Kind(NamedTuple):
-    """How a value is kept: ``write(value, place, arrays)`` gives JSON, ``read(found, place, arrays)`` the value again.
+    """A kind of record: its class, the names of its fields, and what makes it of these, if not the class."""
 
-    ``place`` is its name in the file, ``arrays`` what goes to the file of arrays, by place.
-    """
-
-    write: Callable[[Any, str, dict[str, np.ndarray]], Any]
-    read: Callable[[Any, str, Mapping[str, np.ndarray]], Any]
-
-
-def _write_plain(value, *_):
-    value = value.item() if isinstance(value, np.generic) else value
-    return {"float": str(value)} if isinstance(value, float) and not isfinite(value) else value
-
-
-def _read_plain(found, *_):
-    return float(found["float"]) if isinstance(found, dict) else found
-
-
-def _write_array(value, place, arrays):
-    if 0 < value.size <= INLINE and np.isfinite(value).all():
-        return {"values": value.tolist(), "dtype": value.dtype.str}
-    arrays[place] = value
-    return {"stored": place}
-
-
-def _read_array(found, place, arrays):
-    if "values" in found:
-        return np.array(found["values"], found["dtype"])
-    if place not in arrays:
-        raise missing(place)
-    return arrays[place]
-
-
-def missing(place: str) -> ValueError:
-    return ValueError(f"the saved result has no `{place}`: load it with the release that has written it, or fit again")
-
-
-plain = Kind(_write_plain, _read_plain)  # a number, a text, a truth value, or None
-array = Kind(_write_array, _read_array)
-
-
-def sequence(kind: Kind, make: type = tuple) -> Kind:
-    def write(values, place, arrays):
-        return [kind.write(each, f"{place}[{k}]", arrays) for k, each in enumerate(values)]
-
-    def read(found, place, arrays):
-        return make(kind.read(each, f"{place}[{k}]", arrays) for k, each in enumerate(found))
-
-    return Kind(write, read)
-
-
-def optional(kind: Kind) -> Kind:
-    def write(value, place, arrays):
-        return None if value is None else kind.write(value, place, arrays)
-
-    def read(found, place, arrays):
-        return None if found is None else kind.read(found, place, arrays)
-
-    return Kind(write, read)
-
-
-def by_name(kind: Kind) -> Kind:
-    """A dict of names and values."""
-
-    def write(values, place, arrays):
-        return {name: kind.write(each, f"{place}.{name}", arrays) for name, each in values.items()}
-
-    def read(found, place, arrays):
-        return {name: kind.read(each, f"{place}.{name}", arrays) for name, each in found.items()}
-
-    return Kind(write, read)
-
-
-def record(make: Callable, **fields: Kind | tuple[str, Kind]) -> Kind:
-    """What ``make`` takes, by the names of its fields in the file, with the attribute where that has another name."""
-    attributes = {name: name if isinstance(each, Kind) else each[0] for name, each in fields.items()}
-    kinds: dict[str, Kind] = {name: each if isinstance(each, Kind) else each[1] for name, each in fields.items()}
-
-    def write(value, place, arrays):
-        values = {name: attrgetter(each)(value) for name, each in attributes.items()}
-        return {name: kind.write(values[name], f"{place}.{name}", arrays) for name, kind in kinds.items()}
-
-    def read(found, place, arrays):
-        for name in kinds.keys() - found.keys():
-            raise missing(f"{place}.{name}")
-        return make(**{name: kind.read(found[name], f"{place}.{name}", arrays) for name, kind in kinds.items()})
-
-    return Kind(write, read)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the fields
+    cls: type
+    fields: str
+    make: Callable | None = None
 
 
 def _layouts(x, kind, lead) -> Layouts:
@@ -139,86 +53,101 @@ def _preparation(layouts, whole, decode_cf) -> Preparation:
     return Preparation(layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, whole, 0, ())
 
 
-READ = record(Read, nbytes=plain, n_points=plain, n_left_out=plain, seconds=plain)
-RECORD = record(
-    Record,
-    **dict.fromkeys(("iteration", "nfev", "cost", "actual", "predicted", "step_norm", "radius", "optimality"), plain),
-    **dict.fromkeys(("accepted", "seconds", "reduction", "distance"), plain),
-    params=array,
-    read=optional(READ),
-)
-SEARCH = record(
-    Search,
-    **dict.fromkeys(("starts", "start_costs", "params", "costs", "basin"), array),
-    **dict.fromkeys(("winner", "n_candidates", "n_points"), plain),
-    chosen=sequence(plain),
-)
-SAMPLE = record(SampleSummary, n_points=plain, n_chunks=plain, of_chunks=plain, seconds=plain, nfev=plain)
-PROCESS = record(
-    ProcessMemory,
-    **dict.fromkeys(("name", "n_threads", "now", "held", "peak", "limit", "limited", "cores"), plain),
-    **dict.fromkeys(("dask_nlsq", "jax", "numpy", "python", "x64", "pjrt_nproc"), plain),
-)
-PLAN = record(
-    Plan,
-    **dict.fromkeys(("strategy", "reason", "n_points", "n_params", "n_chunks", "n_partitions"), plain),
-    **dict.fromkeys(("sweep_bytes", "held_bytes", "in_flight_bytes"), plain),
-    places=sequence(PROCESS),
-    decoded=sequence(plain),
-)
-DAMAGE = record(BadChunkError, array=plain, index=sequence(plain), key=plain, cause=plain, masked=plain)
-FACTOR = record(Factor, R=array, projected=array, gradient=array, condition=plain)
-PARTS = record(
-    Parts,
-    **dict.fromkeys(("gram", "spread", "cost", "residual", "squares", "n", "n_tiles", "floored", "weights"), array),
-)
-MODEL = record(
-    NamedModel,
-    name=optional(sequence(plain, list)),
-    fingerprint=plain,
-    n=plain,
-    values=sequence(plain, list),
-    free=sequence(plain, list),
-)
-COORDINATES = record(
-    _layouts,
-    kind=("x_kind", plain),
-    lead=("x_lead", sequence(plain)),
-    x=sequence(record(lambda integer: Layout(True, integer), integer=plain)),
-)
-FIT = record(
-    dict,
-    **dict.fromkeys(("popt", "pcov", "bounds"), array),
-    **dict.fromkeys(("cost", "n_points", "n_masked", "n_omitted", "n_filled", "nfev", "sweeps", "status", "message"), plain),
-    **dict.fromkeys(("optimality", "distance", "reduction", "jac_mode"), plain),
-    param_names=sequence(plain),
-    fixed=by_name(plain),
-    seconds=by_name(plain),
-    plan=PLAN,
-    history=sequence(RECORD, list),
-    starts=optional(SEARCH),
-    sample=optional(SAMPLE),
-    damage=sequence(DAMAGE),
-    noise=record(Noise, loss=plain, absolute=plain, reweighted=plain, sigma=plain),
-    totals=record(Totals, cost=plain, n=plain, weight=plain, weighted=plain, squares=plain),
-    parts=PARTS,
-    factor=FACTOR,
-    model=MODEL,
-    loss=plain,
-    f_scale=plain,
-    preparation=record(_preparation, layouts=COORDINATES, whole=plain, decode_cf=("policy.decode_cf", plain)),
-    origins=sequence(plain),
-)
+RECORDS = {
+    "fit": Kind(SimpleNamespace, FIT, dict),
+    "read": Kind(Read, "nbytes n_points n_left_out seconds"),
+    "step": Kind(
+        Record,
+        "iteration nfev cost actual predicted step_norm radius optimality accepted params seconds reduction read distance",
+    ),
+    "search": Kind(Search, "starts start_costs params costs basin chosen winner n_candidates n_points"),
+    "sample": Kind(SampleSummary, "n_points n_chunks of_chunks seconds nfev"),
+    "process": Kind(
+        ProcessMemory,
+        "name n_threads now held peak limit dask_nlsq jax numpy python x64 pjrt_nproc cores limited",
+    ),
+    "plan": Kind(
+        Plan,
+        "strategy reason n_points n_params n_chunks n_partitions sweep_bytes held_bytes in_flight_bytes places decoded",
+    ),
+    "damaged chunk": Kind(BadChunkError, "array index key cause masked"),
+    "noise": Kind(Noise, "loss absolute reweighted sigma"),
+    "totals": Kind(Totals, "cost n weight weighted squares"),
+    "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
+    "factor": Kind(Factor, "R projected gradient condition"),
+    "model": Kind(NamedModel, "name fingerprint n values free"),
+    "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
+    "coordinates": Kind(Layouts, "x kind=x_kind lead=x_lead", _layouts),
+    "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", _preparation),
+}
+NAMES = {kind.cls: name for name, kind in RECORDS.items()}
+
+
+def fields(kind: Kind) -> dict[str, str]:
+    """Attributes by the names of fields."""
+    return {name: attribute or name for name, _, attribute in (each.partition("=") for each in kind.fields.split())}
+
+
+def encode(value, place: str, arrays: dict[str, np.ndarray]):
+    """JSON of a value; its larger arrays go to ``arrays`` by their places. What JSON does not tell apart is an object."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, np.ndarray):
+        if 0 < value.size <= INLINE and np.isfinite(value).all():
+            return {"array": value.tolist(), "dtype": value.dtype.str}
+        arrays[place] = value
+        return {"stored": place}
+    if isinstance(value, dict):
+        return {"dict": {name: encode(each, f"{place}.{name}", arrays) for name, each in value.items()}}
+    if name := NAMES.get(type(value)):
+        values = {each: attrgetter(attribute)(value) for each, attribute in fields(RECORDS[name]).items()}
+        return {"record": name, "fields": {each: encode(part, f"{place}.{each}", arrays) for each, part in values.items()}}
+    parts = [encode(each, f"{place}[{k}]", arrays) for k, each in enumerate(value)]
+    return {"tuple": parts} if isinstance(value, tuple) else parts
+
+
+def decode(found, place: str, arrays: Mapping[str, np.ndarray]):
+    """What `encode` was given."""
+    match found:
+        case {"float": text}:
+            return float(text)
+        case {"array": numbers, "dtype": dtype}:
+            return np.array(numbers, dtype)
+        case {"stored": number}:
+            return known(arrays, number, number)
+        case {"dict": parts}:
+            return {name: decode(each, f"{place}.{name}", arrays) for name, each in parts.items()}
+        case {"record": name, "fields": parts}:
+            kind = RECORDS[name]
+            places = {each: f"{place}.{each}" for each in fields(kind)}
+            values = {each: decode(known(parts, each, where), where, arrays) for each, where in places.items()}
+            return (kind.make or kind.cls)(**values)
+        case {"tuple": parts}:
+            return tuple(decode(each, f"{place}[{k}]", arrays) for k, each in enumerate(parts))
+        case list():
+            return [decode(each, f"{place}[{k}]", arrays) for k, each in enumerate(found)]
+    return found
+
+
+def known(parts: Mapping, name: str, place: str):
+    """A part of a saved result, which may be of a release that has other parts."""
+    if name not in parts:
+        raise ValueError(f"the saved result has no `{place}`: load it with the release that has written it, or fit again")
+    return parts[name]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the files
 
 
-def save(path: Path, fit) -> None:
+def save(path: Path, fit: SimpleNamespace) -> None:
     """Write what has the fields of `FIT`; what was there is replaced when all is written."""
     arrays: dict[str, np.ndarray] = {}
-    text = FIT.write(fit, "result", arrays)
+    text = encode(fit, "result", arrays)
     path.mkdir(parents=True, exist_ok=True)
     try:
         before = read_json(path / RESULT, VERSION)["arrays"]
@@ -247,4 +176,4 @@ def load(path: Path) -> dict[str, Any]:
     kept = read_arrays(path / found["arrays"]) if found["arrays"] else ({}, {})
     if kept is None:
         raise DamagedFileError(path / found["arrays"], "it is not there")
-    return FIT.read(found["result"], "result", kept[0])
+    return decode(found["result"], "result", kept[0])

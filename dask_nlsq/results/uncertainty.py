@@ -20,7 +20,7 @@ References
 import numpy as np
 
 from ..engine.condensed import Factor
-from ..kernels.rows import Parts
+from ..kernels.rows import SegmentSums
 
 STEEPEST = 1e6  # condition number beyond which the gradient of a part has lost its digits along the weakest direction
 WHOLE = 1e-10  # share of the information on a direction, next to 1, above which one part has all of it
@@ -48,7 +48,7 @@ def spread_out(matrix: np.ndarray, free, n: int) -> np.ndarray:
     return found
 
 
-def sandwich(factor: Factor, parts: Parts) -> np.ndarray:
+def sandwich(factor: Factor, parts: SegmentSums) -> np.ndarray:
     """Covariance (p, p) by the scatter of the gradient over tiles.
 
     Nan where there are not more tiles than parameters, and where the condition number is above 1e6. A few dozen points give
@@ -62,7 +62,7 @@ def sandwich(factor: Factor, parts: Parts) -> np.ndarray:
     return C @ scatter @ C * (n_tiles / (n_tiles - p))
 
 
-def jackknife(factor: Factor, parts: Parts) -> np.ndarray:
+def jackknife(factor: Factor, parts: SegmentSums) -> np.ndarray:
     """Covariance (p, p) by leaving out each of the parts in turn.
 
     Nan where one part alone determines a parameter, where there are not more parts than parameters, and where the condition

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.linalg import lstsq
-from scipy.stats import qmc
 
 from ..base.text import table
 from ..base.x64 import float64
@@ -249,6 +248,8 @@ def candidates(p0, lower, upper, reach, n: int, seed: int) -> np.ndarray:
     far as ten times as near. Without bounds they follow a Cauchy distribution around p0. ``reach`` (p,) is the scale
     where p0 gives none.
     """
+    from scipy.stats import qmc  # takes 0.3 s to import
+
     sobol = qmc.Sobol(len(p0), scramble=True, seed=seed)
     u = np.maximum(sobol.random_base2(int(np.ceil(np.log2(max(n - 1, 1)))))[: n - 1], 1e-9).T
     starts = np.empty((n, len(p0)))
