@@ -14,6 +14,7 @@ from distributed import Client, LocalCluster
 from dask_nlsq import curve_fit, get_memory_manager
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.loading import PassedOn, compute_shared, plan_loads
+from dask_nlsq.memory.needs import MADE_BYTES, READ_COPIES
 
 X = np.linspace(0, 4, 4000)
 Y = 2 * np.exp(-1.3 * X) + 0.5
@@ -188,7 +189,7 @@ def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeyp
     assert most[0] == 2
     gc.collect()
     pool = get_memory_manager().pool
-    one = 3 * 2 * 8 * n  # x and y three times
+    one = READ_COPIES * MADE_BYTES * n
     pool.shrink()
     with monkeypatch.context() as short:
         short.setattr(pool, "limit", 1.9 * one)  # two that were read stay beside it
