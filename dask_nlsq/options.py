@@ -299,8 +299,13 @@ class Likelihood(NamedTuple):
         return "known" if self.known else "pearson" if self.reweighted else "cost"
 
 
+def is_poisson(sigma) -> bool:
+    """Whether it stands for the weights of counts; other text is the path of a store."""
+    return isinstance(sigma, str) and sigma == "poisson"
+
+
 def likelihood(call) -> Likelihood:
-    if isinstance(call.sigma, str) and call.sigma == "poisson":
+    if is_poisson(call.sigma):
         if call.loss not in ("linear", "poisson"):
             raise ValueError(f"sigma='poisson' is least squares: it does not go with loss={call.loss!r}")
         return Likelihood("poisson", True, call.absolute_sigma)

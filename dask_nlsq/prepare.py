@@ -21,7 +21,7 @@ from .engine.sweep import Sweep, open_sweep
 from .memory.machine import active_client
 from .memory.plan import Plan, make_plan
 from .model.function import function_name, held, intern
-from .options import FITS, WORKFLOWS, Likelihood, checked, known_names, likelihood, model_first
+from .options import FITS, WORKFLOWS, Likelihood, checked, is_poisson, known_names, likelihood, model_first
 from .parameters import Parameters, read_parameters, scale
 from .presets import workflow_options
 from .solve.trust_region import Options
@@ -114,7 +114,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
         warn_if_packed(ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    reweighted = isinstance(sigma, str)
+    reweighted = is_poisson(sigma)
     opened, stored, values = open_data(arrays | (dict(sigma=None) if reweighted else {}), call)
     values["check"] = call.nan_policy is not None or call.check_finite is not False
     values["omit"] = call.nan_policy == "omit" and not call.check_finite
@@ -190,7 +190,7 @@ class HeldData:
         """
         if self.closed:
             raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
-        reweighted = isinstance(given["sigma"], str)
+        reweighted = is_poisson(given["sigma"])
         for name in ("ydata", *HELD):
             default = None if name == "ydata" else FITS[name].default
             value = given[name]
@@ -254,7 +254,7 @@ def hold(
     """
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
-    if isinstance(call.sigma, str):
+    if is_poisson(call.sigma):
         raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
     return HeldData(align(call, xdata, ydata, None, HELD_PARAMS))
 

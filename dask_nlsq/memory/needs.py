@@ -21,7 +21,7 @@ from .threshold import Strategy
 # fits with 3, 20 and 50 parameters: 97, 129 and 255 to 360 MB
 START_BYTES, START_PER_PARAM = 120e6, 6e6
 # maps with 2, 6, 10, 14, 20, 30 parameters: 250, 251, 394, 501, 781, 1320 MB, and 30 to read stores
-MAP_START, MAP_PER_PARAM, MAP_PER_PAIR = 260e6, 12e6, 0.82e6
+MAP_START, MAP_PER_PARAM, MAP_PER_PAIR = 275e6, 12e6, 0.82e6
 WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
 CLIENT_BYTES = 60e6  # of the process that talks to the workers, for connections
 GRAPH_BYTES = 6e3  # per chunk, while a graph is taken apart: 3.2e3 to 6.4e3; half of it stays
