@@ -8,8 +8,8 @@ CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster 
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
-test: .venv/ready          ## all tests but the long ones, two files at a time
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+test: .venv/ready          ## all tests but the long ones, in two processes
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow

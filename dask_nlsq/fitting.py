@@ -29,12 +29,12 @@ from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
 from .memory.plan import Plan
 from .model.function import function_name
-from .options import FITS, defaults, known_names, with_known_names
+from .options import FITS, WORKFLOWS, with_known_names
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
 from .results.diagnostics import combinations
 from .results.result import FitResult
-from .results.statistics import Noise, Totals
+from .results.statistics import Totals
 from .results.uncertainty import covariance, spread_out
 from .solve.multistart import Search, fit_again, polish, search
 from .solve.outcome import NotConvergedError, not_converged, not_finite_at_start
@@ -260,6 +260,7 @@ WAY_OUT = (
 curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 
 
+@with_known_names(FITS | WORKFLOWS)
 def fit(
     f: Callable,
     xdata: Any,
@@ -304,7 +305,7 @@ def fit(
         An unknown workflow or goal; and as `curve_fit`.
     """
     options = dict(curve_fit_options, workflow=workflow, goal=goal, n_starts=n_starts)
-    return curve_fit(**by_workflow("fit", f, xdata, ydata, p0, options))
+    return curve_fit(**by_workflow(f, xdata, ydata, p0, options))
 
 
 def resume(
@@ -331,7 +332,8 @@ def resume(
     return curve_fit(f, **data, **dict(kept, strategy="streaming", checkpoint=path) | options)
 
 
-def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
+@with_known_names(FITS | WORKFLOWS)
+def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> Plan:
     """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
 
     Reads nothing but metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.
@@ -353,11 +355,10 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any, p0=None, **options) -> Plan:
         Chunks of a Zarr array that are damaged or absent.
     """
     if options.keys() & {"workflow", "goal"}:
-        options = by_workflow("plan_fit", f, xdata, ydata, p0, options)
+        options = by_workflow(f, xdata, ydata, p0, options)
     else:
-        known_names("plan_fit", FITS, options)
         options = dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options
-    return prepare(defaults(FITS) | options).plan
+    return prepare({name: row.default for name, row in FITS.items()} | options).plan
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,13 +466,13 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
-    solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.likelihood, run.evaluator
+    solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
     for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
         warn_if_changed(each)
     n_points, n_masked, n_omitted = run.counts
     equations = solution.equations
     cost = equations.pearson / 2 if noise.reweighted else equations.cost
-    pcov = _scaled_covariance(solution, None if noise.known else cost, n_points, ready.names)
+    pcov = _scaled_covariance(solution, None if noise.absolute else cost, n_points, ready.names)
     popt = run.start.copy()
     popt[ready.free] = solution.params
     whitened, sigma = data.factor is not None, data.operands[1]
@@ -503,7 +504,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         n_filled=sum(len(each.absent) for each in ready.source.stored),
         fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
         bounds=np.stack([params.lower, params.upper]),
-        noise=Noise(noise.loss, noise.known, noise.reweighted, one_sigma),
+        noise=noise._replace(sigma=one_sigma),
         totals=Totals(cost, n_points, *sums),
         parts=unpack(equations.parts, len(ready.free))._replace(weights=evaluator.weights),
         factor=solution.factor,

@@ -6,7 +6,7 @@ together, behind the table; the parameters of the model are read in `dask_nlsq.p
 before anything runs, so nothing here imports JAX.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral
@@ -241,29 +241,20 @@ def checked(table: Mapping[str, Row], given: Mapping[str, Any]) -> SimpleNamespa
     return SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
 
 
-def defaults(table: Mapping[str, Row]) -> dict[str, Any]:
-    return {name: row.default for name, row in table.items()}
-
-
-def known_names(caller: str, table: Mapping[str, Row], given: Iterable[str]) -> None:
-    """Refuse keywords that ``caller`` does not have, with the nearest one that it has."""
-    names = ["f", "xdata", "ydata", *table]
-    for name in given:
-        if name not in names:
-            near = get_close_matches(name, names, 1)
-            raise TypeError(f"{caller} has no argument {name!r}{f': did you mean {near[0]!r}?' if near else ''}")
-
-
 F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator: `known_names` before each call, since Python names no near one before 3.13."""
+    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on."""
+    names = ["f", "xdata", "ydata", *table]
 
     def decorate(function: F) -> F:
         @wraps(function)
         def call(*args, **options):
-            known_names(function.__name__, table, options)
+            for name in options.keys() - names:
+                near = get_close_matches(name, names, 1)
+                hint = f": did you mean {near[0]!r}?" if near else ""
+                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
             return function(*args, **options)
 
         return cast(F, call)
@@ -286,29 +277,38 @@ def model_first(f, xdata, ydata, caller="curve_fit"):
     )
 
 
-class Likelihood(NamedTuple):
-    """What is maximised, and what scales the covariance."""
+class Noise(NamedTuple):
+    """What a fit takes for granted about the noise."""
 
-    loss: str
-    reweighted: bool  # points are weighted by the model that is fitted
-    known: bool  # the noise, so that the covariance is not scaled
+    loss: str  # "poisson" with weights from the model, too
+    absolute: bool  # its size is known, from ``absolute_sigma`` or as a likelihood has it: the covariance is not scaled
+    reweighted: bool  # ``sigma="poisson"``
+    sigma: float | None = 1.0  # None where it differs from point to point
+
+    @property
+    def likelihood(self) -> bool:
+        return self.loss == "poisson" and not self.reweighted
+
+    @property
+    def squares(self) -> bool:
+        """Whether the cost is half a sum of squares, or of deviances."""
+        return self.loss in ("linear", "poisson")
 
     @property
     def variance(self) -> Literal["known", "cost", "pearson"]:
         """What the variance of the residuals is taken from."""
-        return "known" if self.known else "pearson" if self.reweighted else "cost"
+        return "known" if self.absolute else "pearson" if self.reweighted else "cost"
 
 
-def is_poisson(sigma) -> bool:
-    """Whether it stands for the weights of counts; other text is the path of a store."""
-    return isinstance(sigma, str) and sigma == "poisson"
+def is_reweighted(sigma) -> bool:
+    return isinstance(sigma, str) and sigma == "poisson"  # other words are paths
 
 
-def likelihood(call) -> Likelihood:
-    if is_poisson(call.sigma):
+def noise_of(call) -> Noise:
+    if is_reweighted(call.sigma):
         if call.loss not in ("linear", "poisson"):
             raise ValueError(f"sigma='poisson' is least squares: it does not go with loss={call.loss!r}")
-        return Likelihood("poisson", True, call.absolute_sigma)
+        return Noise("poisson", call.absolute_sigma, True)
     if call.loss == "poisson" and call.sigma is not None:
         raise ValueError(f"loss={call.loss!r} has the weights that belong to it: leave out `sigma`")
-    return Likelihood(call.loss, False, call.absolute_sigma or call.loss == "poisson")
+    return Noise(call.loss, call.absolute_sigma or call.loss == "poisson", False)

@@ -84,18 +84,19 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
     """Names of all parameters, and what ``p0`` gives for them."""
     signature = parameter_names(f)
     known = signature if param_names is None else param_names
+    starts: Any
     if isinstance(p0, Mapping):
-        param_names = tuple(known if known is not None else {**p0, **fixed})
+        param_names = starts = tuple(known if known is not None else {**p0, **fixed})
         _check_names(param_names, p0=p0, fixed=fixed)
-        n, starts = len(param_names), []
     elif p0 is not None:
-        n = len(starts := _listed("p0", p0, shape))
+        starts = _listed("p0", p0, shape)
     elif known:
-        n, starts = len(signature or known), []
+        starts = signature or known
     else:
         raise ValueError(
             "Unable to determine number of fit parameters. Give p0 or param_names: the model takes *params or none."
         )
+    n = len(starts)
     if signature is not None and len(signature) != n and not _takes(f, n):
         raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
     if param_names is None:
@@ -103,7 +104,7 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
     names = tuple(param_names)
     if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`param_names` must be {n} different names, got {len(names)}: {names}")
-    return names, p0 if isinstance(p0, Mapping) else dict(zip(names, starts, strict=False))
+    return names, p0 if isinstance(p0, Mapping) else {} if p0 is None else dict(zip(names, starts, strict=True))
 
 
 def _pairs(names, bounds, shape) -> dict[str, tuple[Any, Any]]:

@@ -21,7 +21,7 @@ from .engine.sweep import Sweep, open_sweep
 from .memory.machine import active_client
 from .memory.plan import Plan, make_plan
 from .model.function import function_name, held, intern
-from .options import FITS, WORKFLOWS, Likelihood, checked, is_poisson, known_names, likelihood, model_first
+from .options import FITS, WORKFLOWS, Noise, checked, is_reweighted, model_first, noise_of, with_known_names
 from .parameters import Parameters, read_parameters, scale
 from .presets import workflow_options
 from .solve.trust_region import Options
@@ -48,7 +48,7 @@ class Prepared:
     given: Mapping[str, Any]  # the arguments as they came
     call: SimpleNamespace  # and as the fit takes them
     params: Parameters
-    likelihood: Likelihood
+    noise: Noise
     options: Options  # of the solver
     objective: Objective
     source: Source
@@ -90,10 +90,10 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
         raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
-    aim, params = likelihood(call), read_parameters(f, call)
-    options, n = _solver_options(call, aim, params), len(params.free)
+    noise, params = noise_of(call), read_parameters(f, call)
+    options, n = _solver_options(call, noise, params), len(params.free)
     model = intern(*held(f, call.jac, params.start, params.free))
-    objective = Objective(model, aim.loss, call.f_scale)
+    objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
         source = xdata.source_for(given, objective, n)
     else:
@@ -102,7 +102,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         raise ValueError(
             f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
         )
-    return Prepared(given, call, params, aim, options, objective, source)
+    return Prepared(given, call, params, noise, options, objective, source)
 
 
 def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Source:
@@ -114,7 +114,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
         warn_if_packed(ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
-    reweighted = is_poisson(sigma)
+    reweighted = is_reweighted(sigma)
     opened, stored, values = open_data(arrays | (dict(sigma=None) if reweighted else {}), call)
     values["check"] = call.nan_policy is not None or call.check_finite is not False
     values["omit"] = call.nan_policy == "omit" and not call.check_finite
@@ -190,7 +190,7 @@ class HeldData:
         """
         if self.closed:
             raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
-        reweighted = is_poisson(given["sigma"])
+        reweighted = is_reweighted(given["sigma"])
         for name in ("ydata", *HELD):
             default = None if name == "ydata" else FITS[name].default
             value = given[name]
@@ -209,6 +209,7 @@ class HeldData:
         return self._source._replace(plan=replace(self.plan, n_params=n_params), sweep=self._sweep)
 
 
+@with_known_names({name: FITS[name] for name in HELD})
 def hold(
     xdata: Any,
     ydata: Any,
@@ -254,12 +255,12 @@ def hold(
     """
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
-    if is_poisson(call.sigma):
+    if is_reweighted(call.sigma):
         raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
     return HeldData(align(call, xdata, ydata, None, HELD_PARAMS))
 
 
-def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
+def _solver_options(call, noise: Noise, params: Parameters) -> Options:
     free = list(params.free)
     lower, upper = params.lower[free], params.upper[free]
     bounded = bool(np.any(np.isfinite([lower, upper])))
@@ -270,7 +271,7 @@ def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
         lower=lower,
         upper=upper,
         x_scale=scale(call.x_scale, params),
-        noise=aim.variance,
+        noise=noise.variance,
         names=tuple(params.names[k] for k in free),
         max_nfev=call.maxfev if call.max_nfev is None else call.max_nfev,
         gtol_relative=call.method in (None, "auto", "lm") and not bounded,
@@ -278,10 +279,8 @@ def _solver_options(call, aim: Likelihood, params: Parameters) -> Options:
     )
 
 
-def by_workflow(caller: str, f, xdata, ydata, p0, given: Mapping[str, Any]) -> dict[str, Any]:
+def by_workflow(f, xdata, ydata, p0, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `dask_nlsq.curve_fit` for those of `dask_nlsq.fit`; what is given wins over the workflow."""
-    table = FITS | WORKFLOWS
-    known_names(caller, table, given)
     named = checked(WORKFLOWS, {name: given.get(name, row.default) for name, row in WORKFLOWS.items()})
     f, xdata, ydata = model_first(f, xdata, ydata)
     options = workflow_options(named.workflow, named.goal, count_points(ydata), named.n_starts)

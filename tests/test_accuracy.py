@@ -46,7 +46,7 @@ def test_optimum_and_covariance_are_those_of_scipy(case):
     "model, reduction",
     [
         pytest.param(DECAY, "qr", id="decay-qr"),
-        pytest.param(PEAK, "gram", id="peak-gram"),
+        pytest.param(PEAK, "gram", id="peak-gram", marks=pytest.mark.slow),
         pytest.param(DECAY, "gram", id="decay-gram", marks=pytest.mark.slow),
         pytest.param(PEAK, "qr", id="peak-qr", marks=pytest.mark.slow),
     ],

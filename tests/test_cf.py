@@ -411,8 +411,15 @@ def test_the_command_line_decodes_what_it_names_and_may_leave_it(tmp_path):
     np.testing.assert_allclose([float(each) for each in re.findall(r"^ +[abc] +(\S+)", said, re.M)], found.popt, rtol=1e-3)
     outcome = CliRunner().invoke(nlsq, ["fit", str(flat), *options, "--loss", "poisson"])
     assert outcome.exit_code == 2 and "--no-decode-cf" in outcome.stderr
-    maps = run("map", y, *options, "--axis", "0", "--out", tmp_path / "m")
-    assert "2 of 2 converged" in maps
+
+
+@pytest.mark.slow
+def test_maps_of_the_command_line_are_decoded(tmp_path):
+    y = in_zarr(tmp_path / "y", np.stack([STORED] * 2, axis=1), dict(scale_factor=SCALE, add_offset=OFFSET))
+    x = in_zarr(tmp_path / "x", np.arange(N, dtype="i2"), dict(scale_factor=5 / (N - 1), _FillValue=17))
+    options = ["--model", "exponential+polynomial:0", "--x", str(x), "--axis", "0", "--out", str(tmp_path / "m")]
+    outcome = CliRunner().invoke(nlsq, ["map", str(y), *options])
+    assert outcome.exit_code == 0 and "2 of 2 converged" in outcome.stdout, outcome.output
 
 
 def test_a_dask_array_and_an_array_in_memory_have_no_attributes():

@@ -112,7 +112,7 @@ def test_environment_variables_set_each_key_in_a_fresh_process(tmp_path):
         "dashboard": "false",
     }
     assert set(given) == set(config.schema())
-    code = "import json; from dask_nlsq.config import *; print(json.dumps({key: setting(key) for key in schema()}))"
+    code = "import json; from dask_nlsq.base.config import *; print(json.dumps({key: setting(key) for key in schema()}))"
     variables = {f"DASK_NLSQ__{key.upper().replace('-', '_')}": value for key, value in given.items()}
     said = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | variables, check=True, capture_output=True, text=True

@@ -67,8 +67,12 @@ def name(page):
     return str(page.relative_to(ROOT))
 
 
+LONG = {"docs/command-line.md"}  # many processes; the tests of the command line start their own
+QUICK_OR_SLOW = [pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (name(page) in LONG)) for page in PAGES]
+
+
 @pytest.mark.filterwarnings("ignore:Port 8787 is already in use")
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", QUICK_OR_SLOW)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -140,7 +144,7 @@ def test_blocks_that_do_not_run_are_few_and_say_what_they_need():
 
 def test_every_setting_is_on_its_page():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    defaults = yaml.safe_load((ROOT / "dask_nlsq" / "nlsq.yaml").read_text())["nlsq"]
+    defaults = yaml.safe_load((ROOT / "dask_nlsq" / "base" / "nlsq.yaml").read_text())["nlsq"]
     for key, value in defaults.items():
         text = "null" if value is None else str(value).lower()
         row = f"| `nlsq.{key}` | `DASK_NLSQ__{key.replace('-', '_').upper()}` | `{text}` |"

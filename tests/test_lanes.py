@@ -104,6 +104,31 @@ def test_each_way_to_end_has_its_status():
     assert np.isinf(found.perr[3]).all()  # no degrees of freedom
     limited = fit_map(line, X, y[:1], start[:1], max_nfev=1).compute()
     assert (int(limited.status[0]), int(limited.nfev[0])) == (MapStatus.ITERATION_LIMIT, 1)
+    explained = np.sum(
+        np.polyval(np.polyfit(X, y[0], 1), X) ** 2
+    )  # twice the decrement at the start; three degrees of freedom
+    np.testing.assert_allclose(limited.distance[0], np.sqrt(explained / (np.sum(y[0] ** 2) / 3)), rtol=1e-12)
+
+
+def test_a_fit_whose_derivatives_are_wrong_is_stuck():
+    @jax.custom_jvp
+    def wrong(x, a):
+        return jnp.exp(a * x)
+
+    @wrong.defjvp
+    def _(given, tangents):
+        return wrong(*given), -given[0] * jnp.exp(given[1] * given[0]) * tangents[1]
+
+    found = fit_map(lambda x, a: wrong(x, a), X, np.exp(X)[None], [0.5]).compute()
+    assert found.status[0] == MapStatus.STUCK and not found.success[0]
+    assert found.nfev[0] < 40  # of the 100 that are allowed
+
+
+def test_a_parameter_that_cannot_move_does_not_stop_the_others():
+    """From -5, where the model is all but flat, the first steps lead too far."""
+    found = fit_map(lambda x, a, b: jnp.exp(a * x) + 0 * b, X, np.exp(X)[None] + 0.01 * X, [-5.0, 1.0]).compute()
+    assert found.status[0] == MapStatus.UNDETERMINED
+    np.testing.assert_allclose(found.popt[0], [1.0, 1.0], atol=0.02)
 
 
 def test_bounds_end_a_fit_next_to_them_and_a_parameter_that_starts_on_one_leaves_it():

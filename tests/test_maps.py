@@ -139,7 +139,7 @@ def test_a_masked_point_is_one_that_scipy_does_not_get():
 
 @pytest.mark.parametrize(
     "problem",
-    [pytest.param(problem, id=name, marks=() if name == "Misra1a" else SLOW) for name, problem in PROBLEMS.items()],
+    [pytest.param(problem, id=name, marks=SLOW) for name, problem in PROBLEMS.items()],
 )
 def test_both_starts_reach_the_certified_digits(problem):
     tight = dict(ftol=1e-15, xtol=1e-15, gtol=1e-15, max_nfev=5000)
@@ -339,7 +339,7 @@ def test_bands_read_each_chunk_once_each(tmp_path):
     same_bits(computed, fitted(da.from_array(STACK, chunks=(-1, 20, 6)), axis=0))
 
 
-@pytest.mark.parametrize("limit", [None, 1.2e5 / 2**30], ids=["whole", "bands"])
+@pytest.mark.parametrize("limit", [pytest.param(None, id="whole", marks=SLOW), pytest.param(1.2e5 / 2**30, id="bands")])
 def test_coarse_fits_read_the_data_once_more(tmp_path, limit):
     y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
     with dask.config.set({"nlsq.threads": 1}):
@@ -505,8 +505,8 @@ def test_bounds_and_sigma_of_pixels_without_points_need_not_make_sense():
 
     expected = fit(Y, masked, np.ones(BLOCK), np.full(BLOCK, 9.0))
     assert (expected.status[hidden] == MapStatus.MASKED).all()
-    for y, mask in ((Y, masked), (nowhere, no_mask)):
-        same_bits(fit(y, mask, np.where(hidden, 0.0, 1.0), upper), expected)
+    same_bits(fit(Y, masked, np.where(hidden, 0.0, 1.0), upper), expected)
+    same_bits(fit(nowhere, no_mask, np.ones(BLOCK), upper), expected)
 
 
 def test_values_that_are_no_data_are_no_negative_counts():
@@ -642,7 +642,7 @@ def test_damaged_and_absent_chunks_are_errors_that_name_them(tmp_path):
         fit_map(peak, X, tmp_path / "y", P0, missing_chunks="omit")
 
 
-@pytest.mark.parametrize("guess", [None, "coarse-to-fine"])
+@pytest.mark.parametrize("guess", [None, pytest.param("coarse-to-fine", marks=SLOW)])
 def test_damaged_and_absent_chunks_may_be_left_out(tmp_path, guess, caplog):
     hidden = damaged(tmp_path)
     options = dict(on_bad_chunk="mask", missing_chunks="mask", guess=guess, **TIGHT)

@@ -286,13 +286,13 @@ def test_points_that_do_not_count_do_not_change_the_guess():
 
 
 def test_the_order_of_the_points_does_not_matter():
-    x, y = peak_on_a_line(300)
+    x, y = peak_on_a_line(400)
     order, guess = RNG.permutation(x.size), jax.jit((gaussian + line).guess)
     with float64():
         np.testing.assert_allclose(guess(x[order], y[order]), guess(x, y), rtol=1e-6)
 
 
-QUICK = ["line", "exponential", "gaussian", "sigmoid", "polynomial", "g2_single"]  # to compile
+QUICK = ["line", "gaussian", "g2_single"]  # to compile
 
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE])
@@ -304,9 +304,9 @@ def test_any_data_give_a_finite_guess(name):
 
 
 def test_a_covariance_of_the_data_goes_with_a_guess():
-    x, y = peak_on_a_line(300)
+    x, y = peak_on_a_line(400)
     plain = curve_fit(gaussian + line, x, y, sigma=0.1)
-    whitened = curve_fit(gaussian + line, x, y, sigma=0.01 * np.eye(300))
+    whitened = curve_fit(gaussian + line, x, y, sigma=0.01 * np.eye(400))
     np.testing.assert_allclose(whitened.popt, plain.popt, rtol=1e-6)
 
 
@@ -339,7 +339,7 @@ def test_a_function_cannot_guess():
 
 
 def test_own_bounds_win_over_those_of_the_model():
-    x, y = peak_on_a_line(300)
+    x, y = peak_on_a_line(400)
     low, high = [-np.inf, -np.inf, 0.5, -np.inf, -np.inf], [np.inf] * 5
     assert curve_fit(gaussian + line, x, y, bounds=(low, high)).popt[2] == pytest.approx(0.5)
     assert curve_fit(gaussian + line, x, y, p0=[3, 7, 0.2, 0.5, 1], method="lm").popt[2] == pytest.approx(0.2, rel=0.2)

@@ -51,6 +51,9 @@ def numpy_cost(params, x=X, y=Y, sigma=1.0, rho=lambda z: z, f_scale=1.0):
 # ---------------------------------------------------------------- the global optimum
 
 
+QUICK = ("sine, frequency in 0.1..10", "two peaks, no bounds")
+
+
 def check_escapes(trap, n_starts, seeds):
     for seed in seeds:
         run = escape(trap, n_starts, seed)
@@ -59,8 +62,8 @@ def check_escapes(trap, n_starts, seeds):
         assert run.ratio <= LIMITS.sweeps_of_many_starts
 
 
-@pytest.mark.parametrize("name", TRAPS)
 @pytest.mark.parametrize("n_starts", [10, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAPS])
 def test_starts_find_the_optimum_that_p0_misses(name, n_starts):
     check_escapes(TRAPS[name], n_starts, range(1))
 
@@ -258,7 +261,7 @@ def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_
         assert rivals.params[rivals.chosen[0], 0] == pytest.approx(1, abs=0.1)
         evaluator = Evaluator(sweep, objective, 1)
         solution, settled = polish(rivals, evaluator, Options(*bounds))
-        assert evaluator.count == solution.nfev  # one for both rivals, and one of them is where the fit begins
+        assert evaluator.count == solution.nfev + 1  # one for both rivals
     assert solution.params[0] == pytest.approx(-1, abs=0.01)
     assert settled.winner == rivals.chosen[1]
 

@@ -220,14 +220,27 @@ def planned_and_done(call):
     return planned, (fit if options.keys() & {"workflow", "goal"} else curve_fit)(**options).plan
 
 
-@pytest.mark.parametrize("name", CALLS)
+QUICK = {
+    "arrays", "model last", "chunked, in memory", "checkpoint that is made", "memory limit of a stream", "sigma, lazy",
+    "sigma, a covariance", "sigma, poisson", "masked array", "values that are no data", "stores of all", "list of stores",
+    "missing chunks masked", "bad chunks masked", "attributes", "starts", "held", "bounds of SciPy",
+    "ready model, streaming", "workflow that streams", "goal", "labels", "axes", "dates",
+}  # fmt: skip
+QUICK_ON_WORKERS = {"chunked", "streaming", "missing chunks masked", "report"}
+
+
+def quick_or_slow(names, quick):
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", quick_or_slow(CALLS, QUICK))
 def test_the_plan_is_that_of_the_fit(name, tmp_path):
     planned, done = planned_and_done(CALLS[name](tmp_path))
     assert decided(planned) == decided(done)
     assert not (tmp_path / "made").exists() or done.strategy == "streaming"
 
 
-@pytest.mark.parametrize("name", ON_WORKERS)
+@pytest.mark.parametrize("name", quick_or_slow(ON_WORKERS, QUICK_ON_WORKERS))
 def test_the_plan_is_that_of_the_fit_on_workers(name, tmp_path, workers):
     with workers.as_current():
         planned, done = planned_and_done((CALLS | REPORTED)[name](tmp_path))

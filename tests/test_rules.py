@@ -317,7 +317,7 @@ def test_rounding_of_a_parameter_inside_the_model_is_part_of_the_floor(xp):
     assert float(rules.rounding_floor(3.0, params * 0, columns, 100)) == 3 * ROUNDING**2
     both = rules.rounding_floor(0.0, xp.asarray([3.0, 1.0]), xp.asarray([1.0, 4.0]), 10)
     assert float(both) == pytest.approx((2 * rules.EPS) ** 2 * 25 * 2 / 10, rel=1e-9, abs=0)
-    assert np.isfinite(rules.rounding_floor(0.0, params, columns, 0))
+    assert float(rules.rounding_floor(0.0, params, columns, 0)) == pytest.approx(100 * expected, rel=1e-9, abs=0)
 
 
 def test_data_that_are_zero_are_measured_by_what_the_model_has_been(xp):
@@ -339,8 +339,8 @@ def test_a_parameter_at_its_bound_is_held_where_rounding_is_all_that_lies_betwee
 
 
 def test_a_column_is_remembered_but_not_for_ever(xp):
-    scale = rules.scale(xp, xp.asarray([1.0, 2.0, 0.0, 0.0, 0.5]), xp.asarray([1e3, 1e26, 5.0, 0.0, 0.5]))
-    np.testing.assert_array_equal(scale, [1e-3, 0.5 / rules.LENGTH_MEMORY, 0.2, 1.0, 2.0])
+    scale = rules.scale(xp, xp.asarray([1.0, 2.0, 0.0, 0.0, 0.5, 0.5]), xp.asarray([1e3, 1e26, 5.0, 0.0, 0.5, 1e26]))
+    np.testing.assert_array_equal(scale, [1e-3, 0.5 / rules.LENGTH_MEMORY, 0.2, 1.0, 2.0, 2 / rules.LENGTH_MEMORY])
 
 
 def test_a_parameter_is_undetermined_where_its_column_is_zero_or_has_faded(xp):
@@ -353,8 +353,8 @@ def test_a_parameter_is_undetermined_where_its_column_is_zero_or_has_faded(xp):
 
 
 def test_a_trial_is_the_point_itself_to_rounding(xp):
-    trial, params = xp.asarray([2 + 2 * rules.SAME, 2 + 3 * rules.SAME, 0.0, 1e-300]), xp.asarray([2.0, 2.0, 0.0, 0.0])
-    np.testing.assert_array_equal(rules.same(xp, trial, params), [True, False, True, False])
+    trial, params = xp.asarray([2 + 2 * rules.SAME, 2 + 3 * rules.SAME, 0, 1e-300, np.nan]), xp.asarray([2.0, 2.0, 0, 0, 1])
+    np.testing.assert_array_equal(rules.same(xp, trial, params), [True, False, True, False, True])
 
 
 def test_starts_are_moved_off_their_bounds_in_any_unit(xp):

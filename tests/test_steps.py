@@ -167,6 +167,7 @@ def test_the_way_to_the_bound_ahead_and_which_parameters_hit_it(xp):
     "start, direction, radius, t",
     [
         ([0, 0], [3, 4], 10, 2),
+        ([0, 0], [0.03, 0.04], 1, 20),
         ([1, 0], [1, 0], 3, 2),
         ([1, 0], [-1, 0], 3, 4),
         ([1, 0], [0, 2], 5, 6**0.5),
@@ -255,11 +256,11 @@ def test_a_reflection_ends_next_to_the_bound_that_it_meets(xp):
 
 
 def test_a_reflection_is_one_in_hat_space(xp):
-    """As before in units of (2, 1): the step is (1, 2) there, and turns to (-1, 2)."""
-    t = 0.995 / 4
-    scaled = best(xp, ALONG * [[4, 2], [2, 1]], [-6, -5], [1, 2], 5**0.5, upper=(1, 1.5), d=(2, 1))
+    """As before in units of d = (2, 1/2): the step is (1, 4) there, and turns to (-1, 4)."""
+    t, d = 0.995 / 4, np.array([2, 0.5])
+    scaled = best(xp, ALONG * np.outer(d, d), [-6, -2.5], [1, 4], 17**0.5, upper=(1, 1.5), d=d)
     assert_step(scaled, [1 - 2 * t, 1 + 2 * t], 4 + 4 * t)
-    np.testing.assert_allclose(scaled.step_h, [0.5 - t, 1 + 2 * t])
+    np.testing.assert_allclose(scaled.step_h, [0.5 - t, 2 + 4 * t])
 
 
 @pytest.mark.parametrize("highest, room", [(10, 3**0.5 / 2), (2.5, 0.75)])
@@ -282,6 +283,9 @@ def test_a_reflection_that_leads_up_is_not_taken_but_the_step_up_to_the_bound(xp
     """q = 6 x^2 - 8 x y + 6 y^2 - 5x - 3y at 0.995 (1, 1)."""
     found = best(xp, ACROSS, [-5, -3], [2, 2], 8**0.5)
     assert_step(found, [0.995, 0.995], 8 * 0.995 - 4 * 0.995**2)
+    d = np.array([2, 0.5])
+    scaled = best(xp, ACROSS * np.outer(d, d), [-10, -1.5], [1, 4], 17**0.5, d=d)
+    assert_step(scaled, [0.995, 0.995], 8 * 0.995 - 4 * 0.995**2)
     nearer = best(xp, ACROSS, [-5, -3], [2, 2], 8**0.5, distance=1e-3)
     assert_step(nearer, [0.999, 0.999], 8 * 0.999 - 4 * 0.999**2)
 

@@ -115,6 +115,12 @@ def test_bend_is_the_curvature_between_two_directions():
     assert model.bend(hat_of(model, [1, 3], [5, 7]), np.array([1.0, 2]), np.array([-3.0, 1])) == 18 - 15 + 14
 
 
+def test_a_direction_that_is_all_but_undetermined_does_not_overflow():
+    """The Newton step is 1e214 long; of a radius of 1e117 all but nothing of it is left."""
+    step, alpha = exact(np.diag([1.0, 1e-113]), np.array([1e114, 1e101]), radius=1e117)
+    assert np.linalg.norm(step) == pytest.approx(1e117) and alpha > 0
+
+
 def test_refused_steps_share_one_decomposition():
     model = model_of([[2, 1], [0, 1]], [3, 4])
     hat = hat_of(model, [1, 1], [0, 0])
@@ -177,10 +183,10 @@ def test_a_guess_outside_of_what_is_possible_is_replaced_by_the_geometric_mean(f
 
 
 def test_guesses_stay_between_what_has_been_too_short_and_too_long():
-    """From 2, too short, the iteration would go to -0.5, from there, too long, beyond 2 again."""
-    alphas, _ = tried([0.5, 2, 1], [-0.1, -1, -1], 2.0)
+    """From 2, where the step is too short, the iteration would go to -0.5; from there, too long, beyond 2 again."""
+    alphas, _ = tried([0.5, 1.5, 1], [-0.1, -0.4, -1], 2.0)
     second = (0.75 * 2) ** 0.5
-    assert alphas == pytest.approx([2, second, ((second + 1) * 2) ** 0.5])
+    assert alphas == pytest.approx([2, second, ((second + 0.5 / 0.4) * 2) ** 0.5])
     assert tried([0.5, 1], [-1e-9, -1], 3.9, newton=1.0000001)[0] == pytest.approx([3.9, 0.001 * 3.9])
 
 
@@ -188,6 +194,7 @@ def test_guesses_stay_between_what_has_been_too_short_and_too_long():
 def test_the_iteration_ends_within_one_percent_of_the_radius(near, far):
     assert len(tried([near], [-1], 2.0)[0]) == 1
     assert len(tried([far, near], [-1, -1], 2.0)[0]) == 2
+    assert len(tried([2 * near], [-1], 1.0, radius=2.0)[0]) == 1
 
 
 def test_the_iteration_ends_after_ten_steps_at_a_number_that_is_not_one_and_within_the_ball():

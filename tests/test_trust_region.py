@@ -1,5 +1,7 @@
 """The loop with a dense J in place of data."""
 
+import itertools
+import signal
 from collections import Counter
 
 import jax
@@ -9,8 +11,10 @@ import pytest
 from scipy.optimize import least_squares
 
 from dask_nlsq.base.x64 import float64
+from dask_nlsq.engine.checkpoint import Interrupted
 from dask_nlsq.engine.condensed import Condensed
-from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, solve
+from dask_nlsq.kernels.steps import Point
+from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, free_step, linearise, solve
 
 
 class Dense:
@@ -156,6 +160,96 @@ def test_callback_can_stop():
 def test_max_nfev_ends_with_status_zero():
     solution = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2, max_nfev=4))
     assert (solution.status, solution.nfev) == (0, 4)
+    assert solution.message == "The maximum number of function evaluations, 4, is exceeded."
+
+
+@pytest.mark.parametrize(
+    "tolerances, status, message",
+    [
+        (dict(gtol=1e-3), 1, "scaled gradient {optimality:.2e} < 1.00e-03."),
+        (dict(ftol=1e-2), 2, "relative reduction {relative:.2e} < 1.00e-02."),
+        (dict(xtol=1e-3), 3, "relative step {step:.2e} < 1.00e-03."),
+        (
+            dict(ftol=1e-2, xtol=1e-2),
+            4,
+            "relative reduction {relative:.2e} < 1.00e-02, relative step {step:.2e} < 1.00e-02.",
+        ),
+    ],
+)
+def test_a_message_has_the_value_and_its_threshold(tolerances, status, message):
+    def residual(params):
+        return jnp.array([params[0] - 1, params[1] - 2, 0.1 * params[0] ** 2, 1.0])
+
+    given = dict(ftol=0.0, xtol=0.0, gtol=0.0) | tolerances
+    solution = solve(Dense(residual), np.array([0.0, 1.0]), options(2, **given))
+    last, previous = solution.history[-1], solution.history[-2]
+    step = last.step_norm / np.linalg.norm(last.params)
+    values = dict(optimality=solution.optimality, relative=last.actual / previous.cost, step=step)
+    assert solution.status == status
+    assert solution.message.endswith(message.format(**values))
+
+
+def test_a_fit_whose_derivatives_are_wrong_is_stuck_and_says_how_far_it_is():
+    class Wrong(Dense):
+        def __call__(self, params, reduction):
+            found = super().__call__(params, reduction)
+            matrix = found.matrix.copy()
+            matrix[:-1, -1] *= -1
+            matrix[-1, :-1] *= -1
+            return found._replace(matrix=matrix)
+
+    solution = solve(Wrong(rosenbrock), np.array([-1.2, 1.0]), options(2, accuracy=0.01, reduction="gram"))
+    assert solution.status == 11
+    assert solution.message.startswith("No step lowers the cost any more, but by its quadratic model it could be lower by ")
+    np.testing.assert_allclose(solution.params, [-1.2, 1.0], rtol=1e-12)
+
+
+def test_a_parameter_without_effect_is_named():
+    found = solve(Dense(lambda params: params[:1] - 1), np.zeros(2), options(2, names=("slope", "offset")))
+    assert (found.status, np.isnan(found.distance)) == (12, True)
+    assert found.message == "The model does not depend on offset at the point where the fit ended."
+    assert solve(Dense(lambda params: params[:1] - 1), np.zeros(2), options(2, max_nfev=1)).status == 0
+    assert "parameter 1" in solve(Dense(lambda params: params[:1] - 1), np.zeros(2), options(2)).message
+
+
+def test_a_signal_ends_a_fit_at_the_best_point_so_far():
+    class Signalled(Dense):
+        def __call__(self, params, reduction):
+            if self.calls.total() == 5:
+                raise Interrupted(signal.SIGTERM)
+            return super().__call__(params, reduction)
+
+    solution = solve(Signalled(rosenbrock), np.array([-1.2, 1.0]), options(2))
+    assert (solution.status, solution.nfev, len(solution.history)) == (-3, 5, 5)
+    assert solution.equations.cost == min(record.cost for record in solution.history)
+
+
+def test_a_record_tells_of_each_trial():
+    """The first has no step; a refused one leaves the fit where it was."""
+    history = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2)).history
+    assert np.isnan([history[0].actual, history[0].predicted, history[0].step_norm]).all()
+    assert [(each.iteration, each.nfev) for each in history] == [(k, k + 1) for k in range(len(history))]
+    assert not all(each.accepted for each in history)
+    for before, each in itertools.pairwise(history):
+        if each.accepted:
+            assert before.cost - each.cost == pytest.approx(each.actual)
+            assert np.linalg.norm(each.params - before.params) == pytest.approx(each.step_norm)
+        else:
+            assert each.actual < 0.2 * each.predicted
+            np.testing.assert_array_equal(each.params, before.params)
+
+
+def test_a_fit_that_has_arrived_by_lossy_sums_is_confirmed_by_a_sweep_that_is_not():
+    x = np.linspace(0, 1, 50)
+
+    def residual(params):  # columns differ by 1e-5: their condition is told by the first sweep, which the start already ends
+        return params[0] * x + params[1] * (x + 1e-5 * x**2) - 2 * x - 1e-5 * x**2
+
+    sweep = Dense(residual)
+    solution = solve(sweep, np.ones(2), options(2))
+    assert (sweep.calls["gram"], sweep.calls["qr"]) == (1, 1)
+    assert (solution.nfev, solution.equations.reduction) == (1, "qr")
+    assert solve(Dense(residual), np.ones(2), options(2, reduction="gram")).equations.reduction == "gram"
 
 
 def test_x_scale_makes_units_irrelevant():
@@ -164,3 +258,30 @@ def test_x_scale_makes_units_irrelevant():
     plain = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2))
     scaled = solve(Dense(lambda params: rosenbrock(params / units)), np.array([-1.2, 1.0]) * units, options(2, xtol=0.0))
     np.testing.assert_allclose(scaled.params / units, plain.params, rtol=1e-6)
+
+
+def free(radius=10.0, gradient=(1.0, -0.5), lower=-10.0, cost=5.0, **rest):
+    """From (1, 1) between bounds at -10 and 10, J = I: the Gauss-Newton step is (-1, 1/2), d = (sqrt(11), 3)."""
+    matrix = np.block([[np.eye(2), np.array(gradient)[:, None]], [np.array(gradient), 2 * cost]])
+    bounds = Options(np.array([lower, -10.0]), np.array([10.0, 10.0]), **rest)
+    return free_step(linearise(np.ones(2), Condensed(matrix, cost, "gram"), Point(), bounds), radius, bounds)
+
+
+@pytest.mark.parametrize("tr_solver", ["exact", "cg"])
+def test_a_free_step_is_that_without_the_bounds(tr_solver):
+    step = free(cost=6.3, tr_solver=tr_solver)
+    np.testing.assert_allclose(step.step, [-1, 0.5], rtol=1e-12)
+    np.testing.assert_allclose(step.step_h, [-1 / 11**0.5, 0.5 / 3], rtol=1e-12)
+    assert step.full and step.predicted == pytest.approx(0.625)
+    assert free(cost=6.3, gradient=(1.0, 0.0)) is not None  # one bound is enough
+
+
+def test_a_free_step_stays_within_the_ball_and_the_bounds_where_little_is_left_to_gain():
+    """Its length in hat space is sqrt(1 / 11 + 1 / 36) = 0.34451, the predicted reduction 0.625."""
+    assert free(cost=6.26) is not None and free(cost=6.24) is None  # a tenth
+    assert free(cost=6.26, free_below=0.05) is None
+    assert free(cost=6.3, radius=0.3450) is not None and free(cost=6.3, radius=0.3448) is None
+    assert free(cost=6.3, lower=-0.006) is not None and free(cost=6.3, lower=-0.004) is None
+    unbounded = options(2)
+    here = linearise(np.ones(2), Condensed(np.diag([1.0, 1, 9]), 4.5, "gram"), Point(), unbounded)
+    assert free_step(here, 1.0, unbounded) is None

@@ -337,7 +337,7 @@ def wave(coordinates, a, k, c, *, np=jnp):
     return a * np.sin(k * x) * np.exp(-c * t)
 
 
-@pytest.mark.parametrize("chunks", [None, {"x": 2, "t": 3}], ids=["numpy", "dask"])
+@pytest.mark.parametrize("chunks", [{"x": 2, "t": 3}, pytest.param(None, marks=pytest.mark.slow)], ids=["dask", "numpy"])
 def test_curve_fit_takes_coordinates_by_name(waves, chunks):
     data, p0 = maybe_chunked(waves, chunks), [1, 2.5, 1]
     for xdata, ydata in [

@@ -36,7 +36,7 @@ class Data:
     factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
     decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
-    scaled: str = ""  # how attributes have scaled values of y
+    scaled: str = ""  # by what, where y is not as it is stored
 
     @property
     def shape(self) -> tuple[int, ...]:

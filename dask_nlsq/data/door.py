@@ -68,8 +68,8 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     lines = tuple(f"`{name}` ({place}): {how}" for name, place, how in said if how is not AS_STORED)
     for line in lines:
         logger.info("%s (decode_cf=False leaves values as they are stored)", line)
-    values = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, call.valid_range), decoding=decoding)
     scaled = next((str(how) for name, _, how in said if name.startswith("ydata") and how.scaled), "")
+    values = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, call.valid_range), decoding=decoding)
     return data, stored, values | dict(decoded=lines, scaled=scaled, decode_cf=call.decode_cf)
 
 
@@ -142,7 +142,7 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
 
 
 def refuse_scaled(scaled: str) -> None:
-    """An error where y is not counts but what attributes have made of them, as `Data.scaled` says."""
+    """An error where y is not counts but what scale and offset have made of them."""
     if scaled:
         raise ValueError(
             f"loss='poisson' and sigma='poisson' are for counts, and `ydata` is scaled ({scaled}): fit it with sigma=, or, "

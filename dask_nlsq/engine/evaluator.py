@@ -59,6 +59,8 @@ class Evaluator:
         """The same at several points, by one read of the data."""
         points = [np.asarray(each, dtype=np.float64) for each in points]
         keys = [(each.tobytes(), reduction) for each in points]
+        if self.sweep.place.held:  # an evaluation is a sweep there: only reads are worth remembering
+            self.known.clear()
         new = {key: each for key, each in zip(keys, points, strict=True) if key not in self.known}
         fresh = {key: self.recorded.pop(key) for key in new if key in self.recorded}
         unread = {key: each for key, each in new.items() if key not in fresh}
@@ -166,8 +168,8 @@ class _Reading:
 
     def __init__(self, evaluator: Evaluator, begun: PartialSweep):
         self.evaluator, self.done, self.every = evaluator, 0, setting("checkpoint-seconds")
-        self.n_left = len({run >> begun.level for run in begun.left()})
-        self.left = len(begun.left()) / begun.n_runs
+        left = begun.left()
+        self.n_left, self.left = len({run >> begun.level for run in left}), len(left) / begun.n_runs
         self.began = self.saved = time.perf_counter()
 
     def __call__(self, begun: PartialSweep) -> None:

@@ -8,7 +8,7 @@ a few matrices.
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any, NamedTuple, cast
 
 import dask.array as da
@@ -58,7 +58,8 @@ class PartialSweep:
 
     def left(self) -> list[int]:
         """Runs of the units that are not done."""
-        return [run for run in range(self.n_runs) if not self.trees[0].covers(self.level, run >> self.level)]
+        tree = self.trees[0]
+        return [run for run in range(self.n_runs) if not (tree.nodes and tree.covers(self.level, run >> self.level))]
 
 
 class Sweep:
@@ -202,9 +203,9 @@ def condensed(sums: Sums, request: Request, read: Read | None) -> Condensed:
 
 def open_sweep(data: Data, strategy: str = "standard", client: Client | None = None, n_partitions: int = 1) -> Sweep:
     """Bring data where they will be swept: into this process, to the workers of ``client``, or nowhere ("streaming")."""
-    place = open_place(data, strategy, client, n_partitions)
-    try:
-        return Sweep(data, place)
-    except BaseException:
-        place.close()
-        raise
+    with ExitStack() as on_error:
+        place = open_place(data, strategy, client, n_partitions)
+        on_error.callback(place.close)
+        sweep = Sweep(data, place)
+        on_error.pop_all()
+    return sweep

@@ -19,7 +19,6 @@ from ..fitting import curve_fit
 from ..kernels.lanes import MapStatus
 from ..maps.fit import fit_map
 from ..model.function import parameter_names
-from ..options import MAPS, known_names
 from ..parameters import feasible
 from ..solve.outcome import NotConvergedError
 
@@ -142,7 +141,6 @@ def _map_of_fits(call, fitted, errors):
     call = {name: value for name, value in call.items() if name not in SCIPYS}
     if (most := call.pop("maxfev", None)) and call.get("max_nfev") is None:
         call["max_nfev"] = most
-    known_names("fit_map", MAPS, call)
     found = fit_map(**call | dict(axis=fitted, full_covariance=True))
     settle = partial(_settled, errors=errors, names=found.param_names)
     if call["ydata"].chunks is None:

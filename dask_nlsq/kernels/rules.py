@@ -185,8 +185,8 @@ def rounding_floor(magnitude, params, columns, n_points):
 
 
 def same(xp, trial, params):
-    """Where a trial is the point itself, to rounding."""
-    return xp.abs(trial - params) <= SAME * xp.abs(params)
+    """Where a trial is the point itself, to rounding, or no number at all."""
+    return ~(xp.abs(trial - params) > SAME * xp.abs(params))
 
 
 def first_radius(xp, here):

@@ -33,7 +33,7 @@ from ..kernels.jac_mode import choose_jac_mode
 from ..kernels.lane_loop import Fitted, Pixels, map_kernel
 from ..kernels.lanes import Limits, MapSpec
 from ..model.function import Model, advice, function_name, intern
-from ..options import Likelihood, likelihood
+from ..options import Noise, noise_of
 from ..parameters import Parameters, read_parameters
 from .plan import MapPlan, axes_of, capacity, plan_blocks
 
@@ -191,7 +191,6 @@ class MapProblem:
     bands: tuple[slice, ...]  # along the first map axis, of pixels
     blocks: tuple[tuple[int, ...], ...]  # sizes along the map axes
     plan: MapPlan
-    names: tuple[str, ...]
     sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
     coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
 
@@ -271,14 +270,14 @@ class MapProblem:
 
 def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     """Align the data of a call of `dask_nlsq.fit_map`, whose arguments have been checked; reads none of them."""
-    aim, dims = likelihood(call), getattr(ydata, "dims", None)
-    if aim.reweighted:
+    noise, dims = noise_of(call), getattr(ydata, "dims", None)
+    if noise.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
     if labelled(ydata):
         xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
-    if aim.loss == "poisson":
+    if noise.loss == "poisson":
         refuse_scaled(rules["scaled"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
     y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
@@ -290,7 +289,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     model, shared = intern(f), coordinates.shared(fit_axes)
     layouts = _layouts(coordinates, invalid)
     check_model(model, layouts, prod(y.shape[k] for k in fit_axes), len(params.names))
-    spec = _spec(model, layouts, shared, call, aim, params)
+    spec = _spec(model, layouts, shared, call, noise, params)
     if params.guess is not None:
         _check_guess(params.guess, layouts, prod(y.shape[k] for k in fit_axes), params.names)
     operands = _operands(data, y.shape, fit_axes, [hidden, *coordinates.hidden], params)
@@ -312,23 +311,15 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
         raises=call.nan_policy == "raise",
         names=params.names,
     )
-    return MapProblem(fit, y, operands, bands, blocks, plan, params.names, tuple(stored))
+    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored))
 
 
 def _layouts(coordinates: Coordinates, invalid) -> Layouts:
-    return Layouts(
-        y=Layout(True),
-        sigma=Layout(True),
-        mask=Layout(True),
-        x=tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays))),
-        x_kind=coordinates.kind,
-        x_lead=coordinates.lead,
-        ndim=1,
-        invalid=invalid,
-    )
+    x = tuple(Layout(True, coordinates.integer(k)) for k in range(len(coordinates.arrays)))
+    return Layouts(*[Layout(True)] * 3, x=x, x_kind=coordinates.kind, x_lead=coordinates.lead, ndim=1, invalid=invalid)
 
 
-def _spec(model: Model, layouts: Layouts, shared, call, aim: Likelihood, params: Parameters) -> MapSpec:
+def _spec(model: Model, layouts: Layouts, shared, call, noise: Noise, params: Parameters) -> MapSpec:
     """What the kernel does; a model that is to be differentiated point by point has been tried at one start."""
     jac_mode = call.jac_mode
     if jac_mode == "auto":  # not timed: a map that goes on after a break must get the same bits
@@ -345,8 +336,8 @@ def _spec(model: Model, layouts: Layouts, shared, call, aim: Likelihood, params:
         free=params.free,
         bounded=any(isinstance(each, da.Array) or np.any(np.isfinite(each)) for each in bounds),
         jac_mode=jac_mode,
-        loss=aim.loss,
-        absolute_sigma=aim.known,
+        loss=noise.loss,
+        absolute_sigma=noise.absolute,
         guess=params.guess,
     )
 

@@ -15,6 +15,7 @@ from ..data.labels import along_dims, labelled, map_values, warn_if_packed
 from ..kernels.lanes import MapStatus
 from ..kernels.rules import ACCURACY
 from ..options import MAPS, checked, model_first, with_known_names
+from ..prepare import HeldData
 from .blocks import MapProblem, Operand, build_map
 from .plan import axes_of
 from .result import MapResult
@@ -26,7 +27,7 @@ BIN = 8  # pixels to each side of a bin of the coarse map
 def fit_map(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     *,
     axis: int | str | tuple = -1,
@@ -129,6 +130,8 @@ def fit_map(
     """
     call = checked(MAPS, dict(locals()))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
+    if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
+        raise TypeError("fit_map does not take data that `hold` holds: pass the arrays themselves")
     labels: dict[str, Any] = {}
     if call.decode_cf:
         warn_if_packed(ydata)

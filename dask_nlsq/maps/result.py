@@ -63,7 +63,7 @@ class MapResult:
 
     @property
     def param_names(self) -> tuple[str, ...]:
-        return self.problem.names
+        return self.problem.fit.names
 
     @property
     def plan(self) -> MapPlan:

@@ -23,13 +23,14 @@ from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
+from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
 from . import plots, schema
 from .diagnostics import Diagnostics, diagnose
 from .named_model import NamedModel
 from .report import report
-from .statistics import Noise, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
+from .statistics import Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
 from .uncertainty import jackknife, sandwich, spread_out
 
 MOST_CORRELATIONS = 5  # in a summary

@@ -24,10 +24,11 @@ from ..kernels.blocks import Layout, Layouts
 from ..kernels.rows import SegmentSums
 from ..memory.plan import Plan
 from ..memory.processes import ProcessMemory
+from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
 from .named_model import NamedModel
-from .statistics import Noise, Totals
+from .statistics import Totals
 
 FORMAT, VERSION, RESULT = "result of dask_nlsq", 3, "result.json"
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it

@@ -36,6 +36,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import ndtri, stdtrit  # scipy.stats takes 0.3 s to import
 
+from ..options import Noise
+
 FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no longer known to 1e-6
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
@@ -48,24 +50,6 @@ class Totals(NamedTuple):
     weight: float  # sum of w
     weighted: float  # sum of w y
     squares: float  # sum of w y^2
-
-
-class Noise(NamedTuple):
-    """What a fit took for granted about the noise."""
-
-    loss: str  # "poisson" with weights from the model, too
-    absolute: bool  # its size is known, from ``absolute_sigma`` or as a likelihood has it: the covariance is not scaled
-    reweighted: bool  # ``sigma="poisson"``
-    sigma: float | None = 1.0  # None where it differs from point to point
-
-    @property
-    def likelihood(self) -> bool:
-        return self.loss == "poisson" and not self.reweighted
-
-    @property
-    def squares(self) -> bool:
-        """Whether the cost is half a sum of squares, or of deviances."""
-        return self.loss in ("linear", "poisson")
 
 
 class Statistics(NamedTuple):

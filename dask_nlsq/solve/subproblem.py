@@ -84,10 +84,11 @@ def spectrum(R, projected, root):
 def solve_svd(spectral, radius, alpha):
     """Exact minimiser (p,) in the ball, and the ``alpha`` at which ``(J_h^T J_h + C + alpha I) step_h = -g_h``.
 
-    The given ``alpha`` is a first guess, 0 for none.
+    The given ``alpha`` is a first guess, 0 for none. Steps are measured by the radius: along a direction that is all but
+    undetermined their squares would overflow.
     """
     s, V, uf = spectral
-    uf = jnp.where(s > 0, uf, 0.0)
+    uf = jnp.where(s > 0, uf, 0.0) / radius
     s = jnp.where(s > 0, s, 1.0)
 
     def step_at(alpha):
@@ -96,11 +97,11 @@ def solve_svd(spectral, radius, alpha):
         return -V @ along, length, -jnp.sum(along**2 / (s**2 + alpha)) / length
 
     newton, length, slope = step_at(0.0)
-    _, _, alpha = more(step_at, newton, slope, jnp.linalg.norm(s * uf), radius, alpha)
+    _, _, alpha = more(step_at, newton, slope, jnp.linalg.norm(s * uf), 1.0, alpha)
     bounded = step_at(alpha)[0]
-    bounded = bounded * (radius / jnp.linalg.norm(bounded))  # on the sphere exactly, so that it never leaves it
-    inside = length <= radius
-    return jnp.where(inside, newton, bounded), jnp.where(inside, 0.0, alpha)
+    bounded = bounded / jnp.linalg.norm(bounded)  # on the sphere exactly, so that it never leaves it
+    inside = length <= 1.0
+    return radius * jnp.where(inside, newton, bounded), jnp.where(inside, 0.0, alpha)
 
 
 def solve_cg(R, projected, root, radius):
