@@ -17,8 +17,7 @@ import dask.array as da
 import numpy as np
 
 from ..kernels.blocks import Invalid, Layout, Layouts
-from ..memory.needs import MADE_BYTES
-from .arrays import apart, as_array, is_made, join_masks, parted
+from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
 
@@ -207,8 +206,7 @@ def build_data(
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
-    if any(map(is_made, operands)):
-        read_bytes = max(read_bytes, MADE_BYTES * capacities[0])
+    read_bytes = max(read_bytes, made_bytes(operands) * capacities[0])
     dtypes = tuple(operand.dtype for operand in operands)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
     preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)

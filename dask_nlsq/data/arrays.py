@@ -4,7 +4,7 @@ What a task, or the ``__getitem__`` of a foreign array, gives is compared with w
 anything is rechunked or joined: a chunk that is one value short would pair all later values with the wrong x.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from dask.base import tokenize
 from dask.blockwise import Blockwise
 from dask.layers import ArrayBlockIdDep, ArrayChunkShapeDep
 
+from ..memory.needs import MADE_BYTES
 from .cf import AS_STORED, Decoding
 from .labels import earliest, seconds, with_dates
 
@@ -274,10 +275,11 @@ def _checked(name: str, array: da.Array) -> da.Array:
     )
 
 
-def is_made(array) -> bool:
-    """Whether tasks make the values of an array, rather than read them where they are stored."""
-    layers = array.dask.layers.items() if isinstance(array, da.Array) else ()
-    return any(isinstance(layer, Blockwise) and not name.startswith(("array-", CHECKED)) for name, layer in layers)
+def made_bytes(arrays: Iterable) -> int:
+    """Bytes per point that arrays take at least while they are read: 0 unless tasks make values, rather than read them."""
+    layers = [each for array in arrays if isinstance(array, da.Array) for each in array.dask.layers.items()]
+    made = any(isinstance(layer, Blockwise) and not name.startswith(("array-", CHECKED)) for name, layer in layers)
+    return MADE_BYTES * made
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from distributed import Future
 
 from ..base.config import threads
 from ..kernels.blocks import Layout
-from ..memory.needs import MADE_BYTES, READ_AHEAD, READ_COPIES, Sizes
+from ..memory.needs import READ_AHEAD, READ_COPIES, Sizes
 from ..memory.pool import buffer_bytes
 from .align import Data
-from .arrays import is_made
+from .arrays import made_bytes
 from .chunks import block_cuts
 from .loading import Load, plan_loads
 
@@ -106,7 +106,7 @@ def _of_several(data: Data) -> tuple[float, tuple[float, ...], float]:
     while the largest of those is made.
     """
     runs, common = plan_loads(data)
-    as_read = [max(each.itemsize, MADE_BYTES * is_made(each)) for each in data.operands]
+    as_read = [max(each.itemsize, made_bytes([each])) for each in data.operands]
     nbytes: dict[Any, float] = {}
     ends: dict[Any, list[int]] = {}  # first and last run
     making = 0.0

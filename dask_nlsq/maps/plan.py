@@ -7,10 +7,10 @@ import dask.array as da
 
 from ..base.text import several, size, table
 from ..base.values import is_integer
-from ..data.arrays import is_made
+from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client
-from ..memory.needs import JOINING, LANE_BYTES, MADE_BYTES, RESULT_COPIES, Sizes, needs
+from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
 from ..memory.plan import MemoryBudgetError
 from ..memory.processes import Room, room_here, rooms_of_workers
 
@@ -153,7 +153,7 @@ def map_sizes(arrays, n: int, n_params: int, record_bytes: int) -> Sizes:
         n_runs=1,
         longest=(prod(arrays[0].chunksize) if isinstance(arrays[0], da.Array) else 1,),
         nbytes=arrays[0].nbytes,
-        read=max(sum(each.itemsize for each in arrays), MADE_BYTES * any(map(is_made, arrays))),
+        read=max(sum(each.itemsize for each in arrays), made_bytes(arrays)),
         held=RESULT_COPIES * record_bytes * arrays[0].size // n,
         lanes=LANE_BYTES * (1 + len(arrays) + n_params * (n_params + 4) / n),
     )
