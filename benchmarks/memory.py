@@ -193,6 +193,7 @@ CASES = {
     # name: (makes the store, its arguments, fits it, its arguments)
     "stream, all cut otherwise, 4e7": (columns, dict(n=4 * 10**7), fit_columns, dict(strategy="streaming")),
     "stream, all cut otherwise, 1.6e8": (columns, dict(n=16 * 10**7), fit_columns, dict(strategy="streaming")),
+    "stream, all cut otherwise, 3.2e8": (columns, dict(n=32 * 10**7), fit_columns, dict(strategy="streaming")),
     "stream, cut alike, 4e7": (
         columns, dict(n=4 * 10**7, x=10**6, sigma=10**6, mask=10**6), fit_columns, dict(strategy="streaming"),
     ),

@@ -28,7 +28,7 @@ GRAPH_BYTES = 6e3  # per chunk, while a graph is taken apart: 3.2e3 to 6.4e3; ha
 READ_COPIES = 3  # of a run while it is read: pieces, what they are decoded from, and blocks; 2.1 to 2.9 by tracemalloc
 MADE_BYTES = 20  # per point, at least, of what tasks of the user make, whose steps are in float64: 45 to 61 in all
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
-SMALL_ARRAYS = 2.5  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB in all for 2 MB each
+SMALL_ARRAYS = 4  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB of 2 MB, 20 of 4
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
 SAMPLE_COPIES = 4  # of the sample, while it is drawn
@@ -87,11 +87,6 @@ class Needs(NamedTuple):
         return self.start + self.shared + self.in_flight(n_threads) + n_threads * self.scratch
 
 
-def reading(nbytes: float, n_points: int, checked: bool) -> float:
-    """Bytes that a run of ``n_points`` and ``nbytes`` takes while it is read and prepared."""
-    return READ_COPIES * nbytes + BOOLEANS * checked * n_points + SMALL_ARRAYS * min(8 * n_points, MAPPED_FROM)
-
-
 def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = False) -> Needs:
     """What the data take where a strategy has them; a map is always "standard"."""
     p, streams = sizes.n_params, strategy == "streaming"
@@ -102,10 +97,11 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
     if streams and not on_workers:
         start += SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, sizes.n_points) * sizes.n_operands
 
+    copies = READ_COPIES if streams or sizes.lanes else READ_COPIES - 1  # the blocks of others are counted as held
+
     def run(n):
-        blocks = 0.0 if streams or sizes.lanes else n * sizes.read  # are counted as held
-        read = reading(n * sizes.read, n, sizes.checked) - blocks if sizes.read else BOOLEANS * sizes.checked * n
-        return read + n * sizes.lanes
+        kept = SMALL_ARRAYS * min(8 * n, MAPPED_FROM) if sizes.read else 0.0
+        return n * (copies * sizes.read + BOOLEANS * sizes.checked + sizes.lanes) + kept
 
     rows = 8 * (p + 1) * sizes.n_points if sizes.whole else max(TILE_BYTES, 8 * p**2)
     return Needs(
