@@ -203,6 +203,9 @@ CASES = {
     "stream on 2 workers, cut otherwise, 4e7": (
         columns, dict(n=4 * 10**7), fit_columns, dict(strategy="streaming", n_workers=2),
     ),
+    "stream on 2 workers, cut otherwise, 1.6e8": (
+        columns, dict(n=16 * 10**7), fit_columns, dict(strategy="streaming", n_workers=2),
+    ),
     "stream, one chunk 40 times larger": (one_large_chunk, {}, fit_large_chunk, dict(strategy="streaming")),
     "standard, one chunk 40 times larger": (one_large_chunk, {}, fit_large_chunk, dict(strategy="standard")),
     "standard from Zarr, 2e7": (columns, dict(n=2 * 10**7), fit_columns, dict(strategy="standard")),

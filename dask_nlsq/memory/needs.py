@@ -2,10 +2,11 @@
 
 A process that takes part has at its peak what it has already, plus
 
-    start      JAX, the compilation of the kernels, the graph, the sample with which a fit that streams begins
+    start      JAX, the compilation of the kernels, the graph
     held       prepared data, in the dtype in which they are stored, or the chunks that a map joins and its results
     shared     values of the user's graph that all chunks need, computed once
-    in flight  runs of chunks while they are read, and values that are passed on from one to the next
+    in flight  runs of chunks while they are read, values that are passed on from one to the next, and, where a fit streams,
+               the sample with which it begins or, later, what malloc keeps
     scratch    for each thread the rows [J r] of a tile and their copies
 
 The Jacobian of all points never exists, unless the model or a covariance matrix needs all points at once. Measured with
@@ -29,6 +30,8 @@ READ_COPIES = 3  # of a run while it is read: pieces, what they are decoded from
 MADE_BYTES = 20  # per point, at least, of what tasks of the user make, whose steps are in float64: 45 to 61 in all
 BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SMALL_ARRAYS = 4  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB of 2 MB, 20 of 4
+# and as many for each process, or thread of a worker, whose own threads stream: 70 MB more after 160 chunks than after 40
+STREAM_ARRAYS = 20
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
 SAMPLE_COPIES = 4  # of the sample, while it is drawn
@@ -70,7 +73,7 @@ class Needs(NamedTuple):
     scratch: float  # per thread
     runs: tuple[float, ...]  # of the longest runs, while they are read
     passed: tuple[float, ...]
-    making: float  # while a reader makes a value to be passed on
+    reader: float  # for each reader beside them: what is made to be passed on, and the sample or what malloc keeps later
     ahead: int  # runs that are in memory beside one for each thread
     apart: bool  # each thread of a process reads a part of the data for itself
 
@@ -80,11 +83,16 @@ class Needs(NamedTuple):
         n_runs = n_threads + readers * self.ahead
         together = -(-n_runs // readers)
         passed = self.passed[min(together, len(self.passed)) - 1] if self.passed else 0.0
-        return sum(self.runs[:n_runs]) + readers * (passed + self.making)
+        return sum(self.runs[:n_runs]) + readers * (passed + self.reader)
 
     def working(self, n_threads: int) -> float:
         """Per process, beside what it holds of the data."""
         return self.start + self.shared + self.in_flight(n_threads) + n_threads * self.scratch
+
+
+def _small(n: int) -> int:
+    """Bytes of n values in float64, of those arrays that malloc keeps when they are freed."""
+    return min(8 * n, MAPPED_FROM)
 
 
 def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = False) -> Needs:
@@ -94,13 +102,12 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
     if sizes.lanes:
         start = MAP_START + MAP_PER_PARAM * p + MAP_PER_PAIR * p**2
     start += 0 if on_workers else GRAPH_BYTES * sizes.n_chunks
-    if streams and not on_workers:
-        start += SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, sizes.n_points) * sizes.n_operands
-
+    sample = 0 if on_workers else SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, sizes.n_points) * sizes.n_operands
+    stream = max(sample, STREAM_ARRAYS * _small(sizes.longest[0])) if streams else 0.0
     copies = READ_COPIES if streams or sizes.lanes else READ_COPIES - 1  # the blocks of others are counted as held
 
     def run(n):
-        kept = SMALL_ARRAYS * min(8 * n, MAPPED_FROM) if sizes.read else 0.0
+        kept = SMALL_ARRAYS * _small(n) if sizes.read else 0.0
         return n * (copies * sizes.read + BOOLEANS * sizes.checked + sizes.lanes) + kept
 
     rows = 8 * (p + 1) * sizes.n_points if sizes.whole else max(TILE_BYTES, 8 * p**2)
@@ -111,7 +118,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
         scratch=SCRATCH * rows + sizes.factor,
         runs=tuple(map(run, sizes.longest)),
         passed=sizes.passed,
-        making=sizes.making,
+        reader=sizes.making + stream,
         ahead=READ_AHEAD if streams else 0,
         apart=on_workers,
     )
