@@ -19,16 +19,15 @@ from itertools import chain
 from typing import Any
 
 import dask
-import dask.array as da
 import numpy as np
 from dask._task_spec import DataNode, GraphNode, convert_legacy_graph, execute_graph
-from dask.array.optimization import optimize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
 
+from ..base.lazy import da
 from .align import Data
 from .chunks import Preparation, blank
 
@@ -129,7 +128,7 @@ def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
         return runs, {}
     merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
     outputs = set().union(*(load.keys for load in loads))
-    graph = convert_legacy_graph(ensure_dict(optimize(merged, list(outputs))))
+    graph = convert_legacy_graph(ensure_dict(da.optimization.optimize(merged, list(outputs))))
     if futures := outputs.union(*(node.dependencies for node in graph.values())) - graph.keys():
         given = ensure_dict(merged)  # the optimization leaves them out
         graph |= {key: given[key] for key in futures}

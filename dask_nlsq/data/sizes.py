@@ -6,13 +6,13 @@ from itertools import chain
 from math import prod
 from typing import Any
 
-import dask.array as da
 import numpy as np
 from dask._task_spec import DataNode, Task
 from dask.blockwise import Blockwise
 from distributed import Future
 
 from ..base.config import threads
+from ..base.lazy import da
 from ..kernels.blocks import Layout
 from ..memory.needs import READ_AHEAD, READ_COPIES, Sizes
 from ..memory.pool import buffer_bytes

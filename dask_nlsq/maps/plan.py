@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from math import ceil, inf, prod
 
-import dask.array as da
-
+from ..base.lazy import da
 from ..base.text import several, size, table
 from ..base.values import is_integer
 from ..data.arrays import made_bytes
