@@ -7,7 +7,7 @@ sigma <= 0) can only be seen when a chunk has been read: see `dask_nlsq.data.chu
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import product
 from math import prod
 from numbers import Real
@@ -17,10 +17,9 @@ import numpy as np
 
 from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
-from ..memory.pool import buffer_bytes
-from .arrays import apart, as_array, join_masks, parted
+from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
-from .chunks import Preparation, ValuePolicy, block_cuts
+from .chunks import Preparation, ValuePolicy
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
@@ -66,34 +65,6 @@ class Data:
     def run_points(self) -> int:
         """Points of the longest run of chunks that are joined."""
         return self.preparation.run * self.preparation.capacities[0]
-
-    @property
-    def run_nbytes(self) -> int:
-        """Bytes of the longest run, in float64."""
-        layouts, preparation = self.preparation.layouts.operands, self.preparation
-        sizes = zip(layouts, preparation.capacities, strict=True)
-        return sum(8 * n * (preparation.run if each.dense else 1) for each, n in sizes)
-
-    def held_nbytes(self, sent: bool) -> int:
-        """Bytes of all blocks as `prepare_chunk` makes them; views of the user's arrays count where they are sent."""
-        points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in self.chunks]).ravel()
-        runs = np.add.reduceat(points, np.arange(0, len(points), self.preparation.run))
-        lengths, counts = np.unique(runs, return_counts=True)
-        return int(sum(count * self._run_held(int(n), sent) for n, count in zip(lengths, counts, strict=True)))
-
-    def _run_held(self, n, sent):
-        total, (cuts, capacity) = 0, block_cuts(self.preparation, n)
-        for k, (layout, operand) in enumerate(zip(self.preparation.layouts.operands, self.operands, strict=True)):
-            is_mask = layout is self.preparation.layouts.mask
-            itemsize = 1 if is_mask else min(operand.dtype.itemsize, 8)
-            if not layout.dense:
-                total += buffer_bytes(max(self.preparation.capacities[k], 1) * itemsize)
-            elif self.preparation.copied or len(cuts) == 1:
-                total += buffer_bytes((cuts[-1][0] + capacity) * itemsize)
-            else:  # the first and the last block seldom lie as they must
-                total += 2 * buffer_bytes(capacity * itemsize)
-                total += n * itemsize * (sent or is_mask or not operand.dtype.isnative or operand.itemsize > 8)
-        return total
 
     def indices(self) -> list[tuple[int, ...]]:
         """Indices of the chunks in C order."""
@@ -235,6 +206,7 @@ def build_data(
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
     sizes = zip(operands, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
+    read_bytes = max(read_bytes, made_bytes(operands) * capacities[0])
     dtypes = tuple(operand.dtype for operand in operands)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
     preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)

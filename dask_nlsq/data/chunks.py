@@ -44,12 +44,12 @@ def merge_censuses(censuses: Iterable[Census]) -> Census:
     """The census of many chunks; it does not depend on their order."""
     n_points, n_masked, n_omitted = 0, 0, 0
     faults: dict[str, Fault] = {}
-    damage: list[BadChunkError] = []
+    damage: set[BadChunkError] = set()  # a chunk that several chunks of y need counts once
     for census in censuses:
         n_points += census.n_points
         n_masked += census.n_masked
         n_omitted += census.n_omitted
-        damage += census.damage
+        damage |= {*census.damage}
         for name, fault in census.faults.items():
             known = faults.get(name)
             first = fault if known is None or fault.index < known.index else known
