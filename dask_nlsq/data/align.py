@@ -180,7 +180,7 @@ def build_data(
         sizes = "auto" if split and not whole else y.shape
         chunks = da.core.normalize_chunks(sizes, y.shape, limit=SENT_BYTES, dtype=y.dtype)
     lazy = any(isinstance(operand, da.Array) for operand in operands)
-    operands = tuple(_aligned(operand, chunks, lazy) for operand in operands)
+    aligned = tuple(_aligned(operand, chunks, lazy) for operand in operands)
 
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
@@ -188,29 +188,29 @@ def build_data(
     masked = mask is not None or omit or hides
     layouts = Layouts(
         y=Layout(True, scale=decoding.scale, offset=decoding.offset),
-        sigma=layout(operands[1]),
+        sigma=layout(aligned[1]),
         # points that are left out for their values need a mask of their own
-        mask=(Layout(True) if omit or hides else layout(operands[2])) if masked else None,
-        x=tuple(layout(operand, coordinate=True) for operand in operands[2 + masked :]),
+        mask=(Layout(True) if omit or hides else layout(aligned[2])) if masked else None,
+        x=tuple(layout(operand, coordinate=True) for operand in aligned[2 + masked :]),
         x_kind=x_kind,
         x_lead=x_lead,
         ndim=y.ndim,
-        invalid=invalid_values(*sentinels, y.dtype, decoding),
+        invalid=invalid_values(sentinels[0], sentinels[1], y.dtype, decoding),
     )
     largest = [max(sizes) for sizes in chunks]
     capacities = tuple(
         prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
-        for each, operand in zip(layouts.operands, operands, strict=True)
+        for each, operand in zip(layouts.operands, aligned, strict=True)
     )
     joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
-    sizes = zip(operands, capacities, strict=True)
+    sizes = zip(aligned, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
-    read_bytes = max(read_bytes, made_bytes(operands) * capacities[0])
-    dtypes = tuple(operand.dtype for operand in operands)
+    read_bytes = max(read_bytes, made_bytes(aligned) * capacities[0])
+    dtypes = tuple(operand.dtype for operand in aligned)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
     preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)
-    return Data(operands, chunks, preparation, decoded=decoded, scaled=scaled)
+    return Data(aligned, chunks, preparation, decoded=decoded, scaled=scaled)
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
@@ -251,7 +251,7 @@ def _indexes(x_kind, coordinate) -> bool:
     return x_kind == "tuple" and coordinate.dtype.kind in "iu"
 
 
-def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
+def _coordinates(xdata, shape) -> tuple[Any, tuple[int, ...], list]:
     """How the model takes x, the leading axes of a stacked x, and x as a list of arrays, masked where they were given so.
 
     Without the shape of y one array is not taken for a stack of several.
@@ -297,7 +297,7 @@ class Coordinates(NamedTuple):
             else:
                 c = c.compute() if isinstance(c, da.Array) else c
                 c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
-                c = np.broadcast_to(c, fit_shape)
+                c = np.broadcast_to(np.asarray(c), fit_shape)
                 mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
             arrays.append(c)
             hidden += [] if mask is None else [mask]
@@ -359,15 +359,15 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
             hidden |= layouts.invalid.hits(pieces[0])
         coordinates = [np.broadcast_to(piece, data.shape) for piece in pieces[2:]]
         if omit:
-            for values in (pieces[0], *coordinates):
-                hidden |= ~np.isfinite(values)
+            for each in (pieces[0], *coordinates):
+                hidden |= ~np.isfinite(each)
         keep = ~hidden.ravel()
-        x = [coordinate.ravel()[keep] for coordinate in coordinates]
+        flat = [coordinate.ravel()[keep] for coordinate in coordinates]
         x = {
             "none": lambda: None,
-            "single": lambda: x[0],
-            "stacked": lambda: np.stack(x).reshape(*layouts.x_lead, -1),
-            "tuple": lambda: tuple(x),
+            "single": lambda: flat[0],
+            "stacked": lambda: np.stack(flat).reshape(*layouts.x_lead, -1),
+            "tuple": lambda: tuple(flat),
         }[layouts.x_kind]()
         if not keep.any():
             raise ValueError(f"no data: all {keep.size} points are masked or omitted (mask: true leaves a point out)")

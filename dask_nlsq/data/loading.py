@@ -60,7 +60,7 @@ class Load:
                 needed[key] = self.graph[key]
                 left += [each for each in needed[key].dependencies if each not in known]
         try:
-            return execute_graph(needed, dict(known), keys)
+            return dict(execute_graph(needed, dict(known), keys))
         except Exception as error:
             error.add_note(f"raised while reading block {self.index} of the data")
             raise

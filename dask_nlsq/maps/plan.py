@@ -103,7 +103,9 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
     blocks = _split(chunks, most)
     working = _needed(sizes, rooms, blocks, n)
     rows = y.shape[map_axes[0]] if map_axes else 1
-    bands, n_bands, reason = (slice(0, rows),), 1, "as the data are chunked along the map"
+    n_bands: float = 1
+    bands: tuple[slice, ...] = (slice(0, rows),)
+    reason = "as the data are chunked along the map"
     if joined:
         joining = [JOINING * joined * share for share in _shares(rooms)]
         left = [room.nbytes - each for room, each in zip(rooms, working, strict=True)]
@@ -116,7 +118,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
                 'raise memory_limit_gb, use strategy="auto", which reads the data several times, or rechunk them on disk',
             )
         reason = f"chunks along the fit axes are joined, which takes {size(sum(joining) / n_bands)} of {may_take}"
-        height = rows // n_bands
+        height = rows // int(n_bands)
         bands = tuple(slice(a, min(a + height, rows)) for a in range(0, rows, height))
         if n_bands > 1:
             chunks[0] = tuple(band.stop - band.start for band in bands)
@@ -150,7 +152,7 @@ def map_sizes(arrays, n: int, n_params: int, record_bytes: int) -> Sizes:
         n_operands=len(arrays),
         n_chunks=sum(each.npartitions for each in arrays if isinstance(each, da.Array)),
         n_runs=1,
-        longest=(prod(arrays[0].chunksize) if isinstance(arrays[0], da.Array) else 1,),
+        longest=(int(prod(arrays[0].chunksize)) if isinstance(arrays[0], da.Array) else 1,),
         nbytes=arrays[0].nbytes,
         read=max(sum(each.itemsize for each in arrays), made_bytes(arrays)),
         held=RESULT_COPIES * record_bytes * arrays[0].size // n,
