@@ -38,7 +38,7 @@ from dask_nlsq.engine.request import Objective, Request
 from dask_nlsq.engine.sweep import open_sweep
 from dask_nlsq.kernels.rows import segment_size
 from dask_nlsq.memory.machine import process_memory
-from dask_nlsq.memory.plan import PER_THREAD, partition_size, tasks_per_thread
+from dask_nlsq.memory.plan import PER_THREAD, count_partitions, tasks_per_thread
 from dask_nlsq.model.function import intern
 
 PARAMS = np.array([2.0, 0.5, 0.3])
@@ -224,7 +224,7 @@ class Simulated(HeldByWorkers):
 
     def __init__(self, client, n_chunks, n_workers):
         runs = [[Load((k,), (1,), [])] for k in range(n_chunks)]
-        n = -(-n_chunks // partition_size(n_chunks, n_workers, tasks_per_thread(n_workers)))
+        n = count_partitions(n_chunks, n_workers, tasks_per_thread(n_workers))
         self.n_runs, self.pieces = n_chunks, Pieces(client, empty_partition, None, runs, {}, n, False)
         self.level = self.pieces.level
         self.pieces.wait()

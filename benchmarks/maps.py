@@ -254,7 +254,7 @@ def energies_rows(shape=(120, 512, 512)):
         path = str(Path(directory, "xanes.zarr"))
         in_process("xanes_store", path, shape)
         stored = sum(each.stat().st_size for each in Path(path).rglob("c/**/*") if each.is_file())
-        for limit in (None, 0.15):
+        for limit in (None, 0.7):
             found = in_process("fit_energies", path, limit)
             yield Row(
                 f"energy stack {shape}, bytes read / stored" + (f", {limit} GiB" if limit else ""),

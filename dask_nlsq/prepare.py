@@ -12,6 +12,7 @@ from .data.align import Data
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
 from .data.labels import Labels, by_name, warn_if_packed
+from .data.sizes import sizes_of
 from .data.store import Stored
 from .engine.checkpoint import create_checkpoint_directory
 from .engine.cluster import attached
@@ -122,7 +123,9 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     if objective is not None and _admitted(objective, n_params, data):
         data = align_data(opened, strategy, values, whole=True)
     client = active_client()
-    plan = make_plan(data, n_params, strategy, call.memory_limit_gb, client, call.partitions_per_thread)
+    sizes = sizes_of(data, n_params)
+    plan = make_plan(sizes, strategy, call.memory_limit_gb, client, call.partitions_per_thread)
+    plan = replace(plan, decoded=data.decoded)
     client = None if plan.strategy == "standard" else client
     if client is not None:
         check_sendable(**arrays)

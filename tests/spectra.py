@@ -11,6 +11,8 @@ import zarr
 from zarr.storage import LocalStore
 
 from dask_nlsq import fit_map
+from dask_nlsq.memory.machine import process_settings
+from dask_nlsq.memory.needs import JOINING
 
 N = 40
 X = np.linspace(-5, 5, N)
@@ -70,3 +72,13 @@ def counted(path, y, chunks):
     store = Counting(path, read_only=True)
     store.reads = Counter()
     return zarr.open_array(store, mode="r"), store.reads
+
+
+def limit_of_two_bands(monkeypatch, y):
+    """GiB in which chunks of ``y`` (n, *map) along its first axis are joined in two bands; what this process has is not
+    counted, so that plans can be compared.
+    """
+    settings = process_settings() | dict(now=0)
+    monkeypatch.setattr("dask_nlsq.memory.processes.process_settings", lambda: settings)
+    whole = fit_map(peak, X, y, P0, axis=0).plan
+    return (whole.peak_bytes - 0.4 * JOINING * whole.read_bytes) / 2**30

@@ -17,10 +17,10 @@ ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no othe
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "base.config", "base.lazy", "base.text", "memory.processes", "memory.plan", "data", "engine", "results.binning",
-        "maps", "interface",
+        "base.config", "base.lazy", "base.text", "memory.processes", "data", "engine", "results.binning", "maps",
+        "interface",
     },
-    "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
+    "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "interface"},
     "zarr": {"base.lazy", "data.store", "maps.result", "interface", "demo"},
     "bokeh": {"interface.live_page"},
     "matplotlib": {"results.plots", "results.report", "demo"},

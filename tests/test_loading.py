@@ -1,6 +1,7 @@
 import gc
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import dask.array as da
@@ -12,7 +13,8 @@ from distributed import Client, LocalCluster
 
 from dask_nlsq import curve_fit, get_memory_manager
 from dask_nlsq.data.align import build_data
-from dask_nlsq.data.loading import compute_shared, plan_loads
+from dask_nlsq.data.loading import PassedOn, compute_shared, plan_loads
+from dask_nlsq.memory.needs import MADE_BYTES, READ_COPIES
 
 X = np.linspace(0, 4, 4000)
 Y = 2 * np.exp(-1.3 * X) + 0.5
@@ -23,9 +25,14 @@ def decay(x, a, b, c):
 
 
 def loads_of(x, y):
-    problem = build_data(x, y, check=True, omit=False)
-    runs, common = plan_loads(problem)
-    return problem, [load for run in runs for load in run], common
+    data = build_data(x, y, check=True, omit=False)
+    runs, common = plan_loads(data)
+    return data, [load for run in runs for load in run], PassedOn(compute_shared(runs, common), runs)
+
+
+def pieces(load, known):
+    with known.to(load) as values:
+        return load.pieces(values)
 
 
 def in_store(values, chunks):
@@ -34,25 +41,77 @@ def in_store(values, chunks):
     return array
 
 
-def test_a_chunk_of_its_own_shares_nothing():
-    _, loads, common = loads_of(da.from_array(X, 400) + 1, in_store(Y, (400,)))
-    assert not common
-    assert all(not load.shared for load in loads)
-
-
-def test_a_source_chunk_that_is_split_is_read_once():
+def counting(values, chunk):
+    """A lazy array and the lengths of what has been read of it."""
     reads = []
 
     def read(block):
         reads.append(len(block))
         return block
 
-    y = da.from_array(Y, 2000).map_blocks(read, dtype=float, meta=np.empty(0)).rechunk(100)
-    _, loads, common = loads_of(X, y)
-    shared = compute_shared(common)
-    assert reads == [2000, 2000]
-    assert [len(load.pieces(shared)[0]) for load in loads] == [100] * 40
-    np.testing.assert_array_equal(np.concatenate([load.pieces(shared)[0] for load in loads]), Y)
+    return da.from_array(values, chunk).map_blocks(read, dtype=float, meta=np.empty(0)), reads
+
+
+def test_a_chunk_of_its_own_shares_nothing():
+    _, loads, known = loads_of(da.from_array(X, 400) + 1, in_store(Y, (400,)))
+    assert not any(load.shared or load.passed for load in loads) and not known.shared
+
+
+@pytest.mark.parametrize("cut", [100, 1300])
+def test_a_source_chunk_that_is_cut_otherwise_is_read_once_and_dropped_behind_the_last_that_needs_it(cut):
+    y, reads = counting(Y, 1000)
+    _, loads, known = loads_of(X, y.rechunk(cut))
+    assert reads == [] and not known.shared
+    found = []
+    for load in loads:
+        found.append(pieces(load, known)[0])
+        assert len(known.promises) <= 1
+    assert reads == [1000] * 4 and not known.promises
+    np.testing.assert_array_equal(np.concatenate(found), Y)
+
+
+def test_several_threads_read_a_source_chunk_once():
+    y, reads = counting(Y, 1000)
+    _, loads, known = loads_of(X, y.rechunk(100))
+    with ThreadPoolExecutor(8) as pool:
+        found = [*pool.map(lambda load: pieces(load, known)[0], loads)]
+    assert reads == [1000] * 4 and not known.promises
+    np.testing.assert_array_equal(np.concatenate(found), Y)
+
+
+def test_a_part_of_the_chunks_leaves_nothing_behind():
+    y, reads = counting(Y, 1000)
+    data = build_data(X, y.rechunk(100), check=True, omit=False)
+    runs, _ = plan_loads(data)
+    loads = [load for run in runs for load in run][5::7]
+    known = PassedOn({}, [loads])
+    for load in loads:
+        pieces(load, known)
+    assert reads == [1000] * 4 and not known.promises
+
+
+def test_a_mean_of_all_data_is_made_before_and_the_data_are_not_held_for_it():
+    y, reads = counting(Y, 400)
+    _, loads, known = loads_of(X, y - y.mean())
+    assert [np.size(value) for value in known.shared.values()] == [1]
+    assert not any(load.passed for load in loads)
+    np.testing.assert_allclose(np.concatenate([pieces(load, known)[0] for load in loads]), Y - Y.mean())
+    assert reads == [400] * 20
+
+
+def test_what_source_chunks_have_in_common_is_made_once():
+    made = []
+
+    @dask.delayed(pure=True)
+    def table():
+        made.append(1)
+        return np.full(1000, 2.0)
+
+    y = da.from_array(Y, 1000).map_blocks(lambda block, table: block * table, table(), dtype=float, meta=np.empty(0))
+    _, loads, known = loads_of(X, y.rechunk(250))
+    assert made == [1] and all(len(load.passed) == 1 for load in loads)
+    np.testing.assert_array_equal(np.concatenate([pieces(load, known)[0] for load in loads]), 2 * Y)
+    assert made == [1]
 
 
 @pytest.mark.parametrize(
@@ -61,26 +120,28 @@ def test_a_source_chunk_that_is_split_is_read_once():
         lambda y: y,
         lambda y: y - y.mean(),
         lambda y: y.rechunk(130),
+        lambda y: y.rechunk(130).rechunk(470),
+        lambda y: y.rechunk(130) / y.max(),
         lambda y: da.overlap.map_overlap(lambda block: block, y, depth=3, boundary="reflect"),
         lambda y: da.concatenate([y[:1000], y[1000:]]),
+        lambda y: da.cumsum(y),
     ],
-    ids=["plain", "needs all", "rechunked", "overlap", "concatenated"],
+    ids=["plain", "needs all", "rechunked", "twice", "both", "overlap", "concatenated", "from the first on"],
 )
 def test_pieces_are_those_of_dask(make):
     y = make(da.from_array(Y, 400))
-    problem, loads, common = loads_of(da.from_array(X, 500), y)
-    shared = compute_shared(common)
-    found = np.concatenate([load.pieces(shared)[0] for load in loads])
+    data, loads, known = loads_of(da.from_array(X, 500), y)
+    found = np.concatenate([pieces(load, known)[0] for load in loads])
     np.testing.assert_array_equal(found, y.compute())
-    assert [load.index for load in loads] == problem.indices()
+    assert [load.index for load in loads] == data.indices()
+    assert not known.promises
 
 
-def test_an_axis_vector_in_chunks_is_shared():
+def test_an_axis_vector_in_chunks_is_passed_on():
     rows, columns = da.arange(40, chunks=10)[:, None], np.arange(100)
-    _, loads, common = loads_of((rows, columns), da.ones((40, 100), chunks=(10, 10)))
-    assert all(len(load.shared) == 1 for load in loads)
-    shared = compute_shared(common)
-    np.testing.assert_array_equal(loads[15].pieces(shared)[2].ravel(), np.arange(10, 20))
+    _, loads, known = loads_of((rows, columns), da.ones((40, 100), chunks=(10, 10)))
+    assert all(len(load.passed) == 1 for load in loads)
+    np.testing.assert_array_equal(pieces(loads[15], known)[2].ravel(), np.arange(10, 20))
 
 
 def test_a_persisted_array_stays_where_it_is(workers):
@@ -128,7 +189,7 @@ def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeyp
     assert most[0] == 2
     gc.collect()
     pool = get_memory_manager().pool
-    one = 3 * 2 * 8 * n  # x and y three times
+    one = READ_COPIES * MADE_BYTES * n
     pool.shrink()
     with monkeypatch.context() as short:
         short.setattr(pool, "limit", 1.9 * one)  # two that were read stay beside it

@@ -17,7 +17,20 @@ from dask_nlsq import BadChunkError, MapStatus, MemoryBudgetError, MissingChunks
 from dask_nlsq.parameters import read_parameters
 from tests import clusters
 from tests.nist import ERRORS_IN_RESIDUALS, PROBLEMS, digits, required
-from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
+from tests.spectra import (
+    BLOCK,
+    NAMES,
+    P0,
+    N,
+    X,
+    blocks_of,
+    counted,
+    fitted,
+    limit_of_two_bands,
+    peak,
+    same_bits,
+    spectra,
+)
 
 TIGHT = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
 BOUNDS = ([0, -3, 0.2, -1], [20, 3, 3, 5])
@@ -325,26 +338,25 @@ def test_one_chunk_per_energy_is_read_once(tmp_path):
     assert set(reads.values()) == {1}
 
 
-def test_bands_read_each_chunk_once_each(tmp_path):
+def test_bands_read_each_chunk_once_each(tmp_path, monkeypatch):
     y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
-    with dask.config.set({"nlsq.threads": 1}):
-        found = fit_map(peak, X, y, P0, axis=0, memory_limit_gb=1.2e5 / 2**30)
-    n_bands = found.plan.n_bands
-    assert 1 < n_bands < 20
-    assert f"in {n_bands} bands" in str(found.plan)
-    assert found.plan.read_bytes == n_bands * STACK.nbytes
-    assert found.plan.peak_bytes <= 1.2e5
+    limit = limit_of_two_bands(monkeypatch, y)
+    found = fit_map(peak, X, y, P0, axis=0, memory_limit_gb=limit)
+    assert found.plan.n_bands == 2
+    assert "in 2 bands" in str(found.plan)
+    assert found.plan.read_bytes == 2 * STACK.nbytes
+    assert found.plan.peak_bytes <= limit * 2**30
     computed = found.compute()
-    assert set(reads.values()) == {n_bands}
+    assert set(reads.values()) == {2}
     same_bits(computed, fitted(da.from_array(STACK, chunks=(-1, 20, 6)), axis=0))
 
 
-@pytest.mark.parametrize("limit", [pytest.param(None, id="whole", marks=SLOW), pytest.param(1.2e5 / 2**30, id="bands")])
-def test_coarse_fits_read_the_data_once_more(tmp_path, limit):
+@pytest.mark.parametrize("n_bands", [pytest.param(1, marks=SLOW), 2])
+def test_coarse_fits_read_the_data_once_more(tmp_path, monkeypatch, n_bands):
     y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
-    with dask.config.set({"nlsq.threads": 1}):
-        found = fit_map(peak, X, y, P0, axis=0, guess="coarse-to-fine", memory_limit_gb=limit)
-    assert found.plan.n_bands == (2 if limit else 1)
+    limit = limit_of_two_bands(monkeypatch, y) if n_bands == 2 else None
+    found = fit_map(peak, X, y, P0, axis=0, guess="coarse-to-fine", memory_limit_gb=limit)
+    assert found.plan.n_bands == n_bands
     assert found.plan.read_bytes == (1 + found.plan.n_bands) * STACK.nbytes
     computed = found.compute()
     assert set(reads.values()) == {1 + found.plan.n_bands}
@@ -354,10 +366,11 @@ def test_coarse_fits_read_the_data_once_more(tmp_path, limit):
     np.testing.assert_array_equal(zarr.open_array(tmp_path / "m" / "popt", mode="r")[...], computed.popt)
 
 
-def test_what_cannot_be_joined_in_memory_is_refused():
+def test_what_cannot_be_joined_in_memory_is_refused(monkeypatch):
     stack = da.from_array(STACK, chunks=(1, -1, -1))
+    limit = limit_of_two_bands(monkeypatch, stack)
     with pytest.raises(MemoryBudgetError, match='strategy="auto"'):
-        fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=1.2e5 / 2**30, strategy="chunked")
+        fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=limit, strategy="chunked")
     with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
         fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=1e3 / 2**30)
 
@@ -485,11 +498,11 @@ def test_fixed_parameters_that_are_none_are_refused(options, error):
         fit_map(peak, X, np.ones((2, N)), P0, **options)
 
 
-def test_a_pixel_is_named_by_its_place_in_the_map_whatever_its_block_and_band():
+def test_a_pixel_is_named_by_its_place_in_the_map_whatever_its_block_and_band(monkeypatch):
     stack, sigma = da.from_array(STACK, chunks=(1, -1, -1)), np.ones(STACK.shape[1:])
     sigma[13, 5] = 0
-    found = fit_map(peak, X, stack, P0, axis=0, sigma=sigma, memory_limit_gb=1.2e5 / 2**30)
-    assert len(found.problem.bands) > 1
+    found = fit_map(peak, X, stack, P0, axis=0, sigma=sigma, memory_limit_gb=limit_of_two_bands(monkeypatch, stack))
+    assert len(found.problem.bands) == 2
     with pytest.raises(ValueError, match=r"in pixel \(13, 5\)"):
         found.popt[13, 5].compute()
 

@@ -13,9 +13,11 @@ from distributed import Client, LocalCluster
 
 from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
 from dask_nlsq.data.align import build_data
+from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
 from dask_nlsq.engine.places import HeldHere
-from dask_nlsq.memory.plan import partition_size
+from dask_nlsq.memory.needs import partition_size
+from dask_nlsq.memory.plan import count_partitions
 
 
 def decay(x, a, b, c):
@@ -74,7 +76,7 @@ def test_what_will_be_held_is_known_to_a_page_of_memory(n, chunks, dtype, masked
     x, y = lazy(n, chunks, dtype)
     problem = build_data(x, y, None, y > 1 if masked else None, check=True, omit=False)
     held = partition_nbytes(HeldHere.load(problem, 1).partition)
-    known = problem.held_nbytes(sent=False)
+    known = sizes_of(problem, 3).held
     assert held <= known + mmap.PAGESIZE and known <= 1.08 * held  # where arrays begin, and so how they are aligned, varies
 
 
@@ -176,13 +178,19 @@ def test_a_cluster_without_workers_is_planned_for_all_the_same():
         assert "no worker has come yet" in plan_fit(decay, *lazy(1000, 100)).reason
 
 
-@pytest.mark.parametrize("n_runs, n_threads", [(1, 1), (7, 2), (512, 2), (100_000, 64)])
-def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads):
-    size = partition_size(n_runs, n_threads, 2)
-    tasks = -(-n_runs // size)
-    assert size & (size - 1) == 0
-    assert tasks == n_runs or 2 * n_threads <= tasks <= 4 * n_threads + 1
-    assert partition_size(n_runs, 1, 1) >= n_runs
+@pytest.mark.parametrize("n_runs", [1, 7, 512, 100_000])
+@pytest.mark.parametrize("most", [1, 2, 6, 63])
+def test_partitions_are_the_smallest_of_which_there_are_not_too_many(n_runs, most):
+    size = partition_size(n_runs, most)
+    assert size & (size - 1) == 0 and -(-n_runs // size) <= most
+    assert size == 1 or -(-n_runs // (size // 2)) > most
+    assert partition_size(n_runs, -(-n_runs // size)) == size  # what the plan says is what is made
+
+
+@pytest.mark.parametrize("n_runs, n_threads, per_thread", [(512, 2, 2), (100_000, 64, 4), (37, 3, 4), (5, 2, 4), (9, 1, 1)])
+def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads, per_thread):
+    n, wanted = count_partitions(n_runs, n_threads, per_thread), per_thread * n_threads
+    assert n == n_runs < wanted or wanted <= n <= 2 * wanted
 
 
 def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):

@@ -155,7 +155,7 @@ CALLS = {  # of a temporary directory: arguments
     "memory limit of a stream": lambda tmp: dict(
         xdata=da.from_array(np.resize(X, 8 * 10**6), chunks=100_000),
         ydata=da.from_array(np.resize(Y, 8 * 10**6), chunks=100_000),
-        memory_limit_gb=0.22,
+        memory_limit_gb=0.25,
     ),
     "sigma, a number": lambda tmp: dict(sigma=2.0),
     "sigma, an array": lambda tmp: dict(sigma=np.sqrt(Y + 1), absolute_sigma=True),

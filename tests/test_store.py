@@ -130,8 +130,10 @@ def test_x_sigma_and_mask_may_be_stored_too(tmp_path):
     for name, values in (("x", X), ("y", Y), ("sigma", sigma), ("mask", mask)):
         write(tmp_path / name, values=values)
     paths = {name: tmp_path / name for name in ("x", "y", "sigma", "mask")}
-    found = curve_fit(decay, paths["x"], paths["y"], sigma=paths["sigma"], mask=paths["mask"], p0=P0, strategy="streaming")
-    assert same(found, curve_fit(decay, X, Y, sigma=sigma, mask=mask, p0=P0))
+    expected = curve_fit(decay, X, Y, sigma=sigma, mask=mask, p0=P0)
+    for kind in (str, type(tmp_path)):
+        x, y, sigma, mask = (kind(paths[name]) for name in ("x", "y", "sigma", "mask"))
+        assert same(curve_fit(decay, x, y, sigma=sigma, mask=mask, p0=P0, strategy="streaming"), expected)
     assert same(curve_fit(lambda x, *p: decay(x[0], *p), (paths["x"],), paths["y"], p0=P0))
 
 

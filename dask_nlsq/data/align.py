@@ -7,7 +7,7 @@ sigma <= 0) can only be seen when a chunk has been read: see `dask_nlsq.data.chu
 """
 
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import product
 from math import prod
 from numbers import Real
@@ -17,10 +17,9 @@ import numpy as np
 
 from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
-from ..memory.pool import buffer_bytes
-from .arrays import apart, as_array, join_masks, parted
+from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
-from .chunks import Preparation, ValuePolicy, block_cuts
+from .chunks import Preparation, ValuePolicy
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
@@ -66,34 +65,6 @@ class Data:
     def run_points(self) -> int:
         """Points of the longest run of chunks that are joined."""
         return self.preparation.run * self.preparation.capacities[0]
-
-    @property
-    def run_nbytes(self) -> int:
-        """Bytes of the longest run, in float64."""
-        layouts, preparation = self.preparation.layouts.operands, self.preparation
-        sizes = zip(layouts, preparation.capacities, strict=True)
-        return sum(8 * n * (preparation.run if each.dense else 1) for each, n in sizes)
-
-    def held_nbytes(self, sent: bool) -> int:
-        """Bytes of all blocks as `prepare_chunk` makes them; views of the user's arrays count where they are sent."""
-        points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in self.chunks]).ravel()
-        runs = np.add.reduceat(points, np.arange(0, len(points), self.preparation.run))
-        lengths, counts = np.unique(runs, return_counts=True)
-        return int(sum(count * self._run_held(int(n), sent) for n, count in zip(lengths, counts, strict=True)))
-
-    def _run_held(self, n, sent):
-        total, (cuts, capacity) = 0, block_cuts(self.preparation, n)
-        for k, (layout, operand) in enumerate(zip(self.preparation.layouts.operands, self.operands, strict=True)):
-            is_mask = layout is self.preparation.layouts.mask
-            itemsize = 1 if is_mask else min(operand.dtype.itemsize, 8)
-            if not layout.dense:
-                total += buffer_bytes(max(self.preparation.capacities[k], 1) * itemsize)
-            elif self.preparation.copied or len(cuts) == 1:
-                total += buffer_bytes((cuts[-1][0] + capacity) * itemsize)
-            else:  # the first and the last block seldom lie as they must
-                total += 2 * buffer_bytes(capacity * itemsize)
-                total += n * itemsize * (sent or is_mask or not operand.dtype.isnative or operand.itemsize > 8)
-        return total
 
     def indices(self) -> list[tuple[int, ...]]:
         """Indices of the chunks in C order."""
@@ -209,7 +180,7 @@ def build_data(
         sizes = "auto" if split and not whole else y.shape
         chunks = da.core.normalize_chunks(sizes, y.shape, limit=SENT_BYTES, dtype=y.dtype)
     lazy = any(isinstance(operand, da.Array) for operand in operands)
-    operands = tuple(_aligned(operand, chunks, lazy) for operand in operands)
+    aligned = tuple(_aligned(operand, chunks, lazy) for operand in operands)
 
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
@@ -217,28 +188,29 @@ def build_data(
     masked = mask is not None or omit or hides
     layouts = Layouts(
         y=Layout(True, scale=decoding.scale, offset=decoding.offset),
-        sigma=layout(operands[1]),
+        sigma=layout(aligned[1]),
         # points that are left out for their values need a mask of their own
-        mask=(Layout(True) if omit or hides else layout(operands[2])) if masked else None,
-        x=tuple(layout(operand, coordinate=True) for operand in operands[2 + masked :]),
+        mask=(Layout(True) if omit or hides else layout(aligned[2])) if masked else None,
+        x=tuple(layout(operand, coordinate=True) for operand in aligned[2 + masked :]),
         x_kind=x_kind,
         x_lead=x_lead,
         ndim=y.ndim,
-        invalid=invalid_values(*sentinels, y.dtype, decoding),
+        invalid=invalid_values(sentinels[0], sentinels[1], y.dtype, decoding),
     )
     largest = [max(sizes) for sizes in chunks]
     capacities = tuple(
         prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
-        for each, operand in zip(layouts.operands, operands, strict=True)
+        for each, operand in zip(layouts.operands, aligned, strict=True)
     )
     joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
-    sizes = zip(operands, capacities, strict=True)
+    sizes = zip(aligned, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
-    dtypes = tuple(operand.dtype for operand in operands)
+    read_bytes = max(read_bytes, made_bytes(aligned) * capacities[0])
+    dtypes = tuple(operand.dtype for operand in aligned)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
     preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)
-    return Data(operands, chunks, preparation, decoded=decoded, scaled=scaled)
+    return Data(aligned, chunks, preparation, decoded=decoded, scaled=scaled)
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
@@ -279,7 +251,7 @@ def _indexes(x_kind, coordinate) -> bool:
     return x_kind == "tuple" and coordinate.dtype.kind in "iu"
 
 
-def _coordinates(xdata, shape) -> tuple[str, tuple[int, ...], list]:
+def _coordinates(xdata, shape) -> tuple[Any, tuple[int, ...], list]:
     """How the model takes x, the leading axes of a stacked x, and x as a list of arrays, masked where they were given so.
 
     Without the shape of y one array is not taken for a stack of several.
@@ -325,7 +297,7 @@ class Coordinates(NamedTuple):
             else:
                 c = c.compute() if isinstance(c, da.Array) else c
                 c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
-                c = np.broadcast_to(c, fit_shape)
+                c = np.broadcast_to(np.asarray(c), fit_shape)
                 mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
             arrays.append(c)
             hidden += [] if mask is None else [mask]
@@ -387,15 +359,15 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
             hidden |= layouts.invalid.hits(pieces[0])
         coordinates = [np.broadcast_to(piece, data.shape) for piece in pieces[2:]]
         if omit:
-            for values in (pieces[0], *coordinates):
-                hidden |= ~np.isfinite(values)
+            for each in (pieces[0], *coordinates):
+                hidden |= ~np.isfinite(each)
         keep = ~hidden.ravel()
-        x = [coordinate.ravel()[keep] for coordinate in coordinates]
+        flat = [coordinate.ravel()[keep] for coordinate in coordinates]
         x = {
             "none": lambda: None,
-            "single": lambda: x[0],
-            "stacked": lambda: np.stack(x).reshape(*layouts.x_lead, -1),
-            "tuple": lambda: tuple(x),
+            "single": lambda: flat[0],
+            "stacked": lambda: np.stack(flat).reshape(*layouts.x_lead, -1),
+            "tuple": lambda: tuple(flat),
         }[layouts.x_kind]()
         if not keep.any():
             raise ValueError(f"no data: all {keep.size} points are masked or omitted (mask: true leaves a point out)")

@@ -6,16 +6,18 @@ anything is rechunked or joined: a chunk that is one value short would pair all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import dask
 import numpy as np
 from dask.base import tokenize
+from dask.blockwise import Blockwise
 from dask.layers import ArrayBlockIdDep, ArrayChunkShapeDep
 
 from ..base.lazy import da
+from ..memory.needs import MADE_BYTES
 from .cf import AS_STORED, Decoding
 from .labels import earliest, seconds, with_dates
 
@@ -273,6 +275,13 @@ def _checked(name: str, array: da.Array) -> da.Array:
         meta=array._meta,
         align_arrays=False,
     )
+
+
+def made_bytes(arrays: Iterable) -> int:
+    """Bytes per point that arrays take at least while they are read: 0 unless tasks make values, rather than read them."""
+    layers = [each for array in arrays if isinstance(array, da.Array) for each in array.dask.layers.items()]
+    made = any(isinstance(layer, Blockwise) and not name.startswith(("array-", CHECKED)) for name, layer in layers)
+    return MADE_BYTES * made
 
 
 # ---------------------------------------------------------------------------------------------------------------------

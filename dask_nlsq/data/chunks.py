@@ -20,15 +20,15 @@ MOST_INTEGER = np.iinfo(np.int64).max
 class Fault(NamedTuple):
     """Values that are not as they must be: how many, and the first of them."""
 
-    count: int
-    index: tuple[int, ...]  # of the chunk of y
+    count: int  # type: ignore[assignment]  # hides a method of tuples, as the next
+    index: tuple[int, ...]  # type: ignore[assignment]  # of the chunk of y
     value: float = 0.0
 
 
 class Census(NamedTuple):
     """What one chunk holds, or many together; counts are of points that the mask does not leave out."""
 
-    index: tuple[int, ...]  # () of many
+    index: tuple[int, ...]  # type: ignore[assignment]  # () of many
     n_points: int
     n_masked: int
     n_omitted: int
@@ -44,12 +44,12 @@ def merge_censuses(censuses: Iterable[Census]) -> Census:
     """The census of many chunks; it does not depend on their order."""
     n_points, n_masked, n_omitted = 0, 0, 0
     faults: dict[str, Fault] = {}
-    damage: list[BadChunkError] = []
+    damage: set[BadChunkError] = set()  # a chunk that several chunks of y need counts once
     for census in censuses:
         n_points += census.n_points
         n_masked += census.n_masked
         n_omitted += census.n_omitted
-        damage += census.damage
+        damage |= {*census.damage}
         for name, fault in census.faults.items():
             known = faults.get(name)
             first = fault if known is None or fault.index < known.index else known
@@ -115,19 +115,19 @@ def prepare_chunk(
     inspected = (_inspect(preparation, *each) for each in zip(indices, pieces, strict=True))
     censuses, cleaned, invalid = zip(*inspected, strict=True)
     if len(cleaned) == 1:
-        (pieces,) = cleaned
+        (joined,) = cleaned
     else:
         one_axis = (*(1 for _ in cleaned[0][0].shape[1:]), -1)
-        pieces = [
+        joined = [
             np.concatenate([piece.ravel() for piece in parts]).reshape(one_axis) if layout.dense else parts[0]
             for layout, parts in zip(preparation.layouts.operands, zip(*cleaned, strict=True), strict=True)
         ]
-    shape = pieces[0].shape
+    shape = joined[0].shape
     first_x = 2 + (preparation.layouts.mask is not None)
-    blocks, staged = _cut(preparation, shape, pieces)
+    blocks, staged = _cut(preparation, shape, joined)
     if preparation.layouts.invalid is not None and not any(invalid):
         blocks = tuple(block._replace(clean=True) for block in blocks)
-    return Chunk(blocks, censuses, _sample(preparation, shape, pieces[first_x:]), staged)
+    return Chunk(blocks, censuses, _sample(preparation, shape, joined[first_x:]), staged)
 
 
 def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarray:
@@ -166,7 +166,7 @@ def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool
     if pieces[0].dtype.kind != "u" and not pieces[0].min() >= 0:  # nan hides what is less
         counts["ydata < 0"] = _count((pieces[0] < 0) & ~hidden, shape)
     faults = {name: Fault(n, index) for name, n in counts.items() if n}
-    if policy.check and (value := _too_large(layouts.y, *pieces[:2], hidden)):
+    if policy.check and (value := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
         faults["too large"] = Fault(1, index, value)
     for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:

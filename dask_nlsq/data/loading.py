@@ -2,11 +2,20 @@
 
 A task that loads chunks runs their own part of the graph by itself, one chunk after another. So beside what is prepared
 already one chunk is in memory and no more, no data travel between workers, a partition is one task for the scheduler
-however many chunks it has, and an error knows its chunk. What several chunks need (a coordinate axis, a large source
-chunk that was split, futures of a persisted array) is computed once before, by the user's scheduler.
+however many chunks it has, and an error knows its chunk.
+
+What several chunks need is of two kinds. A piece of a store, or of the user's graph, that is not cut as y is, is *passed
+on*: made for the first chunk that needs it and dropped with the last (`PassedOn`), in each sweep that reads. Computed once
+before, by the user's scheduler, and held is what all chunks need (a coordinate axis), what is made of data that chunks read
+for themselves (their mean), and futures of a persisted array.
 """
 
-from collections.abc import Mapping
+import threading
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future as Promise
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import dask
@@ -23,116 +32,188 @@ from .align import Data
 from .chunks import Preparation, blank
 
 CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
-SHARED = -1
 
 
 class Load:
-    """How to read one chunk: for each operand its key in ``graph`` or an array; ``shared`` keys come from elsewhere."""
+    """How to read one chunk: for each operand its key in ``graph`` or an array.
 
-    __slots__ = ("graph", "index", "operands", "shape", "shared")
+    ``shared`` keys come from elsewhere; other chunks need ``passed`` ones too, whose tasks are in the graph.
+    """
+
+    __slots__ = ("graph", "index", "operands", "passed", "shape", "shared")
 
     def __init__(self, index: tuple[int, ...], shape: tuple[int, ...], operands: list):
-        self.index, self.shape, self.operands, self.graph, self.shared = index, shape, operands, {}, []
+        self.index, self.shape, self.operands = index, shape, operands
+        self.graph: dict[Any, GraphNode] = {}
+        self.shared: list = []
+        self.passed: list = []
 
-    def pieces(self, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
-        """The chunk's piece of each operand; an error says which chunk it is."""
-        keys = {operand for operand in self.operands if isinstance(operand, tuple)}
-        with _NamedChunk(self.index):
-            values = execute_graph(self.graph, {key: shared[key] for key in self.shared}, keys)
+    @property
+    def keys(self) -> set:
+        return {operand for operand in self.operands if isinstance(operand, tuple)}
+
+    def values(self, keys: Collection, known: Mapping) -> dict:
+        """Values of keys, by the tasks that they need beside what is ``known``; an error says which chunk it is."""
+        needed, left = {}, [key for key in keys if key not in known]
+        while left:
+            if (key := left.pop()) not in needed:
+                needed[key] = self.graph[key]
+                left += [each for each in needed[key].dependencies if each not in known]
+        try:
+            return dict(execute_graph(needed, dict(known), keys))
+        except Exception as error:
+            error.add_note(f"raised while reading block {self.index} of the data")
+            raise
+
+    def pieces(self, known: Mapping) -> list[np.ndarray]:
+        """The chunk's piece of each operand."""
+        values = self.values(self.keys, known)
         return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
 
-    def hidden(self, preparation: Preparation, shared: Mapping[Any, np.ndarray]) -> list[np.ndarray]:
-        """What `pieces` gives, but for what has one value per point: the mask hides all of them."""
+    def hidden(self, preparation: Preparation, known: Mapping) -> list[np.ndarray]:
+        """What `pieces` gives, but for what has one value per point: the mask, which is there, hides all of them."""
         pieces = []
         for k, (operand, layout) in enumerate(zip(self.operands, preparation.layouts.operands, strict=True)):
-            if k == 2 or (
-                layout.dense and isinstance(operand, tuple)
-            ):  # preparation.layouts.mask is there: chunks are hidden
+            if k == 2 or (layout.dense and isinstance(operand, tuple)):
                 pieces.append(blank(preparation, self.shape, k))
-            elif isinstance(operand, tuple):
-                pieces.append(shared[operand] if operand in shared else self._alone(operand, shared))
             else:
-                pieces.append(operand)
+                pieces.append(self.values({operand}, known)[operand] if isinstance(operand, tuple) else operand)
         return pieces
 
-    def _alone(self, key, shared):
-        needed, wanted = {}, [key]
-        while wanted:
-            if (one := wanted.pop()) in self.graph and one not in needed:
-                needed[one] = self.graph[one]
-                wanted += needed[one].dependencies
-        return execute_graph(needed, {key: shared[key] for key in self.shared}, {key})[key]
+
+class PassedOn:
+    """What is known in a pass over ``runs`` of chunks: ``shared`` values, and those that are passed on."""
+
+    def __init__(self, shared: Mapping, runs: Sequence[Sequence[Load]]):
+        self.shared, self.changing = shared, threading.Lock()
+        self.promises: dict[Any, Promise] = {}
+        self.n_left = Counter(key for load in chain(*runs) for key in load.passed)  # loads that still need each
+
+    @contextmanager
+    def to(self, load: Load) -> Iterator[dict]:
+        """All values that a load does not make for itself alone."""
+        shared = {key: self.shared[key] for key in load.shared}
+        try:
+            yield shared | {key: self._value(key, load, shared) for key in load.passed}
+        finally:
+            with self.changing:
+                self.n_left.subtract(load.passed)
+                for key in load.passed:
+                    if not self.n_left[key]:
+                        self.promises.pop(key, None)
+
+    def _value(self, key, load, shared):
+        with self.changing:
+            known = key in self.promises
+            promise = self.promises.setdefault(key, Promise())
+        if not known:
+            try:
+                promise.set_result(load.values({key}, shared)[key])
+            except BaseException as error:
+                promise.set_exception(error)
+        return promise.result()
 
 
-class _NamedChunk:
-    """Adds the index of the chunk to an error that the user's own graph raises."""
-
-    def __init__(self, index):
-        self.index = index
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, Exception):
-            error.add_note(f"raised while reading block {self.index} of the data")
+# ---------------------------------------------------------------------------------------------------------------------
+# whose a task is
 
 
-def plan_loads(problem: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
-    """A `Load` for each chunk in C order, in runs of chunks that are joined; and the graph of what several share."""
-    loads = [Load(index, problem.chunk_shape(index), problem.places(index)) for index in problem.indices()]
-    arrays = [operand for operand in problem.operands if isinstance(operand, da.Array)]
-    size = problem.preparation.run
+def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
+    """A `Load` for each chunk in C order, in runs of chunks that are joined; and the graph of their shared keys."""
+    loads = [Load(index, data.chunk_shape(index), data.places(index)) for index in data.indices()]
+    arrays = [operand for operand in data.operands if isinstance(operand, da.Array)]
+    size = data.preparation.run
     runs = [loads[k : k + size] for k in range(0, len(loads), size)]
     if not arrays:
         return runs, {}
-    wanted = [[key for key in load.operands if isinstance(key, tuple)] for load in loads]
     merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
-    outputs = {key for keys in wanted for key in keys}
+    outputs = set().union(*(load.keys for load in loads))
     graph = convert_legacy_graph(ensure_dict(da.optimization.optimize(merged, list(outputs))))
-    if futures := (outputs | {key for node in graph.values() for key in node.dependencies}) - graph.keys():
+    if futures := outputs.union(*(node.dependencies for node in graph.values())) - graph.keys():
         given = ensure_dict(merged)  # the optimization leaves them out
         graph |= {key: given[key] for key in futures}
-    owner = _owners(graph, wanted)
-    for key, who in owner.items():
-        if who != SHARED:
-            loads[who].graph[key] = graph[key]
-    common = {key: graph[key] for key, who in owner.items() if who == SHARED}
+    shared, passed = _of_several(graph, loads)
     for load in loads:
-        needed = {key for node in load.graph.values() for key in node.dependencies}
-        needed.update(key for key in load.operands if isinstance(key, tuple))
-        for key in needed - load.graph.keys():
-            if key in common:
-                load.shared.append(key)
-            else:
+        left = [*load.keys]
+        while left:
+            key = left.pop()
+            if key in shared:
+                load.shared += [key] if key not in load.shared else []
+            elif key not in load.graph:
                 load.graph[key] = graph[key]
-    tasks = [node for node in common.values() if not isinstance(node, Future)]
-    for key in {key for node in tasks for key in node.dependencies} - common.keys():
-        common[key] = graph[key]
+                load.passed += [key] if key in passed else []
+                left += graph[key].dependencies
+    common: dict[Any, GraphNode] = {}
+    left = [*shared]
+    while left:
+        if (key := left.pop()) not in common:
+            common[key] = graph[key]
+            left += _needs(graph[key])
     return runs, common
 
 
-def _owners(graph: Mapping[Any, GraphNode], wanted: list[list]) -> dict[Any, int]:
-    """Number of the only chunk that needs a task, or `SHARED`; constants belong to nobody and are not listed."""
-    owner: dict[Any, int] = {}
-    stack = [(key, k) for k, keys in enumerate(wanted) for key in keys]
-    while stack:
-        key, who = stack.pop()
-        node = graph[key]
-        if isinstance(node, DataNode) and sizeof(node.value) <= CONSTANT_BYTES:
-            continue
-        if isinstance(node, Future):
-            owner[key] = SHARED
-            continue
-        known = owner.get(key)
-        if known in (who, SHARED):
-            continue
-        owner[key] = who = who if known is None else SHARED
-        stack.extend((dependency, who) for dependency in node.dependencies)
-    return owner
+def _of_several(graph: Mapping[Any, GraphNode], loads: Sequence[Load]) -> tuple[set, set]:
+    """Keys that are computed once before, and those that are passed on; constants are neither."""
+    users: dict[Any, Any] = {}  # the load that needs a task, or the set of those, but for what several need already
+
+    def claim(key, who):
+        known = users.setdefault(key, who)
+        if isinstance(known, set):
+            known.add(who)
+        elif known != who:
+            users[key] = {known, who}
+
+    for k, load in enumerate(loads):
+        for key in load.keys:
+            claim(key, k)
+    for key in _from_the_top(graph):
+        if _is_constant(graph[key]):
+            users.pop(key, None)
+        elif key in users and not isinstance(users[key], set):
+            for each in _needs(graph[key]):
+                claim(each, users[key])
+    futures = {key for key in users if isinstance(graph[key], Future)}
+    several = {key for key, who in users.items() if isinstance(who, set)}
+    shared = futures | {key for key in several if len(users[key]) == len(loads)}
+    below: dict[Any, Any] = {}  # the passed key that alone needs a task
+    for top in several - shared:
+        left = [*_needs(graph[top])]
+        while left:
+            key = left.pop()
+            if key in users and key not in shared:  # chunks read it for themselves
+                shared.add(top)
+                break
+            if key in shared or _is_constant(graph[key]):
+                continue
+            if key not in below:
+                below[key] = top
+                left += _needs(graph[key])
+            elif below[key] != top:
+                shared.add(key)
+    return shared, several - shared
 
 
-def compute_shared(common: dict[Any, GraphNode]) -> dict[Any, np.ndarray]:
-    """Values of the shared tasks in this process, by the scheduler that the user has chosen."""
-    keys = list(common)
+def _from_the_top(graph: Mapping[Any, GraphNode]) -> Iterator:
+    """Keys, each after all that need it."""
+    n_waiting = Counter(each for node in graph.values() for each in _needs(node))
+    ready = [key for key in graph if not n_waiting[key]]
+    while ready:
+        yield (key := ready.pop())
+        for each in _needs(graph[key]):
+            n_waiting[each] -= 1
+            if not n_waiting[each]:
+                ready.append(each)
+
+
+def _needs(node) -> Collection:
+    return () if isinstance(node, Future) else node.dependencies
+
+
+def _is_constant(node) -> bool:
+    return isinstance(node, DataNode) and sizeof(node.value) <= CONSTANT_BYTES
+
+
+def compute_shared(runs: Sequence[Sequence[Load]], common: dict[Any, GraphNode]) -> dict:
+    """Values of the shared keys in this process, by the scheduler that the user has chosen."""
+    keys = list(dict.fromkeys(key for load in chain(*runs) for key in load.shared))
     return dict(zip(keys, dask.compute(*(Delayed(key, common) for key in keys)), strict=True)) if keys else {}

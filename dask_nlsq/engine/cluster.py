@@ -22,6 +22,7 @@ from distributed.threadpoolexecutor import thread_state
 
 from ..base.plugins import install
 from ..data.loading import Load
+from ..memory.needs import partition_size
 from ..model.function import ModelMissing, is_known
 
 SENT_ALONG = 2**16  # bytes of a model up to which it goes along with each task; a larger one is sent to each worker once
@@ -60,7 +61,7 @@ class Pieces:
     """
 
     def __init__(self, client: Client, make: Callable, first: Any, runs: list[list[Load]], graph, n: int, send: bool):
-        size = next(2**k for k in range(len(runs).bit_length() + 1) if 2**k * n >= len(runs))
+        size = partition_size(len(runs), n)
         self.client, self.make, self.first, self.graph, self.send, self.size = client, make, first, graph, send, size
         self.level = size.bit_length() - 1  # of a piece in the tree of the merge
         self.parts = [runs[k : k + size] for k in range(0, len(runs), size)]

@@ -10,7 +10,7 @@ from dask.sizeof import sizeof
 from distributed.metrics import context_meter
 
 from ..data.chunks import Census, Chunk, Preparation, merge_censuses, prepare_chunk
-from ..data.loading import Load
+from ..data.loading import Load, PassedOn
 from ..data.sample import pick, spread, stratified_places
 from ..data.store import BadChunkError
 from ..kernels.blocks import Block
@@ -60,7 +60,7 @@ def longest(samples: Iterable[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]
 # reading
 
 
-def load_chunk(preparation: Preparation, run: list[Load], shared: dict) -> Chunk:
+def load_chunk(preparation: Preparation, run: list[Load], known: PassedOn) -> Chunk:
     """Read the chunks of a run and join them; where memory is short, large ones wait for other threads' turn to end.
 
     Chunks that cannot be read are hidden where that has been asked for.
@@ -76,12 +76,13 @@ def load_chunk(preparation: Preparation, run: list[Load], shared: dict) -> Chunk
 
     def pieces(load):
         try:
-            return load.pieces(shared)
+            with known.to(load) as values:
+                return load.pieces(values)
         except BadChunkError as err:
             if not err.masked:
                 raise
             damage[load.index] = (err.with_traceback(None),)
-            return load.hidden(preparation, shared)
+            return load.hidden(preparation, known.shared)
 
     large = nbytes >= RESERVED_FROM
     guard = shared_pool.reserve(READ_COPIES * nbytes, wait=True) if large else nullcontext()
@@ -95,8 +96,8 @@ def load_chunk(preparation: Preparation, run: list[Load], shared: dict) -> Chunk
 def load_partition(preparation: Preparation, runs: list[list[Load]], keys: list, *values) -> Partition:
     """The task that puts a partition on a worker; ``values`` are those of the shared tasks ``keys``."""
     keep_freed_memory()
-    shared = dict(zip(keys, values, strict=True))
-    return Partition.of(preparation, [load_chunk(preparation, run, shared) for run in runs])
+    known = PassedOn(dict(zip(keys, values, strict=True)), runs)
+    return Partition.of(preparation, [load_chunk(preparation, run, known) for run in runs])
 
 
 def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:

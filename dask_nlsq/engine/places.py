@@ -20,8 +20,8 @@ from ..base.config import threads
 from ..base.x64 import inherit_device
 from ..data.align import Data
 from ..data.chunks import Chunk, Preparation, release
-from ..data.loading import Load, compute_shared, plan_loads
-from ..memory.machine import keep_freed_memory
+from ..data.loading import Load, PassedOn, compute_shared, plan_loads
+from ..memory.machine import keep_freed_memory, large_arrays_given_back
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
 from .partition import Partition, Work, load_chunk, load_partition, with_factor
@@ -48,10 +48,14 @@ class HeldHere:
     def load(cls, data: Data, n_threads: int) -> "HeldHere":
         chunks: list[Chunk] = []
         runs, common = plan_loads(data)
-        shared = compute_shared(common)
-        with ExitStack() as on_error, ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool:
+        known = PassedOn(compute_shared(runs, common), runs)
+        with (
+            large_arrays_given_back(),
+            ExitStack() as on_error,
+            ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool,
+        ):
             on_error.callback(lambda: deque(map(release, chunks), 0))
-            chunks.extend(pool.map(lambda run: load_chunk(data.preparation, run, shared), runs))
+            chunks.extend(pool.map(lambda run: load_chunk(data.preparation, run, known), runs))
             on_error.pop_all()
         if data.factor is not None:
             chunks = [with_factor(chunk, data.factor) for chunk in chunks]
@@ -117,9 +121,10 @@ class LazyRuns(NamedTuple):
         """The result of the work on each run, in order; at most ``n_threads + READ_AHEAD`` runs are in memory."""
         kernels, n_ahead = Semaphore(n_threads), n_threads + READ_AHEAD
         runs = [self.runs[place] for place in places]
+        known = PassedOn(self.shared, runs)
 
         def one(run):
-            chunk = load_chunk(self.preparation, run, self.shared)
+            chunk = load_chunk(self.preparation, run, known)
             try:
                 with kernels:
                     return work.of(Partition.of(self.preparation, [chunk]), objectives, *args)
@@ -147,11 +152,12 @@ class UnreadHere:
 
     def __init__(self, data: Data):
         runs, common = plan_loads(data)
-        self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(common)), len(runs)
+        self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(runs, common)), len(runs)
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
         runs = range(self.n_runs) if runs is None else runs
-        yield from zip(runs, self.lazy.each(work, runs, objectives, args, threads()), strict=True)
+        with large_arrays_given_back():
+            yield from zip(runs, self.lazy.each(work, runs, objectives, args, threads()), strict=True)
 
     def close(self) -> None:
         pass

@@ -9,7 +9,7 @@ from dask.delayed import Delayed
 from ..base.lazy import da
 from ..data.align import Data
 from ..data.chunks import Preparation, release
-from ..data.loading import Load, plan_loads
+from ..data.loading import Load, PassedOn, plan_loads
 from ..kernels.values import VALUES_LEAD, What
 from .partition import load_chunk, with_factor
 from .request import Request, values
@@ -17,7 +17,8 @@ from .request import Request, values
 
 def chunk_values(preparation: Preparation, factor, request: Request, what: What, spread, load: Load, *shared) -> np.ndarray:
     """What `value_kernel` computes, of one chunk, NaN where it cannot be read; ``shared``: values of its shared tasks."""
-    chunk = load_chunk(preparation._replace(run=1), [load], dict(zip(load.shared, shared, strict=True)))
+    known = PassedOn(dict(zip(load.shared, shared, strict=True)), [[load]])
+    chunk = load_chunk(preparation._replace(run=1), [load], known)
     try:
         if any(census.damage for census in chunk.censuses):
             return np.full((*VALUES_LEAD[what], *load.shape), np.nan)

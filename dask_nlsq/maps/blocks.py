@@ -317,7 +317,9 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     operands = _operands(data, y.shape, fit_axes, [hidden, *coordinates.hidden], params)
     _check_shared(shared, operands["mask"].array, fit_axes, call.nan_policy)
     operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
-    bands, blocks, plan = plan_blocks(y, fit_axes, len(params.names), call.strategy, call.memory_limit_gb)
+    dtype = record_dtype(len(params.names), call.full_covariance)
+    dense = [each.array for each in operands.values() if each.array.shape == y.shape]
+    bands, blocks, plan = plan_blocks([y, *dense], fit_axes, len(params.names), dtype.itemsize, call)
     plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
     most = call.max_nfev or 100 * len(params.free)
     fit = BlockFit(
@@ -327,7 +329,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
         fit_axes=fit_axes,
         capacity=capacity(blocks, plan.n_points),
         x=shared,
-        dtype=record_dtype(len(params.names), call.full_covariance),
+        dtype=dtype,
         raises=call.nan_policy == "raise",
         names=params.names,
     )

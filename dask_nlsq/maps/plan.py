@@ -3,19 +3,18 @@
 from dataclasses import dataclass
 from math import ceil, inf, prod
 
-from ..base.config import threads
 from ..base.lazy import da
-from ..base.text import GB, several, size, table
-from ..base.values import is_integer, positive
+from ..base.text import several, size, table
+from ..base.values import is_integer
+from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
-from ..memory.machine import active_client, available_memory, workers_memory
+from ..memory.machine import active_client
+from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
 from ..memory.plan import MemoryBudgetError
-from ..memory.threshold import effective_fraction
+from ..memory.processes import Room, room_here, rooms_of_workers
 
-BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds, and 16 bytes each beside those that are read
+BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
-JOINING = 2.5  # times the data, while chunks along the fit axes are joined: as they come, their pieces, the blocks
-WORKING = 24  # bytes for each value of a block that is being fitted
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class MapPlan:
     read_bytes : int
         That will be read: the data as they are stored, times the bands where chunks along the fit axes are joined.
     peak_bytes : int
-        Predicted for the data of all threads.
+        Predicted peak of this process, or of the fullest worker of the active Client.
     reason : str
     decoded : tuple of str
         Attributes of stored arrays that are applied to their values, a line for each array.
@@ -57,7 +56,7 @@ class MapPlan:
             ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
             ("reads", size(self.read_bytes)),
             *(("decoded", each) for each in self.decoded),
-            ("memory", f"{size(self.peak_bytes)} for data"),
+            ("memory", f"{size(self.peak_bytes)} at the peak"),
         ]
         return "\n".join(table(rows))
 
@@ -91,59 +90,100 @@ def capacity(blocks, n):
     return few if few * n <= LANE_POINTS else most
 
 
-def plan_blocks(y, fit_axes, n_params, strategy, memory_limit_gb):
-    """Bands, blocks along the map axes, and the plan."""
+def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
+    """Bands, blocks along the map axes, and the plan; ``arrays`` are y and what comes along with it in its shape."""
+    y, client, limit = arrays[0], active_client(), call.memory_limit_gb
     map_axes = [k for k in range(y.ndim) if k not in fit_axes]
-    n = prod(y.shape[k] for k in fit_axes)
-    lazy = isinstance(y, da.Array)
+    n, lazy = prod(y.shape[k] for k in fit_axes), isinstance(y, da.Array)
     chunks = [y.chunks[k] if lazy else (y.shape[k],) for k in map_axes]
-    cut = lazy and any(y.numblocks[k] > 1 for k in fit_axes)
-    client, fraction = active_client(), effective_fraction()[0]
-    may_take = fraction * (sum((workers_memory(client) or {}).values()) if client else available_memory())
-    if memory_limit_gb is not None:
-        may_take = positive("memory_limit_gb", memory_limit_gb) * GB
-    n_threads = sum(client.nthreads().values()) if client else threads()
-    value_bytes = WORKING + 2 * y.itemsize
-    half = may_take / (2 * n_threads * value_bytes)  # the other half is for what is read
-    most = max(1, int(min(BLOCK_VALUES if lazy else SPLIT_VALUES, half)) // n)
+    joined = sum(each.nbytes for each in arrays if _is_cut(each, fit_axes))
+    rooms = (rooms_of_workers(client, limit) if client else []) or [room_here(limit)]
+    sizes = map_sizes(arrays, n, n_params, record_bytes)
+    most = _most_pixels(sizes, rooms, BLOCK_VALUES if lazy else SPLIT_VALUES, n)
     blocks = _split(chunks, most)
-    largest = prod(max(sizes) for sizes in blocks) * n
-    working = min(n_threads, prod(len(sizes) for sizes in blocks)) * largest * value_bytes
+    working = _needed(sizes, rooms, blocks, n)
     rows = y.shape[map_axes[0]] if map_axes else 1
-    bands, reason = (slice(0, rows),), "as the data are chunked along the map"
-    if cut:
-        joining, room = JOINING * y.nbytes, may_take - working
-        n_bands = ceil(joining / room) if room > 0 else inf
-        if n_bands > (1 if strategy in ("standard", "chunked") else rows):
+    n_bands: float = 1
+    bands: tuple[slice, ...] = (slice(0, rows),)
+    reason = "as the data are chunked along the map"
+    if joined:
+        joining = [JOINING * joined * share for share in _shares(rooms)]
+        left = [room.nbytes - each for room, each in zip(rooms, working, strict=True)]
+        n_bands = max(ceil(each / spare) if spare > 0 else inf for each, spare in zip(joining, left, strict=True))
+        may_take = size(sum(room.nbytes for room in rooms))
+        if n_bands > (1 if call.strategy in ("standard", "chunked") else rows):
             raise MemoryBudgetError(
-                f"joining the chunks of `ydata` along the fit axes takes {size(joining)} at once, beside "
-                f"{size(working)} for the blocks; there are {size(may_take)}",
+                f"joining the chunks of `ydata` along the fit axes takes {size(sum(joining))} at once, beside "
+                f"{size(sum(working))} for the blocks; there are {may_take}",
                 'raise memory_limit_gb, use strategy="auto", which reads the data several times, or rechunk them on disk',
             )
-        reason = f"chunks along the fit axes are joined, which takes {size(joining / n_bands)} of {size(may_take)}"
-        height = rows // n_bands
-        ends = range(0, rows, height)
-        bands = tuple(slice(a, min(a + height, rows)) for a in ends)
+        reason = f"chunks along the fit axes are joined, which takes {size(sum(joining) / n_bands)} of {may_take}"
+        height = rows // int(n_bands)
+        bands = tuple(slice(a, min(a + height, rows)) for a in range(0, rows, height))
         if n_bands > 1:
             chunks[0] = tuple(band.stop - band.start for band in bands)
         blocks = _split(chunks, most)
-    elif working > may_take and (lazy or memory_limit_gb is not None):
+        working = _needed(sizes._replace(held=sizes.held + JOINING * joined / len(bands)), rooms, blocks, n)
+    elif any(each > room.nbytes for each, room in zip(working, rooms, strict=True)) and (lazy or limit is not None):
+        largest = prod(max(sizes) for sizes in blocks) * n
         raise MemoryBudgetError(
-            f"{several(n_threads, 'thread')} with blocks of {size(largest * y.itemsize)} take {size(working)}; there are "
-            f"{size(may_take)}",
+            f"{several(sum(room.n_threads for room in rooms), 'thread')} with blocks of {size(largest * y.itemsize)} take "
+            f"{size(sum(working))}; there are {size(sum(room.nbytes for room in rooms))}",
             "rechunk the map axes into smaller chunks, or raise memory_limit_gb",
         )
     plan = MapPlan(
         n_pixels=y.size // n,
         n_points=n,
         n_params=n_params,
-        n_blocks=prod(len(sizes) for sizes in blocks),
+        n_blocks=prod(map(len, blocks)),
         n_bands=len(bands),
         read_bytes=y.nbytes * len(bands),
-        peak_bytes=int(working + (joining / len(bands) if cut else 0)),
+        peak_bytes=int(max(room.base + each for room, each in zip(rooms, working, strict=True))),
         reason=reason,
     )
     return bands, tuple(map(tuple, blocks)), plan
+
+
+def map_sizes(arrays, n: int, n_params: int, record_bytes: int) -> Sizes:
+    """Sizes of a map of spectra of ``n`` points, with chunks of y in the place of blocks."""
+    return Sizes(
+        n_points=arrays[0].size,
+        n_params=n_params,
+        n_operands=len(arrays),
+        n_chunks=sum(each.npartitions for each in arrays if isinstance(each, da.Array)),
+        n_runs=1,
+        longest=(int(prod(arrays[0].chunksize)) if isinstance(arrays[0], da.Array) else 1,),
+        nbytes=arrays[0].nbytes,
+        read=max(sum(each.itemsize for each in arrays), made_bytes(arrays)),
+        held=RESULT_COPIES * record_bytes * arrays[0].size // n,
+        lanes=LANE_BYTES * (1 + len(arrays) + n_params * (n_params + 4) / n),
+    )
+
+
+def _is_cut(array, fit_axes) -> bool:
+    return isinstance(array, da.Array) and any(array.numblocks[k] > 1 for k in fit_axes)
+
+
+def _shares(rooms: list[Room]) -> list[float]:
+    """Of the work of each process."""
+    return [room.n_threads / sum(each.n_threads for each in rooms) for room in rooms]
+
+
+def _most_pixels(sizes: Sizes, rooms: list[Room], most: int, n: int) -> int:
+    """Pixels of a block, so that those of all threads take half of the memory: the other half is for chunks to be joined."""
+    wanted = needs(sizes._replace(longest=(most,)))
+    spare = min((room.nbytes - wanted.start) / (2 * room.n_threads) for room in rooms)
+    return max(1, int(min(most, max(LANE_POINTS, spare / wanted.runs[0] * most))) // n)
+
+
+def _needed(sizes: Sizes, rooms: list[Room], blocks, n: int) -> list[float]:
+    """Bytes that a map in these blocks takes in each process."""
+    block, n_blocks = prod(max(each) for each in blocks) * n, prod(map(len, blocks))
+    read = max(block, sizes.longest[0])  # a chunk may be several blocks
+    longest = (read,) * min(n_blocks, max(room.n_threads for room in rooms))
+    wanted = needs(sizes._replace(longest=longest, lanes=sizes.lanes * block / read))
+    found = zip(rooms, _shares(rooms), strict=True)
+    return [wanted.working(room.n_threads) + wanted.held * share for room, share in found]
 
 
 def _split(chunks, most: int) -> list[tuple[int, ...]]:

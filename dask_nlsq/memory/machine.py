@@ -3,6 +3,8 @@
 import ctypes
 import os
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +18,7 @@ NO_LIMIT = 2**60  # bytes; cgroup v1 writes "none" as the largest multiple of a 
 # mallopt's names, and values at which a kernel reuses its scratch memory while chunks are still given back at once
 M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**26
 M_MMAP_THRESHOLD, MAPPED_FROM = -3, 2**22
+MOST_MAPPED = 2**25  # to which glibc itself raises the second, and the first to twice of it, when such arrays are freed
 NO_X64 = "no"  # what Apple's GPUs can do
 Method = Literal["psutil", "sysconf", "cgroup-v1", "cgroup-v2", "workers", "fallback"]
 
@@ -210,9 +213,27 @@ def keep_freed_memory() -> bool:
     for 2^16 points). Afterwards up to 64 MiB per thread stay with the process.
     """
     threshold = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    if not threshold.isdigit() or int(threshold) >= KEPT_BYTES:
-        return False
+    return threshold.isdigit() and int(threshold) < KEPT_BYTES and _mapped_from(MAPPED_FROM)
+
+
+@contextmanager
+def large_arrays_given_back() -> Iterator[None]:
+    """Within, arrays of 4 MiB and more go back to the system as soon as they are freed, where glibc decides that by itself.
+
+    It keeps those up to 32 MiB otherwise, for each of the threads that read: reading 4e6 values at a time took 1450 MB in
+    place of 810, in the same time.
+    """
+    by_default = not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
+    changed = by_default and _mapped_from(MAPPED_FROM)
+    try:
+        yield
+    finally:
+        if changed:
+            _mapped_from(MOST_MAPPED)
+
+
+def _mapped_from(nbytes: int) -> bool:
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return False
-    return all([libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES), libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM)])
+    return all([libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES), libc.mallopt(M_MMAP_THRESHOLD, nbytes)])

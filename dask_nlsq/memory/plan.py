@@ -1,41 +1,21 @@
-"""Where the data of a fit will be held, in which pieces, and what that takes: decided from metadata, before any is read.
-
-A process that takes part in a fit, a worker of the cluster or this one, has at its peak what it has now, plus
-
-    start      JAX, and the compilation of the kernels
-    held       the prepared data, in the dtype in which they are stored, padded as `inputs` pads them
-    in flight  for each thread a run of chunks being read: as it comes, and what the user's graph makes on the way
-    scratch    for each thread the rows [J r] of a tile and their copies
-
-The Jacobian of all points never exists, unless the model or a covariance matrix needs all points at once.
-"""
+"""Where the data of a fit will be held, in which pieces, and whether that fits: decided from sizes, before any is read."""
 
 import logging
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import dask
 from distributed import Client
 
 from ..base.config import threads
 from ..base.text import GB, several, size, table
-from ..base.values import positive
-from ..kernels.blocks import TILE_BYTES
-from .machine import available_memory, process_settings, workers_memory
-from .needs import READ_AHEAD, READ_COPIES, SAMPLE_POINTS
-from .processes import HERE, ProcessMemory, advice, ask_workers, pjrt, wanted_resources
-from .threshold import Strategy, effective_fraction
+from .needs import CLIENT_BYTES, Needs, Sizes, needs, partition_size
+from .processes import HERE, ProcessMemory, Room, advice, pjrt, room_here, rooms_of_workers, wanted_resources
+from .threshold import Strategy
 
 logger = logging.getLogger("dask_nlsq")
 
-START_BYTES, START_PER_PARAM = 120e6, 6e6  # measured with 3, 20 and 50 parameters: 97, 129 and 255 to 360 MB
-WORKER_BYTES = 240e6  # at least, of a worker that has imported JAX
-CLIENT_BYTES = 60e6  # of the process that talks to the workers, for graphs and connections
-BOOLEANS = 3  # bytes per point while a mask or sigma is checked
-SAMPLE_COPIES = 4  # of the sample with which a fit that streams begins, while it is drawn
-SCRATCH = 8  # times a tile's rows
-STREAM_PER_THREAD = 8  # where the data are not held: also what a sweep that breaks off has to read again
+STREAM_PER_THREAD = 8  # partitions where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 4, 16  # partitions: many small ones even out the workers; each is a task per sweep
 FEW_TASKS = 1000  # of a sweep: a scheduler takes seconds for thousands, and a thousand threads are even enough with one each
 
@@ -140,35 +120,8 @@ def _cells(place: ProcessMemory) -> tuple[str, ...]:
     return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, pjrt(place))
 
 
-class _Needs(NamedTuple):
-    """Bytes that a fit takes."""
-
-    held: int  # over all processes
-    start: float  # per process
-    in_flight: float  # per thread
-    scratch: float  # per thread
-    run: int  # one run of chunks, in float64
-
-    def working(self, n_threads: int) -> float:
-        return self.start + n_threads * (self.in_flight + self.scratch)
-
-
-def _needs(problem, n_params: int, sent: bool) -> _Needs:
-    checked = any(each.size > 1 for each in problem.operands[1 : 2 + (problem.preparation.layouts.mask is not None)])
-    run = problem.run_nbytes
-    rows = 8 * (n_params + 1) * problem.n_points if problem.preparation.whole else max(TILE_BYTES, 8 * n_params**2)
-    return _Needs(
-        held=problem.held_nbytes(sent),
-        start=START_BYTES + START_PER_PARAM * n_params,
-        in_flight=(READ_COPIES * run if problem.lazy else 0) + BOOLEANS * problem.run_points * checked,
-        scratch=SCRATCH * rows + (0 if problem.factor is None else problem.factor.nbytes),
-        run=run,
-    )
-
-
 def make_plan(
-    problem,
-    n_params: int,
+    sizes: Sizes,
     strategy: Strategy | Literal["auto"] = "auto",
     memory_limit_gb: float | None = None,
     client: Client | None = None,
@@ -194,80 +147,70 @@ def make_plan(
     ValueError, TypeError
         Arguments that make no sense.
     """
-    limit = None if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb, "GiB") * GB
-    if problem.preparation.whole and strategy in ("chunked", "streaming"):
-        reason = "a covariance matrix as sigma" if problem.factor is not None else "this model, or xdata=None,"
+    if sizes.whole and strategy in ("chunked", "streaming"):
+        reason = "a covariance matrix as sigma" if sizes.factor else "this model, or xdata=None,"
         raise ValueError(f'{reason} needs all points at once: use strategy="standard"')
-    lazy = problem.lazy and not problem.preparation.whole
+    lazy = sizes.lazy and not sizes.whole
     chosen: Strategy = "chunked" if lazy and client is not None else "standard"
     if strategy != "auto":
         chosen = strategy
     try:
-        needs, (reason, n_partitions, places) = _decide(problem, n_params, chosen, limit, client, per_thread)
+        plan = _decided(sizes, chosen, memory_limit_gb, client, per_thread)
     except MemoryBudgetError as err:
         if strategy != "auto" or not lazy:
             raise
-        chosen = "streaming"
         try:
-            needs, (reason, n_partitions, places) = _decide(problem, n_params, chosen, limit, client, per_thread)
+            plan = _decided(sizes, "streaming", memory_limit_gb, client, per_thread, f", since {err.numbers}")
         except MemoryBudgetError:
             raise err from None
-        reason = f"{reason}, since {err.numbers}"
-    plan = Plan(
-        strategy=chosen,
-        reason=reason,
-        n_points=problem.n_points,
-        n_params=n_params,
-        n_chunks=problem.n_chunks,
-        n_partitions=n_partitions,
-        sweep_bytes=problem.nbytes,
-        held_bytes=needs.held,
-        in_flight_bytes=int(needs.in_flight),
-        places=places,
-        decoded=problem.decoded,
-    )
     logger.info("%r", plan)
     return plan
 
 
-def _decide(problem, n_params, strategy, limit, client, per_thread):
+def _decided(sizes, strategy, memory_limit_gb, client, per_thread, since="") -> Plan:
     on_workers = strategy in ("chunked", "streaming") and client is not None
-    needs = _needs(problem, n_params, sent=on_workers)
-    if strategy == "streaming":
-        readers = 1 if on_workers else min(threads(), problem.n_runs)
-        sample = SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, problem.n_points) * len(problem.operands)
-        in_flight = needs.in_flight * (1 + READ_AHEAD / readers)
-        needs = needs._replace(held=0, in_flight=in_flight, start=needs.start + (0 if on_workers else sample))
-        per_thread = per_thread or STREAM_PER_THREAD
+    wanted = needs(sizes, strategy, on_workers)
     if on_workers:
-        return needs, _on_workers(problem, needs, limit, client, per_thread)
-    return needs, _here(problem, needs, limit)
+        per_thread = per_thread or (STREAM_PER_THREAD if strategy == "streaming" else None)
+        reason, n_partitions, places = _on_workers(
+            sizes, wanted, strategy, rooms_of_workers(client, memory_limit_gb), per_thread
+        )
+    else:
+        reason, n_partitions, places = _here(sizes, wanted, strategy, room_here(memory_limit_gb))
+    readers = max(places, key=lambda place: place.n_threads).n_threads
+    return Plan(
+        strategy=strategy,
+        reason=reason + since,
+        n_points=sizes.n_points,
+        n_params=sizes.n_params,
+        n_chunks=sizes.n_chunks,
+        n_partitions=n_partitions,
+        sweep_bytes=sizes.nbytes,
+        held_bytes=int(wanted.held + wanted.shared),
+        in_flight_bytes=int(wanted.in_flight(readers) / readers),
+        places=places,
+    )
 
 
-def _here(problem, needs, limit):
-    fraction, _ = effective_fraction()
-    here, n_threads = process_settings(), min(threads(), problem.n_runs)
-    may_take, source = (available_memory() * fraction, f"{fraction:.0%} of what is available")
-    if limit is not None:
-        may_take, source = limit, "memory_limit_gb"
-    working = needs.working(n_threads)
-    if needs.held + working > may_take and (problem.lazy or limit is not None):
-        way_out = "" if limit is None else f"raise memory_limit_gb to {(needs.held + working) / GB:.2g}, "
-        way_out += "rechunk the data into smaller chunks, " if n_threads * needs.in_flight > may_take / 2 else ""
-        way_out += 'use strategy="streaming", which holds none, ' if needs.held else ""
+def _here(sizes: Sizes, wanted: Needs, strategy: Strategy, room: Room):
+    n_threads = min(threads(), sizes.n_runs)
+    working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), strategy == "streaming"
+    if wanted.held + working > room.nbytes and (sizes.lazy or room.limited):
+        way_out = f"raise memory_limit_gb to {(wanted.held + working) / GB:.2g}, " if room.limited else ""
+        way_out += "rechunk the data into smaller chunks, " if in_flight > room.nbytes / 2 else ""
+        way_out += "" if streams else 'use strategy="streaming", which holds none, '
         raise MemoryBudgetError(
-            f"the data take {size(needs.held)} in memory, and this process {size(working)} beside them, of which "
-            f"{size(n_threads * needs.in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take "
-            f"{size(may_take)} ({source})",
+            f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, of which "
+            f"{size(in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take {size(room.nbytes)} "
+            f"({room.source})",
             f"{way_out}use a distributed.Client whose workers together have more memory, or fit a part of the data",
         )
     reason = "the data are in this process already"
-    if not needs.held:
+    if streams:
         reason = "the data are read anew in each sweep"
-    elif problem.lazy:
-        reason = f"the data take {size(needs.held)}, and this process may take {size(may_take)} ({source})"
-    peak = here["now"] + needs.held + working
-    return reason, 1, (ProcessMemory(HERE, n_threads, held=needs.held, peak=peak, limit=here["now"] + may_take, **here),)
+    elif sizes.lazy:
+        reason = f"the data take {size(wanted.held)}, and this process may take {size(room.nbytes)} ({room.source})"
+    return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads),)
 
 
 def tasks_per_thread(n_threads: int) -> int:
@@ -275,73 +218,62 @@ def tasks_per_thread(n_threads: int) -> int:
     return max(1, min(PER_THREAD, FEW_TASKS // max(n_threads, 1)))
 
 
-def partition_size(n_runs: int, n_threads: int, per_thread: int) -> int:
-    """Runs of chunks per partition: a power of two, so that partitions are subtrees of the merge."""
-    size, n_threads = 1, max(n_threads, 1)  # a cluster may have no workers yet
-    while size < n_runs and -(-n_runs // (2 * size)) >= per_thread * n_threads:
-        size *= 2
-    return size
+def count_partitions(n_runs: int, n_threads: int, per_thread: int) -> int:
+    """At least so many for each thread, where there are as many runs, and fewer than twice as many."""
+    return -(-n_runs // partition_size(n_runs, max(2 * per_thread * n_threads - 2, 1)))
 
 
-def _on_workers(problem, needs, limit, client, per_thread):
-    n_threads, found = ask_workers(client)
-    total = sum(n_threads.values())
-    fraction, _ = effective_fraction()
-    dasks = dask.config.get("distributed.worker.memory")  # shares of process and of data, above which it writes to disk
-    share, data_share = min(fraction, dasks["spill"] or 1.0), dasks["target"] or 1.0
-    source = f"{share:.0%} of its memory"
-    limits = dict.fromkeys(found, inf) | (workers_memory(client) or {})
-    may_have = {address: share * limits[address] for address in found}
-    if limit is not None:
-        source = "memory_limit_gb, and " + source
-        may_have = {address: min(found[address]["now"] + limit, most) for address, most in may_have.items()}
-    working = {a: max(WORKER_BYTES, found[a]["now"]) + needs.working(n) for a, n in n_threads.items()}
+def _on_workers(sizes: Sizes, wanted: Needs, strategy: Strategy, rooms: list[Room], per_thread: int | None):
+    total = sum(room.n_threads for room in rooms)
+    working = [wanted.working(room.n_threads) for room in rooms]
 
-    def held(per_thread):
+    def shared_out(per_thread):
         """Number of partitions, and the most bytes of them that each worker gets."""
-        length = partition_size(problem.n_runs, total, per_thread)
-        n = -(-problem.n_runs // length)
-        share = {a: min(n, -(-n * each // total) + (n > total)) for a, each in n_threads.items()}  # one too many
-        return n, {a: min(1.0, k * length / problem.n_runs) * needs.held for a, k in share.items()}
+        n = count_partitions(sizes.n_runs, total, per_thread)
+        length = partition_size(sizes.n_runs, n)
+        most = [min(n, -(-n * room.n_threads // total) + (n > total)) for room in rooms]  # one too many
+        return n, [min(1.0, k * length / sizes.n_runs) * wanted.held for k in most]
 
-    def fits(a):
-        return working[a] + holds[a] <= may_have[a] and holds[a] <= data_share * limits[a]
+    def fits(room, working, held):
+        return working + held <= room.nbytes and held <= room.most_held
 
-    wanted, most = per_thread or tasks_per_thread(total), per_thread or MOST_PER_THREAD
-    n_partitions, holds = held(wanted)
-    while wanted < most and not all(map(fits, found)):
-        wanted *= 2
-        n_partitions, holds = held(wanted)
-    for a in found:
-        raised = "" if limit is None else "raise memory_limit_gb, "
-        if working[a] > may_have[a]:
+    tried, most = per_thread or tasks_per_thread(total), per_thread or MOST_PER_THREAD
+    n_partitions, held = shared_out(tried)
+    while tried < most and not all(map(fits, rooms, working, held)):
+        tried *= 2
+        n_partitions, held = shared_out(tried)
+    for room, works, holds in zip(rooms, working, held, strict=True):
+        may_have, raised = f"{size(room.base + room.nbytes)} ({room.source})", "raise memory_limit_gb, " * room.limited
+        if works > room.nbytes:
             raise MemoryBudgetError(
-                f"worker {a} may have {size(may_have[a])} ({source}) and needs {size(working[a])} before it holds any "
-                f"data, of which {size(n_threads[a] * needs.in_flight)} to read runs of chunks of {size(needs.run)} in "
-                f"{several(n_threads[a], 'thread')}",
+                f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, of "
+                f"which {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
+                f"{several(room.n_threads, 'thread')}",
                 f"{raised}rechunk the data into smaller chunks, or start workers with more memory or fewer threads",
             )
-        if not fits(a):
-            room = sum(max(0.0, may_have[each] - working[each]) for each in found)
+        if not fits(room, works, holds):
+            left = sum(max(0.0, each.nbytes - needed) for each, needed in zip(rooms, working, strict=True))
             raise MemoryBudgetError(
-                f"the data take {size(needs.held)} and {several(len(found), 'worker')} have room for {size(room)}: worker "
-                f"{a} would hold {size(holds[a])} and have {size(working[a] + holds[a])} at its peak, of "
-                f"{size(may_have[a])} ({source})",
+                f"the data take {size(wanted.held)} and {several(len(rooms), 'worker')} have room for {size(left)}: worker "
+                f"{room.name} would hold {size(holds)} and have {size(room.base + works + holds)} at its peak, of "
+                f"{may_have}",
                 f'{raised}use strategy="streaming", which holds none, start more workers or larger ones, or fit a part of '
                 "the data",
             )
-    reason = f"{several(len(found), 'worker')} hold the data of {size(needs.held)} together"
-    if not needs.held:
-        reason = f"{several(len(found), 'worker')} read the data anew in each sweep"
-    if not found:
-        reason = f"the data take {size(needs.held)}; no worker has come yet, so that nothing is known of their memory"
-        with_ = f" with the resources {wanted}, as `dask worker --resources`" if (wanted := wanted_resources()) else ""
+    reason = f"{several(len(rooms), 'worker')} hold the data of {size(wanted.held)} together"
+    if strategy == "streaming":
+        reason = f"{several(len(rooms), 'worker')} read the data anew in each sweep"
+    if not rooms:
+        reason = f"the data take {size(wanted.held)}; no worker has come yet, so that nothing is known of their memory"
+        with_ = f" with the resources {asked}, as `dask worker --resources`" if (asked := wanted_resources()) else ""
         logger.warning(
             "the cluster has no workers yet%s, and the fit waits for one: start it, as with client.cluster.scale(2)", with_
         )
-    here, sent = process_settings(), 0 if problem.lazy else 2 * problem.nbytes
-    peak = here["now"] + needs.start + CLIENT_BYTES + sent
-    places = [ProcessMemory(HERE, 1, held=0, peak=peak, limit=inf, **here)]
-    for a, n in n_threads.items():
-        places.append(ProcessMemory(a, n, held=holds[a], peak=working[a] + holds[a], limit=limits[a], **found[a]))
-    return reason, n_partitions, tuple(places)
+    sent = 0 if sizes.lazy else sizes.nbytes
+    client = needs(sizes, strategy).start + CLIENT_BYTES + sent
+    here = room_here(None)._replace(limit=inf).place(0, client, 1)
+    return (
+        reason,
+        n_partitions,
+        (here, *(room.place(h + wanted.shared, w + h) for room, w, h in zip(rooms, working, held, strict=True))),
+    )

@@ -7,8 +7,12 @@ from typing import NamedTuple
 import dask
 from distributed import Client
 
-from ..base.text import size, table
-from .machine import NO_X64, active_client, process_settings, workers_memory
+from ..base.config import threads
+from ..base.text import GB, size, table
+from ..base.values import positive
+from .machine import NO_X64, active_client, available_memory, process_settings, workers_memory
+from .needs import WORKER_BYTES
+from .threshold import effective_fraction
 
 HERE = "this process"
 EVEN = 0.9  # of the largest limit, from which limits count as the same
@@ -32,6 +36,53 @@ class ProcessMemory(NamedTuple):
     pjrt_nproc: str | None
     cores: int
     limited: bool = True  # whether ``limit`` was set, or is what the machine has
+
+
+class Room(NamedTuple):
+    """What a process may take for a fit or a map, in bytes."""
+
+    name: str
+    n_threads: int
+    settings: dict
+    base: float  # that it has already, or needs to begin with
+    nbytes: float  # that it may take beside that
+    most_held: float  # of it, of data
+    limit: float  # of all that it takes
+    source: str  # of what it may take, in words
+    limited: bool  # by the user
+
+    def place(self, held: float, taken: float, n_threads: int | None = None) -> ProcessMemory:
+        peak, n_threads = self.base + taken, self.n_threads if n_threads is None else n_threads
+        return ProcessMemory(self.name, n_threads, held=held, peak=peak, limit=self.limit, **self.settings)
+
+
+def room_here(limit_gb: float | None) -> Room:
+    """What this process may take: ``limit_gb`` GiB, or the share that `effective_fraction` allows of what is available."""
+    settings, fraction = process_settings(), effective_fraction()[0]
+    nbytes, source = available_memory() * fraction, f"{fraction:.0%} of what is available"
+    if limit_gb is not None:
+        nbytes, source = positive("memory_limit_gb", limit_gb, "GiB") * GB, "memory_limit_gb"
+    now = settings["now"]
+    return Room(HERE, threads(), settings, now, nbytes, inf, now + nbytes, source, limit_gb is not None)
+
+
+def rooms_of_workers(client: Client, limit_gb: float | None) -> list[Room]:
+    """What each worker may take: up to the share of its memory where Dask writes to disk, of ``limit_gb`` GiB at most."""
+    n_threads, found = ask_workers(client)
+    dasks = dask.config.get("distributed.worker.memory")  # shares of process and of data, above which it writes to disk
+    share, data_share = min(effective_fraction()[0], dasks["spill"] or 1.0), dasks["target"] or 1.0
+    source = "memory_limit_gb, and " * (limit_gb is not None) + f"{share:.0%} of its memory"
+    most = inf if limit_gb is None else positive("memory_limit_gb", limit_gb, "GiB") * GB
+    limits = dict.fromkeys(found, inf) | (workers_memory(client) or {})
+    rooms = []
+    for address, settings in found.items():
+        limit, now = limits[address], settings["now"]
+        base, may_have = max(WORKER_BYTES, now), min(now + most, share * limit)
+        held = data_share * limit
+        rooms.append(
+            Room(address, n_threads[address], settings, base, may_have - base, held, limit, source, limit_gb is not None)
+        )
+    return rooms
 
 
 class Report:
