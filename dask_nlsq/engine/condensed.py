@@ -47,6 +47,7 @@ class Condensed(NamedTuple):
     parts: np.ndarray | None = None  # (k, segment_size(p)), see `kernels.rows.SegmentSums`
     read: Read | None = None  # where the data are not held
     size: float = 0.0  # sum w y^2, which says how large the rounding of the residuals is
+    left: float = 0.0  # by which the cost may be above that of the best locals of groups
 
     @property
     def pearson(self) -> float:

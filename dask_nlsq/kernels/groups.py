@@ -25,8 +25,9 @@ from jax import lax
 from ..model.function import Model
 from .lane_loop import Fitted, Pixels, build_fit, prepare
 from .lanes import Data, Lanes, Limits, MapSpec, inverse, n_lanes, normal_equations
-from .rules import EPS, RUNNING
+from .rules import EPS, RUNNING, Course
 
+NOWHERE = Course(None, None)
 STIFFEST = 1 / EPS**2  # what a bound adds to A at most, times the diagonal element
 
 
@@ -90,11 +91,16 @@ def _build(model: Model, spec: GroupSpec):
 
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used, fitted):
     """Lane after lane of groups, so many together as a map fits."""
-    n_groups, l, s = len(params), len(spec.locals.free), len(spec.shared)
+    n_groups, n_locals, s = len(params), len(spec.locals.free), len(spec.shared)
     width = min(n_lanes(data.y.shape[1]), n_groups)
     places = jnp.array((*spec.locals.free, *spec.shared))
     state = LocalState(
-        params, jnp.zeros((n_groups, l, s + 1)), jnp.zeros((n_groups, l, l)), jnp.zeros(n_groups), used, fitted
+        params,
+        jnp.zeros((n_groups, n_locals, s + 1)),
+        jnp.zeros((n_groups, n_locals, n_locals)),
+        jnp.zeros(n_groups),
+        used,
+        fitted,
     )
 
     def one(k, carried):
@@ -102,12 +108,13 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
         first = jnp.minimum(k * width, n_groups - width)  # the last lanes begin early, and leave out what has been counted
         group = first + jnp.arange(width)
         fresh = (group >= k * width) & used[group]
-        cut = Data(*(_rows(each, group) for each in data[:2]), tuple(_rows(c, group) for c in data.x), *(None,) * 5)
+        x = tuple(c[group] if len(c) > 1 else c for c in data.x)
+        cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
         trial = params[group][:, places].T
-        lanes = Lanes(cut._replace(start=params[group].T), None, trial, None, jnp.full(width, RUNNING))
+        lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(width, RUNNING))
         gram, cost, floored = normal_equations(model, spec.all, limits, lanes)
         lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
-        inverted, back, reduced, left = eliminate(gram, trial[:l], lower, upper)
+        inverted, back, reduced, left = eliminate(gram, trial[:n_locals], lower, upper)
         weight, y, n_points = cut.weight, cut.y, data.n_points[group]
         moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2)
 

@@ -62,12 +62,13 @@ class Verdict(NamedTuple):
 def judge(xp, here, there, predicted, stalls) -> Verdict:
     """Compare a trial with the point that it started from, both of them points of the loop.
 
-    Once the predicted reduction is below the rounding of the cost the actual one is noise: the trial is accepted if it
+    Once the predicted reduction is below what the costs may be wrong by the actual one is noise: the trial is accepted if it
     lowers the decrement. A trial with more counts where the mean is floored (Poisson), or more parameters on which the model
     does not depend, is never accepted: the gradient knows no way back from there.
     """
     actual = xp.where(there.finite, here.cost - there.cost, xp.nan)
-    by_gradient = there.finite & (predicted >= 0) & (predicted < ROUNDING * here.cost)
+    noise = ROUNDING * here.cost + sum(each.left for each in (here, there) if each.left is not None)
+    by_gradient = there.finite & (predicted >= 0) & (predicted < noise)
     better = xp.where(by_gradient, there.decrement < here.decrement, (actual > 0) & (actual >= LEAST_RATIO * predicted))
     accepted = there.finite & better & (there.floored <= here.floored) & (there.n_faded <= here.n_faded)
     ratio = xp.where(predicted > 0, actual / xp.where(predicted > 0, predicted, 1.0), 0.0)

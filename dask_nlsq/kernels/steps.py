@@ -63,6 +63,7 @@ class Seen(NamedTuple):
     size: Any  # sum w y^2
     floored: Any  # points with counts below the floor of a Poisson likelihood
     finite: Any
+    left: Any = None  # what the cost may be wrong by, besides rounding; None: nothing
 
 
 class Point(NamedTuple):
@@ -90,6 +91,7 @@ class Point(NamedTuple):
     contraction: Any = 0.0  # of the distance by two of them
     distance: Any = np.nan  # standard errors to the optimum of the quadratic model
     model: Any = None  # what a sweep says of J
+    left: Any = None  # what the cost may be wrong by, besides rounding; None: nothing
 
 
 class Step(NamedTuple):
@@ -137,6 +139,7 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
         contraction=contraction,
         distance=rules.distance(xp, decrement, variance, contraction, floor),
         model=model,
+        left=seen.left,
     )
 
 

@@ -65,7 +65,7 @@ class _Pixel(NamedTuple):
 
 
 class PixelBlock(NamedTuple):
-    """The data of a block as the kernels take them: of ``n_pixels`` pixels, in the shape of the map, and of some that fill up."""
+    """The data of a block as the kernels take them: of ``n_pixels`` pixels, and of some that fill it up."""
 
     pixels: Pixels
     n_pixels: int
@@ -93,7 +93,7 @@ class BlockFit:
             kernel = map_kernel(self.model, self.spec)
             with self.compiling("map", block.pixels):
                 found = jax.tree.map(np.asarray, kernel(block.pixels, block.n_pixels, self.limits))
-        return self._record(Fitted(*(each[: block.n_pixels] for each in found))).reshape(block.shape)
+        return self.record(Fitted(*(each[: block.n_pixels] for each in found))).reshape(block.shape)
 
     @contextmanager
     def compiling(self, what: str, pixels: Pixels):
@@ -178,7 +178,7 @@ class BlockFit:
                         f'first {pixel.first(bad)}. nan_policy="omit" leaves these points out'
                     )
 
-    def _record(self, found: Fitted) -> np.ndarray:
+    def record(self, found: Fitted) -> np.ndarray:
         record, free = np.zeros(len(found.chi2), self.dtype), list(self.spec.free)
         record["popt"], record["chi2"], record["n_points"] = found.popt, found.chi2, found.n_points
         record["nfev"], record["status"], record["distance"] = found.nfev, found.status, found.distance

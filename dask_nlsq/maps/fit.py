@@ -134,21 +134,25 @@ def fit_map(
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
         raise TypeError("fit_map does not take data that `hold` holds: pass the arrays themselves")
-    labels: dict[str, Any] = {}
-    if call.decode_cf:
-        warn_if_packed(ydata)
-    if labelled(ydata):
-        fitted = [ydata.dims[k] for k in axes_of(axis, ydata.dims, ydata.ndim)]
-        call.sigma, call.mask = along_dims("sigma", sigma, ydata), along_dims("mask", mask, ydata)
-        call.p0, call.bounds, call.fixed = map_values(p0, bounds, fixed, ydata, fitted)
-    problem = build_map(f, xdata, ydata, call)
-    if labelled(ydata):
-        dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
-        kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
-        labels = dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))
+    problem, labels = align_map(f, xdata, ydata, call)
     if guess is not None:
         problem = _coarse_to_fine(problem)
     return MapResult(problem.records(), problem, labels)
+
+
+def align_map(f: Callable, xdata: Any, ydata: Any, call) -> tuple[MapProblem, dict[str, Any]]:
+    """`build_map`, of xarray data too: with the labels that its result gets."""
+    if call.decode_cf:
+        warn_if_packed(ydata)
+    if not labelled(ydata):
+        return build_map(f, xdata, ydata, call), {}
+    fitted = [ydata.dims[k] for k in axes_of(call.axis, ydata.dims, ydata.ndim)]
+    call.p0, call.bounds, call.fixed = map_values(call.p0, call.bounds, call.fixed, ydata, fitted)
+    call.sigma, call.mask = along_dims("sigma", call.sigma, ydata), along_dims("mask", call.mask, ydata)
+    problem = build_map(f, xdata, ydata, call)
+    dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
+    kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
+    return problem, dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))
 
 
 def _coarse_to_fine(problem: MapProblem) -> MapProblem:

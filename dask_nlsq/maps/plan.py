@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import ceil, inf, prod
+from typing import Any, NamedTuple
 
 from ..base.lazy import da
 from ..base.text import several, size, table
@@ -61,24 +62,38 @@ class MapPlan:
         return "\n".join(table(rows))
 
 
-def axes_of(axis, dims, ndim) -> tuple[int, ...]:
+class AllBut(NamedTuple):
+    """The fit axes, by those that are none."""
+
+    axes: Any
+    name: str  # of the argument
+
+
+def axes_of(axis, dims, ndim, name: str = "axis") -> tuple[int, ...]:
     """Places of the fit axes of a map."""
+    if isinstance(axis, AllBut):
+        others = axes_of(axis.axes, dims, ndim, axis.name)
+        if len(others) == ndim:
+            raise ValueError(
+                f"`{axis.name}` names all axes of `ydata`, and leaves none along which there is something to fit"
+            )
+        return tuple(k for k in range(ndim) if k not in others)
     given = axis if isinstance(axis, (tuple, list)) else (axis,)
     found = []
     for each in given:
         if isinstance(each, str):
             if dims is None or each not in dims:
-                raise ValueError(f"`axis` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
+                raise ValueError(f"`{name}` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
             each = dims.index(each)
         if not is_integer(each) or not -ndim <= each < ndim:
-            raise ValueError(f"`axis` must name axes of `ydata`, which has {ndim}: not {axis!r}")
+            raise ValueError(f"`{name}` must name axes of `ydata`, which has {ndim}: not {axis!r}")
         found.append(int(each) % ndim)
     if not found or len(set(found)) < len(found):
-        raise ValueError(f"`axis` must name one or several different axes, not {axis!r}")
+        raise ValueError(f"`{name}` must name one or several different axes, not {axis!r}")
     if found != sorted(found):
-        in_order = tuple(name if isinstance(name, str) else k for k, name in sorted(zip(found, given, strict=True)))
+        in_order = tuple(each if isinstance(each, str) else k for k, each in sorted(zip(found, given, strict=True)))
         raise ValueError(
-            f"`axis` must be in the order of the axes of `ydata`, and `xdata` with it: {in_order}, not {axis!r}"
+            f"`{name}` must be in the order of the axes of `ydata`, and `xdata` with it: {in_order}, not {axis!r}"
         )
     return tuple(found)
 

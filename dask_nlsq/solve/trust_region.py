@@ -205,7 +205,9 @@ def linearise(params, equations: Condensed, before: Point, options: Options, ful
     columns, pearson = norm(model.factor.R, axis=0), options.noise == "pearson"
     chi_square = equations.pearson if pearson else 2 * equations.cost
     counts = equations.n_points, equations.size, equations.floored
-    seen = Seen(params, equations.cost, model.factor.gradient, columns, chi_square, *counts, equations.finite)
+    seen = Seen(
+        params, equations.cost, model.factor.gradient, columns, chi_square, *counts, equations.finite, equations.left
+    )
     scheme = Scheme(options.bounds, options.x_scale, options.gtol_relative, options.noise == "known")
     return point_at(np, seen, before, full, scheme, lambda hat: (*model.newton(hat), model))
 

@@ -1,0 +1,130 @@
+"""The sweep of a grouped fit: all blocks of groups, evaluated at shared parameters; Dask holds what stays with the data.
+
+A sweep is a task for each block, which gives sums for the client and the state of its groups (locals and W), which stays
+where it is made. The next sweep starts from the state at the accepted point. Dask knows how each state was made: that of a
+worker that dies is made again, with the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+from uuid import uuid4
+
+import dask
+import jax
+import numpy as np
+from dask import delayed
+
+from ..base.x64 import float64
+from ..engine.condensed import Condensed, merge
+from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel
+from ..kernels.lanes import Limits
+from ..kernels.rows import segment_size
+from ..maps.blocks import BlockFit, MapProblem, PixelBlock
+
+INNER = 1e-2  # standard errors to which locals are fitted at first
+FINEST = 1e-8
+SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
+INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
+MOST_SEGMENTS = 256
+
+
+class At(NamedTuple):
+    """Where a sweep evaluates: shared parameters (s,), those of the state that it starts from, and how exactly."""
+
+    shared: np.ndarray
+    base: np.ndarray | None
+    limits: Limits
+
+
+def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At):
+    """The task: `GroupSums` and `LocalState` of a block."""
+    pixels, n = block.pixels, block.n_pixels
+    n_all, places, free = len(pixels.y), list(spec.shared), list(spec.locals.free)
+    if before is None:
+        start, used = np.broadcast_to(pixels.start, (n_all, pixels.start.shape[1])).copy(), np.arange(n_all) < n
+    else:
+        spec = spec._replace(locals=spec.locals._replace(guess=None))
+        start, used = before.params.copy(), before.used
+        step = np.append(at.shared - at.base, 1.0)
+        start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
+    start[:, places] = at.shared
+    pixels = pixels._replace(start=start)
+    with float64(), fit.compiling("groups", pixels):
+        found = group_kernel(fit.model, spec)(pixels, n, used, at.limits)
+    return jax.tree.map(np.asarray, found)
+
+
+class GroupSweep:
+    """``sweep(params, reduction)`` for `dask_nlsq.solve.trust_region.solve`, of the shared parameters (s,).
+
+    Attributes
+    ----------
+    count : int
+        Sweeps so far.
+    """
+
+    def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
+        self.spec, self.count = spec, 0
+        tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
+        most = 100 * len(spec.locals.free)
+        self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
+        self.fit, self.name = delayed(problem.fit, pure=True, traverse=False), uuid4().hex
+        bands = (problem.band(rows, problem.fit.gather) for rows in problem.bands)
+        blocks = [block for band in bands for block in band.to_delayed().ravel()]
+        self.blocks = list(dask.persist(*blocks)) if held else blocks
+        self.states: dict[bytes, list] = {}
+        self.sums: dict[bytes, GroupSums] = {}
+        self.base: np.ndarray | None = None
+
+    def __call__(self, params: np.ndarray, reduction="gram") -> Condensed:
+        params, key = np.asarray(params, dtype=np.float64), np.asarray(params, dtype=np.float64).tobytes()
+        if key not in self.states:
+            self.states[key], found = self._read(params)
+            self.sums[key] = found
+            self.count += 1
+        return self._condensed(self.sums[key])
+
+    def _read(self, params):
+        before = [None] * len(self.blocks) if self.base is None else self.states[self.base.tobytes()]
+        at = delayed(At(params, self.base, self.limits), pure=True, traverse=False)
+        spec = delayed(self.spec, pure=True, traverse=False)
+        name = f"nlsq-groups-{self.name}-{self.count}"
+        both = [
+            delayed(sweep_block)(self.fit, spec, block, state, at, dask_key_name=f"{name}-{k}")
+            for k, (block, state) in enumerate(zip(self.blocks, before, strict=True))
+        ]
+        both = dask.persist(*both)
+        sums = dask.compute(*[each[0] for each in both])
+        return [each[1] for each in both], GroupSums(*map(np.stack, zip(*sums, strict=True)))
+
+    def _condensed(self, sums: GroupSums) -> Condensed:
+        s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
+        matrix, cost = merge(sums.gram, sums.cost, "gram")
+        free = sums.n_points - n_locals * sums.n_groups  # what the locals leave of the points
+        unknown = np.full(len(free), np.nan)
+        rows = [sums.gram.reshape(len(free), -1), sums.spread.reshape(len(free), -1)]
+        columns = [sums.cost, unknown, 2 * sums.cost, free, sums.n_groups, sums.floored]
+        parts = np.concatenate([*rows, np.stack(columns, axis=1), sums.weights], axis=1)
+        assert parts.shape[1] == segment_size(s)
+        size = float(sums.weights[:, 1 if self.spec.locals.loss == "poisson" else 2].sum())
+        return Condensed(matrix, float(cost), "gram", parts, None, size, float(sums.left.sum()))
+
+    @property
+    def accepted(self) -> GroupSums:
+        """Of all blocks (blocks, ...), at the point that was accepted last."""
+        assert self.base is not None
+        return self.sums[self.base.tobytes()]
+
+    def settle(self, params: np.ndarray, distance: float) -> None:
+        """Keep the state at the accepted point alone; the next sweep starts from it, and is as exact as it has to be."""
+        key = params.tobytes()
+        self.base = params
+        self.states, self.sums = {key: self.states[key]}, {key: self.sums[key]}
+        n_groups = self.sums[key].n_groups.sum()
+        if np.isfinite(distance) and n_groups:
+            accuracy = float(np.clip(distance * np.sqrt(SHARE / n_groups), FINEST, INNER))
+            self.limits = self.limits._replace(accuracy=accuracy)
+
+    def final(self, params: np.ndarray) -> Sequence:
+        """The states of all blocks at a point that has been evaluated, lazily."""
+        return self.states[params.tobytes()]
