@@ -9,7 +9,7 @@ demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
 test: .venv/ready          ## all tests but the long ones, in two processes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow
