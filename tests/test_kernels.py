@@ -14,7 +14,7 @@ from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
 from dask_nlsq.kernels.blocks import BLOCK_POINTS
-from dask_nlsq.kernels.checks import check_pointwise
+from dask_nlsq.kernels.checks import check_jac, check_pointwise
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
 from dask_nlsq.model.function import intern
@@ -307,6 +307,19 @@ def test_models_that_are_not_pointwise_are_recognised(f):
 def test_a_pointwise_model_with_nan_at_a_point_passes():
     preparation, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
     check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), preparation.layouts, chunk.sample, np.ones(1))
+
+
+@pytest.mark.parametrize("factor", [3, -1, 0.25])
+def test_a_wrong_column_of_jac_is_named_with_its_size(factor):
+    preparation, chunk = chunk_of(*data(100))
+
+    def jac(x, a, b, c):
+        e = jnp.exp(-b * x)
+        return jnp.stack([e, -factor * a * x * e, jnp.ones_like(x)], axis=1)
+
+    message = f"its column for b is {factor} times the derivative"
+    with pytest.raises(ValueError, match=message):
+        check_jac(intern(decay, jac), preparation.layouts, chunk.sample, "abc", PARAMS)
 
 
 def test_the_faster_way_of_forming_columns_is_found_by_timing():
