@@ -30,30 +30,30 @@ LIST = Path(__file__).with_suffix(".json")
 SEED, DRAWN = 60, 60
 LONGEST = 900  # seconds for the tests of a mutant: a loop that does not end is noticed as well
 TESTS = {  # of each module, the quick ones first
-    "data/chunks": "inputs loading streaming store",
-    "data/store": "store cf checkpoint",
+    "data/chunks": "bad_input inputs store",
+    "data/store": "store cf",
     "engine/checkpoint": "checkpoint",
-    "engine/cluster": "plan streaming cluster",
-    "engine/condensed": "reduction trust_region streaming diagnostics",
-    "engine/evaluator": "curve_fit streaming checkpoint hold",
-    "engine/partition": "streaming inputs multistart plan",
-    "engine/places": "plan streaming hold cluster",
-    "engine/request": "checkpoint curve_fit streaming",
-    "engine/sweep": "streaming multistart hold checkpoint",
-    "engine/values": "diagnostics",
-    "kernels/blocks": "kernels inputs streaming multistart",
-    "kernels/checks": "kernels curve_fit streaming",
+    "engine/cluster": "streaming plan cluster",
+    "engine/condensed": "reduction streaming diagnostics",
+    "engine/evaluator": "checkpoint streaming hold",
+    "engine/partition": "streaming hold",
+    "engine/places": "streaming plan hold",
+    "engine/request": "reduction kernels checkpoint",
+    "engine/sweep": "streaming multistart hold",
+    "engine/values": "diagnostics result",
+    "kernels/blocks": "kernels inputs streaming",
+    "kernels/checks": "kernels bad_input",
     "kernels/jac_mode": "kernels",
     "kernels/lane_loop": "lanes maps",
     "kernels/lanes": "lanes maps",
     "kernels/many_starts": "second_try multistart",
-    "kernels/rows": "kernels reduction likelihood",
-    "kernels/rules": "rules statistics trust_region",
-    "kernels/steps": "steps subproblem trust_region",
-    "kernels/values": "multistart diagnostics",
+    "kernels/rows": "reduction kernels likelihood",
+    "kernels/rules": "rules trust_region",
+    "kernels/steps": "steps subproblem",
+    "kernels/values": "diagnostics multistart",
     "maps/blocks": "lanes maps map_result",
-    "memory/plan": "plan memory streaming",
-    "results/statistics": "statistics result",
+    "memory/plan": "plan memory",
+    "results/statistics": "statistics",
     "solve/multistart": "second_try multistart",
     "solve/subproblem": "subproblem trust_region",
     "solve/trust_region": "trust_region streaming",
@@ -121,7 +121,7 @@ def run_tests(folder: Path, kernels: str, asked: list[str], stop: bool = True) -
 
 
 def failed(printed: str) -> list[str]:
-    return re.findall(r"^(?:FAILED|ERROR) (\S+)", printed, re.MULTILINE)
+    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
 
 
 def outcome(mutant: Mutant, kernels: str) -> Outcome:
@@ -241,7 +241,7 @@ def main() -> int:
     chosen = [each for each in listed() if not given.modules or each.module in given.modules]
     lost = [f"{each.path}: {each.line}" for each in chosen if each.place((ROOT / each.path).read_text()) < 0]
     if lost:
-        print("these lines have changed; python -m tests.mutants --draw puts others in their place:", *lost, sep="\n")
+        print("these lines have changed; `make mutants-draw` puts others in their place:", *lost, sep="\n")
         return 2
     began = time.monotonic()
     with (

@@ -14,7 +14,7 @@ from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
 from dask_nlsq.kernels.blocks import BLOCK_POINTS
-from dask_nlsq.kernels.checks import check_jac, check_pointwise
+from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
 from dask_nlsq.model.function import intern
@@ -307,6 +307,15 @@ def test_models_that_are_not_pointwise_are_recognised(f):
 def test_a_pointwise_model_with_nan_at_a_point_passes():
     preparation, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
     check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), preparation.layouts, chunk.sample, np.ones(1))
+
+
+def test_a_fingerprint_knows_the_arrays_that_a_model_closes_over():
+    def closing_over(table):
+        return intern(lambda x, a: a * jnp.interp(x, jnp.arange(3.0), table))
+
+    layouts = chunk_of(*data(100))[0].layouts
+    first, again, other = (closing_over(jnp.array(each)) for each in ([0.0, 1, 2], [0.0, 1, 2], [0.0, 1, 3]))
+    assert fingerprint(first, layouts, 1) == fingerprint(again, layouts, 1) != fingerprint(other, layouts, 1)
 
 
 @pytest.mark.parametrize("factor", [3, -1, 0.25])

@@ -281,6 +281,15 @@ def test_no_more_than_three_optima_are_compared_on_all_data(few_candidates, root
     np.testing.assert_array_equal(found.basin[list(found.chosen)], [0, 1, 2])
 
 
+def test_an_optimum_that_the_sample_knows_to_be_worse_is_not_compared_on_all_data(few_candidates):
+    x = np.linspace(0, 10, 400_000)
+    y = -0.5 * x + 5 * np.random.default_rng(0).standard_normal(x.size)
+    found = search_locally(lambda x, b: 20 * (b**2 - 1) + 0.5 * b * x, x, y, [0.9], ([-3.0], [3.0]), n_starts=20)
+    assert found.basin.max() == 1  # -1 is right, and 1 a minimum as well
+    assert found.chosen == (found.winner,)
+    np.testing.assert_allclose(found.params[found.winner], -1, atol=0.02)
+
+
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 100.0])
 def test_what_starts_at_zero_is_searched_on_the_scale_that_the_data_show(few_candidates, unit):
     x = np.linspace(0, 10, N)

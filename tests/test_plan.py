@@ -153,6 +153,29 @@ def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read()
         plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
 
 
+WAYS_OUT = {
+    "raise": "raise memory_limit_gb to",
+    "rechunk": "rechunk the data into smaller chunks",
+    "stream": 'use strategy="streaming"',
+}
+
+
+@pytest.mark.parametrize(
+    "n, chunks, options, ways",
+    [
+        (10**7, 10**5, dict(memory_limit_gb=0.1), ["raise", "stream"]),
+        (10**12, 10**7, {}, ["stream"]),
+        (10**12, 10**11, {}, ["rechunk", "stream"]),
+        (10**12, 10**11, dict(strategy="streaming"), ["rechunk"]),
+        (10**12, 10**11, dict(strategy="streaming", memory_limit_gb=1), ["raise", "rechunk"]),
+    ],
+)
+def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, options, ways):
+    with pytest.raises(MemoryBudgetError) as err:
+        plan_fit(decay, da.zeros(n, chunks=chunks), unread(n, chunks), **dict(strategy="standard") | options)
+    assert [name for name, words in WAYS_OUT.items() if words in str(err.value)] == ways
+
+
 def test_the_workers_together_hold_what_one_could_not(client):
     x, y = lazy(3 * 10**7, 10**6, "f4")
     result = curve_fit(decay, x, y, p0=[1, 1, 0], memory_limit_gb=0.5)

@@ -113,9 +113,9 @@ def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path
     objective, params = Objective(intern(decay), "soft_l1", 0.1), np.array([1.9, 0.6, 0.2])
     with open_sweep(problem) as held:
         expected = Evaluator(held, objective, 3)(params, reduction)
-    for where in (None, workers):
+    for where, n_partitions in ((None, 1), (workers, 1), (workers, 20)):
         current = nullcontext() if where is None else workers.as_current()
-        with current, open_sweep(problem, "streaming", where) as sweep:
+        with current, open_sweep(problem, "streaming", where, n_partitions) as sweep:
             found = Evaluator(sweep, objective, 3)(params, reduction)
             np.testing.assert_array_equal(found.matrix, expected.matrix)
             assert found.cost == expected.cost
