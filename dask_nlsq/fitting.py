@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
-from scipy.optimize import OptimizeWarning
+import scipy
 
 from .base.warn import warn
 from .data.chunks import Census
@@ -241,7 +241,7 @@ def curve_fit(
     if result.status == 0:
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
-        warn(f"Not converged: {result.message} {WAY_OUT}", OptimizeWarning)
+        warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
     if result.status == -3:
         logger.warning("%s", result.message)
     logger.info("%s", result.summary())
@@ -533,5 +533,5 @@ def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, na
         return pcov * (2 * cost / (n_points - p))
     reasons = combinations(solution.factor, names)
     why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning)
+    warn(f"Covariance of the parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
     return np.full((p, p), np.inf)

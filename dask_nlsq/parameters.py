@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.optimize import Bounds
+import scipy
 
 from .base.values import is_number, without_flags
 from .data.arrays import has_masked, plain_array
@@ -111,7 +111,7 @@ def _pairs(names, bounds, shape) -> dict[str, tuple[Any, Any]]:
     """Lower and upper bound by name."""
     if isinstance(bounds, Mapping):
         return {name: _pair(each) for name, each in bounds.items()}
-    ends = (bounds.lb, bounds.ub) if isinstance(bounds, Bounds) else _pair(bounds)
+    ends = (bounds.lb, bounds.ub) if isinstance(bounds, scipy.optimize.Bounds) else _pair(bounds)
     lower, upper = (_listed(f"bounds[{k}]", each, shape, len(names)) for k, each in enumerate(ends))
     return dict(zip(names, zip(lower, upper, strict=True), strict=True))
 

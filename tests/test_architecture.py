@@ -17,16 +17,17 @@ ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no othe
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
     "dask": {
-        "base.config", "base.text", "memory.processes", "memory.plan", "data", "engine", "results.binning", "maps",
-        "interface",
+        "base.config", "base.lazy", "base.text", "memory.processes", "memory.plan", "data", "engine", "results.binning",
+        "maps", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "engine", "interface"},
-    "zarr": {"data.store", "maps.result", "interface", "demo"},
+    "zarr": {"base.lazy", "data.store", "maps.result", "interface", "demo"},
     "bokeh": {"interface.live_page"},
     "matplotlib": {"results.plots", "results.report", "demo"},
     "xarray": {"data.labels", "results.result", "maps.result", "interface.accessor"},
     "click": {"interface.cli"},
 }  # fmt: skip
+LAZY = {"da": "dask", "zarr": "zarr"}  # names of base.lazy -> the library that they load
 MOST_LINES, MOST_BODY = 600, 80  # of a module; of a function, without its docstring
 
 SOURCES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -42,6 +43,7 @@ def imports(module: str) -> tuple[set[str], set[str]]:
             found = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")][1:]
             prefix = ".".join(part for part in found if part)
             names = {f"{prefix}.{alias.name}".strip(".") for alias in node.names}
+            outside |= {LAZY[alias.name] for alias in node.names if prefix == "base.lazy"}
             inside |= {prefix} if prefix in SOURCES and f"{prefix}.__init__" not in SOURCES else names
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module.split(".")[0])

@@ -81,9 +81,16 @@ def test_an_argument_of_the_command_line_is_one_of_the_fit():
     assert all((FITS | MAPS)[name].option for name in READ)
 
 
-def test_the_command_line_is_there_before_jax():
-    code = "import sys, dask_nlsq.interface.cli; assert 'jax' not in sys.modules and 'zarr' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize(
+    ("line", "absent"),
+    [
+        ("import dask_nlsq.interface.cli", {"jax", "zarr"}),
+        ("from dask_nlsq import curve_fit, fit_map", {"dask.array", "zarr", "xarray", "pandas", "scipy.optimize"}),
+    ],
+    ids=["command line", "fits"],
+)
+def test_what_takes_long_to_import_waits_until_it_is_used(line, absent):
+    subprocess.run([sys.executable, "-c", f"import sys; {line}; assert not {absent} & sys.modules.keys()"], check=True)
 
 
 @pytest.mark.parametrize(

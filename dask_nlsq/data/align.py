@@ -13,9 +13,9 @@ from math import prod
 from numbers import Real
 from typing import Any, NamedTuple
 
-import dask.array as da
 import numpy as np
 
+from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
 from ..memory.pool import buffer_bytes
 from .arrays import apart, as_array, join_masks, parted

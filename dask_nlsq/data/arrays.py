@@ -4,16 +4,18 @@ What a task, or the ``__getitem__`` of a foreign array, gives is compared with w
 anything is rechunked or joined: a chunk that is one value short would pair all later values with the wrong x.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import dask
-import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from dask.layers import ArrayBlockIdDep, ArrayChunkShapeDep
 
+from ..base.lazy import da
 from .cf import AS_STORED, Decoding
 from .labels import earliest, seconds, with_dates
 

@@ -4,14 +4,17 @@
 ``valid_range`` are in the units of the stored values. xarray applies the same, but for the valid range.
 """
 
+from __future__ import annotations
+
 import base64
 import binascii
 import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import dask.array as da
 import numpy as np
+
+from ..base.lazy import da
 
 PACKING = ("scale_factor", "add_offset")
 MISSING = ("_FillValue", "missing_value")
@@ -30,7 +33,7 @@ class Decoding(NamedTuple):
     said: tuple[str, ...] = ()  # the attributes, as they are to be shown
 
     @classmethod
-    def of(cls, name: str, attributes: Mapping[str, Any], dtype: np.dtype) -> "Decoding | None":
+    def of(cls, name: str, attributes: Mapping[str, Any], dtype: np.dtype) -> Decoding | None:
         """None where nothing is to be done.
 
         Raises

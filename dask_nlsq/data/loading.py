@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import dask
-import dask.array as da
 import numpy as np
 from dask._task_spec import DataNode, GraphNode, convert_legacy_graph, execute_graph
-from dask.array.optimization import optimize
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
 
+from ..base.lazy import da
 from .align import Data
 from .chunks import Preparation, blank
 
@@ -90,7 +89,7 @@ def plan_loads(problem: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
     wanted = [[key for key in load.operands if isinstance(key, tuple)] for load in loads]
     merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
     outputs = {key for keys in wanted for key in keys}
-    graph = convert_legacy_graph(ensure_dict(optimize(merged, list(outputs))))
+    graph = convert_legacy_graph(ensure_dict(da.optimization.optimize(merged, list(outputs))))
     if futures := (outputs | {key for node in graph.values() for key in node.dependencies}) - graph.keys():
         given = ensure_dict(merged)  # the optimization leaves them out
         graph |= {key: given[key] for key in futures}

@@ -6,6 +6,8 @@ are looked at once before anything is read, each read has a deadline, and what m
 again, but never what a codec says.
 """
 
+from __future__ import annotations
+
 import asyncio
 import errno
 import logging
@@ -20,14 +22,10 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-import dask.array as da
 import numpy as np
-import zarr
-from zarr.abc.store import Store
-from zarr.core.sync import sync
-from zarr.storage import LocalStore, ZipStore
 
 from ..base.config import codec_pipeline, setting
+from ..base.lazy import da, zarr
 from ..base.warn import warn
 from .cf import AS_STORED, Decoding
 
@@ -152,7 +150,7 @@ def open_array(name: str, source) -> zarr.Array:
     try:
         with zarr.config.set({"codec_pipeline.path": pipeline} if pipeline else {}):
             # consolidated metadata go stale when an array grows
-            opened = sync(
+            opened = zarr.core.sync.sync(
                 patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))
             )
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
@@ -174,7 +172,7 @@ def _store(name, source):
     if file is None:
         return text, None
     if file.suffix == ".zip":  # Zarr takes a .zip for a directory
-        return ZipStore(file, mode="r"), Path(text).relative_to(file).as_posix().removeprefix(".") or None
+        return zarr.storage.ZipStore(file, mode="r"), Path(text).relative_to(file).as_posix().removeprefix(".") or None
     with open(file, "rb") as opened:
         is_hdf5 = opened.read(len(HDF5)) == HDF5
     way_out = (
@@ -194,7 +192,7 @@ class Opened(NamedTuple):
     """Stored arrays as a Dask array, and what is known of them."""
 
     array: da.Array
-    stored: list["Stored"]
+    stored: list[Stored]
     decoding: Decoding  # what is still to be done with the values
     decodings: list[Decoding]  # of each of the arrays, done or not
 
@@ -326,7 +324,7 @@ class Stored:
         if index in self.damaged:
             raise self.damaged[index]
         try:
-            return sync(self.patience.get(lambda: self._read(index, item)))
+            return zarr.core.sync.sync(self.patience.get(lambda: self._read(index, item)))
         except _client_errors(*DECODING, OSError) as err:
             raise self.error(index, _said(err), self.policy.on_bad_chunk == "mask") from err
 
@@ -451,12 +449,13 @@ class MissingChunksError(FileNotFoundError):
 def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:
     """Per chunk that is there (bytes, time of the last change as far as is known), or what it is instead of a file."""
     store = stored.array.store
-    if isinstance(store, LocalStore):
+    if isinstance(store, zarr.storage.LocalStore):
         return dict(_local_sizes(stored, Path(store.root)))
-    if type(store).getsize is Store.getsize:  # it would read the whole value
-        keys = sync(stored.patience.get(lambda: _listed(store, stored.array.store_path.path)))
+    base = zarr.abc.store.Store  # type: ignore[attr-defined]  # Zarr imports it, its annotations do not say so
+    if type(store).getsize is base.getsize:  # it would read the whole value
+        keys = zarr.core.sync.sync(stored.patience.get(lambda: _listed(store, stored.array.store_path.path)))
         return {index: (-1,) for index in stored.grid() if stored.key(index) in keys}
-    return sync(_asked(stored, store))
+    return zarr.core.sync.sync(_asked(stored, store))
 
 
 def _local_sizes(stored, root):

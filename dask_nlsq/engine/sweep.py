@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, NamedTuple, cast
 
-import dask.array as da
 import numpy as np
 from distributed import Client
 
+from ..base.lazy import da
 from ..data.align import Data
 from ..data.chunks import Census, merge_censuses
 from ..data.sample import NoSample, Sample, as_sample, sample_size, spread

@@ -3,10 +3,10 @@
 import itertools
 
 import dask
-import dask.array as da
 import numpy as np
 from dask.delayed import Delayed
 
+from ..base.lazy import da
 from ..data.align import Data
 from ..data.chunks import Preparation, release
 from ..data.loading import Load, plan_loads

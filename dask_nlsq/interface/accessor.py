@@ -10,8 +10,8 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import numpy as np
+import scipy
 import xarray as xr
-from scipy.optimize import OptimizeWarning
 
 from ..base.warn import warn
 from ..data.labels import map_values
@@ -156,7 +156,7 @@ def _settled(record, errors, names):
         warn(
             f"not converged: {doubtful} of {record.size} fits of a block; start closer by p0 or bounds, or see `status` of "
             "dask_nlsq.fit_map",
-            OptimizeWarning,
+            scipy.optimize.OptimizeWarning,
         )
     failed = np.isin(record["status"], FAILED)
     if not failed.any():

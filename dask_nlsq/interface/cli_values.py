@@ -1,5 +1,7 @@
 """What the words on a command line mean: models by name, coordinates, values by name. Nothing is evaluated as code."""
 
+from __future__ import annotations
+
 import math
 import os
 import re
@@ -9,10 +11,9 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import dask.array as da
 import numpy as np
-import zarr
 
+from ..base.lazy import da, zarr
 from ..data.store import Policy, as_dask, open_array
 from ..engine.checkpoint import MOST_KEPT, absolute
 from ..model.ready import named

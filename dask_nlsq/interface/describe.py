@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from ..base.files import read_arrays
+from ..base.lazy import zarr
 from ..engine.checkpoint import read_fit
 from ..kernels.lanes import MapStatus
 from ..maps.result import status_counts

@@ -5,6 +5,8 @@ cut there (one chunk per energy, say) they are joined first: all at once where t
 read once, and else in as few *bands* of the map's first axis as memory allows, each of which reads all chunks.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,11 +15,11 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-import dask.array as da
 import jax
 import numpy as np
 from dask.layers import ArraySliceDep
 
+from ..base.lazy import da
 from ..base.warn import warn
 from ..base.x64 import float64
 from ..data.align import Coordinates, invalid_values
@@ -202,10 +204,10 @@ class MapProblem:
     def shape(self) -> tuple[int, ...]:
         return tuple(sum(sizes) for sizes in self.blocks)
 
-    def with_operands(self, **arrays) -> "MapProblem":
+    def with_operands(self, **arrays) -> MapProblem:
         return replace(self, operands=self.operands | arrays)
 
-    def cut_as(self, blocks) -> "MapProblem":
+    def cut_as(self, blocks) -> MapProblem:
         """The same in the blocks of an earlier run, and in bands of whole blocks, if possible no higher than planned."""
         most = max(band.stop - band.start for band in self.bands)
         edges, end = [0], 0

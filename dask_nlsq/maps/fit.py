@@ -1,5 +1,7 @@
 """fit_map: one fit per pixel of data of any size."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -7,10 +9,10 @@ from math import prod
 from typing import Any, Literal
 from uuid import uuid4
 
-import dask.array as da
 import numpy as np
 from dask.graph_manipulation import clone
 
+from ..base.lazy import da
 from ..data.labels import along_dims, labelled, map_values, warn_if_packed
 from ..kernels.lanes import MapStatus
 from ..kernels.rules import ACCURACY

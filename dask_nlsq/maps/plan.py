@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from math import ceil, inf, prod
 
-import dask.array as da
-
 from ..base.config import threads
+from ..base.lazy import da
 from ..base.text import GB, several, size, table
 from ..base.values import is_integer, positive
 from ..kernels.lanes import LANE_POINTS

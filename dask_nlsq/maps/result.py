@@ -1,5 +1,7 @@
 """What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, kept in a store, shown, mended."""
 
+from __future__ import annotations
+
 import json
 import sys
 import warnings
@@ -14,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import dask.array as da
 import numpy as np
-import zarr
 from tqdm.dask import TqdmCallback
 
+from ..base.lazy import da, zarr
 from ..base.text import table
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus
@@ -85,7 +86,7 @@ class MapResult:
     def lazy(self) -> bool:
         return isinstance(self.record, da.Array)
 
-    def compute(self, progress: bool | None = None, **options) -> "MapResult":
+    def compute(self, progress: bool | None = None, **options) -> MapResult:
         """The same with NumPy arrays; one band of the map after the other, where the plan has several.
 
         ``options`` go to `dask.compute`.
@@ -97,7 +98,7 @@ class MapResult:
             parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
         return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
 
-    def _settled(self, options) -> "MapResult":
+    def _settled(self, options) -> MapResult:
         """The same with starts computed, where there are several bands, each of which would compute all of them."""
         start, last = self.problem.operands["start"]
         if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
@@ -248,7 +249,7 @@ class MapResult:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def refit_failed(self, p0=None) -> "MapResult":
+    def refit_failed(self, p0=None) -> MapResult:
         """Fit pixels without success once more, from other starts, and keep what converges; reads their blocks only.
 
         Parameters
