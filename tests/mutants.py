@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
@@ -78,15 +79,24 @@ class Mutant(NamedTuple):
 
     def place(self, source: str) -> int:
         """Where the line begins, -1 where it is not there."""
-        starts = [m.start() for m in re.finditer(rf"^{re.escape(self.line)}$", source, re.MULTILINE)]
+        starts = [found.start() for found in re.finditer(rf"^{re.escape(self.line)}$", source, re.MULTILINE)]
         return starts[self.before] if self.before < len(starts) else -1
+
+    @property
+    def current(self) -> bool:
+        return self.place((ROOT / self.path).read_text()) >= 0
 
 
 class Outcome(NamedTuple):
     mutant: Mutant
     number: int  # of the source line
     verdict: str
-    test: str = ""  # which has failed
+    why: str  # the test that has failed, or why it is harmless
+
+    def __str__(self):
+        mutant, number, verdict, why = self
+        lines = [f"{verdict:8}  {mutant.path}:{number}  {why}", *(f"    - {each}" for each in mutant.line.splitlines())]
+        return "\n".join([*lines, f"    + {mutant.becomes}"])
 
 
 def listed() -> list[Mutant]:
@@ -99,29 +109,20 @@ def copy_to(folder: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", folder)
 
 
-def run_tests(folder: Path, kernels: str, asked: list[str], stop: bool = True) -> str:
-    """What the tests print in a folder, with the kernels that any run has compiled; empty where they take too long."""
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not slow", "-o", "timeout=120", *["-x"] * stop]
+def run_tests(folder: Path, kernels: str, tests: list[str], *options: str) -> tuple[list[str], bool]:
+    """Tests that have failed in a folder, and whether all have passed, with the kernels that any run has compiled."""
+    options = ("-q", "-p", "no:cacheprovider", "-m", "not slow", "-o", "timeout=120", *options)
     environment = os.environ | {"PYTHONPATH": str(folder), "KERNELS_OF_THE_TEST_RUN": kernels}
-    command = [sys.executable, "-m", "pytest", *options, *asked]
+    command = [sys.executable, "-m", "pytest", *options, *tests]
     with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as tests:
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
+    ) as process:
         try:
-            return tests.communicate(timeout=LONGEST)[0]
+            printed = process.communicate(timeout=LONGEST)[0]
         except subprocess.TimeoutExpired:
-            os.killpg(tests.pid, signal.SIGKILL)  # and its workers
-            return ""
-
-
-def failed(printed: str) -> list[str]:
-    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
+            os.killpg(process.pid, signal.SIGKILL)  # and its workers
+            return ["no end"], False
+    return re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE), process.returncode == 0
 
 
 def outcome(mutant: Mutant, kernels: str) -> Outcome:
@@ -131,23 +132,35 @@ def outcome(mutant: Mutant, kernels: str) -> Outcome:
         source = module.read_text()
         at = mutant.place(source)
         module.write_text(source[:at] + mutant.becomes + source[at + len(mutant.line) :])
-        printed = run_tests(Path(folder), kernels, [f"tests/test_{name}.py" for name in TESTS[mutant.module].split()])
-        found = failed(printed)
-        survived = bool(re.search(r"^\d+ passed", printed.splitlines()[-1])) if printed else False
-    verdict = ("harmless" if mutant.harmless else "survived") if survived else "killed"
-    return Outcome(mutant, source[:at].count("\n") + 1, verdict, found[0] if found else "" if survived else "no end")
+        tests = [f"tests/test_{name}.py" for name in TESTS[mutant.module].split()]
+        failed, survived = run_tests(Path(folder), kernels, tests, "-x")
+    number = source[:at].count("\n") + 1
+    if survived:
+        return Outcome(mutant, number, "harmless" if mutant.harmless else "survived", mutant.harmless)
+    return Outcome(mutant, number, "killed", *(failed[:1] or ["no test can be run"]))
 
 
-def told(each: Outcome) -> str:
-    mutant, number, verdict, test = each
-    lines = [f"{verdict:8}  {mutant.path}:{number}  {mutant.harmless if verdict == 'harmless' else test}"]
-    return "\n".join([*lines, *(f"    - {line}" for line in mutant.line.splitlines()), f"    + {mutant.becomes}"])
-
-
-def counted(outcomes: list[Outcome]) -> str:
-    counts = {verdict: sum(each.verdict == verdict for each in outcomes) for verdict in ("killed", "survived", "harmless")}
+def run(chosen: list[Mutant], at_once: int) -> int:
+    began = time.monotonic()
+    with (
+        TemporaryDirectory(prefix="dask-nlsq-kernels-") as kernels,
+        TemporaryDirectory(prefix="dask-nlsq-mutant-") as folder,
+    ):
+        outcomes = []
+        with ThreadPoolExecutor(at_once) as pool:
+            for each in pool.map(lambda mutant: outcome(mutant, kernels), chosen):
+                outcomes.append(each)
+                print(each, flush=True)
+        copy_to(Path(folder))
+        tests = sorted({each.why for each in outcomes if each.verdict == "killed" and "::" in each.why})
+        wrong = run_tests(Path(folder), kernels, tests)[0] if tests else []
+    counts = Counter(each.verdict for each in outcomes)
     share = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
-    return ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) + f": {share:.0%} of those that anybody could see"
+    told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("killed", "survived", "harmless"))
+    print(f"\n{told}: {share:.0%} of those that anybody could see ({(time.monotonic() - began) / 60:.0f} minutes)")
+    if wrong:
+        print("these tests fail without a mutation, too:", *wrong, sep="\n")
+    return int(bool(wrong) or counts["survived"] > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,7 +228,7 @@ def mutated(place: Place) -> Mutant:
 
 def draw() -> list[Mutant]:
     """The list, with another mutant for each that is not in its module any more."""
-    kept = [each for each in listed() if each.place((ROOT / each.path).read_text()) >= 0]
+    kept = [each for each in listed() if each.current]
     turns = sorted(each for module in TESTS for each in places(module))
     firsts = [next(each for each in turns if each.module == module) for module in TESTS]
     for place in [each for each in firsts if each.module not in {old.module for old in kept}] + turns:
@@ -234,32 +247,13 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=2, help="mutants at once")
     given = parser.parse_args()
     if given.draw:
-        LIST.write_text(
-            json.dumps([{k: v for k, v in each._asdict().items() if v != ""} for each in draw()], indent=1) + "\n"
-        )
+        entries = [{name: value for name, value in each._asdict().items() if value != ""} for each in draw()]
+        LIST.write_text(json.dumps(entries, indent=1) + "\n")
         return 0
-    chosen = [each for each in listed() if not given.modules or each.module in given.modules]
-    lost = [f"{each.path}: {each.line}" for each in chosen if each.place((ROOT / each.path).read_text()) < 0]
-    if lost:
+    if lost := [f"{each.path}: {each.line}" for each in listed() if not each.current]:
         print("these lines have changed; `make mutants-draw` puts others in their place:", *lost, sep="\n")
         return 2
-    began = time.monotonic()
-    with (
-        TemporaryDirectory(prefix="dask-nlsq-kernels-") as kernels,
-        TemporaryDirectory(prefix="dask-nlsq-mutant-") as folder,
-    ):
-        with ThreadPoolExecutor(given.at_once) as pool:
-            outcomes = []
-            for each in pool.map(lambda mutant: outcome(mutant, kernels), chosen):
-                outcomes.append(each)
-                print(told(each), flush=True)
-        copy_to(Path(folder))
-        tests = sorted({each.test for each in outcomes if "::" in each.test})
-        wrong = failed(run_tests(Path(folder), kernels, tests, stop=False)) if tests else []
-    print("", f"{counted(outcomes)} ({(time.monotonic() - began) / 60:.0f} minutes)", sep="\n")
-    if wrong:
-        print("these tests fail without a mutation, too:", *wrong, sep="\n")
-    return int(bool(wrong) or any(each.verdict == "survived" for each in outcomes))
+    return run([each for each in listed() if not given.modules or each.module in given.modules], given.at_once)
 
 
 if __name__ == "__main__":
