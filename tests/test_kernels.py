@@ -13,7 +13,7 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
-from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.kernels.blocks import BLOCK_POINTS, longest_tile, tile_size
 from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
@@ -52,6 +52,13 @@ def dense_rows(f, x, y, params, sigma=1.0):
         J = np.asarray(jax.jit(jax.jacfwd(lambda q: f(x, *q)))(jnp.asarray(params)))
         r = np.asarray(jax.jit(f)(x, *params)) - y
     return np.column_stack([J, r]) / np.reshape(sigma, (-1, 1))
+
+
+def test_tiles_of_a_cpu_stay_in_its_cache():
+    """Rows [J r] of 8 (p + 1) bytes per point in 1 MiB, 256 to 4096 points, and no more than there are."""
+    assert longest_tile() == 4096
+    assert [tile_size(p, BLOCK_POINTS) for p in (1, 31, 32, 63, 1000)] == [4096, 4096, 2048, 2048, 256]
+    assert tile_size(3, 100) == 100
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000, 4096, 4097, BLOCK_POINTS - 1, BLOCK_POINTS + 5, 2 * BLOCK_POINTS + 4099])
