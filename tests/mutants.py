@@ -141,6 +141,12 @@ def outcome(mutant: Mutant, kernels: str) -> Outcome:
     return Outcome(mutant, number, "killed", *(failed[:1] or ["no test can be run"]))
 
 
+def in_its_file(test: str) -> tuple[str, int]:
+    """File and place of a test, in whose order they run: a cluster that a test has left may be the next one's."""
+    file, name = test.split("::")
+    return file, (ROOT / file).read_text().index(f"def {name.split('[')[0]}(")
+
+
 def run(chosen: list[Mutant], at_once: int) -> int:
     began = time.monotonic()
     with (
@@ -153,7 +159,7 @@ def run(chosen: list[Mutant], at_once: int) -> int:
                 outcomes.append(each)
                 print(each, flush=True)
         copy_to(Path(folder))
-        tests = sorted({each.why for each in outcomes if each.verdict == "killed" and "::" in each.why})
+        tests = sorted({each.why for each in outcomes if each.verdict == "killed" and "::" in each.why}, key=in_its_file)
         wrong = run_tests(Path(folder), kernels, tests)[0] if tests else []
     counts = Counter(each.verdict for each in outcomes)
     share = counts["killed"] / max(counts["killed"] + counts["survived"], 1)

@@ -15,7 +15,7 @@ from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.engine.partition import partition_nbytes
 from dask_nlsq.engine.places import HeldHere
-from dask_nlsq.memory.plan import partition_size
+from dask_nlsq.memory.plan import make_plan, partition_size
 
 
 def decay(x, a, b, c):
@@ -161,18 +161,19 @@ WAYS_OUT = {
 
 
 @pytest.mark.parametrize(
-    "n, chunks, options, ways",
+    "n, chunks, strategy, limit, ways",
     [
-        (10**7, 10**5, dict(memory_limit_gb=0.1), ["raise", "stream"]),
-        (10**12, 10**7, {}, ["stream"]),
-        (10**12, 10**11, {}, ["rechunk", "stream"]),
-        (10**12, 10**11, dict(strategy="streaming"), ["rechunk"]),
-        (10**12, 10**11, dict(strategy="streaming", memory_limit_gb=1), ["raise", "rechunk"]),
+        (10**7, 10**5, "standard", 0.1, ["raise", "stream"]),
+        (10**12, 10**7, "standard", None, ["stream"]),
+        (10**12, 10**11, "standard", None, ["rechunk", "stream"]),
+        (10**12, 10**11, "streaming", None, ["rechunk"]),
+        (10**12, 10**11, "streaming", 1, ["raise", "rechunk"]),
     ],
 )
-def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, options, ways):
+def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, strategy, limit, ways):
+    problem = build_data(da.zeros(n, chunks=chunks), unread(n, chunks), check=True, omit=False)
     with pytest.raises(MemoryBudgetError) as err:
-        plan_fit(decay, da.zeros(n, chunks=chunks), unread(n, chunks), **dict(strategy="standard") | options)
+        make_plan(problem, 3, strategy, limit)
     assert [name for name, words in WAYS_OUT.items() if words in str(err.value)] == ways
 
 
