@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import re
 import time
 
 import dask.array as da
@@ -17,7 +18,7 @@ from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
 from dask_nlsq.engine.places import HeldHere
 from dask_nlsq.memory.needs import partition_size
-from dask_nlsq.memory.plan import count_partitions, make_plan
+from dask_nlsq.memory.plan import count_partitions
 
 
 def decay(x, a, b, c):
@@ -173,9 +174,8 @@ WAYS_OUT = {
     ],
 )
 def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, strategy, limit, ways):
-    problem = build_data(da.zeros(n, chunks=chunks), unread(n, chunks), check=True, omit=False)
     with pytest.raises(MemoryBudgetError) as err:
-        make_plan(problem, 3, strategy, limit)
+        plan_fit(decay, da.zeros(n, chunks=chunks), unread(n, chunks), strategy=strategy, memory_limit_gb=limit)
     assert [name for name, words in WAYS_OUT.items() if words in str(err.value)] == ways
 
 
