@@ -4,12 +4,12 @@ BIN := .venv/bin
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long docs lint clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long mutants mutants-draw docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
 test: .venv/ready          ## all tests but the long ones, in two processes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow
@@ -44,6 +44,14 @@ bench-long: .venv/ready     ## maps against xarray, peak memory against its pred
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.streaming
 
+mutants: .venv/ready       ## does a test notice? 60 changes of one token in the core, two at a time: an hour at most
+	$(BIN)/python -m tests.mutants
+
+mutants-draw:              ## other changes in place of those whose line is not in the code any more
+	$(PYTHON) -m venv .venv-mutants
+	.venv-mutants/bin/python -m pip install --quiet cosmic-ray
+	.venv-mutants/bin/python -m tests.mutants --draw
+
 docs: .venv/docs            ## pages in docs/_build, with warnings as errors
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
 
@@ -63,4 +71,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest dist docs/_build docs/reference/generated
+	rm -rf .venv .venv-oldest .venv-mutants dist docs/_build docs/reference/generated

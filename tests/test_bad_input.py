@@ -223,6 +223,7 @@ TOO_LARGE = {  # options, value, block of 10 points
     "a tiny sigma": (dict(sigma=1e-150), "2", 0),
     "one tiny sigma": (dict(sigma=spoiled(np.ones(50), 1e-200, 23)), "1.25.*", 2),
     "both": (dict(ydata=Y * 1e153, sigma=1e-150), r"2e\+153", 0),
+    "integers": (dict(ydata=np.full(50, 2**60), sigma=1e-60), r"1\.15292e\+18", 0),
     "counts": (dict(ydata=spoiled(Y, 1e300, 23), loss="poisson"), r"1e\+300", 2),
     "beside a nan": (dict(ydata=spoiled(spoiled(Y, 1e300, 23), np.nan, 24), nan_policy="omit"), r"1e\+300", 2),
 }

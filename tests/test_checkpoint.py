@@ -163,6 +163,8 @@ def test_files_are_plain_arrays_and_json(store, tmp_path):
     for path in (tmp_path / "c").glob("*.npz"):
         with np.load(path, allow_pickle=False) as found:
             assert all(found[name].dtype.kind in "ufi" for name in found.files)
+    known = json.loads((tmp_path / "c" / "fit.json").read_text())["identity"]
+    assert known["chunks"] == [[len(X) // CHUNK, CHUNK, CHUNK]]  # however many there are
 
 
 def test_a_changed_byte_of_any_file_is_refused(store, tmp_path):

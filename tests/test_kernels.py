@@ -13,8 +13,8 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
-from dask_nlsq.kernels.blocks import BLOCK_POINTS
-from dask_nlsq.kernels.checks import check_pointwise
+from dask_nlsq.kernels.blocks import BLOCK_POINTS, longest_tile, tile_size
+from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
 from dask_nlsq.model.function import intern
@@ -52,6 +52,13 @@ def dense_rows(f, x, y, params, sigma=1.0):
         J = np.asarray(jax.jit(jax.jacfwd(lambda q: f(x, *q)))(jnp.asarray(params)))
         r = np.asarray(jax.jit(f)(x, *params)) - y
     return np.column_stack([J, r]) / np.reshape(sigma, (-1, 1))
+
+
+def test_tiles_of_a_cpu_stay_in_its_cache():
+    """Rows [J r] of 8 (p + 1) bytes per point in 1 MiB, 256 to 4096 points, and no more than there are."""
+    assert longest_tile() == 4096
+    assert [tile_size(p, BLOCK_POINTS) for p in (1, 31, 32, 63, 1000)] == [4096, 4096, 2048, 2048, 256]
+    assert tile_size(3, 100) == 100
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000, 4096, 4097, BLOCK_POINTS - 1, BLOCK_POINTS + 5, 2 * BLOCK_POINTS + 4099])
@@ -307,6 +314,28 @@ def test_models_that_are_not_pointwise_are_recognised(f):
 def test_a_pointwise_model_with_nan_at_a_point_passes():
     preparation, chunk = chunk_of(np.linspace(-1, 1, 50), np.ones(50))
     check_pointwise(intern(lambda x, a: a * jnp.sqrt(x)), preparation.layouts, chunk.sample, np.ones(1))
+
+
+def test_a_fingerprint_knows_the_arrays_that_a_model_closes_over():
+    def closing_over(table):
+        return intern(lambda x, a: a * jnp.interp(x, jnp.arange(3.0), table))
+
+    layouts = chunk_of(*data(100))[0].layouts
+    first, again, other = (closing_over(jnp.array(each)) for each in ([0.0, 1, 2], [0.0, 1, 2], [0.0, 1, 3]))
+    assert fingerprint(first, layouts, 1) == fingerprint(again, layouts, 1) != fingerprint(other, layouts, 1)
+
+
+@pytest.mark.parametrize("factor", [3, -1, 0.25])
+def test_a_wrong_column_of_jac_is_named_with_its_size(factor):
+    preparation, chunk = chunk_of(*data(100))
+
+    def jac(x, a, b, c):
+        e = jnp.exp(-b * x)
+        return jnp.stack([e, -factor * a * x * e, jnp.ones_like(x)], axis=1)
+
+    message = f"its column for b is {factor} times the derivative"
+    with pytest.raises(ValueError, match=message):
+        check_jac(intern(decay, jac), preparation.layouts, chunk.sample, "abc", PARAMS)
 
 
 def test_the_faster_way_of_forming_columns_is_found_by_timing():

@@ -93,13 +93,15 @@ def test_each_way_to_end_has_its_status():
     y[1], y[2, 1:], y[3, 2:] = np.nan, np.nan, np.nan  # none, one and two points
     start = np.zeros((6, 2))
     start[4, 0], start[5, 0] = np.nan, 1e200  # the latter's cost is not finite
-    found = fit_map(line, X, y, start).compute()
+    found = fit_map(line, X, y, start, full_covariance=True).compute()
     names = ("MASKED", "TOO_FEW_POINTS", "NON_FINITE", "NON_FINITE")
     assert [MapStatus(each).name for each in found.status[[1, 2, 4, 5]]] == [*names]
     assert found.success[[0, 3]].all() and not found.success[[1, 2, 4, 5]].any()
     np.testing.assert_array_equal(found.n_points, [5, 0, 1, 2, 5, 5])
     np.testing.assert_allclose(found.popt[0], np.polyfit(X, y[0], 1)[::-1], rtol=1e-8)
-    np.testing.assert_allclose(found.perr[0], np.sqrt(np.diag(np.polyfit(X, y[0], 1, cov=True)[1]))[::-1], rtol=1e-8)
+    covariance = np.polyfit(X, y[0], 1, cov=True)[1][::-1, ::-1]
+    np.testing.assert_allclose(found.pcov[0], covariance, rtol=1e-8)
+    np.testing.assert_allclose(found.perr[0], np.sqrt(np.diag(covariance)), rtol=1e-8)
     np.testing.assert_array_equal(np.isnan(found.popt).all(axis=1), [False, True, True, False, True, True])
     assert np.isinf(found.perr[3]).all()  # no degrees of freedom
     limited = fit_map(line, X, y[:1], start[:1], max_nfev=1).compute()
@@ -122,6 +124,37 @@ def test_a_fit_whose_derivatives_are_wrong_is_stuck():
     found = fit_map(lambda x, a: wrong(x, a), X, np.exp(X)[None], [0.5]).compute()
     assert found.status[0] == MapStatus.STUCK and not found.success[0]
     assert found.nfev[0] < 40  # of the 100 that are allowed
+
+
+def test_a_fit_whose_columns_are_alike_to_rounding_ends_where_no_more_can_be_had():
+    """Along b - c the distance is rounding over rounding, which is never small."""
+    x = np.linspace(0, 5, 40)
+    y = 3 * np.exp(-1.3 * x) + 0.5
+    found = fit_map(lambda x, a, b, c: a + b * x + c * (x + 1e-9 * x**2), x, y[None], [1.0, 1.0, 1.0]).compute()
+    assert (int(found.status[0]), bool(found.success[0])) == (MapStatus.SINGULAR, False)
+    assert found.nfev[0] < 30  # of 300
+    assert found.popt[0, 1:].sum() == pytest.approx(np.polyfit(x, y, 1)[0], abs=0.01)
+    assert np.isinf(found.perr[0]).all()
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_a_fit_goes_on_until_the_optimum_is_near_in_any_unit_of_y(unit):
+    """SciPy's tests with a loose ``ftol`` propose to stop at once."""
+    y = (np.exp(-1.5 * X) + 0.02 * np.array([1, -1, 0, -1, 1]))[None]
+    plain, scaled = (
+        fit_map(lambda x, a, b: a * jnp.exp(-b * x), X, s * y, [0.5 * s, 0.5], ftol=0.9).compute() for s in (1.0, unit)
+    )
+    assert plain.success[0] and plain.distance[0] < 0.01
+    np.testing.assert_allclose(scaled.distance, plain.distance, rtol=1e-6)
+    np.testing.assert_allclose(scaled.popt / [unit, 1], plain.popt, rtol=1e-9)
+
+
+def test_a_fit_may_take_a_hundred_evaluations_for_each_parameter():
+    """Residuals a + 1 and k a^2 + a - 1 with k = 0.99: full steps go from a to about k a, and so it takes a thousand."""
+    tight = dict(ftol=1e-13, xtol=1e-13, gtol=1e-13)
+    slow = fit_map(lambda x, a: jnp.where(x < 0.5, a + 1, 0.99 * a**2 + a), X[[0, 4]], [[0.0, 1.0]], [0.5], **tight)
+    found = slow.compute()
+    assert (int(found.nfev[0]), int(found.status[0])) == (100, MapStatus.ITERATION_LIMIT)
 
 
 def test_a_parameter_that_cannot_move_does_not_stop_the_others():

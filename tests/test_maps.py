@@ -137,6 +137,7 @@ def test_fixed_parameters_are_held_and_the_others_are_scipys():
         np.testing.assert_allclose(found.perr[place][free], np.sqrt(np.diag(pcov)), rtol=NEAR)
 
 
+@SLOW
 def test_a_masked_point_is_one_that_scipy_does_not_get():
     mask = np.random.default_rng(2).random(Y.shape) < 0.2
     found = fitted(Y, mask=mask, **TIGHT)

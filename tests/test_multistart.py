@@ -266,6 +266,42 @@ def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_
     assert settled.winner == rivals.chosen[1]
 
 
+@pytest.mark.parametrize("roots, found_of_them", [((-1, 0, 1), 3), ((-2, -1, 0, 1, 2), 4)])
+def test_no_more_than_three_optima_are_compared_on_all_data(few_candidates, roots, found_of_them):
+    """The model is a polynomial in b: of noise without a signal each of its roots is as good as the others."""
+    x = np.linspace(0, 10, 400_000)
+    y = 5 * np.random.default_rng(0).standard_normal(x.size)
+
+    def model(x, b):
+        return 20 * jnp.prod(b - jnp.array(roots)) + 0.01 * b * x
+
+    found = search_locally(model, x, y, [0.9], ([-3.0], [3.0]), n_starts=20)
+    assert found.basin.max() + 1 == found_of_them
+    assert len(found.chosen) == 3 and found.winner == found.chosen[0] == np.argmin(found.costs)
+    np.testing.assert_array_equal(found.basin[list(found.chosen)], [0, 1, 2])
+
+
+def test_an_optimum_that_the_sample_knows_to_be_worse_is_not_compared_on_all_data(few_candidates):
+    x = np.linspace(0, 10, 400_000)
+    y = -0.5 * x + 5 * np.random.default_rng(0).standard_normal(x.size)
+    found = search_locally(lambda x, b: 20 * (b**2 - 1) + 0.5 * b * x, x, y, [0.9], ([-3.0], [3.0]), n_starts=20)
+    assert found.basin.max() == 1  # -1 is right, and 1 a minimum as well
+    assert found.chosen == (found.winner,)
+    np.testing.assert_allclose(found.params[found.winner], -1, atol=0.02)
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 100.0])
+def test_what_starts_at_zero_is_searched_on_the_scale_that_the_data_show(few_candidates, unit):
+    x = np.linspace(0, 10, N)
+
+    def peak(x, m):
+        return 3 * jnp.exp(-0.5 * ((x - m) / unit) ** 2)
+
+    y = np.asarray(peak(x * unit, 6 * unit)) + 0.1 * np.sin(99 * x)
+    found = search_locally(peak, x * unit, y, [0.0], ([-np.inf], [np.inf]))
+    np.testing.assert_allclose(found.params[found.winner] / unit, 6, atol=0.01)
+
+
 def test_an_optimum_that_is_not_finite_on_all_data_gives_way_to_the_next(few_candidates):
     problem = build_data(X, Y, check=True, omit=False)
     objective = Objective(intern(sine))

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import re
 import time
 
 import dask.array as da
@@ -155,6 +156,29 @@ def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read()
         plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
 
 
+WAYS_OUT = {
+    "raise": "raise memory_limit_gb to",
+    "rechunk": "rechunk the data into smaller chunks",
+    "stream": 'use strategy="streaming"',
+}
+
+
+@pytest.mark.parametrize(
+    "n, chunks, strategy, limit, ways",
+    [
+        (10**7, 10**5, "standard", 0.1, ["raise", "stream"]),
+        (10**12, 10**7, "standard", None, ["stream"]),
+        (10**12, 10**11, "standard", None, ["rechunk", "stream"]),
+        (10**12, 10**11, "streaming", None, ["rechunk"]),
+        (10**12, 10**11, "streaming", 1, ["raise", "rechunk"]),
+    ],
+)
+def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, strategy, limit, ways):
+    with pytest.raises(MemoryBudgetError) as err:
+        plan_fit(decay, da.zeros(n, chunks=chunks), unread(n, chunks), strategy=strategy, memory_limit_gb=limit)
+    assert [name for name, words in WAYS_OUT.items() if words in str(err.value)] == ways
+
+
 def test_the_workers_together_hold_what_one_could_not(client):
     x, y = lazy(3 * 10**7, 10**6, "f4")
     result = curve_fit(decay, x, y, p0=[1, 1, 0], memory_limit_gb=0.5)
@@ -208,9 +232,12 @@ def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
 
 
 def test_a_limit_holds_for_arrays_in_memory_and_the_way_out_is_to_raise_it():
-    x = np.linspace(0, 10, 1000)
-    with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to 0\.\d"):
-        curve_fit(decay, x, x, memory_limit_gb=0.01)
+    for n in (1000, 40_000, 300_000, 1_000_000, 2_600_000):
+        x = np.linspace(0, 10, n)
+        with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+, ") as caught:
+            plan_fit(decay, x, x, memory_limit_gb=0.01)
+        named = float(re.search(r"memory_limit_gb to ([\d.]+)", str(caught.value))[1])
+        assert plan_fit(decay, x, x, memory_limit_gb=named).n_points == n
 
 
 @pytest.mark.parametrize("call", [fit, plan_fit])

@@ -1,10 +1,12 @@
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+import dask
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from dask_nlsq.data.sample import spread
 from dask_nlsq.engine.condensed import Sums, Tree, join_neighbours, merge
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
-from dask_nlsq.engine.sweep import open_sweep
+from dask_nlsq.engine.sweep import PartialSweep, open_sweep
 from dask_nlsq.model.function import intern
 
 from .clusters import assert_nothing_left
@@ -111,9 +113,9 @@ def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path
     objective, params = Objective(intern(decay), "soft_l1", 0.1), np.array([1.9, 0.6, 0.2])
     with open_sweep(problem) as held:
         expected = Evaluator(held, objective, 3)(params, reduction)
-    for where in (None, workers):
+    for where, n_partitions in ((None, 1), (workers, 1), (workers, 20)):
         current = nullcontext() if where is None else workers.as_current()
-        with current, open_sweep(problem, "streaming", where) as sweep:
+        with current, open_sweep(problem, "streaming", where, n_partitions) as sweep:
             found = Evaluator(sweep, objective, 3)(params, reduction)
             np.testing.assert_array_equal(found.matrix, expected.matrix)
             assert found.cost == expected.cost
@@ -170,12 +172,47 @@ def test_the_sample_saves_sweeps():
 
 
 def test_records_say_what_a_sweep_has_read():
+    begin = time.perf_counter()
     result = curve_fit(decay, da.from_array(X, CHUNK), da.from_array(Y, CHUNK), mask=X < 1, strategy="streaming")
     for record in result.history:
         assert record.read.nbytes == X.nbytes + Y.nbytes + N
         assert (record.read.n_points, record.read.n_left_out) == (N - (X < 1).sum(), (X < 1).sum())
-        assert record.read.gb_per_s > 0
+        assert record.read.gb_per_s == pytest.approx(record.read.nbytes / record.read.seconds / 1e9)
+        assert record.read.seconds > 0
+    times = [result.sample.seconds, *(record.read.seconds for record in result.history)]
+    assert min(times) > 0 and sum(times) < time.perf_counter() - begin
     assert curve_fit(decay, X, Y).history[0].read is None
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("done", [0, 5])
+def test_a_sweep_tells_its_share_its_rate_and_the_seconds_left(done):
+    """Of 45 chunks, of which ``done`` have been read before: the times are those of the others."""
+
+    def breaks(begun):
+        if len(begun.left()) == 45 - done:
+            raise Broken
+
+    told, params = [], np.array([1.9, 0.6, 0.2])
+    problem = build_data(da.from_array(X, CHUNK), da.from_array(Y, CHUNK), check=True, omit=False)
+    with dask.config.set(num_workers=1), open_sweep(problem, "streaming") as sweep:
+        evaluator = Evaluator(sweep, Objective(intern(decay)), 3)
+        if done:
+            evaluator.begun = PartialSweep([evaluator.request(params)], 45, 0)
+            with pytest.raises(Broken):
+                sweep.run(evaluator.begun.requests, evaluator.begun, breaks)
+        begin = time.perf_counter()
+        evaluator.watch = lambda *each: told.append((*each, time.perf_counter() - begin))
+        evaluator(params, "gram")
+    shares, rates, left, now = np.transpose(told)
+    np.testing.assert_allclose(shares, np.arange(done + 1, 46) / 45)
+    read = sweep.nbytes * (shares - done / 45)  # bytes, since it went on
+    np.testing.assert_allclose(left * rates * 1e9, sweep.nbytes * (1 - shares), atol=1)
+    seconds = read / rates / 1e9
+    assert np.all((seconds > 0) & (seconds < now)) and np.all(np.diff(seconds) > 0)
 
 
 def test_progress_shows_how_far_a_sweep_is(capsys):

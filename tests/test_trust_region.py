@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import time
 from collections import Counter
 
 import jax
@@ -226,7 +227,10 @@ def test_a_signal_ends_a_fit_at_the_best_point_so_far():
 
 def test_a_record_tells_of_each_trial():
     """The first has no step; a refused one leaves the fit where it was."""
+    begin = time.perf_counter()
     history = solve(Dense(rosenbrock), np.array([-1.2, 1.0]), options(2)).history
+    seconds = [each.seconds for each in history]
+    assert seconds[0] >= 0 and seconds == sorted(seconds) and seconds[-1] <= time.perf_counter() - begin
     assert np.isnan([history[0].actual, history[0].predicted, history[0].step_norm]).all()
     assert [(each.iteration, each.nfev) for each in history] == [(k, k + 1) for k in range(len(history))]
     assert not all(each.accepted for each in history)

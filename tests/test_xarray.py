@@ -86,6 +86,7 @@ def test_xarray_case_starts_come_from_the_signature_and_move_into_the_bounds():
     np.testing.assert_array_equal(found["tau"], [4, 5])
 
 
+@pytest.mark.slow
 @IN_MEMORY
 def test_xarray_case_starts_that_differ_from_place_to_place(sines, chunks):
     data = maybe_chunked(sines, chunks)
@@ -100,6 +101,7 @@ def test_xarray_case_starts_that_differ_from_place_to_place(sines, chunks):
         data.nlsq.curvefit([data.t], sine, p0={"a": xr.DataArray([1, 2], coords={"foo": [1, 2]})})
 
 
+@pytest.mark.slow
 @IN_CHUNKS
 def test_xarray_case_bounds_that_differ_from_place_to_place(sines, chunks):
     data = maybe_chunked(sines, chunks)

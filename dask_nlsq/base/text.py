@@ -1,7 +1,7 @@
 """How sizes, counts and tables are written."""
 
 from collections.abc import Sequence
-from math import inf
+from math import ceil, floor, inf, log10
 
 from dask.utils import format_bytes
 
@@ -19,6 +19,12 @@ def table(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True)).rstrip() for row in rows
     ]
+
+
+def at_least(gib: float) -> str:
+    """A limit in GiB that suffices, rounded up to two digits."""
+    unit = 10.0 ** (floor(log10(gib)) - 1)
+    return f"{ceil(gib / unit) * unit:.2g}"
 
 
 def size(nbytes: float) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from distributed import Client
 
 from ..base.config import threads
-from ..base.text import GB, several, size, table
+from ..base.text import GB, at_least, several, size, table
 from .needs import CLIENT_BYTES, Needs, Sizes, needs, partition_size
 from .processes import HERE, ProcessMemory, Room, advice, pjrt, room_here, rooms_of_workers, wanted_resources
 from .threshold import Strategy
@@ -196,7 +196,7 @@ def _here(sizes: Sizes, wanted: Needs, strategy: Strategy, room: Room):
     n_threads = min(threads(), sizes.n_runs)
     working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), strategy == "streaming"
     if wanted.held + working > room.nbytes and (sizes.lazy or room.limited):
-        way_out = f"raise memory_limit_gb to {(wanted.held + working) / GB:.2g}, " if room.limited else ""
+        way_out = f"raise memory_limit_gb to {at_least((wanted.held + working) / GB)}, " if room.limited else ""
         way_out += "rechunk the data into smaller chunks, " if in_flight > room.nbytes / 2 else ""
         way_out += "" if streams else 'use strategy="streaming", which holds none, '
         raise MemoryBudgetError(
