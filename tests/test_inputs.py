@@ -18,7 +18,7 @@ import zarr
 from dask_nlsq import clear_memory_pool, curve_fit, fit_map, get_memory_manager, load, plan_fit, resume
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk, release
-from dask_nlsq.data.loading import plan_loads
+from dask_nlsq.data.loading import PassedOn, plan_loads
 from dask_nlsq.engine.partition import load_chunk
 from dask_nlsq.kernels.blocks import BLOCK_POINTS
 
@@ -150,7 +150,7 @@ def test_small_chunks_are_joined_and_each_keeps_its_census():
     y = da.zeros((40, 90), chunks=(10, 9))
     problem = build_data(y + 1, y, check=True, omit=False)
     (run,), _ = plan_loads(problem)
-    chunk = load_chunk(problem.preparation, run, {})
+    chunk = load_chunk(problem.preparation, run, PassedOn({}, [run]))
     assert [census.index for census in chunk.censuses] == problem.indices()
     assert [int(block.geometry[0]) for block in chunk.blocks] == [3600]
 
@@ -183,7 +183,7 @@ def test_what_a_chunk_copies_comes_back_with_it():
     before = lent()
     problem = build_data(x, da.from_array(y, chunks=5), 2.0, check=True, omit=True)
     (run,), _ = plan_loads(problem)
-    chunk = load_chunk(problem.preparation, run, {})
+    chunk = load_chunk(problem.preparation, run, PassedOn({}, [run]))
     buffers = [buffer for block in chunk.blocks for buffer in block.buffers]
     assert all(any(np.shares_memory(buffer, each) for each in chunk.staged) for buffer in buffers)
     assert lent() == before + 4
