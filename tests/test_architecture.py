@@ -10,15 +10,15 @@ import dask_nlsq
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
     "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
-    "results", "maps", "interface", "fitting", "compat", "demo",
+    "results", "maps", "groups", "interface", "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
 KNOWS = {  # library -> folders, or single modules
-    "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "demo"},
+    "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "groups.sweep", "demo"},
     "dask": {
         "base.config", "base.lazy", "base.text", "memory.processes", "data", "engine", "results.binning", "maps",
-        "interface",
+        "groups", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "interface"},
     "zarr": {"base.lazy", "data.store", "maps.result", "interface", "demo"},

@@ -11,6 +11,7 @@ import scipy
 
 from ..base.lazy import da
 from ..base.warn import warn
+from ..kernels.checks import check_pointwise
 from ..kernels.groups import GroupSpec
 from ..kernels.rules import ACCURACY
 from ..maps.blocks import MapProblem, Operand
@@ -20,10 +21,12 @@ from ..memory.machine import active_client
 from ..memory.plan import room_here, rooms_of_workers
 from ..options import GROUPS, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
-from ..solve.trust_region import NotFiniteAtStart, Options, Record, solve
+from ..solve.trust_region import Options, Record, solve
 from .result import GroupResult, group_result
 from .sweep import GroupSweep
 
+TILE, LONGEST_AT_ONCE = 2**10, 2**12  # points of a group
+SAMPLED = 1000  # points of it, at which the model is seen to be pointwise
 HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
 
 
@@ -134,13 +137,7 @@ def fit_groups(
         if call.callback is not None:
             call.callback(record)
 
-    try:
-        solution = solve(sweep, start, replace(options, callback=settle))
-    except NotFiniteAtStart as err:
-        raise ValueError(
-            "no group has enough points, or the model or its derivatives are not finite at p0 in all of them: start from "
-            "other values"
-        ) from err
+    solution = solve(sweep, start, replace(options, callback=settle))
     result = group_result(problem, labels, spec, sweep, solution, options)
     if not result.success:
         warn(f"Not converged: {result.message}", scipy.optimize.OptimizeWarning)
@@ -171,7 +168,7 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
     columns = [places[k] for k in mine]
     ends = {end: Operand(problem.operands[end].array[..., columns], 1) for end in ("lower", "upper")}
     bounded = any(isinstance(each.array, da.Array) or np.isfinite(each.array).any() for each in ends.values())
-    locals_ = fit.spec._replace(free=mine, bounded=bounded)
+    locals_ = fit.spec._replace(free=mine, bounded=bounded, tile=_tile(problem))
     options = Options(
         lower=lower,
         upper=upper,
@@ -187,6 +184,18 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
     )
     problem = replace(problem, fit=replace(fit, spec=locals_)).with_operands(**ends)
     return problem, GroupSpec(locals_, shared), start, options
+
+
+def _tile(problem: MapProblem) -> int | None:
+    """Points of a group that are evaluated at once, where it is long: its rows [J r] stay in the cache then."""
+    fit = problem.fit
+    if problem.plan.n_points <= LONGEST_AT_ONCE or any(c is None for c in fit.x):
+        return None
+    types = [np.int64 if each.integer else np.float64 for each in fit.spec.layouts.x]
+    sample = tuple(c[:SAMPLED].astype(t) for c, t in zip(fit.x, types, strict=True))
+    start = problem.operands["start"].array
+    check_pointwise(fit.model, fit.spec.layouts, sample, np.asarray(start[(0,) * (start.ndim - 1)]))
+    return TILE
 
 
 def _number(what: str, operand: Operand, column: int) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
-import jax
 import numpy as np
 import scipy
 from dask import delayed
@@ -139,7 +138,7 @@ def _records(problem: MapProblem, spec, states, shared, pcov, variance) -> da.Ar
 def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, shared, pcov, variance) -> np.ndarray:
     """The task: records of the groups of a block."""
     n, s = prod(shape), len(spec.shared)
-    state = jax.tree.map(lambda each: each[:n], state)  # without what fills the block up
+    state = state.first(n)  # without what fills the block up
     T = state.back[..., :s]
     C = variance * state.inverse + T @ pcov @ T.swapaxes(1, 2)
     found, used = state.fitted, state.used

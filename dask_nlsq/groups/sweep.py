@@ -25,7 +25,10 @@ INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
 SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
-MOST_SEGMENTS = 256
+NONE_USED = (
+    "no group can be fitted: none has as many points that count as it has parameters, or the model or its derivatives are "
+    "not finite at p0 in all of them"
+)
 
 
 class At(NamedTuple):
@@ -77,11 +80,19 @@ class GroupSweep:
         self.base: np.ndarray | None = None
 
     def __call__(self, params: np.ndarray, reduction="gram") -> Condensed:
+        """The sums at shared parameters (s,).
+
+        Raises
+        ------
+        ValueError
+            Where no group can be fitted.
+        """
         params, key = np.asarray(params, dtype=np.float64), np.asarray(params, dtype=np.float64).tobytes()
         if key not in self.states:
-            self.states[key], found = self._read(params)
-            self.sums[key] = found
+            self.states[key], self.sums[key] = self._read(params)
             self.count += 1
+            if not self.sums[key].n_groups.any():
+                raise ValueError(NONE_USED)
         return self._condensed(self.sums[key])
 
     def _read(self, params):

@@ -66,6 +66,10 @@ class LocalState(NamedTuple):
     used: Any
     fitted: Fitted
 
+    def first(self, n: int) -> "LocalState":
+        """Of the first n groups."""
+        return jax.tree.map(lambda each: each[:n], self)
+
 
 def group_kernel(model: Model, spec: GroupSpec):
     """Compiled ``(pixels, n_pixels, used, limits) -> GroupSums, LocalState``; call inside ``float64()``.

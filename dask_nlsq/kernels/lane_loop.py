@@ -77,7 +77,7 @@ def build_fit(model: Model, spec: MapSpec):
             lanes = _load(spec, data, lanes, pixel, idle, empty.course)
             taken = jnp.minimum(taken + jnp.sum(idle), n_pixels)
             n_running = jnp.sum(lanes.status == RUNNING)
-            few = jnp.where(taken < n_pixels, int(REFILL * n_lanes(pixels.y.shape[1])), n_running // NARROWER)
+            few = jnp.where(taken < n_pixels, int(REFILL * n_lanes(pixels.y.shape[1], len(pixels.y))), n_running // NARROWER)
 
             def busy(lanes):
                 return jnp.sum(lanes.status == RUNNING) > few
@@ -96,7 +96,7 @@ def build_fit(model: Model, spec: MapSpec):
 
 def _empty(spec, pixels: Pixels) -> Lanes:
     """Lanes without a pixel or data, at the beginning of their course."""
-    p, width = len(spec.free), n_lanes(pixels.y.shape[1])
+    p, width = len(spec.free), n_lanes(pixels.y.shape[1], len(pixels.y))
 
     def full(value, *shape):
         return jnp.full((*shape, width), value)

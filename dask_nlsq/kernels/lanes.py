@@ -69,6 +69,7 @@ class MapSpec(NamedTuple):
     loss: str
     absolute_sigma: bool
     guess: Model | None = None  # ``guess(x, y) -> start`` of all parameters
+    tile: int | None = None  # points of a long spectrum that are evaluated at once; None: all of them
 
 
 class LaneModel(NamedTuple):
@@ -102,9 +103,10 @@ class Lanes(NamedTuple):
     status: Any
 
 
-def n_lanes(n: int) -> int:
-    """Lanes for spectra of ``n`` points, a power of two."""
-    return 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
+def n_lanes(n: int, n_pixels: int = MOST_LANES) -> int:
+    """Lanes for spectra of ``n`` points, a power of two; no more than ``n_pixels`` need."""
+    fitting = 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
+    return min(fitting, 2 ** (n_pixels - 1).bit_length())
 
 
 def group_size(n: int, n_params: int) -> int:
@@ -171,6 +173,23 @@ def normal_equations(model, spec, limits, lanes):
     """Gram matrices (p + 1, p + 1, lanes) of [J r], costs, and counts where the mean is floored."""
 
     def one(params, start, coordinates, y, weight):
+        n, tile = len(y), spec.tile
+        if tile is None or n <= tile:
+            return tile_of(params, start, coordinates, y, weight)
+
+        def add(k, sums):
+            first = jnp.minimum(k * tile, n - tile)  # the last one begins early, and leaves out what has been counted
+            x, own_y, own_weight = jax.tree.map(
+                lambda each: lax.dynamic_slice_in_dim(each, first, tile), (coordinates, y, weight)
+            )
+            fresh = first + jnp.arange(tile) >= k * tile
+            found = tile_of(params, start, x, own_y, jnp.where(fresh, own_weight, 0.0))
+            return jax.tree.map(jnp.add, sums, found)
+
+        m = len(spec.free) + 1
+        return lax.fori_loop(0, -(-n // tile), add, (jnp.zeros((m, m)), jnp.zeros(()), jnp.zeros(())))
+
+    def tile_of(params, start, coordinates, y, weight):
         valid = weight > 0
 
         def residual(params):
@@ -189,7 +208,7 @@ def normal_equations(model, spec, limits, lanes):
 
     data, p, (width, n) = lanes.data, len(spec.free), lanes.data.y.shape
     x, axes = each_or_shared(data.x)
-    size = group_size(n, p)
+    size = min(width, group_size(n if spec.tile is None else min(n, spec.tile), p))
     operands = (
         lanes.trial.T,
         data.start.T,

@@ -1,0 +1,258 @@
+"""Grouped fits: SciPy's dense answer, wherever the groups are; groups that cannot be fitted; errors at the door."""
+
+import warnings
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+import xarray as xr
+import zarr
+
+import dask_nlsq
+from dask_nlsq import MapStatus, curve_fit, fit_groups
+
+G, N = 30, 80
+T = np.linspace(0.01, 5, N)
+RNG = np.random.default_rng(0)
+AMPLITUDE, OFFSET = RNG.uniform(1, 5, G), RNG.uniform(0, 1, G)
+SHARED = np.array([0.7, 1.3])
+LOCAL = ("amplitude", "offset")
+P0 = dict(amplitude=2, offset=0.5, rate=1, beta=1)
+TIGHT = dict(ftol=1e-14, xtol=1e-14, gtol=1e-14, accuracy=1e-6)
+
+
+def decay(t, amplitude, offset, rate, beta):
+    return amplitude * jnp.exp(-((rate * t) ** beta)) + offset
+
+
+def clean(amplitude=AMPLITUDE, offset=OFFSET):
+    return amplitude[:, None] * np.exp(-((0.7 * T) ** 1.3)) + offset[:, None]
+
+
+Y = clean() + RNG.normal(0, 0.05, (G, N))
+SIGMA = RNG.uniform(0.03, 0.08, (G, N))
+HIDDEN = RNG.random((G, N)) < 0.1
+
+
+def dense(y, sigma=1.0, mask=False, bounds=(-np.inf, np.inf)):
+    """SciPy's shared and local parameters, and the covariance, of all of them at once."""
+    weight = np.where(mask, 0.0, 1 / np.broadcast_to(sigma, y.shape))
+    n = len(y)
+
+    def residual(p):
+        s, own = p[:2], p[2:].reshape(n, 2)
+        return ((own[:, :1] * np.exp(-((s[0] * T) ** s[1])) + own[:, 1:] - y) * weight).ravel()
+
+    def jacobian(p):
+        s, own = p[:2], p[2:].reshape(n, 2)
+        u, J = (s[0] * T) ** s[1], np.zeros((n, N, 2 + 2 * n))
+        e = np.exp(-u)
+        J[:, :, 0], J[:, :, 1] = -own[:, :1] * e * u * s[1] / s[0], -own[:, :1] * e * u * np.log(s[0] * T)
+        for g in range(n):
+            J[g, :, 2 + 2 * g], J[g, :, 3 + 2 * g] = e, 1
+        return (J * weight[..., None]).reshape(n * N, -1)
+
+    start = np.concatenate([[0.9, 1.1], np.stack([AMPLITUDE[:n], OFFSET[:n] + 0.1], axis=1).ravel()])
+    inside = np.clip(start, bounds[0] + 1e-3, bounds[1])
+    found = scipy.optimize.least_squares(
+        residual, inside, jac=jacobian, bounds=bounds, x_scale="jac", ftol=1e-15, xtol=1e-15, gtol=1e-15
+    )
+    free = np.abs(found.active_mask) == 0
+    n_points = np.count_nonzero(weight)
+    pcov = np.zeros((2 + 2 * n,) * 2)
+    pcov[np.ix_(free, free)] = np.linalg.inv(found.jac[:, free].T @ found.jac[:, free])
+    pcov *= 2 * found.cost / (n_points - 2 - 2 * n)
+    return found.x[:2], found.x[2:].reshape(n, 2), pcov, found.cost
+
+
+def assert_dense(result, expected, within=1e-6):
+    shared, own, pcov, cost = expected
+    perr = np.sqrt(np.diag(pcov))
+    local = result.local.compute(progress=False)
+    assert result.success and (local.success).all()
+    assert np.max(np.abs(result.popt - shared) / perr[:2]) < within
+    assert np.max(np.abs(local.popt[..., :2].reshape(-1, 2) - own) / perr[2:].reshape(-1, 2)) < within
+    np.testing.assert_allclose(result.pcov, pcov[:2, :2], rtol=1e-6)
+    np.testing.assert_allclose(local.perr[..., :2].ravel(), perr[2:], rtol=1e-6)
+    np.testing.assert_allclose(local.perr[..., 2:].reshape(-1, 2), np.broadcast_to(perr[:2], (len(own), 2)), rtol=1e-6)
+    assert result.cost == pytest.approx(cost, rel=1e-12)
+
+
+CHUNKS = {"one chunk": (G, N), "a chunk for each group": (1, N), "cut along both axes": (7, 13)}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return dense(Y, SIGMA, HIDDEN)
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+def test_shared_and_local_parameters_and_their_errors_are_those_of_one_dense_fit(chunks, expected):
+    y, sigma, mask = (da.from_array(each, chunks) for each in (Y, SIGMA, HIDDEN))
+    result = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0, sigma=sigma, mask=mask, **TIGHT)
+    assert_dense(result, expected)
+    assert result.n_points == np.count_nonzero(~HIDDEN) and result.n_groups == G
+    assert result.dof == result.n_points - 2 - 2 * G
+
+
+def test_data_that_are_read_in_each_sweep_have_the_bits_of_those_held(tmp_path):
+    store = zarr.create_array(tmp_path / "y", shape=Y.shape, chunks=(8, N), dtype="f8")
+    store[...] = Y
+    held, read = (
+        fit_groups(decay, T, tmp_path / "y", P0, local=LOCAL, group_axes=0, strategy=strategy)
+        for strategy in ("chunked", "streaming")
+    )
+    np.testing.assert_array_equal(held.popt, read.popt)
+    np.testing.assert_array_equal(held.pcov, read.pcov)
+    np.testing.assert_array_equal(held.local.compute().popt, read.local.compute().popt)
+
+
+def test_workers_find_the_same_bits(workers):
+    y = da.from_array(Y, (5, N))
+    here = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0)
+    with workers.as_current():
+        there = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0)
+        local = there.local.compute(progress=False)
+    np.testing.assert_array_equal(here.popt, there.popt)
+    np.testing.assert_array_equal(here.local.compute().popt, local.popt)
+    del there, local
+
+
+def test_axes_in_any_order_and_names_of_xarray_are_the_same_fit():
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
+    turned = fit_groups(decay, T, Y.T, P0, local=LOCAL, group_axes=1)
+    labelled = xr.DataArray(Y, dims=("angle", "t"), coords={"angle": np.arange(G) * 3.0, "t": T})
+    named = fit_groups(decay, "t", labelled, P0, local=LOCAL, group_axes="angle")
+    for other in (turned, named):
+        np.testing.assert_allclose(other.popt, result.popt, rtol=1e-9)
+    assert named.local.to_xarray().popt.dims == ("angle", "param")
+    np.testing.assert_array_equal(named.local.to_xarray().angle, labelled.angle)
+
+
+def test_starts_and_bounds_of_locals_may_differ_from_group_to_group():
+    low = AMPLITUDE - 0.5
+    low[3] = AMPLITUDE[3] + 0.4  # cuts the optimum off
+    bounds = dict(amplitude=(low, None))
+    result = fit_groups(decay, T, Y, P0 | dict(amplitude=AMPLITUDE + 0.5), local=LOCAL, group_axes=0, bounds=bounds, **TIGHT)
+    ends = np.full((2, 2 + 2 * G), np.inf) * [[-1], [1]]
+    ends[0, 2::2] = low
+    shared, _, pcov, cost = dense(Y, bounds=ends)
+    local = result.local.compute(progress=False)
+    assert local.status[3] == MapStatus.AT_BOUND and local.at_bound[3, 0] == -1
+    assert result.cost == pytest.approx(cost, rel=1e-9)
+    assert np.max(np.abs(result.popt - shared) / np.sqrt(np.diag(pcov))[:2]) < 1e-4
+
+
+def test_counts_have_the_likeliest_parameters():
+    y = np.random.default_rng(3).poisson(20 * clean(AMPLITUDE[:4], OFFSET[:4]))
+    p0 = [40, 10, 1, 1]
+    result = fit_groups(decay, T, y, p0, local=LOCAL, group_axes=0, loss="poisson", **TIGHT)
+
+    def joint(x, *p):
+        k = x[1]
+        own = jnp.stack(p[2:]).reshape(4, 2)
+        return own[k, 0] * jnp.exp(-((p[0] * x[0]) ** p[1])) + own[k, 1]
+
+    x = np.broadcast_to(T, y.shape).ravel(), np.repeat(np.arange(4), N)
+    popt, pcov = curve_fit(joint, x, y.ravel(), [1, 1, *[40, 10] * 4], loss="poisson", ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    perr, local = np.sqrt(np.diag(pcov)), result.local.compute(progress=False)
+    assert np.max(np.abs(result.popt - popt[:2]) / perr[:2]) < 1e-5
+    np.testing.assert_allclose(result.pcov, pcov[:2, :2], rtol=1e-5)
+    np.testing.assert_allclose(local.perr[:, :2].ravel(), perr[2:], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def special():
+    """Groups that are masked, too short, all zero, and without an amplitude, beside good ones."""
+    y, mask = clean() + 0.05 * np.random.default_rng(5).standard_normal((G, N)), np.zeros((G, N), bool)
+    mask[2], mask[5, 1:] = True, True
+    y[7] = 0.0
+    y[11, 4] = np.nan
+    mask[13, 2:] = True  # as many points as locals
+    return y, mask
+
+
+def test_groups_that_cannot_be_fitted_have_a_status_and_change_nothing_for_the_others(special):
+    y, mask = special
+    result = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0, mask=mask)
+    local = result.local.compute(progress=False)
+    good = np.setdiff1d(np.arange(G), [2, 5, 7, 13])
+    assert local.status[2] == MapStatus.MASKED and local.status[5] == MapStatus.TOO_FEW_POINTS
+    assert np.isnan(local.popt[[2, 5]]).all()
+    assert np.isfinite(local.popt[good]).all() and np.isfinite(local.perr[good]).all()
+    assert local.n_points[11] == N - 1
+    assert abs(local.popt[7, 0]) < 1e-6 and abs(local.popt[7, 1]) < 1e-6
+    alone = fit_groups(decay, T, y[good], P0, local=LOCAL, group_axes=0)
+    assert np.max(np.abs(result.popt - alone.popt) / alone.perr) < 0.1
+    assert result.n_groups == G - 2
+
+
+def test_what_is_fixed_is_no_parameter():
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, fixed=dict(beta=1.3))
+    assert result.shared_names == ("rate",) and result.popt.shape == (1,)
+    assert (result.local.compute().popt[:, 3] == 1.3).all()
+
+
+def test_a_callback_sees_each_sweep_and_may_end_the_fit():
+    seen = []
+
+    def callback(record):
+        seen.append(record.cost)
+        if len(seen) == 2:
+            raise StopIteration
+
+    with pytest.warns(scipy.optimize.OptimizeWarning, match="Not converged: Stopped by `callback`"):
+        result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, callback=callback)
+    assert len(seen) == 2 and not result.success
+
+
+def test_a_fit_says_what_it_is():
+    text = repr(fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0))
+    assert text.startswith("<GroupResult 30 groups, 2,400 points, ")
+    assert "rate  0.69" in text and "of each group: amplitude, offset" in text
+
+
+def test_local_maps_are_written_and_read(tmp_path):
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
+    result.local.to_zarr(tmp_path / "maps", progress=False)
+    np.testing.assert_array_equal(zarr.open_group(tmp_path / "maps")["popt"][...], result.local.compute().popt)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(local="amplitud"), ValueError, "`local` names 'amplitud', the parameters are"),
+        (dict(local=tuple(P0)), ValueError, "`local` names all parameters .*`fit_map`"),
+        (dict(local="beta", fixed=dict(beta=1.0)), ValueError, "`local` names no parameter that is fitted.*`curve_fit`"),
+        (dict(local=()), ValueError, "`local` must be"),
+        (dict(group_axes=(0, 1)), ValueError, "`group_axes` names all axes"),
+        (dict(group_axes=2), ValueError, "`group_axes` must name axes of `ydata`, which has 2"),
+        (dict(group_axes="angle"), ValueError, "`group_axes` 'angle' is not a dimension"),
+        (dict(p0=P0 | dict(rate=np.linspace(1, 2, G))), ValueError, "p0 of rate: a parameter that all groups share"),
+        (dict(bounds=dict(rate=(np.linspace(0, 0.1, G), 2))), ValueError, "bounds of rate: a parameter that all groups"),
+        (dict(p0=P0 | dict(amplitude=np.ones(G + 1))), ValueError, "p0 of amplitude"),
+        (dict(locl="amplitude"), TypeError, "did you mean 'local'"),
+        (dict(mask=np.arange(N) > 0), ValueError, "no group can be fitted"),
+    ],
+)  # fmt: skip
+def test_bad_calls_are_refused_at_the_door(options, error, message):
+    with pytest.raises(error, match=message):
+        fit_groups(decay, T, Y, **dict(p0=P0, local=LOCAL, group_axes=0) | options)
+
+
+def test_one_group_is_a_fit_of_all_parameters():
+    y = Y[:1]
+    result = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0, **TIGHT)
+    popt, pcov = dask_nlsq.curve_fit(decay, T, y[0], list(P0.values()), ftol=1e-14, xtol=1e-14, gtol=1e-14)
+    perr = np.sqrt(np.diag(pcov))
+    local = result.local.compute()
+    assert np.max(np.abs(local.popt[0] - popt) / perr) < 1e-5
+    np.testing.assert_allclose(local.perr[0], perr, rtol=1e-5)
+
+
+def test_nothing_is_warned_of_where_there_is_nothing_to_say():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
