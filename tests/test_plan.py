@@ -47,12 +47,19 @@ class Computes(Callback):
 
 
 @pytest.fixture(scope="module")
-def client():
+def cluster():
     with (
         LocalCluster(n_workers=2, threads_per_worker=1, memory_limit="1.5GB", dashboard_address=":0") as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client
+
+
+@pytest.fixture
+def client(cluster):
+    """The default one for this test alone."""
+    with cluster.as_current():
+        yield cluster
 
 
 def test_a_hundred_thousand_chunks_are_planned_within_a_second_and_without_a_compute():

@@ -50,7 +50,7 @@ class HeldHere:
         runs, common = plan_loads(data)
         known = PassedOn(compute_shared(runs, common), runs)
         with (
-            large_arrays_given_back(),
+            large_arrays_given_back(data.nbytes),
             ExitStack() as on_error,
             ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool,
         ):
@@ -153,10 +153,11 @@ class UnreadHere:
     def __init__(self, data: Data):
         runs, common = plan_loads(data)
         self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(runs, common)), len(runs)
+        self.nbytes = data.nbytes
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
         runs = range(self.n_runs) if runs is None else runs
-        with large_arrays_given_back():
+        with large_arrays_given_back(self.nbytes):
             yield from zip(runs, self.lazy.each(work, runs, objectives, args, threads()), strict=True)
 
     def close(self) -> None:

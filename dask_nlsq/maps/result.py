@@ -93,7 +93,7 @@ class MapResult:
         """
         if not self.lazy:
             return self
-        with large_arrays_given_back(), _bar(progress):
+        with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
             record = self._settled(options).record
             parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
         return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
@@ -207,7 +207,7 @@ class MapResult:
             self._create(path, identity)
         done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
-        with large_arrays_given_back(), _bar(progress):
+        with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
             for band in self.problem.bands:
                 tasks = []
