@@ -256,3 +256,34 @@ def test_nothing_is_warned_of_where_there_is_nothing_to_say():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
+
+
+def test_long_groups_are_evaluated_in_tiles_with_coordinates_along_some_axes():
+    """Three axes: x has an axis of the groups, and two of the fit, each of length 1 along the others."""
+    k, i, j = np.arange(4)[:, None, None], np.arange(70)[None, :, None], np.arange(90)[None, None, :]
+    scale = np.array([0.5, 1.0, 1.5, 2.0])
+
+    def f(x, amplitude, rate, slope):
+        return amplitude * jnp.exp(-rate * jnp.asarray(scale)[x[0]] * x[1] / 70) + slope * x[2]
+
+    amplitude = np.array([1.0, 2.0, 3.0, 4.0])
+    y = np.asarray(f((k, i, j), amplitude[:, None, None], 1.5, 0.01)) + np.random.default_rng(1).normal(0, 0.01, (4, 70, 90))
+    p0 = dict(amplitude=1, rate=1, slope=0)
+    result = fit_groups(f, (k, i, j), y, p0, local="amplitude", group_axes=0, **TIGHT)
+    names = [f"a{g}" for g in range(4)]
+    popt, pcov = curve_fit(
+        lambda x, a0, a1, a2, a3, rate, slope: f(x, jnp.stack([a0, a1, a2, a3])[x[0]], rate, slope),
+        (k, i, j), y, dict.fromkeys([*names, "rate"], 1.0) | dict(slope=0), ftol=1e-14, xtol=1e-14, gtol=1e-14,
+    )  # fmt: skip
+    perr, local = np.sqrt(np.diag(pcov)), result.local.compute(progress=False)
+    assert np.max(np.abs(result.popt - popt[4:]) / perr[4:]) < 1e-6
+    np.testing.assert_allclose(result.pcov, pcov[4:, 4:], rtol=1e-6)
+    np.testing.assert_allclose(local.perr[:, 0], perr[:4], rtol=1e-6)
+
+
+def test_a_long_group_needs_a_model_that_is_pointwise():
+    def cumulated(t, amplitude, rate):
+        return jnp.cumsum(amplitude * jnp.exp(-rate * t))
+
+    with pytest.raises(ValueError, match="pointwise"):
+        fit_groups(cumulated, np.linspace(0, 1, 5000), np.ones((3, 5000)), [1, 1], local="amplitude", group_axes=0)

@@ -602,6 +602,21 @@ def test_masks_travel_with_every_array_that_has_one(name, kind):
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-8)
 
 
+def test_coordinates_and_errors_may_lie_along_some_of_the_fit_axes():
+    """And along the map: x and sigma have y's axes, of length 1 where they do not vary."""
+    k, i, j = np.arange(3)[:, None, None], np.arange(8.0)[None, :, None], np.arange(6.0)[None, None, :]
+
+    def plane(x, a, b, c):
+        return a * x[1] + b * x[2] + c * x[0]
+
+    y, sigma = np.asarray(plane((k, i, j), 1.0, 2.0, 3.0)) + np.cos(7 * i + j), 1 + i + 0 * k
+    found = fit_map(plane, (k + 0.0, i, j), y, [1, 1, 1], axis=(1, 2), sigma=sigma).compute()
+    full = np.broadcast_arrays(k + 0.0, i, j)
+    expected = fit_map(plane, tuple(full), y, [1, 1, 1], axis=(1, 2), sigma=np.broadcast_to(sigma, y.shape)).compute()
+    np.testing.assert_array_equal(found.n_points, 48)
+    np.testing.assert_allclose(found.popt[1:], expected.popt[1:], rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["p0", "bounds", "fixed"])
 def test_starts_and_bounds_are_compared_with_what_they_declare(name):
     plane = da.from_array(TRUTH[..., 2], chunks=(3, 3))

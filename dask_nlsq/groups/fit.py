@@ -188,11 +188,17 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
 
 def _tile(problem: MapProblem) -> int | None:
     """Points of a group that are evaluated at once, where it is long: its rows [J r] stay in the cache then."""
-    fit = problem.fit
-    if problem.plan.n_points <= LONGEST_AT_ONCE or any(c is None for c in fit.x):
+    fit, first = problem.fit, tuple(0 if k in problem.map_axes else slice(None) for k in range(problem.y.ndim))
+    if problem.plan.n_points <= LONGEST_AT_ONCE:
         return None
+    own = (problem.operands[f"x{k}"].array for k, c in enumerate(fit.x) if c is None)
+    spectrum = tuple(problem.y.shape[k] for k in fit.fit_axes)
+    x = [next(own)[first] if c is None else c.reshape(spectrum) for c in fit.x]
+    if any(isinstance(c, da.Array) for c in x):
+        return None  # what is not in memory is not read for this
     types = [np.int64 if each.integer else np.float64 for each in fit.spec.layouts.x]
-    sample = tuple(c[:SAMPLED].astype(t) for c, t in zip(fit.x, types, strict=True))
+    places = np.linspace(0, problem.plan.n_points - 1, SAMPLED).astype(int)
+    sample = tuple(np.broadcast_to(c, spectrum).flat[places].astype(t) for c, t in zip(x, types, strict=True))
     start = problem.operands["start"].array
     check_pointwise(fit.model, fit.spec.layouts, sample, np.asarray(start[(0,) * (start.ndim - 1)]))
     return TILE

@@ -24,7 +24,7 @@ from jax import lax
 
 from ..model.function import Model
 from .lane_loop import Fitted, Pixels, build_fit, prepare
-from .lanes import Data, Lanes, Limits, MapSpec, inverse, n_lanes, normal_equations
+from .lanes import Data, Lanes, Limits, MapSpec, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course
 
 NOWHERE = Course(None, None)
@@ -96,7 +96,7 @@ def _build(model: Model, spec: GroupSpec):
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used, fitted):
     """Lane after lane of groups, so many together as a map fits."""
     n_groups, n_locals, s = len(params), len(spec.locals.free), len(spec.shared)
-    width = min(n_lanes(data.y.shape[1]), n_groups)
+    width = min(lanes_of(spec.locals, data.y), n_groups)
     places = jnp.array((*spec.locals.free, *spec.shared))
     state = LocalState(
         params,

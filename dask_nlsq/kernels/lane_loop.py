@@ -15,7 +15,7 @@ from jax import lax
 
 from ..model.function import Model
 from . import rules
-from .lanes import Data, Lanes, MapSpec, MapStatus, as_x, diagonal, inverse, iterate, linearise, n_lanes
+from .lanes import Data, Lanes, MapSpec, MapStatus, as_x, diagonal, inverse, iterate, lanes_of, linearise
 from .rules import OFF_BOUND, RUNNING, Course, at_bounds
 from .steps import Point, Step
 
@@ -77,7 +77,7 @@ def build_fit(model: Model, spec: MapSpec):
             lanes = _load(spec, data, lanes, pixel, idle, empty.course)
             taken = jnp.minimum(taken + jnp.sum(idle), n_pixels)
             n_running = jnp.sum(lanes.status == RUNNING)
-            few = jnp.where(taken < n_pixels, int(REFILL * n_lanes(pixels.y.shape[1], len(pixels.y))), n_running // NARROWER)
+            few = jnp.where(taken < n_pixels, int(REFILL * lanes_of(spec, pixels.y)), n_running // NARROWER)
 
             def busy(lanes):
                 return jnp.sum(lanes.status == RUNNING) > few
@@ -96,7 +96,7 @@ def build_fit(model: Model, spec: MapSpec):
 
 def _empty(spec, pixels: Pixels) -> Lanes:
     """Lanes without a pixel or data, at the beginning of their course."""
-    p, width = len(spec.free), n_lanes(pixels.y.shape[1], len(pixels.y))
+    p, width = len(spec.free), lanes_of(spec, pixels.y)
 
     def full(value, *shape):
         return jnp.full((*shape, width), value)

@@ -103,10 +103,15 @@ class Lanes(NamedTuple):
     status: Any
 
 
-def n_lanes(n: int, n_pixels: int = MOST_LANES) -> int:
-    """Lanes for spectra of ``n`` points, a power of two; no more than ``n_pixels`` need."""
-    fitting = 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
-    return min(fitting, 2 ** (n_pixels - 1).bit_length())
+def n_lanes(n: int) -> int:
+    """Lanes for spectra of ``n`` points, a power of two."""
+    return 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
+
+
+def lanes_of(spec: MapSpec, y) -> int:
+    """Lanes for y (pixels, n): as many for any block, since bits depend on it; for long spectra as few as there are."""
+    most = n_lanes(y.shape[1])
+    return most if spec.tile is None else min(most, 2 ** (len(y) - 1).bit_length())
 
 
 def group_size(n: int, n_params: int) -> int:
@@ -179,11 +184,10 @@ def normal_equations(model, spec, limits, lanes):
 
         def add(k, sums):
             first = jnp.minimum(k * tile, n - tile)  # the last one begins early, and leaves out what has been counted
-            x, own_y, own_weight = jax.tree.map(
-                lambda each: lax.dynamic_slice_in_dim(each, first, tile), (coordinates, y, weight)
-            )
+            part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=tile)
             fresh = first + jnp.arange(tile) >= k * tile
-            found = tile_of(params, start, x, own_y, jnp.where(fresh, own_weight, 0.0))
+            x = tuple(part(c) if len(c) > 1 else c for c in coordinates)
+            found = tile_of(params, start, x, part(y), jnp.where(fresh, part(weight), 0.0))
             return jax.tree.map(jnp.add, sums, found)
 
         m = len(spec.free) + 1

@@ -107,9 +107,9 @@ class BlockFit:
     def gather(self, place, y, sigma, mask, start, lower, upper, *own, first=0) -> PixelBlock:
         """The arrays of a block as the kernels take them, once they have been checked."""
         shape = tuple(s for k, s in enumerate(y.shape) if k not in self.fit_axes)
-        rest = iter(own)
-        x = tuple(self._rows(next(rest), shape) if c is None else c[None] for c in self.x)
-        y, sigma, mask = self._rows(y, shape), self._rows(sigma, shape), self._rows(mask, shape)
+        rest, spectrum = iter(own), tuple(y.shape[k] for k in self.fit_axes)
+        x = tuple(self._rows(next(rest), shape, spectrum) if c is None else c[None] for c in self.x)
+        y, sigma, mask = (self._rows(each, shape, spectrum) for each in (y, sigma, mask))
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
         begin = [each.start + (first if k == 0 else 0) for k, each in enumerate(place)]
         self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
@@ -117,11 +117,13 @@ class BlockFit:
         others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
         return PixelBlock(Pixels(self._filled(y), *others), n_pixels, shape)
 
-    def _rows(self, array, shape):
-        """(pixels or 1, n or 1) of an array with y's axes."""
+    def _rows(self, array, shape, spectrum):
+        """(pixels or 1, n or 1) of an array with y's axes; ``spectrum`` is y's shape along the fit axes."""
         n_fit = len(self.fit_axes)
         array = np.moveaxis(array, self.fit_axes, range(-n_fit, 0))
         own, along = array.shape[: array.ndim - n_fit], array.shape[array.ndim - n_fit :]
+        if 1 < prod(along) < prod(spectrum):  # along some of the fit axes
+            array, along = np.broadcast_to(array, (*own, *spectrum)), spectrum
         if prod(own) > 1:
             array = np.broadcast_to(array, (*shape, *along))
         return np.ascontiguousarray(array.reshape(-1, prod(along)))
