@@ -287,3 +287,65 @@ def test_a_long_group_needs_a_model_that_is_pointwise():
 
     with pytest.raises(ValueError, match="pointwise"):
         fit_groups(cumulated, np.linspace(0, 1, 5000), np.ones((3, 5000)), [1, 1], local="amplitude", group_axes=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nothing is lost in silence
+
+
+def test_a_trial_at_which_a_group_is_not_finite_is_refused_and_no_group_is_lost():
+    """The root of a shared parameter that a long step makes too small for the last groups."""
+
+    def f(t, amplitude, s):
+        return amplitude * jnp.sqrt(s - t)
+
+    t = np.linspace(0, 1, 40)
+    ends = np.linspace(0.2, 1.0, 6)
+    x = ends[:, None] * t
+    y = np.array([1.0, 2, 3, 4, 5, 6])[:, None] * np.sqrt(1.02 - x) + np.random.default_rng(0).normal(0, 0.01, x.shape)
+    result = fit_groups(f, x, y, dict(amplitude=1.0, s=30.0), local="amplitude", group_axes=0)
+    assert result.success and result.n_groups == 6
+    assert abs(result.popt[0] - 1.02) < 5 * result.perr[0]
+
+
+def test_a_group_that_is_not_finite_at_the_start_is_left_out_and_says_so():
+    def f(t, amplitude, s):
+        return amplitude * jnp.sqrt(s - t)
+
+    t = np.linspace(0, 1, 40)
+    x = np.array([1.0, 1.0, 3.0])[:, None] * t
+    y = 2 * np.sqrt(np.maximum(1.5 - x, 0)) + np.random.default_rng(0).normal(0, 0.01, x.shape)
+    result = fit_groups(f, x, y, dict(amplitude=1.0, s=1.6), local="amplitude", group_axes=0)
+    local = result.local.compute(progress=False)
+    assert result.n_groups == 2 and local.status[2] == MapStatus.NON_FINITE and np.isnan(local.popt[2]).all()
+    alone = fit_groups(f, x[:2], y[:2], dict(amplitude=1.0, s=1.6), local="amplitude", group_axes=0)
+    np.testing.assert_allclose(result.popt, alone.popt, rtol=1e-9)
+
+
+def test_a_shared_parameter_that_locals_stand_in_for_is_undetermined():
+    def f(t, amplitude, factor, rate):
+        return amplitude * factor * jnp.exp(-rate * t)
+
+    y = AMPLITUDE[:, None] * np.exp(-0.7 * T) + np.random.default_rng(0).normal(0, 0.05, (G, N))
+    with pytest.warns(scipy.optimize.OptimizeWarning) as caught:
+        result = fit_groups(f, T, y, dict(amplitude=1, factor=2, rate=1), local="amplitude", group_axes=0)
+    assert any("does not depend on factor" in str(each.message) for each in caught)
+    assert not result.success and not np.isfinite(result.perr).any()
+    assert np.isinf(result.local.compute(progress=False).perr[:, 0]).all()
+
+
+def test_the_map_of_the_groups_is_no_map_of_separate_fits(tmp_path):
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
+    with pytest.raises(ValueError, match="call fit_groups again"):
+        result.local.refit_failed()
+    result.local.to_zarr(tmp_path / "maps", progress=False)
+    other = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, fixed=dict(beta=1.2))
+    with pytest.raises(ValueError):
+        other.local.to_zarr(tmp_path / "maps", resume=True, progress=False)
+
+
+def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out():
+    t, y = np.linspace(0, 1, 2000), da.zeros((40_000, 2000), chunks=(100, 2000))
+    options = dict(local=LOCAL, group_axes=0, strategy="standard", memory_limit_gb=0.5)
+    with pytest.raises(dask_nlsq.MemoryBudgetError, match=r'the groups take 6.* use strategy="streaming"'):
+        fit_groups(decay, t, y, P0, **options)

@@ -10,6 +10,7 @@ import numpy as np
 import scipy
 
 from ..base.lazy import da
+from ..base.text import size
 from ..base.warn import warn
 from ..kernels.checks import check_pointwise
 from ..kernels.groups import GroupSpec
@@ -18,7 +19,8 @@ from ..maps.blocks import MapProblem, Operand
 from ..maps.fit import align_map
 from ..maps.plan import AllBut
 from ..memory.machine import active_client
-from ..memory.plan import room_here, rooms_of_workers
+from ..memory.plan import MemoryBudgetError
+from ..memory.processes import room_here, rooms_of_workers
 from ..options import GROUPS, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
 from ..solve.trust_region import Options, Record, solve
@@ -27,6 +29,7 @@ from .sweep import GroupSweep
 
 TILE, LONGEST_AT_ONCE = 2**10, 2**12  # points of a group
 SAMPLED = 1000  # points of it, at which the model is seen to be pointwise
+NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
 HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
 
 
@@ -130,7 +133,7 @@ def fit_groups(
     call.axis, call.full_covariance = AllBut(call.group_axes, "group_axes"), False
     problem, labels = align_map(f, xdata, ydata, call)
     problem, spec, start, options = _apart(problem, call)
-    sweep = GroupSweep(problem, spec, _holds(problem, call))
+    sweep = GroupSweep(problem, spec, _holds(problem, spec, call))
 
     def settle(record: Record) -> None:
         sweep.settle(record.params, record.distance)
@@ -212,11 +215,29 @@ def _number(what: str, operand: Operand, column: int) -> float:
     return float(values[0])
 
 
-def _holds(problem: MapProblem, call) -> bool:
-    """Whether the data stay in memory between the sweeps."""
-    if call.strategy != "auto":
-        return call.strategy != "streaming"
-    arrays = [problem.y, *(each.array for each in problem.operands.values())]
+def _holds(problem: MapProblem, spec: GroupSpec, call) -> bool:
+    """Whether the data stay in memory between the sweeps.
+
+    Raises
+    ------
+    MemoryBudgetError
+        Where what has to stay does not fit.
+    """
+    n_locals, n_shared, n_params = len(spec.locals.free), len(spec.shared), len(problem.fit.names)
+    numbers = n_params + n_locals * (n_shared + 1 + 2 * n_locals) + NUMBERS_OF_A_GROUP
+    states = 2 * 8 * numbers * problem.plan.n_pixels  # at the accepted point and at a trial
+    data = problem.y.nbytes + sum(each.array.nbytes for each in problem.operands.values())
     client = active_client()
     rooms = (rooms_of_workers(client, call.memory_limit_gb) if client else []) or [room_here(call.memory_limit_gb)]
-    return problem.plan.peak_bytes + sum(each.nbytes for each in arrays) < HELD_SHARE * sum(room.nbytes for room in rooms)
+    room = sum(each.nbytes for each in rooms)
+    if call.strategy == "auto":
+        held = data + states < HELD_SHARE * room
+    else:
+        held = call.strategy != "streaming"
+    if (needed := states + data * held) > room:
+        raise MemoryBudgetError(
+            f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; there "
+            f"are {size(room)}",
+            'use strategy="streaming", which holds no data' if held else "fit parts of the groups, or use more workers",
+        )
+    return held

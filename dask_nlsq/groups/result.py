@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
+from typing import Any
 
 import numpy as np
 import scipy
@@ -19,8 +20,28 @@ from ..kernels.lanes import MapStatus
 from ..maps.blocks import BlockFit, MapProblem
 from ..maps.result import MapResult
 from ..results.uncertainty import covariance
-from ..solve.trust_region import Options, Record, Solution
+from ..solve.trust_region import GRAM_CONDITION_LIMIT, Options, Record, Solution
 from .sweep import GroupSweep
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LocalMap(MapResult):
+    """The map of a `GroupResult`: its records come from the fit of all groups together, not from fits of each."""
+
+    shared: dict[str, Any] = field(default_factory=dict)  # values of the shared parameters, and their covariance
+
+    def _settled(self, options) -> LocalMap:
+        return self
+
+    def _of(self, problem: MapProblem) -> LocalMap:
+        raise ValueError("the groups lie in other blocks than when this map was begun: write it to another path")
+
+    def refit_failed(self, p0=None) -> MapResult:
+        raise ValueError("groups are not fitted one by one: call fit_groups again, with other starts of the locals in p0")
+
+    @property
+    def _provenance(self):
+        return super()._provenance | {"shared": self.shared}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -36,7 +57,7 @@ class GroupResult:
     shared_names : tuple of str
     local : MapResult
         All parameters of each group, lazy, with ``perr`` of the locals that includes the uncertainty of the shared ones;
-        ``status`` of groups that were left out says why.
+        ``status`` of groups that were left out says why. Of a fit on workers: use it before the Client is closed.
     cost : float
         Half the sum of squares, or of the loss, of the groups used.
     n_points, n_groups : int
@@ -80,7 +101,7 @@ class GroupResult:
     @property
     def success(self) -> bool:
         """Whether shared parameters and locals have converged."""
-        return self.status > 0 and self.status <= 5 and not self.local_distance > self.accuracy
+        return 0 < self.status <= 5 and (self.local_distance <= self.accuracy or self.accuracy == np.inf)
 
     def __repr__(self) -> str:
         found = zip(self.shared_names, self.popt, self.perr, strict=True)
@@ -103,6 +124,12 @@ def group_result(problem: MapProblem, labels, spec: GroupSpec, sweep: GroupSweep
         pcov = np.full((s, s), np.inf)
     else:
         pcov = pcov * variance
+    if GRAM_CONDITION_LIMIT < solution.factor.condition < np.inf:
+        warn(
+            f"The condition of the shared parameters is {solution.factor.condition:.2g}: above {GRAM_CONDITION_LIMIT:g} "
+            "their covariance loses digits. Hold one of them with fixed=, or make it local",
+            RuntimeWarning,
+        )
     states = sweep.final(solution.params)
     record = _records(problem, spec, states, solution.params, pcov, variance)
     worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
@@ -110,7 +137,7 @@ def group_result(problem: MapProblem, labels, spec: GroupSpec, sweep: GroupSweep
         popt=solution.params,
         pcov=pcov,
         shared_names=options.names,
-        local=MapResult(record, problem, labels),
+        local=LocalMap(record, problem, labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist())),
         cost=equations.cost,
         n_points=int(sums.n_points.sum()),
         n_groups=int(sums.n_groups.sum()),
@@ -118,11 +145,18 @@ def group_result(problem: MapProblem, labels, spec: GroupSpec, sweep: GroupSweep
         nfev=solution.nfev,
         sweeps=sweep.count,
         status=solution.status,
-        message=solution.message,
+        message=solution.message if not worst > options.accuracy else _of_locals(worst, options.accuracy),
         distance=solution.distance,
         local_distance=worst,
         accuracy=options.accuracy,
         history=solution.history,
+    )
+
+
+def _of_locals(worst: float, accuracy: float) -> str:
+    return (
+        f"The locals of a group are {worst:.2g} standard errors from their optimum, and `accuracy` asks for {accuracy:.2g}: "
+        "result.local.status says of which; start them from other values"
     )
 
 
@@ -140,7 +174,8 @@ def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, share
     n, s = prod(shape), len(spec.shared)
     state = state.first(n)  # without what fills the block up
     T = state.back[..., :s]
-    C = variance * state.inverse + T @ pcov @ T.swapaxes(1, 2)
+    known = np.isfinite(pcov).all() and np.isfinite(variance)
+    C = variance * state.inverse + T @ pcov @ T.swapaxes(1, 2) if known else np.full_like(state.inverse, np.inf)
     found, used = state.fitted, state.used
     lost = ~used & (found.status != MapStatus.MASKED) & (found.status != MapStatus.TOO_FEW_POINTS)
     C = np.where(np.isinf(found.pcov), np.inf, C)  # what the data of the group do not determine

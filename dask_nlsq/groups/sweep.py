@@ -46,13 +46,12 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
     if before is None:
         start, used = np.broadcast_to(pixels.start, (n_all, pixels.start.shape[1])).copy(), np.arange(n_all) < n
     else:
-        spec = spec._replace(locals=spec.locals._replace(guess=None))
         start, used = before.params.copy(), before.used
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
     start[:, places] = at.shared
     pixels = pixels._replace(start=start)
-    with float64(), fit.compiling("groups", pixels):
+    with float64(), fit.compiling(("groups", spec), pixels):
         found = group_kernel(fit.model, spec)(pixels, n, used, at.limits)
     return jax.tree.map(np.asarray, found)
 
@@ -73,8 +72,8 @@ class GroupSweep:
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
         self.fit, self.name = delayed(problem.fit, pure=True, traverse=False), uuid4().hex
         bands = (problem.band(rows, problem.fit.gather) for rows in problem.bands)
-        blocks = [block for band in bands for block in band.to_delayed().ravel()]
-        self.blocks = list(dask.persist(*blocks)) if held else blocks
+        blocks = [[*band.to_delayed().ravel()] for band in bands]  # of a band are joined together, so they are read together
+        self.bands = [dask.persist(*band) for band in blocks] if held else blocks
         self.states: dict[bytes, list] = {}
         self.sums: dict[bytes, GroupSums] = {}
         self.base: np.ndarray | None = None
@@ -87,35 +86,45 @@ class GroupSweep:
         ValueError
             Where no group can be fitted.
         """
-        params, key = np.asarray(params, dtype=np.float64), np.asarray(params, dtype=np.float64).tobytes()
+        params = np.asarray(params, dtype=np.float64)
+        key = params.tobytes()
         if key not in self.states:
             self.states[key], self.sums[key] = self._read(params)
             self.count += 1
-            if not self.sums[key].n_groups.any():
-                raise ValueError(NONE_USED)
-        return self._condensed(self.sums[key])
+        sums = self.sums[key]
+        if self.base is None and not sums.n_groups.any():
+            raise ValueError(NONE_USED)
+        found = self._condensed(sums)
+        # the groups are those of the first sweep: a trial at which one of them is not finite is refused
+        lost = self.base is not None and not np.array_equal(sums.n_groups, self.accepted.n_groups)
+        return found._replace(cost=np.inf) if lost else found
 
     def _read(self, params):
-        before = [None] * len(self.blocks) if self.base is None else self.states[self.base.tobytes()]
+        n_blocks = sum(map(len, self.bands))
+        before = iter([None] * n_blocks if self.base is None else self.states[self.base.tobytes()])
         at = delayed(At(params, self.base, self.limits), pure=True, traverse=False)
         spec = delayed(self.spec, pure=True, traverse=False)
         name = f"nlsq-groups-{self.name}-{self.count}"
-        both = [
-            delayed(sweep_block)(self.fit, spec, block, state, at, dask_key_name=f"{name}-{k}")
-            for k, (block, state) in enumerate(zip(self.blocks, before, strict=True))
-        ]
-        both = dask.persist(*both)
-        sums = dask.compute(*[each[0] for each in both])
-        return [each[1] for each in both], GroupSums(*map(np.stack, zip(*sums, strict=True)))
+        states: list = []
+        sums: list[GroupSums] = []
+        for band in self.bands:
+            both = dask.persist(
+                *(
+                    delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
+                    for k, block in enumerate(band, len(states))
+                )
+            )
+            sums += dask.compute(*[each[0] for each in both])
+            states += [each[1] for each in both]
+        return states, GroupSums(*map(np.stack, zip(*sums, strict=True)))
 
     def _condensed(self, sums: GroupSums) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
         matrix, cost = merge(sums.gram, sums.cost, "gram")
         free = sums.n_points - n_locals * sums.n_groups  # what the locals leave of the points
-        unknown = np.full(len(free), np.nan)
-        rows = [sums.gram.reshape(len(free), -1), sums.spread.reshape(len(free), -1)]
-        columns = [sums.cost, unknown, 2 * sums.cost, free, sums.n_groups, sums.floored]
-        parts = np.concatenate([*rows, np.stack(columns, axis=1), sums.weights], axis=1)
+        gram, unknown = sums.gram.reshape(len(free), -1), np.full(len(free), np.nan)
+        columns = np.stack([sums.cost, unknown, 2 * sums.cost, free, sums.n_groups, sums.floored], axis=1)
+        parts = np.concatenate([gram, np.full_like(gram, np.nan), columns, sums.weights], axis=1)
         assert parts.shape[1] == segment_size(s)
         size = float(sums.weights[:, 1 if self.spec.locals.loss == "poisson" else 2].sum())
         return Condensed(matrix, float(cost), "gram", parts, None, size, float(sums.left.sum()))

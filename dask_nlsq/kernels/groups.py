@@ -24,7 +24,7 @@ from jax import lax
 
 from ..model.function import Model
 from .lane_loop import Fitted, Pixels, build_fit, prepare
-from .lanes import Data, Lanes, Limits, MapSpec, inverse, lanes_of, normal_equations
+from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course
 
 NOWHERE = Course(None, None)
@@ -46,7 +46,6 @@ class GroupSums(NamedTuple):
     """Sums over the groups of a block that are used; s shared parameters."""
 
     gram: Any  # (s + 1, s + 1), of [J_s r] without what the locals explain
-    spread: Any  # (s + 1, s + 1), sum of c c^T, c the last column of the gram matrix of a group
     cost: Any
     left: Any  # by which the locals would still lower the cost
     worst: Any  # the largest of that in one group
@@ -111,7 +110,7 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
         sums, state = carried
         first = jnp.minimum(k * width, n_groups - width)  # the last lanes begin early, and leave out what has been counted
         group = first + jnp.arange(width)
-        fresh = (group >= k * width) & used[group]
+        mine = group >= k * width
         x = tuple(c[group] if len(c) > 1 else c for c in data.x)
         cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
         trial = params[group][:, places].T
@@ -119,15 +118,16 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
         gram, cost, floored = normal_equations(model, spec.all, limits, lanes)
         lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
         inverted, back, reduced, left = eliminate(gram, trial[:n_locals], lower, upper)
+        finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
+        fresh = mine & used[group] & finite
         weight, y, n_points = cut.weight, cut.y, data.n_points[group]
         moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2)
 
         def total(each):
             return jnp.sum(jnp.where(fresh, each, 0.0), axis=-1)
 
-        last = jnp.where(fresh, reduced[:, -1], 0.0)
         found = GroupSums(
-            total(reduced), last @ last.T, total(cost), total(left), jnp.max(jnp.where(fresh, left, 0.0)),
+            total(reduced), total(cost), total(left), jnp.max(jnp.where(fresh, left, 0.0)),
             total(n_points), total(jnp.ones(width)), total(floored), total(moments),
         )  # fmt: skip
         sums = jax.tree.map(jnp.add, sums, found)._replace(worst=jnp.maximum(sums.worst, found.worst))
@@ -140,11 +140,12 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
             back=put(state.back, back.transpose(2, 0, 1)),
             inverse=put(state.inverse, inverted.transpose(2, 0, 1)),
             left=put(state.left, left),
+            used=state.used.at[group].set(jnp.where(mine, fresh, state.used[group])),
         )
         return sums, state
 
     zero = jnp.zeros(())
-    nothing = GroupSums(jnp.zeros((s + 1, s + 1)), jnp.zeros((s + 1, s + 1)), *(zero,) * 6, jnp.zeros(3))
+    nothing = GroupSums(jnp.zeros((s + 1, s + 1)), *(zero,) * 6, jnp.zeros(3))
     return lax.fori_loop(0, -(-n_groups // width), one, (nothing, state))
 
 
@@ -168,4 +169,7 @@ def eliminate(gram, local, lower, upper):
     coupling = gram[:n, n:]
     back = jnp.einsum("ijg,jkg->ikg", inverted, coupling)
     reduced = gram[n:, n:] - jnp.einsum("ijg,ikg->jkg", coupling, back)
+    rounding = jnp.stack([reduced[k, k] <= PIVOT * gram[n + k, n + k] for k in range(len(reduced) - 1)])
+    explained = jnp.concatenate([rounding, jnp.zeros_like(rounding[:1])])  # shared parameters that the locals stand in for
+    reduced = jnp.where(explained[:, None] | explained, 0.0, reduced)
     return inverted, back, reduced, 0.5 * jnp.sum(gradient * back[:, -1], axis=0)

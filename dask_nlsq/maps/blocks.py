@@ -8,7 +8,7 @@ read once, and else in as few *bands* of the map's first axis as memory allows, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -96,7 +96,7 @@ class BlockFit:
         return self.record(Fitted(*(each[: block.n_pixels] for each in found))).reshape(block.shape)
 
     @contextmanager
-    def compiling(self, what: str, pixels: Pixels):
+    def compiling(self, what: Hashable, pixels: Pixels):
         """For the first call of a kernel on arrays like these: two threads would both compile it."""
         shapes = tuple((each.shape, each.dtype.str) for each in jax.tree.leaves(pixels))
         known = (what, "compiled", self.spec, shapes)

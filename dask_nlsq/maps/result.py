@@ -104,6 +104,10 @@ class MapResult:
         if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
             return self
         problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
+        return self._of(problem)
+
+    def _of(self, problem: MapProblem) -> MapResult:
+        """The result of the same fit with other blocks or computed starts."""
         return replace(self, problem=problem, record=problem.records())
 
     def __repr__(self):
@@ -202,7 +206,7 @@ class MapResult:
             blocks = _compare(path, identity)
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 problem = self.problem.cut_as(blocks)
-                return replace(self, problem=problem, record=problem.records()).to_zarr(path, True, progress, **options)
+                return self._of(problem).to_zarr(path, True, progress, **options)
         if not (path / "done").exists():
             self._create(path, identity)
         done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
