@@ -40,8 +40,8 @@ class LocalMap(MapResult):
         raise ValueError("groups are not fitted one by one: call fit_groups again, with other starts of the locals in p0")
 
     @property
-    def _provenance(self):
-        return super()._provenance | {"shared": self.shared}
+    def provenance(self):
+        return super().provenance | {"shared": self.shared}
 
 
 @dataclass(frozen=True, repr=False, eq=False)

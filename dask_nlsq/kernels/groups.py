@@ -1,7 +1,7 @@
 """One sweep of a grouped fit over a block: the locals of each group are fitted, and eliminated from its gram matrix.
 
 The residual of a point depends on the shared parameters s and on the locals l of its group. At given s the locals are
-fitted by the lanes of a map. Then, with J = [J_l J_s] of a group, H its J^T J and g its J^T r,
+fitted by the lanes of a map. Then, with J = [J_l J_s] of a group, H its J^T J and g its J^T r, it has ::
 
     A = H_ll + diag(|g_k| / v_k),  W = A^-1 [H_ls g_l],  [H_ss g_s; g_s^T r^T r] - [H_ls g_l]^T W,
 

@@ -144,7 +144,8 @@ class MapResult:
         return self.labels.get("dims") or tuple(f"axis_{k}" for k in self.problem.map_axes)
 
     @property
-    def _provenance(self):
+    def provenance(self):
+        """What the map is a result of, as its store keeps it."""
         fit, y = self.problem.fit, self.problem.y
         spec = fit.spec
         identity = dict(
@@ -199,7 +200,7 @@ class MapResult:
                     f"the coordinate {name!r} of `ydata` is a MultiIndex, which a store cannot hold: fit "
                     f"ydata.reset_index({name!r}), which keeps its levels as coordinates"
                 )
-        path, identity = Path(path).absolute(), self._provenance
+        path, identity = Path(path).absolute(), self.provenance
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
             if not resume:
                 raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
