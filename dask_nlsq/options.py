@@ -1,4 +1,4 @@
-"""Every argument of `curve_fit`, `fit` and `fit_map`, declared once.
+"""Every argument of `curve_fit`, `fit`, `fit_map` and `fit_groups`, declared once.
 
 A row says what an argument may be, its default, whether a checkpoint must have the same, whether maps have it, and how it
 is given on the command line. Its check returns the value as the fit takes it. What depends on several arguments is checked

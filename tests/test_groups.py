@@ -339,8 +339,8 @@ def test_the_map_of_the_groups_is_no_map_of_separate_fits(tmp_path):
     with pytest.raises(ValueError, match="call fit_groups again"):
         result.local.refit_failed()
     result.local.to_zarr(tmp_path / "maps", progress=False)
-    other = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, fixed=dict(beta=1.2))
-    with pytest.raises(ValueError):
+    other = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, bounds=dict(rate=(0.71, None)))
+    with pytest.raises(ValueError, match="shared"):
         other.local.to_zarr(tmp_path / "maps", resume=True, progress=False)
 
 

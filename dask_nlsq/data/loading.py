@@ -109,7 +109,7 @@ class PassedOn:
         if not known:
             try:
                 promise.set_result(load.values({key}, shared)[key])
-            except BaseException as error:
+            except BaseException as error:  # raised below, here and in all threads that wait for the value
                 promise.set_exception(error)
         return promise.result()
 

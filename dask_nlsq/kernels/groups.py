@@ -24,7 +24,7 @@ from jax import lax
 
 from ..model.function import Model
 from .lane_loop import Fitted, Pixels, build_fit, prepare
-from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, inverse, lanes_of, normal_equations
+from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, diagonal, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course
 
 NOWHERE = Course(None, None)
@@ -61,7 +61,6 @@ class LocalState(NamedTuple):
     params: Any  # (groups, P), of all parameters
     back: Any  # W, (groups, l, s + 1)
     inverse: Any  # A^-1, (groups, l, l)
-    left: Any  # by which the locals would still lower the cost
     used: Any
     fitted: Fitted
 
@@ -101,7 +100,6 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
         params,
         jnp.zeros((n_groups, n_locals, s + 1)),
         jnp.zeros((n_groups, n_locals, n_locals)),
-        jnp.zeros(n_groups),
         used,
         fitted,
     )
@@ -139,7 +137,6 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used,
         state = state._replace(
             back=put(state.back, back.transpose(2, 0, 1)),
             inverse=put(state.inverse, inverted.transpose(2, 0, 1)),
-            left=put(state.left, left),
             used=state.used.at[group].set(jnp.where(mine, fresh, state.used[group])),
         )
         return sums, state
@@ -162,14 +159,14 @@ def eliminate(gram, local, lower, upper):
     n = len(local)
     gradient = gram[:n, -1]
     distance = jnp.where(gradient > 0, local - lower, jnp.where(gradient < 0, upper - local, jnp.inf))
-    diagonal = jnp.stack([gram[k, k] for k in range(n)])
+    elements = diagonal(gram)
     stiff = jnp.where(jnp.isfinite(distance), jnp.abs(gradient) / jnp.where(distance > 0, distance, EPS**8), 0.0)
-    stiff = jnp.minimum(stiff, STIFFEST * diagonal)
+    stiff = jnp.minimum(stiff, STIFFEST * elements[:n])
     inverted, _ = inverse(gram[:n, :n] + jnp.eye(n)[..., None] * stiff)
     coupling = gram[:n, n:]
     back = jnp.einsum("ijg,jkg->ikg", inverted, coupling)
     reduced = gram[n:, n:] - jnp.einsum("ijg,ikg->jkg", coupling, back)
-    rounding = jnp.stack([reduced[k, k] <= PIVOT * gram[n + k, n + k] for k in range(len(reduced) - 1)])
+    rounding = diagonal(reduced)[:-1] <= PIVOT * elements[n:-1]
     explained = jnp.concatenate([rounding, jnp.zeros_like(rounding[:1])])  # shared parameters that the locals stand in for
     reduced = jnp.where(explained[:, None] | explained, 0.0, reduced)
     return inverted, back, reduced, 0.5 * jnp.sum(gradient * back[:, -1], axis=0)

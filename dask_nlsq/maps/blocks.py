@@ -254,6 +254,7 @@ class MapProblem:
         ends = np.cumsum(first)
         inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
         place = ArraySliceDep((inside, *others) if axes else ())
+        dtype = self.fit.dtype if task is None else np.dtype(object)
         return da.blockwise(
             task or self.fit,
             axes,
@@ -261,8 +262,8 @@ class MapProblem:
             axes,
             *arguments,
             first=rows.start,
-            dtype=self.fit.dtype if task is None else object,
-            meta=np.empty((0,) * len(axes), self.fit.dtype if task is None else object),
+            dtype=dtype,
+            meta=np.empty((0,) * len(axes), dtype),
             concatenate=True,
             align_arrays=False,
             token="nlsq-map",
