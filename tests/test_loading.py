@@ -200,3 +200,22 @@ def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeyp
             fit()
     np.testing.assert_array_equal(in_turn.popt, together.popt)
     np.testing.assert_array_equal(in_turn.pcov, together.pcov)
+
+
+@pytest.mark.parametrize("chunks", [(1, 20), (1, 1), (2, 20), (5, 7)])
+@pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
+def test_axis_vectors_belong_to_their_own_chunk_however_short_it_is(chunks, strategy):
+    t = np.arange(30.0)[:, None]
+    y = 2 * t + 1 + np.zeros((30, 20))
+    y[10:15] = 1e3
+    hidden = (t >= 10) & (t < 15)
+    options = dict(p0=[1, 1], strategy=strategy)
+    for x in (t, da.from_array(t, chunks=(7, 1)), np.broadcast_to(t, y.shape)):
+        found = curve_fit(lambda t, a, b: a * t + b, x, da.from_array(y, chunks=chunks), mask=hidden, **options)
+        np.testing.assert_allclose(found.popt, [2, 1], atol=1e-9)
+        assert (found.n_points, found.n_masked) == (500, 100)
+    sigma = np.where(hidden, 1e9, 1.0)
+    found = curve_fit(
+        lambda t, a, b: a * t + b, np.broadcast_to(t, y.shape), da.from_array(y, chunks=chunks), sigma=sigma, **options
+    )
+    np.testing.assert_allclose(found.popt, [2, 1], atol=1e-9)

@@ -4,6 +4,7 @@ import itertools
 import signal
 import time
 from collections import Counter
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,7 @@ from scipy.optimize import least_squares
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.engine.checkpoint import Interrupted
 from dask_nlsq.engine.condensed import Condensed
-from dask_nlsq.kernels.steps import Point
-from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, free_step, linearise, solve
+from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, solve
 
 
 class Dense:
@@ -264,28 +264,14 @@ def test_x_scale_makes_units_irrelevant():
     np.testing.assert_allclose(scaled.params / units, plain.params, rtol=1e-6)
 
 
-def free(radius=10.0, gradient=(1.0, -0.5), lower=-10.0, cost=5.0, **rest):
-    """From (1, 1) between bounds at -10 and 10, J = I: the Gauss-Newton step is (-1, 1/2), d = (sqrt(11), 3)."""
-    matrix = np.block([[np.eye(2), np.array(gradient)[:, None]], [np.array(gradient), 2 * cost]])
-    bounds = Options(np.array([lower, -10.0]), np.array([10.0, 10.0]), **rest)
-    return free_step(linearise(np.ones(2), Condensed(matrix, cost, "gram"), Point(), bounds), radius, bounds)
-
-
-@pytest.mark.parametrize("tr_solver", ["exact", "cg"])
-def test_a_free_step_is_that_without_the_bounds(tr_solver):
-    step = free(cost=6.3, tr_solver=tr_solver)
-    np.testing.assert_allclose(step.step, [-1, 0.5], rtol=1e-12)
-    np.testing.assert_allclose(step.step_h, [-1 / 11**0.5, 0.5 / 3], rtol=1e-12)
-    assert step.full and step.predicted == pytest.approx(0.625)
-    assert free(cost=6.3, gradient=(1.0, 0.0)) is not None  # one bound is enough
-
-
-def test_a_free_step_stays_within_the_ball_and_the_bounds_where_little_is_left_to_gain():
-    """Its length in hat space is sqrt(1 / 11 + 1 / 36) = 0.34451, the predicted reduction 0.625."""
-    assert free(cost=6.26) is not None and free(cost=6.24) is None  # a tenth
-    assert free(cost=6.26, free_below=0.05) is None
-    assert free(cost=6.3, radius=0.3450) is not None and free(cost=6.3, radius=0.3448) is None
-    assert free(cost=6.3, lower=-0.006) is not None and free(cost=6.3, lower=-0.004) is None
-    unbounded = options(2)
-    here = linearise(np.ones(2), Condensed(np.diag([1.0, 1, 9]), 4.5, "gram"), Point(), unbounded)
-    assert free_step(here, 1.0, unbounded) is None
+def test_far_bounds_leave_the_path_as_it_is():
+    """A curved valley, and noise that remains: with the bounds counted from afar there are twice as many sweeps."""
+    valley = Dense(lambda params: jnp.append(rosenbrock(params), 10.0))
+    bounds = dict(lower=np.array([-3.0, -2.0]), upper=np.array([1e3, 2e3]))
+    free, counted, far = (
+        solve(valley, np.array([-1.2, 1.0]), replace(options(2), **each))
+        for each in ({}, bounds | dict(near_below=0.0), bounds)
+    )
+    assert far.nfev == free.nfev and far.nfev * 2 <= counted.nfev
+    for found in (counted, far):
+        np.testing.assert_allclose(found.params, 1.0, rtol=1e-5)

@@ -202,7 +202,8 @@ def build_data(
         prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
         for each, operand in zip(layouts.operands, aligned, strict=True)
     )
-    joinable = all(each.dense or capacity == 1 for each, capacity in zip(layouts.operands, capacities, strict=True))
+    # an axis vector has other values in each chunk, even where chunks have one of them
+    joinable = all(each.dense or operand.size == 1 for each, operand in zip(layouts.operands, aligned, strict=True))
     run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
     sizes = zip(aligned, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)

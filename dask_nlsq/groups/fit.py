@@ -12,7 +12,7 @@ import scipy
 from ..base.lazy import da
 from ..base.text import size
 from ..base.warn import warn
-from ..kernels.checks import check_pointwise
+from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
 from ..kernels.rules import ACCURACY
 from ..maps.blocks import MapProblem, Operand
@@ -28,7 +28,7 @@ from .result import GroupResult, group_result
 from .sweep import GroupSweep
 
 TILE, LONGEST_AT_ONCE = 2**10, 2**12  # points of a group
-SAMPLED = 1000  # points of it, at which the model is seen to be pointwise
+SAMPLED = 1000  # points of it, at which the model is seen to be pointwise, and linear in the locals or not
 NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
 HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
 
@@ -171,7 +171,16 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
     columns = [places[k] for k in mine]
     ends = {end: Operand(problem.operands[end].array[..., columns], 1) for end in ("lower", "upper")}
     bounded = any(isinstance(each.array, da.Array) or np.isfinite(each.array).any() for each in ends.values())
-    locals_ = fit.spec._replace(free=mine, bounded=bounded, tile=_tile(problem))
+    sample, operand = _sample(problem), problem.operands["start"].array
+    values = None if isinstance(operand, da.Array) else np.asarray(operand[(0,) * (operand.ndim - 1)])
+    is_long = linear = False
+    if sample is not None and values is not None:
+        is_long = problem.plan.n_points > LONGEST_AT_ONCE
+        linear = call.loss == "linear" and is_linear(fit.model, fit.spec.layouts, sample, values, mine)
+        if is_long:
+            check_pointwise(fit.model, fit.spec.layouts, sample, values)
+    # the rows [J r] of a long group stay in the cache, tile after tile
+    locals_ = fit.spec._replace(free=mine, bounded=bounded, tile=TILE if is_long else None)
     options = Options(
         lower=lower,
         upper=upper,
@@ -186,25 +195,20 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
         names=tuple(names[k] for k in shared),
     )
     problem = replace(problem, fit=replace(fit, spec=locals_)).with_operands(**ends)
-    return problem, GroupSpec(locals_, shared), start, options
+    return problem, GroupSpec(locals_, shared, linear), start, options
 
 
-def _tile(problem: MapProblem) -> int | None:
-    """Points of a group that are evaluated at once, where it is long: its rows [J r] stay in the cache then."""
+def _sample(problem: MapProblem) -> tuple[np.ndarray, ...] | None:
+    """Coordinates of some points of the first group; None where they are not in memory, and are not read for this."""
     fit, first = problem.fit, tuple(0 if k in problem.map_axes else slice(None) for k in range(problem.y.ndim))
-    if problem.plan.n_points <= LONGEST_AT_ONCE:
-        return None
     own = (problem.operands[f"x{k}"].array for k, c in enumerate(fit.x) if c is None)
     spectrum = tuple(problem.y.shape[k] for k in fit.fit_axes)
     x = [next(own)[first] if c is None else c.reshape(spectrum) for c in fit.x]
     if any(isinstance(c, da.Array) for c in x):
-        return None  # what is not in memory is not read for this
+        return None
     types = [np.int64 if each.integer else np.float64 for each in fit.spec.layouts.x]
-    places = np.linspace(0, problem.plan.n_points - 1, SAMPLED).astype(int)
-    sample = tuple(np.broadcast_to(c, spectrum).flat[places].astype(t) for c, t in zip(x, types, strict=True))
-    start = problem.operands["start"].array
-    check_pointwise(fit.model, fit.spec.layouts, sample, np.asarray(start[(0,) * (start.ndim - 1)]))
-    return TILE
+    places = np.linspace(0, problem.plan.n_points - 1, min(problem.plan.n_points, SAMPLED)).astype(int)
+    return tuple(np.broadcast_to(c, spectrum).flat[places].astype(t) for c, t in zip(x, types, strict=True))
 
 
 def _number(what: str, operand: Operand, column: int) -> float:

@@ -16,7 +16,7 @@ from dask import delayed
 
 from ..base.x64 import float64
 from ..engine.condensed import Condensed, merge
-from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel
+from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lanes import Limits
 from ..kernels.rows import segment_size
 from ..maps.blocks import BlockFit, MapProblem, PixelBlock
@@ -43,16 +43,19 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
     """The task: `GroupSums` and `LocalState` of a block."""
     pixels, n = block.pixels, block.n_pixels
     n_all, places, free = len(pixels.y), list(spec.shared), list(spec.locals.free)
+    fresh = before is None
     if before is None:
         start, used = np.broadcast_to(pixels.start, (n_all, pixels.start.shape[1])).copy(), np.arange(n_all) < n
+        with float64():
+            fitted = jax.tree.map(np.asarray, nothing_fitted(spec, pixels))
     else:
-        start, used = before.params.copy(), before.used
+        start, used, fitted = before.params.copy(), before.used, before.fitted
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
     start[:, places] = at.shared
     pixels = pixels._replace(start=start)
     with float64(), fit.compiling(("groups", spec), pixels):
-        found = group_kernel(fit.model, spec)(pixels, n, used, at.limits)
+        found = group_kernel(fit.model, spec)(pixels, n, used, fitted, fresh, at.limits)
     return jax.tree.map(np.asarray, found)
 
 

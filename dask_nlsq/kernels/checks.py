@@ -96,6 +96,37 @@ def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
             )
 
 
+LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
+
+
+def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], start: np.ndarray, places) -> bool:
+    """Whether the model is linear in the parameters at ``places``: at a few points, for values of either sign.
+
+    Parameters
+    ----------
+    sample : tuple of (n,) arrays
+        Coordinates of the points.
+    start : (p,) array
+        Values of all parameters; those that are not asked for are varied a little, since a power may be 1 there.
+    """
+    rng, places = np.random.default_rng(0), list(places)
+    one, other = (start * (1 + 0.1 * rng.standard_normal((TRIED, len(start)))) for _ in range(2))
+    other[:] = one
+    size = np.maximum(abs(start[places]), 1.0)
+    one[:, places], other[:, places] = size * rng.standard_normal((2, TRIED, len(places)))
+    share = rng.uniform(0.2, 0.8, (TRIED, 1))
+
+    def values(params):
+        x = assemble_x(layouts, list(sample))
+        return jax.vmap(lambda each: jnp.broadcast_to(evaluate(model, x, tuple(each)), sample[0].shape))(params)
+
+    run = model.get(("linear", layouts, len(sample[0])), lambda: model.jit(values))
+    with float64():
+        a, b, between = (np.asarray(run(each)) for each in (one, other, share * one + (1 - share) * other))
+    size = np.max([abs(a), abs(b)], axis=(0, 2))
+    return bool(np.all(abs(share * a + (1 - share) * b - between) <= LINEAR * size[:, None]))
+
+
 SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared
 WRONG = 0.5  # of a column's length: an approximation that leaves out small terms is nearer
 

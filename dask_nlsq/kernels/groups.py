@@ -16,6 +16,7 @@ References
 .. [2] A. Ruhe, P.-A. Wedin, "Algorithms for separable nonlinear least squares problems", SIAM Review 22 (1980) 318-337.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,11 +24,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.function import Model
-from .lane_loop import Fitted, Pixels, build_fit, prepare
+from .lane_loop import Fitted, Pixels, build_fit, no_result, prepare
 from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, diagonal, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course
+from .steps import NEAR
 
 NOWHERE = Course(None, None)
+SLIGHT = 0.05  # relative change of linear locals, for which derivatives by the shared parameters need not be taken again
 STIFFEST = 1 / EPS**2  # what a bound adds to A at most, times the diagonal element
 
 
@@ -36,6 +39,7 @@ class GroupSpec(NamedTuple):
 
     locals: MapSpec  # of their fit; its ``free`` are the places of the locals
     shared: tuple[int, ...]  # places of the shared parameters that are fitted
+    linear: bool = False  # the model is linear in the locals, and the loss is least squares: no fit of them is needed
 
     @property
     def all(self) -> MapSpec:
@@ -69,81 +73,167 @@ class LocalState(NamedTuple):
         return jax.tree.map(lambda each: each[:n], self)
 
 
+class Eliminated(NamedTuple):
+    """Groups without their locals, (groups, ...)."""
+
+    gram: Any  # (groups, s + 1, s + 1)
+    cost: Any
+    left: Any  # by which the locals would still lower the cost
+    floored: Any
+    back: Any  # W, (groups, l, s + 1)
+    inverse: Any  # A^-1, (groups, l, l)
+    pushed: Any  # a local is near a bound that its gradient pushes against
+
+
 def group_kernel(model: Model, spec: GroupSpec):
-    """Compiled ``(pixels, n_pixels, used, limits) -> GroupSums, LocalState``; call inside ``float64()``.
+    """Compiled ``(pixels, n_pixels, used, fitted, fresh, limits) -> GroupSums, LocalState``; call inside ``float64()``.
 
     ``pixels.start`` (pixels, P) holds the shared parameters and where the locals start; ``used`` (pixels,) is false for
-    groups that have been left out in an earlier sweep.
+    groups that have been left out in an earlier sweep, of which ``fitted`` is. ``fresh`` says that there was none.
     """
     return model.get(("groups", spec), lambda: model.jit(_build(model, spec)))
+
+
+def nothing_fitted(spec: GroupSpec, pixels: Pixels) -> Fitted:
+    """The state of groups before the first sweep."""
+    return no_result(spec.locals, pixels)
 
 
 def _build(model: Model, spec: GroupSpec):
     fit = build_fit(model, spec.locals)
 
-    def sweep(pixels: Pixels, n_pixels, used, limits):
-        fitted = fit(pixels, n_pixels, limits)
-        used = used & (fitted.nfev > 0) & jnp.isfinite(fitted.chi2)
-        params = jnp.where(used[:, None], fitted.popt, pixels.start)
-        data = prepare(spec.locals, pixels)
-        return _eliminate(model, spec, limits, data, params, used, fitted)
+    def sweep(pixels: Pixels, n_pixels, used, fitted, fresh, limits):
+        data, places, n = prepare(spec.locals, pixels), jnp.array(spec.locals.free), len(pixels.y)
+
+        def refine(params, wanting, well, fitted):
+            start = jnp.where(wanting[:, None], params, jnp.nan)  # a lane whose start is not finite has nothing to do
+            new = fit(pixels._replace(start=start), n_pixels, limits)
+            done = wanting & (new.nfev > 0) & jnp.isfinite(new.chi2)
+            known = _choose(wanting, new, fitted)._replace(nfev=fitted.nfev + new.nfev)
+            return jnp.where(done[:, None], new.popt, params), well & (done | ~wanting), known
+
+        def turn(state):
+            """Of those that want it: their locals are fitted, but in the first turn, and they are evaluated."""
+            k, wanting, params, well, fitted, found = state
+            now = params, wanting, well, fitted
+            params, well, fitted = lax.cond(k > 0, refine, lambda *now: (now[0], *now[2:]), *now)
+            order = jnp.argsort(~wanting, stable=True)
+            found = _eliminate(model, spec, limits, data, params, order, jnp.sum(wanting), found)
+            near = _distance(spec, data, found) <= limits.accuracy
+            if spec.linear:
+                reach = _linear_reach(spec, data, params, found)
+                near = jnp.all(abs(found.back[..., -1]) <= reach, axis=1) & ~found.pushed
+            return k + 1, wanting & ~near, params, well, fitted, found
+
+        def unfinished(state):
+            return (state[0] < 2) & jnp.any(state[1])
+
+        begin = jnp.where(fresh, 1, 0), used, pixels.start, jnp.ones(n, bool), fitted, _nothing(spec, n)
+        _, _, params, well, fitted, found = lax.while_loop(unfinished, turn, begin)
+        finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.gram), axis=(1, 2))
+        used = used & well & finite
+        if spec.linear:  # the step to the optimum of the locals is exact, but where a bound is in the way
+            exact = used & ~found.pushed
+            step = jnp.where(exact[:, None], found.back[..., -1], 0.0)
+            params = params.at[:, places].add(-step)
+            left = jnp.where(exact, found.left, 0.0)
+            found = found._replace(
+                cost=found.cost - left,
+                left=found.left - left,
+                back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
+            )
+        fitted = fitted._replace(
+            chi2=jnp.where(used, 2 * found.cost, fitted.chi2),
+            distance=jnp.where(used, _distance(spec, data, found), fitted.distance),
+        )
+        state = LocalState(params, found.back, found.inverse, used, fitted)
+        return _added_up(spec, data, found, used), state
 
     return sweep
 
 
-def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, used, fitted):
-    """Lane after lane of groups, so many together as a map fits."""
-    n_groups, n_locals, s = len(params), len(spec.locals.free), len(spec.shared)
+def _choose(wanted, new, old):
+    def one(new, old):
+        return jnp.where(wanted.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(one, new, old)
+
+
+def _variance(spec, data: Data, cost):
+    """Of the residuals of each group, by its own points."""
+    if spec.locals.absolute_sigma:
+        return jnp.ones_like(cost)
+    return 2 * cost / jnp.maximum(data.n_points - len(spec.locals.free), 1)
+
+
+def _distance(spec, data: Data, found: Eliminated):
+    """Standard errors of the locals of each group to their optimum."""
+    variance = _variance(spec, data, found.cost)
+    return jnp.sqrt(2 * found.left / jnp.where(variance > 0, variance, 1.0))
+
+
+def _linear_reach(spec, data: Data, params, found: Eliminated):
+    """How far locals may move while the derivatives by shared parameters, which are linear in them, count as the same."""
+    variance = _variance(spec, data, found.cost)[:, None]
+    errors = jnp.sqrt(variance * jnp.diagonal(found.inverse, axis1=1, axis2=2))
+    return jnp.maximum(SLIGHT * abs(params[:, jnp.array(spec.locals.free)]), errors)
+
+
+def _nothing(spec: GroupSpec, n: int) -> Eliminated:
+    n_locals, m = len(spec.locals.free), len(spec.shared) + 1
+    zero = jnp.zeros(n)
+    back, inverted = jnp.zeros((n, n_locals, m)), jnp.zeros((n, n_locals, n_locals))
+    return Eliminated(jnp.zeros((n, m, m)), zero, zero, zero, back, inverted, jnp.zeros(n, bool))
+
+
+def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order, n_wanted, known) -> Eliminated:
+    """Of the first ``n_wanted`` groups in ``order``, lane after lane, so many together as a map fits; of others as known."""
+    n_groups, n_locals = len(params), len(spec.locals.free)
     width = min(lanes_of(spec.locals, data.y), n_groups)
     places = jnp.array((*spec.locals.free, *spec.shared))
-    state = LocalState(
-        params,
-        jnp.zeros((n_groups, n_locals, s + 1)),
-        jnp.zeros((n_groups, n_locals, n_locals)),
-        used,
-        fitted,
-    )
 
-    def one(k, carried):
-        sums, state = carried
-        first = jnp.minimum(k * width, n_groups - width)  # the last lanes begin early, and leave out what has been counted
-        group = first + jnp.arange(width)
-        mine = group >= k * width
+    def one(k, known):
+        first = jnp.minimum(k * width, n_groups - width)
+        group = lax.dynamic_slice_in_dim(order, first, width)
         x = tuple(c[group] if len(c) > 1 else c for c in data.x)
         cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
         trial = params[group][:, places].T
         lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(width, RUNNING))
         gram, cost, floored = normal_equations(model, spec.all, limits, lanes)
         lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
-        inverted, back, reduced, left = eliminate(gram, trial[:n_locals], lower, upper)
-        finite = jnp.isfinite(cost) & jnp.all(jnp.isfinite(gram), axis=(0, 1))
-        fresh = mine & used[group] & finite
-        weight, y, n_points = cut.weight, cut.y, data.n_points[group]
-        moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2)
+        inverted, back, reduced, left, pushed = eliminate(gram, trial[:n_locals], lower, upper)
+        matrices = (each.transpose(2, 0, 1) for each in (reduced, back, inverted))
+        reduced, back, inverted = matrices
+        found = Eliminated(reduced, cost, left, jnp.broadcast_to(floored, cost.shape), back, inverted, pushed)
+        return jax.tree.map(lambda whole, part: whole.at[group].set(part), known, found)
+
+    return lax.fori_loop(0, -(-n_wanted // width), one, known)
+
+
+def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used) -> GroupSums:
+    """Sums over the groups that are used, in a fixed order."""
+    n_groups = len(used)
+    width, m = min(lanes_of(spec.locals, data.y), n_groups), len(spec.shared) + 1
+
+    def one(k, sums):
+        first = jnp.minimum(k * width, n_groups - width)  # the last ones begin early, and leave out what has been counted
+        part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=width)
+        mine = part(used) & (first + jnp.arange(width) >= k * width)
 
         def total(each):
-            return jnp.sum(jnp.where(fresh, each, 0.0), axis=-1)
+            return jnp.sum(jnp.where(mine.reshape(-1, *[1] * (each.ndim - 1)), each, 0.0), axis=0)
 
-        found = GroupSums(
-            total(reduced), total(cost), total(left), jnp.max(jnp.where(fresh, left, 0.0)),
-            total(n_points), total(jnp.ones(width)), total(floored), total(moments),
-        )  # fmt: skip
-        sums = jax.tree.map(jnp.add, sums, found)._replace(worst=jnp.maximum(sums.worst, found.worst))
-
-        def put(whole, part):
-            kept = fresh.reshape(-1, *[1] * (part.ndim - 1))
-            return whole.at[group].set(jnp.where(kept, part, whole[group]))
-
-        state = state._replace(
-            back=put(state.back, back.transpose(2, 0, 1)),
-            inverse=put(state.inverse, inverted.transpose(2, 0, 1)),
-            used=state.used.at[group].set(jnp.where(mine, fresh, state.used[group])),
-        )
-        return sums, state
+        weight, y, left = part(data.weight), part(data.y), part(found.left)
+        moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2).T
+        terms = found.gram, found.cost, found.left
+        gram, cost, rest = (total(part(each)) for each in terms)
+        counts = total(part(data.n_points)), total(jnp.ones(width)), total(part(found.floored))
+        new = GroupSums(gram, cost, rest, jnp.max(jnp.where(mine, left, 0.0)), *counts, total(moments))
+        return jax.tree.map(jnp.add, sums, new)._replace(worst=jnp.maximum(sums.worst, new.worst))
 
     zero = jnp.zeros(())
-    nothing = GroupSums(jnp.zeros((s + 1, s + 1)), *(zero,) * 6, jnp.zeros(3))
-    return lax.fori_loop(0, -(-n_groups // width), one, (nothing, state))
+    nothing = GroupSums(jnp.zeros((m, m)), *(zero,) * 6, jnp.zeros(3))
+    return lax.fori_loop(0, -(-n_groups // width), one, nothing)
 
 
 def _rows(array, group):
@@ -152,15 +242,17 @@ def _rows(array, group):
 
 
 def eliminate(gram, local, lower, upper):
-    """A^-1 (l, l, lanes), W (l, s + 1, lanes), the gram matrix without the locals (s + 1, s + 1, lanes), what they leave.
+    """A^-1 (l, l, lanes), W (l, s + 1, lanes), the gram matrix without the locals (s + 1, s + 1, lanes), what they leave,
+    and whether a bound is in their way.
 
     ``gram`` (l + s + 1, l + s + 1, lanes) is that of ``[J_l J_s r]``; ``local``, ``lower`` and ``upper`` are (l, lanes).
     """
     n = len(local)
-    gradient = gram[:n, -1]
+    gradient, elements = gram[:n, -1], diagonal(gram)
     distance = jnp.where(gradient > 0, local - lower, jnp.where(gradient < 0, upper - local, jnp.inf))
-    elements = diagonal(gram)
-    stiff = jnp.where(jnp.isfinite(distance), jnp.abs(gradient) / jnp.where(distance > 0, distance, EPS**8), 0.0)
+    step = jnp.einsum("ijg,jg->ig", inverse(gram[:n, :n])[0], gradient)
+    near = jnp.isfinite(distance) & (distance < NEAR * abs(step))
+    stiff = jnp.where(near, jnp.abs(gradient) / jnp.where(distance > 0, distance, EPS**8), 0.0)
     stiff = jnp.minimum(stiff, STIFFEST * elements[:n])
     inverted, _ = inverse(gram[:n, :n] + jnp.eye(n)[..., None] * stiff)
     coupling = gram[:n, n:]
@@ -169,4 +261,4 @@ def eliminate(gram, local, lower, upper):
     rounding = diagonal(reduced)[:-1] <= PIVOT * elements[n:-1]
     explained = jnp.concatenate([rounding, jnp.zeros_like(rounding[:1])])  # shared parameters that the locals stand in for
     reduced = jnp.where(explained[:, None] | explained, 0.0, reduced)
-    return inverted, back, reduced, 0.5 * jnp.sum(gradient * back[:, -1], axis=0)
+    return inverted, back, reduced, 0.5 * jnp.sum(gradient * back[:, -1], axis=0), jnp.any(near, axis=0)

@@ -85,7 +85,7 @@ def build_fit(model: Model, spec: MapSpec):
             lanes = lax.while_loop(busy, partial(iterate, model, spec, limits), lanes)
             return lanes._replace(data=()), _store(spec, lanes, out), taken
 
-        return lax.while_loop(unfinished, fill_and_fit, (empty, _no_result(spec, pixels), 0))[1]
+        return lax.while_loop(unfinished, fill_and_fit, (empty, no_result(spec, pixels), 0))[1]
 
     return fit
 
@@ -172,7 +172,8 @@ def _guesses(spec, data: Data):
     return jnp.where(held, data.start, lax.map(one, pixels, batch_size=together)[:n_pixels])
 
 
-def _no_result(spec, pixels: Pixels) -> Fitted:
+def no_result(spec, pixels: Pixels) -> Fitted:
+    """Of pixels that have not been fitted."""
     P, p = len(pixels.y), len(spec.free)
 
     def full(value, *shape, dtype=jnp.float64):

@@ -6,9 +6,12 @@ the current ``params`` the cost is modelled, in "hat" variables ``step = d * ste
     m(step_h) = g_h^T step_h + 1/2 step_h^T (J_h^T J_h + C) step_h,     J_h = J diag(d),  g_h = d * J^T r,
 
 where ``d = sqrt(v) * scale`` joins the scale of the parameters with the distance ``v`` to the bounds that the gradient
-pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. The step to its
-minimum in a ball may leave the bounds. Then the best of three steps is taken: this one as far as the bound, its reflection
-there, and the one down the gradient in hat space.
+pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. Both shorten steps
+even where the optimum is far from all bounds, and along weakly determined directions most; so where little is left to gain
+a bound counts only if the step to the minimum without any bounds would come near it.
+
+The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this one as far as the bound,
+its reflection there, and the one down the gradient in hat space.
 
 Vectors are (p,), or (p, lanes) of the lanes of a map, for which numbers are arrays (lanes,).
 
@@ -28,6 +31,7 @@ from jax import lax
 
 from . import rules
 
+NEAR = 2.0  # steps to the minimum without bounds, as far as which a bound counts
 INTERIOR = 0.995  # of the way to a bound that a step goes at least, as in SciPy
 MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
 MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
@@ -49,6 +53,7 @@ class Scheme(NamedTuple):
     x_scale: Any = "jac"  # of the parameters, where it does not follow the columns of J
     gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
     noise_known: bool = False  # the variance of the residuals is 1
+    near_below: float = 0.0  # predicted share of the cost, below which only bounds count that are near
 
 
 class Seen(NamedTuple):
@@ -109,7 +114,8 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     longest = xp.maximum(columns, before.longest)
     reach = xp.maximum(xp.abs(params), before.reach)
     scale = rules.scale(xp, columns, longest) if isinstance(scheme.x_scale, str) else scheme.x_scale
-    hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds)
+    near = _reach_of_bounds(xp, seen, scale, scheme, solve_newton)
+    hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near)
     newton, decrement, model = solve_newton(hat)
     dof = seen.n_points - len(params)
     variance = xp.where(dof > 0, 1.0 if scheme.noise_known else seen.chi_square / xp.maximum(dof, 1), xp.nan)
@@ -143,14 +149,24 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     )
 
 
-def hat_space(xp, params, gradient, scale, bounds) -> HatSpace:
-    """Variables in which the bounds are far and the parameters alike ([1]_, eq. 2.2)."""
+def _reach_of_bounds(xp, seen: Seen, scale, scheme: Scheme, solve_newton: Callable):
+    """As far from a bound a parameter knows of it, (p,)."""
+    if scheme.bounds is None or scheme.near_below == 0:  # of lanes, where it would cost as much as it saves
+        return xp.inf
+    plain = hat_space(xp, seen.params, seen.gradient, scale, None)
+    newton, predicted, _ = solve_newton(plain)
+    return xp.where(predicted < scheme.near_below * seen.cost, NEAR * xp.abs(plain.d * newton), xp.inf)
+
+
+def hat_space(xp, params, gradient, scale, bounds, near=np.inf) -> HatSpace:
+    """Variables in which the bounds are far and the parameters alike ([1]_, eq. 2.2); bounds count as far as ``near``."""
     lower, upper = bounds or (-xp.inf, xp.inf)
     to_upper, to_lower = (gradient < 0) & xp.isfinite(upper), (gradient > 0) & xp.isfinite(lower)
     pushed = to_upper | to_lower
     v = xp.where(to_upper, upper - params, xp.where(to_lower, params - lower, 1.0))
-    diagonal = xp.where(pushed, xp.abs(gradient) * scale, 0.0)
-    d = xp.sqrt(xp.where(pushed, v / scale, 1.0)) * scale
+    counts = pushed & (v <= near)
+    diagonal = xp.where(counts, xp.abs(gradient) * scale, 0.0)
+    d = xp.sqrt(xp.where(counts, v / scale, 1.0)) * scale
     d = xp.where(rules.held(xp, params, v, diagonal), 0.0, d)
     return HatSpace(d, diagonal, d * gradient, v)
 

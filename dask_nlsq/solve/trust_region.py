@@ -7,10 +7,8 @@ steps in `steps`, the step in the ball in `subproblem`.
 
 Four things are added. **The gate:** SciPy's tests propose to stop, and the loop stops where the optimum of the quadratic
 model is near in standard errors as well; see `rules`. A fit that can go no further although it is far has the status
-`STUCK`, one with a parameter that the model does not depend on `UNDETERMINED`. **Free steps:** the term that hat space adds
-to J^T J for the bounds shortens steps even where the optimum is far from all of them, and along weakly determined directions
-most. So near the optimum, where a Gauss-Newton step without it stays within the trust region and well within the bounds, and
-little is left to gain, that one is taken. **Reduction:** where the condition of ``R`` says that the gram matrix has lost
+`STUCK`, one with a parameter that the model does not depend on `UNDETERMINED`. **Far bounds:** once little is left to gain
+they no longer shorten steps; see `steps`. **Reduction:** where the condition of ``R`` says that the gram matrix has lost
 digits, the next sweep uses QR. **The last digits:** once the predicted reduction is below the rounding of the cost, the
 actual one is noise, and SciPy's loop refuses good steps. The gradient is still accurate then, so a step is judged by it: it
 is accepted if it lowers the decrement.
@@ -34,12 +32,11 @@ from ..engine.condensed import Condensed, Factor, Read, factor
 from ..kernels import rules
 from ..kernels.blocks import Reduction
 from ..kernels.rules import EVALUATIONS, OFF_BOUND, ROUNDING, RUNNING, STUCK, UNDETERMINED, Course
-from ..kernels.steps import Point, Scheme, Seen, Step, best_step, dot, interior, point_at, reined_in, to_bound
+from ..kernels.steps import Point, Scheme, Seen, Step, best_step, point_at, reined_in
 from .subproblem import QuadraticModel
 
 CG_ABOVE = 500  # parameters: beyond, an SVD of (2p, p) in each step is slower than conjugate gradients
 GRAM_CONDITION_LIMIT = 1e4  # eps * 1e4^2 = 2e-8: the digits of the covariance that the gram matrix then costs
-WITHIN = 0.999  # of the radius: the step is the unconstrained one
 INTERRUPTED, STOPPED = -3, -2  # statuses
 
 MESSAGES = {
@@ -99,7 +96,7 @@ class Options:
     reduction: Literal["gram", "qr", "auto"] = "auto"
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters
     callback: Callable[[Record], None] | None = None
-    free_below: float = 0.1  # predicted share of the cost from which free steps are taken; from farther off they go astray
+    near_below: float = 0.5  # predicted share of the cost below which only bounds count that are near; see `steps`
     accuracy: float = np.inf  # standard errors from the optimum at which a fit has converged; inf: SciPy's tests alone
     noise: Literal["known", "cost", "pearson"] = "cost"  # what the variance of the residuals is taken from
     names: tuple[str, ...] = ()  # of the parameters, for messages
@@ -208,7 +205,7 @@ def linearise(params, equations: Condensed, before: Point, options: Options, ful
     seen = Seen(
         params, equations.cost, model.factor.gradient, columns, chi_square, *counts, equations.finite, equations.left
     )
-    scheme = Scheme(options.bounds, options.x_scale, options.gtol_relative, options.noise == "known")
+    scheme = Scheme(options.bounds, options.x_scale, options.gtol_relative, options.noise == "known", options.near_below)
     return point_at(np, seen, before, full, scheme, lambda hat: (*model.newton(hat), model))
 
 
@@ -236,29 +233,12 @@ def _wants_qr(here: Point, options: Options) -> bool:
 def propose(course: Course, options: Options) -> Course:
     """The course with the next step, and its Levenberg-Marquardt parameter."""
     here, radius, alpha = course.here, course.radius, 0.0
-    step = free_step(here, radius, options)
-    if step is None:
-        here = reined_in(np, here, radius)
-        model, step_h, inside = here.model, here.newton, norm(here.newton) <= radius
-        if not inside:
-            step_h, alpha = model.step(here.hat, radius, course.alpha)
-        step = best_step(np, here, lambda a, b: model.bend(here.hat, a, b), step_h, radius, options.bounds)
-        step = step._replace(full=inside & step.full)
-    return course._replace(step=step, alpha=alpha)
-
-
-def free_step(here: Point, radius: float, options: Options) -> Step | None:
-    """The Gauss-Newton step without what hat space adds for the bounds, where it may be taken (see above)."""
-    hat, model = here.hat, here.model
-    if options.bounds is None or not np.any(hat.diagonal):
-        return None
-    plain = hat._replace(d=np.ones_like(hat.d), diagonal=np.zeros_like(hat.d), gradient=model.factor.gradient)
-    step, _ = model.newton(plain)
-    within = norm(step / reined_in(np, here, radius).hat.d) < WITHIN * radius
-    if not within or interior(np, here) * to_bound(np, here.params, step, options.bounds)[0] < 1:
-        return None
-    predicted = -(0.5 * model.bend(plain, step, step) + dot(plain.gradient, step))
-    return Step(step, step / hat.d, predicted, True) if predicted < options.free_below * here.cost else None
+    here = reined_in(np, here, radius)
+    model, step_h, inside = here.model, here.newton, norm(here.newton) <= radius
+    if not inside:
+        step_h, alpha = model.step(here.hat, radius, course.alpha)
+    step = best_step(np, here, lambda a, b: model.bend(here.hat, a, b), step_h, radius, options.bounds)
+    return course._replace(step=step._replace(full=inside & step.full), alpha=alpha)
 
 
 def _solution(course: Course, status: int, history: list[Record], options: Options) -> Solution:

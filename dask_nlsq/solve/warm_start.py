@@ -106,5 +106,5 @@ def hybrid(evaluator: Evaluator, start: np.ndarray, options: Options) -> Solutio
     NotFiniteAtStart
         Where on all data cost or derivatives are not finite at ``start``.
     """
-    # what the sample has determined is near its optimum, what it has not seen is most of the cost: steps are free at once
-    return solve(evaluator, warm_start(evaluator, start, options), replace(options, free_below=np.inf))
+    # what the sample has determined is near its optimum, what it has not seen is most of the cost
+    return solve(evaluator, warm_start(evaluator, start, options), replace(options, near_below=np.inf))

@@ -1,0 +1,84 @@
+"""Groups by integer labels: the points of each are gathered in a row, so that the groups lie along the first of two axes.
+
+Labels are read at the door and sorted once. Rows are as long as the largest group; what is behind the last point of a
+smaller one is masked.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..base.lazy import da
+from ..data.arrays import as_array
+from ..data.labels import along_dims, labelled
+
+LEFT_OUT = -1
+DIM = "group"
+
+
+class LabelledGroups(NamedTuple):
+    """Where the points of each group are."""
+
+    labels: np.ndarray  # (G,), sorted
+    points: np.ndarray  # (G, n), places in y, in C order
+    behind: np.ndarray  # (G, n) bool: behind the last point of the group
+    shape: tuple[int, ...]  # of y
+
+    def gathered(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The arrays of a fit with the axes (group, point)."""
+        x, sigma, mask = data["xdata"], data["sigma"], data["mask"]
+        x = tuple(map(self._rows, x)) if isinstance(x, tuple) else self._coordinates(x)
+        hidden = self.behind if mask is None else self.behind | (self._rows(mask) != 0)
+        sigma = sigma if sigma is None or np.ndim(sigma) == 0 else self._rows(sigma)
+        return dict(xdata=x, ydata=self._rows(data["ydata"]), sigma=sigma, mask=hidden)
+
+    def _coordinates(self, x):
+        """An array of y's shape, or several of them along a first axis."""
+        x = as_array("xdata", x)
+        if x.ndim <= len(self.shape):
+            return self._rows(x)
+        return (da if isinstance(x, da.Array) else np).stack([self._rows(x[k]) for k in range(len(x))])
+
+    def _rows(self, array):
+        array = as_array("an array", array)
+        lazy = isinstance(array, da.Array)
+        whole = (da if lazy else np.ma if isinstance(array, np.ma.MaskedArray) else np).broadcast_to(array, self.shape)
+        flat = whole.reshape(-1)[self.points.ravel()]
+        return flat.reshape(self.points.shape)
+
+
+def read_labels(groups: Any, ydata: Any, shape: tuple[int, ...]) -> LabelledGroups:
+    """The groups of ``groups``, integers that broadcast against y: -1 leaves a point out. Lazy ones are computed.
+
+    Raises
+    ------
+    ValueError
+        Labels of another shape, of another kind, or negative ones that are not -1; no label at all.
+    """
+    if labelled(ydata):
+        groups = ydata.coords[groups] if isinstance(groups, str) and groups in ydata.coords else groups
+        groups = along_dims("groups", groups, ydata)
+    if isinstance(groups, str):
+        raise ValueError(f"`groups` {groups!r} is no coordinate of `ydata`: give an array of integer labels")
+    labels = np.asarray(as_array("groups", groups))
+    if labels.dtype.kind not in "iu" or np.ma.isMaskedArray(groups):
+        raise ValueError(
+            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {labels.dtype}: of other names, "
+            "np.unique(names, return_inverse=True)[1] makes them"
+        )
+    try:
+        labels = np.broadcast_to(labels, shape).reshape(-1)
+    except ValueError:
+        raise ValueError(f"`groups` must broadcast against `ydata`, which is of shape {shape}: not {labels.shape}") from None
+    if labels.size and labels.min() < LEFT_OUT:
+        raise ValueError(f"`groups` must be labels from 0 on, or {LEFT_OUT} to leave a point out: not {labels.min()}")
+    order = np.argsort(labels, kind="stable")  # points of a group stay in the order of the data
+    order = order[np.searchsorted(labels[order], 0) :]
+    values, first, counts = np.unique(labels[order], return_index=True, return_counts=True)
+    if not len(values):
+        raise ValueError(f"`groups` leaves out all points: each label is {LEFT_OUT}")
+    place = np.arange(counts.max())
+    behind = place >= counts[:, None]
+    points = order[np.minimum(first[:, None] + place, len(order) - 1)]
+    points[behind] = np.broadcast_to(order[first + counts - 1][:, None], points.shape)[behind]
+    return LabelledGroups(values, points, behind, shape)
