@@ -38,7 +38,7 @@ _MODULES = {
     "resume": "fitting",
     "detect_total_system_memory": "memory.machine",
     "estimate_peak_memory_gb": "compat.homodyne",
-    "load": "results.result",
+    "load": "groups.result",
     "get_adaptive_memory_threshold": "compat.homodyne",
     "get_memory_manager": "compat.memory_manager",
     "get_memory_stats": "compat.memory_manager",

@@ -23,13 +23,15 @@ from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_
 from .engine.cluster import attached
 from .engine.evaluator import Evaluator
 from .engine.sweep import open_sweep
+from .groups.fit import fit_groups, prepare_groups
+from .groups.result import GroupResult
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
 from .memory.plan import Plan
 from .model.function import function_name
-from .options import FITS, WORKFLOWS, with_known_names
+from .options import FITS, GROUPS, WORKFLOWS, with_known_names
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
 from .results.diagnostics import combinations
@@ -310,7 +312,7 @@ def fit(
 
 def resume(
     path: str | Path, f: Callable | None = None, xdata=None, ydata=None, *, sigma=None, mask=None, **options
-) -> FitResult:
+) -> FitResult | GroupResult:
     """Go on with a fit that ``checkpoint=path`` has kept; the result has the bits of one that was never interrupted.
 
     Parameters
@@ -329,10 +331,12 @@ def resume(
         No checkpoint, something that it does not hold, or another model, other data or options than it was made with.
     """
     f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask))
+    if "local" in kept:
+        return fit_groups(f, **data, **dict(kept, checkpoint=path) | options)
     return curve_fit(f, **data, **dict(kept, strategy="streaming", checkpoint=path) | options)
 
 
-@with_known_names(FITS | WORKFLOWS)
+@with_known_names(FITS | WORKFLOWS | GROUPS)
 def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> Plan:
     """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
 
@@ -343,7 +347,8 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     f, xdata, ydata, p0
         As in `curve_fit`.
     **options
-        Any other arguments of `curve_fit`, or of `fit` where ``workflow`` or ``goal`` is among them.
+        Any other arguments of `curve_fit`; of `fit` where ``workflow`` or ``goal`` is among them, of `fit_groups` where
+        ``local`` is.
 
     Raises
     ------
@@ -354,6 +359,9 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that are damaged or absent.
     """
+    if "local" in options:
+        known = {name: row.default for name, row in GROUPS.items()}
+        return prepare_groups(known | dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options).plan
     if options.keys() & {"workflow", "goal"}:
         options = by_workflow(f, xdata, ydata, p0, options)
     else:

@@ -232,11 +232,13 @@ MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
         "coarse-to-fine: pixels start from fits of the means of their neighbourhood.")),
     "full_covariance": Row(_flag, False),
 }  # fmt: skip
-GROUPS = {name: row for name, row in MAPS.items() if name not in ("axis", "guess", "full_covariance")} | {  # of `fit_groups`
-    "local": Row(_must(lambda value: isinstance(value, str) or _are_names(value), "the name of a parameter, or names"), ()),
-    "group_axes": Row(_as_given, None),
-    "callback": FITS["callback"],
-}  # fmt: skip
+GROUPS = {name: row for name, row in MAPS.items() if name not in ("axis", "guess")} | {  # of `fit_groups`
+    "local": Row(
+        _must(lambda value: isinstance(value, str) or _are_names(value), "the name of a parameter, or names"), (),
+        option=Option("Parameters that each group has of its own: scale,background", many=True)),
+    "group_axes": Row(_as_given, None, option=Option("Axis of STORE along which the groups lie.", int, many=True)),
+    "groups": Row(_as_given, None, option=Option("Path of a Zarr array of labels, in place of --group-axes.")),
+} | {name: FITS[name] for name in ("jac", "checkpoint", "callback", "progress", "verbose")}  # fmt: skip
 SAME = [name for name, row in FITS.items() if row.same]
 LIMITS = [name for name, row in FITS.items() if row.limit]
 

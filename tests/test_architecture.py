@@ -10,7 +10,7 @@ import dask_nlsq
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
     "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
-    "results", "maps", "groups", "interface", "fitting", "compat", "demo",
+    "results", "maps", "interface", "groups", "fitting", "compat", "demo",
 ]  # fmt: skip
 FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
@@ -112,7 +112,7 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
-FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+FOREIGN = {"_repr_html_", "_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
 
 
 def test_no_module_hides_a_public_name():

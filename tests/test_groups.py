@@ -210,8 +210,8 @@ def test_a_callback_sees_each_sweep_and_may_end_the_fit():
 
 def test_a_fit_says_what_it_is():
     text = repr(fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0))
-    assert text.startswith("<GroupResult 30 groups, 2,400 points, ")
-    assert "rate  0.69" in text and "of each group: amplitude, offset" in text
+    assert text.startswith("<GroupResult>\nconverged") and "30 of 30 groups, each with amplitude, offset" in text
+    assert "2,400 points" in text and "rate   0.69" in text
 
 
 def test_local_maps_are_written_and_read(tmp_path):

@@ -2,35 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import logging
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import dask
 import numpy as np
 import scipy
 
 from ..base.lazy import da
-from ..base.text import size
 from ..base.warn import warn
+from ..data.labels import by_name, labelled, warn_if_packed
+from ..engine.checkpoint import Checkpoint, Interrupted, StopOnSignal, describe_call
+from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
+from ..kernels.lanes import MapStatus
 from ..kernels.rules import ACCURACY
-from ..maps.blocks import MapProblem, Operand
+from ..maps.blocks import MapProblem, Operand, build_map
 from ..maps.fit import align_map
 from ..maps.plan import AllBut
+from ..maps.result import MapResult
 from ..memory.machine import active_client
-from ..memory.plan import MemoryBudgetError
-from ..memory.processes import room_here, rooms_of_workers
-from ..options import GROUPS, checked, model_first, noise_of, with_known_names
+from ..memory.plan import Plan
+from ..model.function import FixedParameters, Model, function_name, intern
+from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
+from ..solve.outcome import NotConvergedError, not_converged
 from ..solve.trust_region import Options, Record, solve
+from .diagnostics import interchangeable
+from .labels import DIM, ByLabel
+from .plan import plan_groups
 from .result import GroupResult, group_result
 from .sweep import GroupSweep
 
-TILE, LONGEST_AT_ONCE = 2**10, 2**12  # points of a group
+logger = logging.getLogger("dask_nlsq")
+
+TILE, LONGEST_AT_ONCE = 2**12, 2**12  # points of a group
 SAMPLED = 1000  # points of it, at which the model is seen to be pointwise, and linear in the locals or not
-NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
-HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
+GUESSED = 64  # groups that are fitted one by one, where the start is guessed
+KEPT = [name for name in GROUPS if name not in ("sigma", "mask", "jac", "checkpoint", "callback", "progress", "verbose")]
+
+
+@dataclass(frozen=True)
+class ReadyGroups:
+    """A call of `dask_nlsq.fit_groups` that has been checked, and its data aligned."""
+
+    given: Mapping[str, Any]
+    call: SimpleNamespace
+    problem: MapProblem  # of the locals alone
+    labels: dict[str, Any]  # of the groups, as those of a map
+    n_points: int  # of the data
+    spec: GroupSpec
+    start: np.ndarray  # of the shared parameters, (s,)
+    options: Options  # of the solver
+    noise: Noise
+    plan: Plan
+    sample: tuple[np.ndarray, ...] | None  # coordinates of some points
+
+    @property
+    def decode_cf(self) -> bool:
+        return self.call.decode_cf
+
+    @property
+    def values(self) -> np.ndarray:
+        """Where all parameters of the first group start."""
+        start = self.problem.operands["start"].array
+        first = start[(0,) * (start.ndim - 1)]
+        return np.asarray(first.compute() if isinstance(first, da.Array) else first)
+
+    @property
+    def typical_model(self) -> Model:
+        """The model as a function of the shared parameters, the locals held where they start."""
+        return intern(FixedParameters(self.problem.fit.model.f, self.values.tolist(), self.spec.shared))
+
+    @property
+    def interchangeable(self) -> tuple[tuple[str, str], ...]:
+        """Names of shared parameters that nothing tells apart."""
+        fit, shared, own = self.problem.fit, self.spec.shared, self.spec.locals.free
+        pairs = interchangeable(fit.model, fit.spec.layouts, self.sample, self.values, shared, own)
+        place = {k: n for n, k in enumerate(shared)}
+        lower, upper = self.options.lower, self.options.upper
+        return tuple(
+            (fit.names[one], fit.names[other])
+            for one, other in pairs
+            if max(lower[place[one]], lower[place[other]]) < min(upper[place[one]], upper[place[other]])
+        )
 
 
 @with_known_names(GROUPS)
@@ -41,7 +104,8 @@ def fit_groups(
     p0=None,
     *,
     local: str | Sequence[str],
-    group_axes: int | str | tuple,
+    group_axes: int | str | tuple | None = None,
+    groups: Any = None,
     sigma=None,
     absolute_sigma: bool = False,
     bounds=(-np.inf, np.inf),
@@ -64,7 +128,12 @@ def fit_groups(
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
     memory_limit_gb: float | None = None,
+    full_covariance: bool = False,
+    jac: Callable | str | None = None,
+    checkpoint: str | Path | None = None,
     callback: Callable[[Record], None] | None = None,
+    progress: bool | None = None,
+    verbose: Literal[0, 1, 2] = 0,
 ) -> GroupResult:
     """Fit ``f(x, *params)`` to data in groups, with parameters that all share and ``local`` ones of each group.
 
@@ -83,13 +152,25 @@ def fit_groups(
     local : str or sequence of str
         Names of the parameters that each group has of its own.
     group_axes : int, str or tuple
-        Axes of ``ydata`` along which the groups lie; names for xarray.
+        Axes of ``ydata`` along which the groups lie; names for xarray. This or ``groups``.
+    groups : array_like of int, or str
+        Labels of the groups, which broadcast against ``ydata``; -1 leaves a point out. For xarray also the name of a
+        coordinate. The groups are in the order of their labels, in p0, bounds and the result; ``xdata`` broadcasts against
+        ``ydata``. All rows are as long as the largest group, so groups should be of like size.
     strategy : {"auto", "standard", "chunked", "streaming"}
         "standard", "chunked": hold the data; "streaming": read them in each sweep; "auto": hold them where they fit.
+    full_covariance : bool
+        Whether ``result.local`` has ``pcov``, of all parameters of each group.
     max_nfev : int, optional
         Most sweeps over the data.
-    callback : callable, optional
-        Called with a `Record` of each sweep; the fit ends where it raises StopIteration.
+    jac : callable, optional
+        ``jac(x, *params) -> (n, p)``, as in `dask_nlsq.curve_fit`.
+    checkpoint : path, optional
+        Directory in which the fit keeps its sweeps and the locals, so that `dask_nlsq.resume`, or the same call again, goes
+        on after it was killed. Of a fit on workers: where they can write, too. SIGTERM and Ctrl-C then end it at the best
+        point so far, with status -3.
+    callback, progress, verbose
+        As in `dask_nlsq.curve_fit`.
 
     Returns
     -------
@@ -102,6 +183,10 @@ def fit_groups(
         Arguments that do not fit together.
     MemoryBudgetError
         Groups that do not fit in memory.
+    NotConvergedError
+        No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
+    CheckpointError
+        A checkpoint of another fit.
 
     Warns
     -----
@@ -126,42 +211,155 @@ def fit_groups(
     >>> result.local.popt[:, 0].round(6)
     array([1., 2., 5.])
     """
-    call = checked(GROUPS, dict(locals()))
-    f, xdata, ydata = model_first(f, xdata, ydata, "fit_groups")
-    if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
-        raise TypeError("fit_groups does not take data that `hold` holds: pass the arrays themselves")
-    call.axis, call.full_covariance = AllBut(call.group_axes, "group_axes"), False
-    problem, labels = align_map(f, xdata, ydata, call)
-    problem, spec, start, options = _apart(problem, call)
-    sweep = GroupSweep(problem, spec, _holds(problem, spec, call))
-
-    def settle(record: Record) -> None:
-        sweep.settle(record.params, record.distance)
-        if call.callback is not None:
-            call.callback(record)
-
-    solution = solve(sweep, start, replace(options, callback=settle))
-    result = group_result(problem, labels, spec, sweep, solution, options)
-    if not result.success:
+    ready = prepare_groups(dict(locals()))
+    result, solution = _run(ready)
+    if result.status == 0:
+        raise NotConvergedError(not_converged(solution, ready.options.names), result)
+    if result.status == -3:
+        logger.warning("%s", result.message)
+    elif not result.success:
         warn(f"Not converged: {result.message}", scipy.optimize.OptimizeWarning)
+    logger.info("%s", result.summary())
+    if ready.call.verbose:
+        print(result.summary())
     return result
 
 
-def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray, Options]:
-    """The problem of the locals alone, and start and options of the shared parameters."""
-    fit, names = problem.fit, problem.fit.names
-    own = (call.local,) if isinstance(call.local, str) else tuple(call.local)
+def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
+    """Check the arguments of `dask_nlsq.fit_groups` and align the data, of which labels alone are read.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryBudgetError
+        As `dask_nlsq.fit_groups`.
+    """
+    call = checked(GROUPS, given)
+    f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"], "fit_groups")
+    if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
+        raise TypeError("fit_groups does not take data that `hold` holds: pass the arrays themselves")
+    if (call.group_axes is None) == (call.groups is None):
+        raise ValueError("give either `group_axes`, axes of `ydata`, or `groups`, a label for each point")
+    if call.groups is None:
+        call.axis = AllBut(call.group_axes, "group_axes")
+        problem, labels = align_map(f, xdata, ydata, call)
+        n_points = problem.y.size
+    else:
+        problem, labels, n_points = _align_labels(f, xdata, ydata, call)
+    _check_locals(problem, call)
+    problem, spec, start, options, sample = _apart(_guessed(problem), call)
+    plan = plan_groups(problem, spec, call)
+    return ReadyGroups(given, call, problem, labels, n_points, spec, start, options, noise_of(call), plan, sample)
+
+
+def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], int]:
+    """The problem with groups by label along its first axis, their labels, and the number of points."""
+    arrange = ByLabel(call.groups, ydata)
+    if call.decode_cf:
+        warn_if_packed(ydata)
+    if labelled(ydata):
+        xdata, call.sigma, call.mask, _ = by_name(xdata, ydata, call.sigma, call.mask)
+        ydata = ydata.data
+    call.axis = 1
+    problem = build_map(f, xdata, ydata, call, arrange)
+    found = arrange.groups
+    coords: dict[str, Any] = {DIM: ((DIM,), found.labels, {})}
+    return problem, dict(dims=(DIM,), coords=coords, attrs={}), int(np.prod(found.shape))
+
+
+def _run(ready: ReadyGroups):
+    """Sweep the data until the shared parameters have converged."""
+    call, problem, options, began = ready.call, ready.problem, ready.options, time.perf_counter()
+    client = active_client() if ready.plan.strategy != "standard" else None
+    about = function_name(problem.fit.model.f), options.names, ready.start, ready.plan, ready.noise.absolute
+    with ExitStack() as stack:
+        if client is None and active_client() is not None:
+            stack.enter_context(dask.config.set(scheduler="threads"))
+        live = stack.enter_context(Live(client, *about))
+        sweep = GroupSweep(problem, ready.spec, ready.plan.strategy != "streaming")
+        live.evaluator = sweep
+        if call.checkpoint is not None:
+            sweep.resume_from(_checkpoint(ready))
+            sweep.stop = stack.enter_context(StopOnSignal())
+        loaded = time.perf_counter()
+        observers = stack.enter_context(Observers(call.callback, call.progress, call.verbose, live, "fit_groups"))
+        sweep.watch = observers.reading
+
+        def settle(record: Record) -> None:
+            sweep.settle(record.params, record.distance)
+            observers(record)
+
+        try:
+            solution = solve(sweep, ready.start, replace(options, callback=settle))
+        except Interrupted as stop:  # before there is a point to return
+            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
+        seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
+        result = group_result(ready, sweep, solution, seconds)
+        live.ended(solution.message, result.n_masked, 0)
+    return result, solution
+
+
+def _checkpoint(ready: ReadyGroups) -> Checkpoint:
+    """The checkpoint of this fit."""
+    call, given, problem = ready.call, ready.given, ready.problem
+    data = {name: given[name] for name in ("xdata", "ydata", "sigma", "mask", "groups")}
+    options = {name: given[name] for name in KEPT if name not in data}
+    described, arrays = describe_call(problem.fit.model.f, data, options)
+    identity = MapResult(None, problem, {}).provenance
+    identity |= dict(local=[problem.fit.names[k] for k in ready.spec.locals.free], start=ready.start.tolist())
+    identity |= dict(lower=ready.options.lower.tolist(), upper=ready.options.upper.tolist())
+    path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
+    return Checkpoint(path, identity, described | dict(function="fit_groups"), arrays)
+
+
+def _guessed(problem: MapProblem) -> MapProblem:
+    """The problem with a start that fits of some groups, one by one, have found, where the model guesses."""
+    fit = problem.fit
+    if fit.spec.guess is None:
+        return problem
+    each = max(1, round(GUESSED ** (1 / max(len(problem.map_axes), 1))))
+    steps = {k: slice(None, None, max(1, problem.y.shape[k] // each)) for k in problem.map_axes}
+
+    def few(array):
+        return array[tuple(steps.get(k, slice(None)) if n > 1 else slice(None) for k, n in enumerate(array.shape))]
+
+    y = few(problem.y)
+    operands = {
+        name: Operand(each.array if each.array.ndim == each.last else few(each.array), each.last)
+        for name, each in problem.operands.items()
+    }
+    blocks = tuple((y.shape[k],) for k in problem.map_axes)
+    smaller = replace(problem, y=y, operands=operands, bands=(slice(0, blocks[0][0]),)).cut_as(blocks)
+    record = np.asarray(smaller.records().compute())
+    good = (record["status"] >= MapStatus.GTOL) & (record["status"] <= MapStatus.AT_BOUND)
+    if not good.any():
+        raise ValueError("p0 could not be guessed: none of the groups that were tried can be fitted by itself; give p0")
+    start = np.median(record["popt"][good], axis=0)
+    spec = fit.spec._replace(guess=None)
+    return replace(problem, fit=replace(fit, spec=spec)).with_operands(start=Operand(start, 1))
+
+
+def _locals(call) -> tuple[str, ...]:
+    return (call.local,) if isinstance(call.local, str) else tuple(call.local)
+
+
+def _check_locals(problem: MapProblem, call) -> None:
+    """An error where ``local`` names what is no parameter, all of them, or none that is fitted."""
+    names, own = problem.fit.names, _locals(call)
     if unknown := [name for name in own if name not in names]:
         raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}")
-    if fit.spec.guess is not None:
-        raise ValueError("fit_groups does not guess: give p0 as numbers, or, of locals, as arrays of the groups' shape")
-    free = fit.spec.free
+    fitted = {names[k] for k in problem.fit.spec.free}
+    if not fitted & {*own}:
+        raise ValueError("`local` names no parameter that is fitted: without one this is a fit for `curve_fit`")
+    if fitted <= {*own}:
+        raise ValueError("`local` names all parameters that are fitted: without a shared one this is a map, for `fit_map`")
+
+
+def _apart(problem: MapProblem, call):
+    """The problem of the locals alone, start and options of the shared parameters, and a sample of the coordinates."""
+    fit, names = problem.fit, problem.fit.names
+    own, free = _locals(call), fit.spec.free
     mine = tuple(k for k in free if names[k] in own)
     shared = tuple(k for k in free if names[k] not in own)
-    if not mine:
-        raise ValueError("`local` names no parameter that is fitted: without one this is a fit for `curve_fit`")
-    if not shared:
-        raise ValueError("`local` names all parameters that are fitted: without a shared one this is a map, for `fit_map`")
     places = {k: column for column, k in enumerate(free)}
     start = np.array([_number(f"p0 of {names[k]}", problem.operands["start"], k) for k in shared])
     lower, upper = (
@@ -195,7 +393,7 @@ def _apart(problem: MapProblem, call) -> tuple[MapProblem, GroupSpec, np.ndarray
         names=tuple(names[k] for k in shared),
     )
     problem = replace(problem, fit=replace(fit, spec=locals_)).with_operands(**ends)
-    return problem, GroupSpec(locals_, shared, linear), start, options
+    return problem, GroupSpec(locals_, shared, linear), start, options, sample
 
 
 def _sample(problem: MapProblem) -> tuple[np.ndarray, ...] | None:
@@ -217,31 +415,3 @@ def _number(what: str, operand: Operand, column: int) -> float:
     if len(values) > 1:
         raise ValueError(f"{what}: a parameter that all groups share has one value, not an array of the groups' shape")
     return float(values[0])
-
-
-def _holds(problem: MapProblem, spec: GroupSpec, call) -> bool:
-    """Whether the data stay in memory between the sweeps.
-
-    Raises
-    ------
-    MemoryBudgetError
-        Where what has to stay does not fit.
-    """
-    n_locals, n_shared, n_params = len(spec.locals.free), len(spec.shared), len(problem.fit.names)
-    numbers = n_params + n_locals * (n_shared + 1 + 2 * n_locals) + NUMBERS_OF_A_GROUP
-    states = 2 * 8 * numbers * problem.plan.n_pixels  # at the accepted point and at a trial
-    data = problem.y.nbytes + sum(each.array.nbytes for each in problem.operands.values())
-    client = active_client()
-    rooms = (rooms_of_workers(client, call.memory_limit_gb) if client else []) or [room_here(call.memory_limit_gb)]
-    room = sum(each.nbytes for each in rooms)
-    if call.strategy == "auto":
-        held = data + states < HELD_SHARE * room
-    else:
-        held = call.strategy != "streaming"
-    if (needed := states + data * held) > room:
-        raise MemoryBudgetError(
-            f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; there "
-            f"are {size(room)}",
-            'use strategy="streaming", which holds no data' if held else "fit parts of the groups, or use more workers",
-        )
-    return held

@@ -4,6 +4,7 @@ Labels are read at the door and sorted once. Rows are as long as the largest gro
 smaller one is masked.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..base.lazy import da
 from ..data.arrays import as_array
 from ..data.labels import along_dims, labelled
+from ..data.store import open_array
 
 LEFT_OUT = -1
 DIM = "group"
@@ -47,7 +49,31 @@ class LabelledGroups(NamedTuple):
         return flat.reshape(self.points.shape)
 
 
-def read_labels(groups: Any, ydata: Any, shape: tuple[int, ...]) -> LabelledGroups:
+class ByLabel:
+    """What rearranges opened data; ``groups`` has been seen then."""
+
+    groups: LabelledGroups
+
+    def __init__(self, labels: Any, ydata: Any):
+        if labelled(ydata):
+            labels = ydata.coords[labels] if isinstance(labels, str) and labels in ydata.coords else labels
+            labels = along_dims("groups", labels, ydata)
+        if isinstance(labels, (str, Path)):
+            try:
+                labels = open_array("groups", labels)
+            except FileNotFoundError:
+                raise ValueError(
+                    f"`groups` {str(labels)!r} is neither a coordinate of `ydata` nor the path of a Zarr array: give an "
+                    "array of integer labels"
+                ) from None
+        self.labels = labels
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        self.groups = read_labels(self.labels, as_array("ydata", data["ydata"]).shape)
+        return self.groups.gathered(data)
+
+
+def read_labels(groups: Any, shape: tuple[int, ...]) -> LabelledGroups:
     """The groups of ``groups``, integers that broadcast against y: -1 leaves a point out. Lazy ones are computed.
 
     Raises
@@ -55,17 +81,13 @@ def read_labels(groups: Any, ydata: Any, shape: tuple[int, ...]) -> LabelledGrou
     ValueError
         Labels of another shape, of another kind, or negative ones that are not -1; no label at all.
     """
-    if labelled(ydata):
-        groups = ydata.coords[groups] if isinstance(groups, str) and groups in ydata.coords else groups
-        groups = along_dims("groups", groups, ydata)
-    if isinstance(groups, str):
-        raise ValueError(f"`groups` {groups!r} is no coordinate of `ydata`: give an array of integer labels")
-    labels = np.asarray(as_array("groups", groups))
-    if labels.dtype.kind not in "iu" or np.ma.isMaskedArray(groups):
+    groups = groups if hasattr(groups, "dtype") else np.asarray(groups)
+    if groups.dtype.kind not in "iu" or isinstance(groups, np.ma.MaskedArray):
         raise ValueError(
-            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {labels.dtype}: of other names, "
+            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {groups.dtype}: of other names, "
             "np.unique(names, return_inverse=True)[1] makes them"
         )
+    labels = np.asarray(as_array("groups", groups))
     try:
         labels = np.broadcast_to(labels, shape).reshape(-1)
     except ValueError:

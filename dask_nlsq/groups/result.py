@@ -4,24 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
 from itertools import product
 from math import prod
-from typing import Any
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 from dask import delayed
 
+from ..base.files import read_json, write_json
 from ..base.lazy import da
-from ..base.text import several, table
+from ..base.text import several
 from ..base.warn import warn
+from ..data.chunks import Preparation, ValuePolicy
+from ..engine.request import Objective
 from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapStatus
+from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import MapResult
+from ..maps.result import MapResult, StoredMap
+from ..results import result as results
+from ..results.diagnostics import Diagnostics, combinations, diagnose
+from ..results.report import report
+from ..results.result import FitResult
+from ..results.statistics import Totals
 from ..results.uncertainty import covariance
-from ..solve.trust_region import GRAM_CONDITION_LIMIT, Options, Record, Solution
+from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
+from .diagnostics import of_groups
 from .sweep import GroupSweep
+
+FILE, MAPS, VERSION = "groups.json", "local.zarr", 1
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -44,113 +60,234 @@ class LocalMap(MapResult):
         return super().provenance | {"shared": self.shared}
 
 
+class About(NamedTuple):
+    """Of the groups of a fit, as it is saved."""
+
+    locals: tuple[str, ...]  # names
+    n_groups: int  # used
+    of_groups: int
+    local_distance: float
+    accuracy: float
+    largest: float  # share of the cost that one group has
+    interchangeable: tuple[tuple[str, str], ...]  # shared parameters, and nothing tells which is which
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class SharedResult(FitResult):
+    """A `FitResult` of shared parameters: its degrees of freedom are those that the locals leave."""
+
+    groups: About = field(kw_only=True, repr=False)
+
+    @property
+    def dof(self) -> int:
+        """Points used, less the shared parameters, less the locals of the groups used."""
+        return super().dof - len(self.groups.locals) * self.groups.n_groups
+
+    @property
+    def success(self) -> bool:
+        """Whether shared parameters and locals have converged."""
+        return super().success and not self.groups.local_distance > self.groups.accuracy
+
+    @cached_property
+    def diagnostics(self) -> Diagnostics:
+        """As of any fit, with what is remarkable about the groups."""
+        known = self.parts._replace(residual=np.zeros_like(self.parts.n))  # which are not summed up
+        found = diagnose(_WithParts(self, known))
+        return found._replace(lines=(*found.lines, *of_groups(self)))
+
+    def summary(self) -> str:
+        about = self.groups
+        lines = super().summary().split("\n")
+        text = f"{about.n_groups:,} of {several(about.of_groups, 'group')}, each with {', '.join(about.locals)}"
+        far = about.local_distance
+        lines.insert(2, text + (f"; the locals of one up to {far:.1e} standard errors from their optimum" if far else ""))
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        about = self.groups
+        names = escape(", ".join(about.locals))
+        return super()._repr_html_() + f"<p>{about.n_groups:,} of {about.of_groups:,} groups, each with {names}</p>"
+
+    def _points(self, x, sigma=None):
+        raise ValueError(
+            "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) "
+            "of result.local.compute()"
+        )
+
+
+class _WithParts:
+    """A result with other sums over its parts."""
+
+    def __init__(self, result: FitResult, parts):
+        self._result, self.parts = result, parts
+
+    def __getattr__(self, name):
+        return getattr(self._result, name)
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class GroupResult:
     """The result of `dask_nlsq.fit_groups`; ``popt, pcov = result`` are those of the shared parameters.
 
     Attributes
     ----------
-    popt : ndarray, shape (s,)
-        The shared parameters that were fitted, in the order of ``shared_names``.
-    pcov : ndarray, shape (s, s)
-        Their covariance; inf where it could not be estimated.
-    shared_names : tuple of str
+    shared : FitResult
+        Of the shared parameters that were fitted, with statistics of the whole fit; its attributes are those of this
+        result, too: ``result.cost``, ``result.perr``.
     local : MapResult
         All parameters of each group, lazy, with ``perr`` of the locals that includes the uncertainty of the shared ones;
-        ``status`` of groups that were left out says why. Of a fit on workers: use it before the Client is closed.
-    cost : float
-        Half the sum of squares, or of the loss, of the groups used.
-    n_points, n_groups : int
-        Points and groups that counted.
-    dof : int
-        ``n_points``, less the shared parameters, less the locals of the groups used.
-    nfev, sweeps, status, message
-        As in `FitResult`.
-    distance : float
-        Standard errors to the optimum of the quadratic model of the shared parameters.
-    local_distance : float
-        The same for the locals: the largest of all groups.
-    history : list of Record
+        ``status`` of groups that were left out says why. Of a fit on workers: use it before the Client is closed. Of a
+        result that was loaded: the arrays of the map, without more.
     """
 
-    popt: np.ndarray
-    pcov: np.ndarray
-    shared_names: tuple[str, ...]
-    local: MapResult
-    cost: float
-    n_points: int
-    n_groups: int
-    dof: int
-    nfev: int
-    sweeps: int
-    status: int
-    message: str
-    distance: float
-    local_distance: float
-    accuracy: float = field(repr=False)
-    history: list[Record] = field(repr=False)
+    shared: SharedResult
+    local: Any
+
+    popt = property(attrgetter("shared.popt"), doc="Shared parameters that were fitted, (s,), as `shared_names` names them.")
+    pcov = property(attrgetter("shared.pcov"), doc="Their covariance, (s, s); inf where it could not be estimated.")
+    shared_names = property(attrgetter("shared.param_names"), doc="Names of the shared parameters that were fitted.")
+    n_groups = property(attrgetter("shared.groups.n_groups"), doc="Groups that counted.")
+    local_distance = property(
+        attrgetter("shared.groups.local_distance"), doc="Standard errors of locals to their optimum, the most of all groups."
+    )
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name in ("shared", "local"):
+            raise AttributeError(name)
+        try:
+            return getattr(self.shared, name)
+        except AttributeError:
+            raise AttributeError(f"GroupResult has no {name!r}") from None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.popt, self.pcov))
 
-    @property
-    def perr(self) -> np.ndarray:
-        """Standard errors of the shared parameters, (s,)."""
-        return np.sqrt(np.diag(self.pcov))
+    def __len__(self):
+        return 2
 
-    @property
-    def success(self) -> bool:
-        """Whether shared parameters and locals have converged."""
-        return 0 < self.status <= 5 and (self.local_distance <= self.accuracy or self.accuracy == np.inf)
+    def __getitem__(self, item):
+        return (self.popt, self.pcov)[item]
 
     def __repr__(self) -> str:
-        found = zip(self.shared_names, self.popt, self.perr, strict=True)
-        rows = [(name, f"{value:.8g}", f"+- {error:.2g}") for name, value, error in found]
-        names = self.local.param_names
-        own = ", ".join(names[k] for k in self.local.problem.fit.spec.free)
-        about = f"<GroupResult {several(self.n_groups, 'group')}, {self.n_points:,} points, {several(self.sweeps, 'sweep')}>"
-        return "\n".join([about, *table(rows), f"of each group: {own}", self.message])
+        return f"<GroupResult>\n{self.summary()}"
+
+    def _repr_html_(self) -> str:
+        return self.shared._repr_html_()
+
+    def save(self, path: str | Path) -> None:
+        """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back."""
+        path = Path(path)
+        if (path / MAPS).exists():
+            raise FileExistsError(f"{path} has the groups of another result: give another path")
+        self.shared.save(path)
+        self.local.to_zarr(path / MAPS, progress=False)
+        write_json(path / FILE, version=VERSION, groups=self.shared.groups._asdict())
+
+    def report(self, path, **options) -> Path:
+        """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""
+        return report(self.shared, path, **options)
 
 
-def group_result(problem: MapProblem, labels, spec: GroupSpec, sweep: GroupSweep, solution: Solution, options: Options):
+def load(path: str | Path) -> FitResult | GroupResult:
+    """The result that was saved at ``path``: all but the data, so that residuals need a new fit.
+
+    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Raises
+    ------
+    ValueError
+        Where there is no result, one of another version, or a file that is not as it was written.
+    """
+    path, found = Path(path), results.load(path)
+    if not (path / FILE).exists():
+        return found
+    kept = read_json(path / FILE, VERSION)["groups"]
+    names = {name: tuple(kept[name]) for name in ("locals",)}
+    pairs = tuple((one, other) for one, other in kept["interchangeable"])
+    about = About(**kept | names | dict(interchangeable=pairs))
+    return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / MAPS))
+
+
+def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str, float]) -> GroupResult:
     """What the last sweep says of all parameters."""
+    problem, spec, options, noise = ready.problem, ready.spec, ready.options, ready.noise
     equations = solution.equations
+    assert equations.parts is not None  # as after each sweep
     s, sums = len(solution.params), sweep.accepted
     dof = equations.n_points - s
-    variance = 1.0 if options.noise == "known" else 2 * equations.cost / dof if dof > 0 else np.nan
-    pcov = covariance(solution.factor)
+    variance = 1.0 if noise.absolute else 2 * equations.cost / dof if dof > 0 else np.nan
+    pcov = _covariance(solution, variance, options.names)
+    states = sweep.final(solution.params)
+    record = _records(problem, spec, states, solution.params, pcov, variance)
+    worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
+    n_points, n_groups = int(sums.n_points.sum()), int(sums.n_groups.sum())
+    names = problem.fit.names
+    about = About(
+        locals=tuple(names[k] for k in spec.locals.free),
+        n_groups=n_groups,
+        of_groups=problem.plan.n_pixels,
+        local_distance=worst,
+        accuracy=options.accuracy,
+        largest=float(sums.largest.max() / equations.cost) if equations.cost > 0 else 0.0,
+        interchangeable=ready.interchangeable,
+    )
+    shared = SharedResult(
+        popt=solution.params,
+        pcov=pcov,
+        param_names=options.names,
+        cost=equations.cost,
+        n_points=n_points,
+        n_masked=ready.n_points - n_points,
+        n_omitted=0,
+        nfev=solution.nfev,
+        sweeps=sweep.count,
+        status=solution.status,
+        message=solution.message if not worst > options.accuracy else _of_locals(worst, options.accuracy),
+        optimality=solution.optimality,
+        distance=solution.distance,
+        plan=ready.plan,
+        reduction=equations.reduction,
+        jac_mode="user" if problem.fit.model.jac is not None else spec.locals.jac_mode,
+        history=solution.history,
+        seconds=seconds,
+        starts=None,
+        sample=None,
+        damage=(),
+        n_filled=sum(len(each.absent) for each in problem.sources),
+        fixed={},
+        bounds=np.stack([options.lower, options.upper]),
+        noise=noise,
+        totals=Totals(equations.cost, n_points, *sums.weights.sum(axis=0).tolist()),
+        parts=unpack(equations.parts, s),
+        factor=solution.factor,
+        objective=Objective(ready.typical_model, noise.loss, problem.fit.limits.f_scale),
+        preparation=_preparation(spec, ready.decode_cf),
+        data=None,
+        groups=about,
+    )
+    local = LocalMap(record, problem, ready.labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist()))
+    return GroupResult(shared, local)
+
+
+def _preparation(spec: GroupSpec, decode_cf: bool) -> Preparation:
+    """Of any data with such coordinates."""
+    return Preparation(spec.locals.layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, False, 0, ())
+
+
+def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
+    s, pcov = len(solution.params), covariance(solution.factor)
     if pcov is None or variance != variance:
-        warn("Covariance of the shared parameters could not be estimated", scipy.optimize.OptimizeWarning)
-        pcov = np.full((s, s), np.inf)
-    else:
-        pcov = pcov * variance
+        reasons = combinations(solution.factor, names)
+        why = f": {'; '.join(reasons)}" if reasons else ""
+        warn(f"Covariance of the shared parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
+        return np.full((s, s), np.inf)
     if GRAM_CONDITION_LIMIT < solution.factor.condition < np.inf:
         warn(
             f"The condition of the shared parameters is {solution.factor.condition:.2g}: above {GRAM_CONDITION_LIMIT:g} "
             "their covariance loses digits. Hold one of them with fixed=, or make it local",
             RuntimeWarning,
         )
-    states = sweep.final(solution.params)
-    record = _records(problem, spec, states, solution.params, pcov, variance)
-    worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
-    return GroupResult(
-        popt=solution.params,
-        pcov=pcov,
-        shared_names=options.names,
-        local=LocalMap(record, problem, labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist())),
-        cost=equations.cost,
-        n_points=int(sums.n_points.sum()),
-        n_groups=int(sums.n_groups.sum()),
-        dof=dof,
-        nfev=solution.nfev,
-        sweeps=sweep.count,
-        status=solution.status,
-        message=solution.message if not worst > options.accuracy else _of_locals(worst, options.accuracy),
-        distance=solution.distance,
-        local_distance=worst,
-        accuracy=options.accuracy,
-        history=solution.history,
-    )
+    return pcov * variance
 
 
 def _of_locals(worst: float, accuracy: float) -> str:
@@ -185,6 +322,11 @@ def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, share
         chi2=np.where(used, found.chi2, np.nan),
         status=np.where(lost, MapStatus.NON_FINITE, found.status),
     )
-    record = fit.record(found)
-    record["perr"][:, list(spec.shared)] = np.where(used[:, None], np.sqrt(np.diag(pcov)), np.nan)
+    record, shared = fit.record(found), np.array(spec.shared)
+    record["perr"][:, shared] = np.where(used[:, None], np.sqrt(np.diag(pcov)), np.nan)
+    if "pcov" in (fit.dtype.names or ()):
+        own, cross = np.array(spec.locals.free), np.where(used[:, None, None], -T @ pcov, np.nan)
+        record["pcov"][:, shared[:, None], shared] = np.where(used[:, None, None], pcov, np.nan)
+        record["pcov"][:, own[:, None], shared] = cross
+        record["pcov"][:, shared[:, None], own] = cross.swapaxes(1, 2)
     return record.reshape(shape)

@@ -2,24 +2,33 @@
 
 A sweep is a task for each block, which gives sums for the client and the state of its groups (locals and W), which stays
 where it is made. The next sweep starts from the state at the accepted point. Dask knows how each state was made: that of a
-worker that dies is made again, with the same bits.
+worker that dies is made again, with the same bits. A checkpoint keeps the sums of each sweep, and of the accepted point the
+states, each of which its own task writes; a fit that goes on finds its sweeps done, and takes the states from there.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import dask
 import jax
 import numpy as np
 from dask import delayed
+from dask.callbacks import Callback
 
+from ..base.files import read_arrays, write_arrays
 from ..base.x64 import float64
+from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
 from ..engine.condensed import Condensed, merge
 from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
+from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits
 from ..kernels.rows import segment_size
 from ..maps.blocks import BlockFit, MapProblem, PixelBlock
+from ..memory.machine import active_client
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
@@ -43,7 +52,6 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
     """The task: `GroupSums` and `LocalState` of a block."""
     pixels, n = block.pixels, block.n_pixels
     n_all, places, free = len(pixels.y), list(spec.shared), list(spec.locals.free)
-    fresh = before is None
     if before is None:
         start, used = np.broadcast_to(pixels.start, (n_all, pixels.start.shape[1])).copy(), np.arange(n_all) < n
         with float64():
@@ -55,8 +63,28 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
     start[:, places] = at.shared
     pixels = pixels._replace(start=start)
     with float64(), fit.compiling(("groups", spec), pixels):
-        found = group_kernel(fit.model, spec)(pixels, n, used, fitted, fresh, at.limits)
+        found = group_kernel(fit.model, spec)(pixels, n, used, fitted, before is None, at.limits)
     return jax.tree.map(np.asarray, found)
+
+
+def keep_state(state: LocalState, path: Path) -> None:
+    """The task: write the state of a block."""
+    path.parent.mkdir(exist_ok=True)
+    write_arrays(path, dict(zip(LEAVES, jax.tree.leaves(state), strict=True)))
+
+
+def kept_state(path: Path) -> LocalState:
+    """The task: what `keep_state` has written."""
+    found = read_arrays(path)
+    if found is None:
+        raise CheckpointError(f"the checkpoint has lost {path}: begin it anew, in another directory")
+    leaves = [found[0][name] for name in LEAVES]
+    n = len(LocalState._fields) - 1
+    own: dict[str, Any] = dict(zip(LocalState._fields, leaves[:n], strict=False))
+    return LocalState(**own, fitted=Fitted(*leaves[n:]))
+
+
+LEAVES = (*LocalState._fields[:-1], *(f"fitted_{name}" for name in Fitted._fields))
 
 
 class GroupSweep:
@@ -65,11 +93,17 @@ class GroupSweep:
     Attributes
     ----------
     count : int
-        Sweeps so far.
+        Sweeps so far, those of an earlier process that are in the checkpoint among them.
+    latest : tuple
+        Parameters and result of the last one.
     """
 
+    stop: StopOnSignal | None = None  # that says when to end early
+    watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
+    latest: tuple[np.ndarray, Condensed]
+
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.spec, self.count = spec, 0
+        self.spec, self.count, self.nbytes = spec, 0, problem.plan.read_bytes
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
@@ -80,6 +114,10 @@ class GroupSweep:
         self.states: dict[bytes, list] = {}
         self.sums: dict[bytes, GroupSums] = {}
         self.base: np.ndarray | None = None
+        self.checkpoint: Checkpoint | None = None
+        self.swept: list[tuple[np.ndarray, GroupSums]] = []  # what a checkpoint holds
+        self.recorded: dict[bytes, GroupSums] = {}  # sweeps of an earlier process
+        self.kept: tuple[bytes, int] | None = None  # the point whose states are there, and the sweep that they are of
 
     def __call__(self, params: np.ndarray, reduction="gram") -> Condensed:
         """The sums at shared parameters (s,).
@@ -88,11 +126,19 @@ class GroupSweep:
         ------
         ValueError
             Where no group can be fitted.
+        Interrupted
+            Where a signal has come.
         """
         params = np.asarray(params, dtype=np.float64)
         key = params.tobytes()
-        if key not in self.states:
-            self.states[key], self.sums[key] = self._read(params)
+        if key not in self.sums:
+            known = self.recorded.pop(key, None)
+            if known is None:
+                self.states[key], known = self._read(params)
+                self.swept.append((params, known))
+            elif self.kept is not None and key == self.kept[0]:
+                self.states[key] = self._kept_states(self.kept[1])
+            self.sums[key] = known
             self.count += 1
         sums = self.sums[key]
         if self.base is None and not sums.n_groups.any():
@@ -100,34 +146,47 @@ class GroupSweep:
         found = self._condensed(sums)
         # the groups are those of the first sweep: a trial at which one of them is not finite is refused
         lost = self.base is not None and not np.array_equal(sums.n_groups, self.accepted.n_groups)
-        return found._replace(cost=np.inf) if lost else found
+        found = found._replace(cost=np.inf) if lost else found
+        self.latest = params, found
+        return found
+
+    @property
+    def n_blocks(self) -> int:
+        return sum(map(len, self.bands))
 
     def _read(self, params):
-        n_blocks = sum(map(len, self.bands))
-        before = iter([None] * n_blocks if self.base is None else self.states[self.base.tobytes()])
+        before = iter([None] * self.n_blocks if self.base is None else self.states[self.base.tobytes()])
         at = delayed(At(params, self.base, self.limits), pure=True, traverse=False)
         spec = delayed(self.spec, pure=True, traverse=False)
-        name = f"nlsq-groups-{self.name}-{self.count}"
+        name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         states: list = []
         sums: list[GroupSums] = []
-        for band in self.bands:
-            both = dask.persist(
-                *(
-                    delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
-                    for k, block in enumerate(band, len(states))
+        with self._watched(name):
+            for band in self.bands:
+                if self.stop is not None and self.stop.signal:
+                    raise Interrupted(self.stop.signal)
+                both = dask.persist(
+                    *(
+                        delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
+                        for k, block in enumerate(band, len(states))
+                    )
                 )
-            )
-            sums += dask.compute(*[each[0] for each in both])
-            states += [each[1] for each in both]
+                sums += dask.compute(*[each[0] for each in both])
+                states += [each[1] for each in both]
         return states, GroupSums(*map(np.stack, zip(*sums, strict=True)))
+
+    def _watched(self, name: str):
+        """What is told of each block that is done; of those on workers the dashboard tells."""
+        return nullcontext() if self.watch is None or active_client() else _Watched(self, name)
 
     def _condensed(self, sums: GroupSums) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
         matrix, cost = merge(sums.gram, sums.cost, "gram")
         free = sums.n_points - n_locals * sums.n_groups  # what the locals leave of the points
-        gram, unknown = sums.gram.reshape(len(free), -1), np.full(len(free), np.nan)
+        gram, spread = (each.reshape(len(free), -1) for each in (sums.gram, sums.spread))
+        unknown = np.full(len(free), np.nan)  # the sum of the residuals
         columns = np.stack([sums.cost, unknown, 2 * sums.cost, free, sums.n_groups, sums.floored], axis=1)
-        parts = np.concatenate([gram, np.full_like(gram, np.nan), columns, sums.weights], axis=1)
+        parts = np.concatenate([gram, spread, columns, sums.weights], axis=1)
         assert parts.shape[1] == segment_size(s)
         size = float(sums.weights[:, 1 if self.spec.locals.loss == "poisson" else 2].sum())
         return Condensed(matrix, float(cost), "gram", parts, None, size, float(sums.left.sum()))
@@ -141,13 +200,69 @@ class GroupSweep:
     def settle(self, params: np.ndarray, distance: float) -> None:
         """Keep the state at the accepted point alone; the next sweep starts from it, and is as exact as it has to be."""
         key = params.tobytes()
+        moved = self.base is None or key != self.base.tobytes()
         self.base = params
-        self.states, self.sums = {key: self.states[key]}, {key: self.sums[key]}
+        self.states = {key: self.states[key]} if key in self.states else {}
+        self.sums = {key: self.sums[key]}
         n_groups = self.sums[key].n_groups.sum()
         if np.isfinite(distance) and n_groups:
             accuracy = float(np.clip(distance * np.sqrt(SHARE / n_groups), FINEST, INNER))
             self.limits = self.limits._replace(accuracy=accuracy)
+        if self.checkpoint is not None and not self.recorded:
+            self._save(key, moved)
 
     def final(self, params: np.ndarray) -> Sequence:
         """The states of all blocks at a point that has been evaluated, lazily."""
         return self.states[params.tobytes()]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # what a checkpoint holds
+
+    def resume_from(self, checkpoint: Checkpoint) -> None:
+        """Keep the fit in ``checkpoint``, and take up what is there."""
+        self.checkpoint = checkpoint
+        if (found := checkpoint.load("state")) is None:
+            return
+        arrays, values = found
+        sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
+        self.swept = list(zip(arrays["params"], sums, strict=True))
+        self.recorded = {params.tobytes(): each for params, each in self.swept}
+        self.kept = arrays["base"].tobytes(), values["kept"]
+
+    def _save(self, key: bytes, moved: bool) -> None:
+        assert self.checkpoint is not None and self.base is not None
+        before = self.kept
+        if moved and (before is None or key != before[0]):
+            self.kept = key, self.count
+            paths = self._paths(self.count)
+            dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
+        assert self.kept is not None
+        params, sums = zip(*self.swept, strict=True)
+        arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
+        self.checkpoint.save("state", arrays | dict(params=np.stack(params), base=self.base), kept=self.kept[1])
+        if before is not None and before != self.kept:
+            for path in self._paths(before[1]):
+                path.unlink(missing_ok=True)
+
+    def _kept_states(self, count: int) -> list:
+        return [delayed(kept_state)(path) for path in self._paths(count)]
+
+    def _paths(self, count: int) -> Iterator[Path]:
+        assert self.checkpoint is not None
+        directory = self.checkpoint.path.absolute() / "locals"
+        return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
+
+
+class _Watched(Callback):
+    """Tells of each block that this process has done."""
+
+    def __init__(self, sweep: GroupSweep, name: str):
+        self.sweep, self.task, self.done, self.began = sweep, name, 0, time.perf_counter()
+        super().__init__(posttask=self._told)
+
+    def _told(self, key, *_):
+        if self.sweep.watch is None or not str(key).startswith(self.task):
+            return
+        self.done += 1
+        share, seconds = self.done / self.sweep.n_blocks, time.perf_counter() - self.began
+        self.sweep.watch(share, self.sweep.nbytes * share / seconds / 1e9, seconds * (1 / share - 1))

@@ -3,6 +3,7 @@
 import logging
 import sys
 import time
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -12,7 +13,6 @@ from tqdm.auto import tqdm
 from ..base.config import setting
 from ..base.plugins import ABSENT, install
 from ..engine.condensed import factor
-from ..engine.evaluator import Evaluator
 from ..memory.plan import Plan
 from ..results.uncertainty import covariance
 from ..solve.trust_region import Record
@@ -31,8 +31,8 @@ class Observers:
     A context manager; leaving it closes the bar.
     """
 
-    def __init__(self, callback, progress: bool | None, verbose: int, live: "Live"):
-        self.callback, self.verbose, self.bar, self.live = callback, verbose, None, live
+    def __init__(self, callback, progress: bool | None, verbose: int, live: "Live", name: str = "curve_fit"):
+        self.callback, self.verbose, self.bar, self.live, self.name = callback, verbose, None, live, name
         wanted = progress or (progress is None and verbose == 0 and (sys.stderr.isatty() or "ipykernel" in sys.modules))
         self.started = time.perf_counter()
         self.bar_after = (0.0 if progress else PROGRESS_DELAY) if wanted else float("inf")
@@ -48,7 +48,7 @@ class Observers:
         """While a sweep reads the data anew: how much of it is done, how fast, and the seconds that are left."""
         new = self.bar is None and time.perf_counter() - self.started > self.bar_after
         if new:
-            self.bar = tqdm(desc="curve_fit", unit=" sweeps")
+            self.bar = tqdm(desc=self.name, unit=" sweeps")
         if self.bar is not None:
             self.bar.set_postfix_str(f"reading {share:.0%}, {gb_per_s:.2g} GB/s, {left:.0f} s left", refresh=new)
             self.bar.update(0)
@@ -57,7 +57,7 @@ class Observers:
         if self.verbose == 2:
             _print_record(record)
         if self.bar is None and record.seconds > self.bar_after:
-            self.bar = tqdm(desc="curve_fit", unit=" sweeps", initial=record.nfev - 1)
+            self.bar = tqdm(desc=self.name, unit=" sweeps", initial=record.nfev - 1)
         if self.bar is not None:
             self.bar.set_postfix_str(f"cost {record.cost:.6g}, {distance_left(record)}", refresh=False)
             self.bar.update()
@@ -94,7 +94,7 @@ class Live:
         shown = client is not None and setting("dashboard") and install(client, LivePage())
         self.client = client if shown else None
         self.id, self.plan, self.absolute, self.seconds = uuid4().hex, plan, absolute_sigma, 0.0
-        self.evaluator: Evaluator | None = None  # set as soon as there is one
+        self.evaluator: Any = None  # what evaluates, and knows the latest result; set as soon as there is one
         self.errors = [float("nan")] * len(start)
         about = {name: getattr(plan, name) for name in PLANNED}
         self._tell(model=model, names=list(names), p0=start.tolist(), **about)
@@ -110,7 +110,7 @@ class Live:
         if self.client is None or self.evaluator is None:
             return
         params, equations = self.evaluator.latest
-        free = self.plan.n_points - len(params)
+        free = equations.n_points - len(params)
         if np.array_equal(params, record.params) and (found := covariance(factor(equations))) is not None:
             scaled = found if self.absolute else found * (2 * equations.cost / max(free, 1))
             self.errors = np.sqrt(np.diag(scaled)).tolist()

@@ -50,9 +50,11 @@ class GroupSums(NamedTuple):
     """Sums over the groups of a block that are used; s shared parameters."""
 
     gram: Any  # (s + 1, s + 1), of [J_s r] without what the locals explain
+    spread: Any  # (s + 1, s + 1), the sum of c c^T, c the last column of that of a group
     cost: Any
     left: Any  # by which the locals would still lower the cost
     worst: Any  # the largest of that in one group
+    largest: Any  # cost of one group
     n_points: Any
     n_groups: Any
     floored: Any  # points with counts whose mean is below the floor of a Poisson likelihood
@@ -223,16 +225,19 @@ def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used) -> GroupSums
         def total(each):
             return jnp.sum(jnp.where(mine.reshape(-1, *[1] * (each.ndim - 1)), each, 0.0), axis=0)
 
-        weight, y, left = part(data.weight), part(data.y), part(found.left)
+        weight, y = part(data.weight), part(data.y)
         moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2).T
         terms = found.gram, found.cost, found.left
         gram, cost, rest = (total(part(each)) for each in terms)
         counts = total(part(data.n_points)), total(jnp.ones(width)), total(part(found.floored))
-        new = GroupSums(gram, cost, rest, jnp.max(jnp.where(mine, left, 0.0)), *counts, total(moments))
-        return jax.tree.map(jnp.add, sums, new)._replace(worst=jnp.maximum(sums.worst, new.worst))
+        last = jnp.where(mine[:, None], part(found.gram)[..., -1], 0.0)
+        worst, largest = (jnp.max(jnp.where(mine, part(each), 0.0)) for each in (found.left, found.cost))
+        new = GroupSums(gram, last.T @ last, cost, rest, worst, largest, *counts, total(moments))
+        most = dict(worst=jnp.maximum(sums.worst, worst), largest=jnp.maximum(sums.largest, largest))
+        return jax.tree.map(jnp.add, sums, new)._replace(**most)
 
     zero = jnp.zeros(())
-    nothing = GroupSums(jnp.zeros((m, m)), *(zero,) * 6, jnp.zeros(3))
+    nothing = GroupSums(jnp.zeros((m, m)), jnp.zeros((m, m)), *(zero,) * 7, jnp.zeros(3))
     return lax.fori_loop(0, -(-n_groups // width), one, nothing)
 
 

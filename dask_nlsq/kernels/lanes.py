@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..model.function import Model, evaluate
+from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import masked_cost
 from . import rules
 from .blocks import JacMode, Layouts, assemble_x
@@ -196,14 +196,21 @@ def normal_equations(model, spec, limits, lanes):
     def tile_of(params, start, coordinates, y, weight):
         valid = weight > 0
 
-        def residual(params):
-            every = [start[k] for k in range(len(start))]
+        def every(params):
+            found = [start[k] for k in range(len(start))]
             for place, value in zip(spec.free, params, strict=True):
-                every[place] = value
-            value = jnp.broadcast_to(evaluate(model, as_x(spec, coordinates), every), y.shape)
+                found[place] = value
+            return found
+
+        def residual(params):
+            value = jnp.broadcast_to(evaluate(model, as_x(spec, coordinates), every(params)), y.shape)
             return jnp.where(valid, (value - y) * weight, 0.0)
 
-        r, J = with_columns(residual, params, spec.jac_mode)
+        if model.jac is None:
+            r, J = with_columns(residual, params, spec.jac_mode)
+        else:
+            columns = evaluate_jac(model, as_x(spec, coordinates), every(params))
+            r, J = residual(params), jnp.where(valid, columns[:, jnp.array(spec.free)].T * weight, 0.0)
         if spec.loss == "poisson":
             rows, cost, floored = poisson_rows(r, J, jnp.where(valid, y, 1.0))
             return rows @ rows.T, cost, floored

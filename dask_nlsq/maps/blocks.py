@@ -293,8 +293,11 @@ class MapProblem:
         return array.rechunk(want), tuple(range(array.ndim))
 
 
-def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
-    """Align the data of a call of `dask_nlsq.fit_map`, whose arguments have been checked; reads none of them."""
+def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | None = None) -> MapProblem:
+    """Align the data of a call of `dask_nlsq.fit_map`, whose arguments have been checked; reads none of them.
+
+    ``arrange`` gives the opened arrays other axes.
+    """
     noise, dims = noise_of(call), getattr(ydata, "dims", ())
     if noise.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
@@ -302,6 +305,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
         xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
+    data = data if arrange is None else arrange(data)
     if noise.loss == "poisson":
         refuse_scaled(rules["scaled"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
@@ -311,7 +315,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call) -> MapProblem:
     fit_axes = axes_of(call.axis, dims, y.ndim)
     params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
     coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
-    model, shared = intern(f), coordinates.shared(fit_axes)
+    model, shared = intern(f, getattr(call, "jac", None)), coordinates.shared(fit_axes)
     layouts = _layouts(coordinates, invalid)
     check_model(model, layouts, prod(y.shape[k] for k in fit_axes), len(params.names))
     spec = _spec(model, layouts, shared, call, noise, params)

@@ -371,3 +371,33 @@ def _bar(progress):
     if not (progress or (progress is None and shown)) or active_client() is not None:
         return nullcontext()
     return TqdmCallback(desc="fit_map", unit=" tasks", delay=0 if progress else PROGRESS_DELAY)
+
+
+class StoredMap:
+    """Maps that `MapResult.to_zarr` has written; arrays by the names of those of a `MapResult`, read when they are used."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._group: Any = zarr.open_group(path, mode="r")
+        about: Any = self._group.attrs["dask_nlsq"]
+        self.param_names: tuple[str, ...] = tuple(about["parameters"])
+
+    def __getattr__(self, name):
+        if name.startswith("_") or name not in self._group:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
+        return self._group[name][...]
+
+    @property
+    def success(self):
+        """Where the fit has converged to parameters that the data determine."""
+        return (self.status >= MapStatus.GTOL) & (self.status <= MapStatus.AT_BOUND)
+
+    def to_xarray(self):
+        """The `xarray.Dataset` of the store."""
+        import xarray
+
+        return xarray.open_zarr(self.path)
+
+    def __repr__(self):
+        shape = " x ".join(map(str, self._group["status"].shape))
+        return f"<StoredMap {shape}, {', '.join(self.param_names)}, at {self.path}>"

@@ -1,0 +1,63 @@
+"""Where the data of a grouped fit are during it, and what that takes: decided from sizes, before any is read."""
+
+from ..base.lazy import da
+from ..base.text import GB, at_least, size
+from ..kernels.groups import GroupSpec
+from ..maps.blocks import MapProblem
+from ..memory.machine import active_client
+from ..memory.plan import MemoryBudgetError, Plan, Strategy
+from ..memory.processes import room_here, rooms_of_workers
+
+NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
+HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
+
+
+def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
+    """The plan, with the arguments of `dask_nlsq.fit_groups`.
+
+    Raises
+    ------
+    MemoryBudgetError
+        Where what has to stay does not fit.
+    """
+    n_locals, n_shared, n_params = len(spec.locals.free), len(spec.shared), len(problem.fit.names)
+    n_groups, y = problem.plan.n_pixels, problem.y
+    numbers = n_params * (1 + n_locals) + n_locals * (n_shared + 1 + 3 * n_locals) + NUMBERS_OF_A_GROUP
+    states = 2 * 8 * numbers * n_groups  # at the accepted point and at a trial
+    arrays = [y, *(each.array for each in problem.operands.values())]
+    data = sum(each.nbytes for each in arrays)
+    client = active_client()
+    rooms = (rooms_of_workers(client, call.memory_limit_gb) if client else []) or [room_here(call.memory_limit_gb)]
+    room, limited = sum(each.nbytes for each in rooms), any(each.limited for each in rooms)
+    working = max(0.0, problem.plan.peak_bytes - max(each.base for each in rooms)) * len(rooms)  # of the blocks in hand
+    fits = data + states < HELD_SHARE * room and data + states + working < room
+    held = fits if call.strategy == "auto" else call.strategy != "streaming"
+    strategy: Strategy = ("standard" if client is None else "chunked") if held else "streaming"
+    if (needed := states + data * held) > room:
+        enough = f"raise memory_limit_gb to {at_least(needed / len(rooms) / GB)}, " * limited
+        streams = held and states < room
+        raise MemoryBudgetError(
+            f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; there "
+            f"are {size(room)}",
+            enough + ('use strategy="streaming", which holds no data' if streams else "fit parts of the groups")
+            + ", or use more workers",
+        )  # fmt: skip
+    what = f"of {size(room)}, of which the data take {size(data)} and the groups' local parameters {size(states)}"
+    reason = f"the data stay in memory, {what}" if held else f"the data are read anew in each sweep: {what}"
+    n_blocks, share = problem.plan.n_blocks, (states + data * held) / len(rooms)
+    return Plan(
+        strategy=strategy,
+        reason=reason,
+        n_points=y.size,
+        n_params=n_shared + n_locals * n_groups,
+        n_chunks=y.npartitions if isinstance(y, da.Array) else 1,
+        n_partitions=n_blocks,
+        sweep_bytes=problem.plan.read_bytes,
+        held_bytes=int(states + data * held),
+        in_flight_bytes=int(working / sum(each.n_threads for each in rooms)),
+        places=tuple(
+            each.place(share, share + working / len(rooms))
+            for each in [*([] if client is None else [room_here(None)]), *rooms]
+        ),
+        decoded=problem.plan.decoded,
+    )

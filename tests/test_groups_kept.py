@@ -1,0 +1,351 @@
+"""Grouped fits by label, with checkpoints, plans, guesses and Jacobians; what their results say and keep."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from distributed import Client
+
+import dask_nlsq
+from dask_nlsq import CheckpointError, GroupResult, NotConvergedError, fit_groups, load, plan_fit, resume
+from dask_nlsq.models import gaussian
+
+from .clusters import local
+from .test_groups import AMPLITUDE, LOCAL, P0, TIGHT, G, N, T, Y, decay, dense
+
+rng = np.random.default_rng(1)
+ORDER = rng.permutation(G * N)
+LABELS, TIMES, VALUES = np.repeat(np.arange(G) * 3, N)[ORDER], np.tile(T, G)[ORDER], Y.ravel()[ORDER]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, **TIGHT)
+
+
+def assert_near(result, expected):
+    assert result.success and result.n_groups == expected.n_groups
+    np.testing.assert_allclose(result.popt, expected.popt, rtol=1e-9)
+    np.testing.assert_allclose(result.pcov, expected.pcov, rtol=1e-7)
+    one, other = (each.local.compute(progress=False) for each in (result, expected))
+    np.testing.assert_allclose(one.popt, other.popt, rtol=1e-7)
+    np.testing.assert_allclose(one.perr, other.perr, rtol=1e-7)
+
+
+def assert_same_bits(result, expected):
+    for name in ("popt", "pcov", "cost", "nfev"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
+    np.testing.assert_array_equal(result.local.compute(progress=False).record, expected.local.compute(progress=False).record)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# labels
+
+
+@pytest.mark.parametrize("kind", ["numpy", "dask", "zarr", "xarray"])
+def test_groups_by_label_are_those_by_axis_in_whatever_order_points_come(expected, tmp_path, kind):
+    x, y, labels = TIMES, VALUES, LABELS
+    if kind == "dask":
+        x, y, labels = (da.from_array(each, chunks=chunk) for each, chunk in ((x, 700), (y, 500), (labels, 900)))
+    if kind == "zarr":
+        zarr.create_array(tmp_path / "y", data=y, chunks=(500,))
+        y = str(tmp_path / "y")
+    if kind == "xarray":
+        y = xr.DataArray(y, dims="point", coords={"t": ("point", x), "run": ("point", labels)})
+        x, labels = "t", "run"
+    result = fit_groups(decay, x, y, P0, local=LOCAL, groups=labels, **TIGHT)
+    assert_near(result, expected)
+    np.testing.assert_array_equal(result.local.to_xarray().group, np.arange(G) * 3)
+
+
+def test_labels_broadcast_and_leave_points_out_and_groups_differ_in_length():
+    labels = np.arange(G)[:, None] // 2  # two rows of y are a group
+    labels[[4, 5]] = -1
+    scattered = np.broadcast_to(labels, Y.shape).copy()
+    scattered[8, N // 2 :] = -1
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, groups=scattered, **TIGHT)
+    rows = np.repeat(AMPLITUDE[::2], 2)
+    assert rows.shape == (G,)
+    assert result.n_groups == G // 2 - 1 and result.n_points == (G - 2) * N - N // 2
+    assert result.n_masked == 2 * N + N // 2
+    used = scattered >= 0
+    flat = fit_groups(decay, np.broadcast_to(T, Y.shape)[used], Y[used], P0, local=LOCAL, groups=scattered[used], **TIGHT)
+    assert_near(flat, result)
+
+
+def test_starts_and_bounds_by_label_are_in_the_order_of_the_labels(expected):
+    bounds = dict(amplitude=(AMPLITUDE - 3, AMPLITUDE + 3))
+    result = fit_groups(
+        decay, TIMES, VALUES, P0 | dict(amplitude=AMPLITUDE), local=LOCAL, groups=LABELS, bounds=bounds, **TIGHT
+    )
+    assert_near(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (LABELS + 0.5, "must be integer labels"),
+        (LABELS > 3, "must be integer labels"),
+        (np.array(["a"] * (G * N)), "np.unique"),
+        (LABELS[:-1], r"must broadcast against `ydata`, which is of shape \(2400,\)"),
+        (LABELS - 2, "labels from 0 on, or -1"),
+        (np.full(G * N, -1), "leaves out all points"),
+        ("run", "is neither a coordinate"),
+        (None, "give either `group_axes`"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_none_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        fit_groups(decay, TIMES, VALUES, P0, local=LOCAL, groups=groups)
+
+
+def test_groups_lie_along_axes_or_have_labels_but_not_both():
+    with pytest.raises(ValueError, match="give either `group_axes`"):
+        fit_groups(decay, T, Y, P0, local=LOCAL, groups=LABELS, group_axes=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def chunked():
+    return da.from_array(Y, chunks=(7, 40))
+
+
+@pytest.mark.parametrize("strategy", ["standard", "streaming"])
+def test_a_fit_that_was_broken_off_goes_on_to_the_same_bits(tmp_path, strategy):
+    options = dict(local=LOCAL, group_axes=0, strategy=strategy, checkpoint=tmp_path / "kept")
+    whole = fit_groups(decay, T, chunked(), P0, **options | dict(checkpoint=None))
+    for until in (2, 4):
+
+        def broken(record, until=until):
+            if record.nfev == until:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            fit_groups(decay, T, chunked(), P0, **options, callback=broken)
+    reads = []
+    y = chunked().map_blocks(lambda block: (reads.append(1), block)[1], dtype=float, meta=np.empty((0, 0)))
+    again = resume(tmp_path / "kept", decay, T, y)
+    assert isinstance(again, GroupResult)
+    assert_same_bits(again, whole)
+    held = 1 if strategy == "standard" else again.sweeps - 3
+    assert len(reads) <= y.npartitions * held
+    assert len(list((tmp_path / "kept" / "locals").iterdir())) == again.local.problem.plan.n_blocks  # of one point
+
+
+def test_a_finished_fit_reads_nothing_again(tmp_path):
+    options = dict(local=LOCAL, group_axes=0, strategy="streaming", checkpoint=tmp_path / "kept")
+    first = fit_groups(decay, T, chunked(), P0, **options)
+
+    def lost(block):
+        raise AssertionError("read again")
+
+    unreadable = chunked().map_blocks(lost, dtype=float, meta=np.empty((0, 0)))
+    again = fit_groups(decay, T, unreadable, P0, **options)
+    assert_same_bits(again, first)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        (dict(p0=P0 | dict(rate=1.1)), "start"),
+        (dict(p0=P0 | dict(offset=0.6)), "operands|p0"),
+        (dict(local="amplitude"), "local"),
+        (dict(loss="huber"), "loss"),
+        (dict(bounds=dict(rate=(0, 10))), "lower"),
+    ],
+)
+def test_a_checkpoint_of_another_fit_is_refused(tmp_path, changed, name):
+    plain = dict(p0=P0, local=LOCAL, group_axes=0)
+    fit_groups(decay, T, Y, **plain, checkpoint=tmp_path / "kept")
+    with pytest.raises(CheckpointError, match=name):
+        fit_groups(decay, T, Y, **plain | changed, checkpoint=tmp_path / "kept")
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from dask_nlsq import fit_groups
+from tests.test_groups import LOCAL, P0, T, Y, decay
+from tests.test_groups_kept import chunked
+
+def told(record):
+    print(record.nfev, flush=True)
+
+options = dict(local=LOCAL, group_axes=0, strategy="streaming", checkpoint=sys.argv[1], callback=told)
+result = fit_groups(decay, T, chunked(), P0, **options)
+print("status", result.status, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, number):
+    command = [sys.executable, "-c", SCRIPT, tmp_path / "kept"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip() == "3":
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+    assert (process.returncode, "status -3" in rest) in ((-signal.SIGKILL, False), (0, True))
+    again = resume(tmp_path / "kept", decay, T, chunked())
+    assert_same_bits(again, fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0, strategy="streaming"))
+
+
+def test_a_worker_that_dies_changes_no_bit(tmp_path):
+    expected = fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0)
+    with local(2) as cluster, Client(cluster) as client:
+        pids = client.run(os.getpid)
+
+        def kill(record):
+            if record.nfev == 3:
+                os.kill(next(iter(pids.values())), signal.SIGKILL)
+
+        result = fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0, callback=kill)
+        assert result.strategy == "chunked"
+        assert_same_bits(result, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plans, guesses, Jacobians
+
+
+@pytest.mark.parametrize("options", [{}, dict(strategy="streaming"), dict(memory_limit_gb=2.0)])
+def test_the_plan_is_that_of_the_fit(options):
+    options |= dict(p0=P0, local=LOCAL, group_axes=0)
+    plan, made = plan_fit(decay, T, chunked(), **options), fit_groups(decay, T, chunked(), **options).plan
+    for name in ("strategy", "n_points", "n_params", "n_chunks", "n_partitions", "sweep_bytes", "held_bytes"):
+        assert getattr(plan, name) == getattr(made, name)
+    assert plan.n_params == 2 + 2 * G
+    with pytest.raises(ValueError, match="`local` names 'amplitud'"):
+        plan_fit(decay, T, chunked(), **options | dict(local="amplitud"))
+
+
+def test_ready_models_guess_their_start():
+    x = np.linspace(-3, 3, 90)
+    heights = np.linspace(1, 4, 20)
+    y = heights[:, None] * np.exp(-((x - 0.4) ** 2) / (2 * 0.6**2)) + np.random.default_rng(0).normal(0, 0.02, (20, 90))
+    result = fit_groups(gaussian, x, y, local="amplitude", group_axes=0)
+    assert result.success and np.max(np.abs(result.popt - [0.4, 0.6]) / result.perr) < 5
+
+
+@pytest.mark.parametrize("loss", ["linear", "soft_l1", "poisson"])
+def test_a_jacobian_that_is_given_leads_to_the_same_parameters(loss):
+    def jac(t, amplitude, offset, rate, beta):
+        u = (rate * t) ** beta
+        e = jnp.exp(-u)
+        return jnp.stack(
+            [e, jnp.ones_like(t), -amplitude * e * u * beta / rate, -amplitude * e * u * jnp.log(rate * t)], axis=1
+        )
+
+    y = Y if loss != "poisson" else np.random.default_rng(3).poisson(20 * np.maximum(Y, 0.1))
+    p0 = P0 if loss != "poisson" else P0 | dict(amplitude=40, offset=10)
+    options = dict(local=LOCAL, group_axes=0, loss=loss)
+    plain, given = (fit_groups(decay, T, y, p0, **options, **each) for each in ({}, dict(jac=jac)))
+    assert given.jac_mode == "user"
+    np.testing.assert_allclose(given.popt, plain.popt, rtol=1e-6)
+    np.testing.assert_allclose(given.pcov, plain.pcov, rtol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def test_the_shared_parameters_are_a_fit_result_with_the_statistics_of_all(expected):
+    shared = expected.shared
+    assert isinstance(shared, dask_nlsq.FitResult)
+    assert shared.dof == G * N - 2 - 2 * G == expected.dof
+    assert shared.reduced_chi_square == pytest.approx(2 * expected.cost / shared.dof)
+    assert shared.reduced_chi_square == pytest.approx(0.05**2, rel=0.1)
+    np.testing.assert_allclose(np.diag(shared.sandwich), np.diag(shared.pcov), rtol=0.8)  # of 30 groups
+    assert "30 of 30 groups" in expected.summary() and "rate" in expected.summary()
+    with pytest.raises(ValueError, match="call the model with the parameters of a group"):
+        shared.predict(T)
+
+
+def test_the_full_covariance_is_that_of_a_dense_fit():
+    result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, full_covariance=True, **TIGHT)
+    _, _, pcov, _ = dense(Y)
+    found = result.local.compute(progress=False).pcov
+    for g in (0, 7, G - 1):
+        places = [2 + 2 * g, 3 + 2 * g, 0, 1]
+        np.testing.assert_allclose(found[g], pcov[np.ix_(places, places)], rtol=1e-5, atol=1e-12)
+
+
+def test_a_saved_result_comes_back_with_its_map(expected, tmp_path):
+    expected.save(tmp_path / "kept")
+    found = load(tmp_path / "kept")
+    assert isinstance(found, GroupResult) and found.summary() == expected.summary()
+    np.testing.assert_array_equal(found.pcov, expected.pcov)
+    local = expected.local.compute(progress=False)
+    np.testing.assert_array_equal(found.local.popt, local.popt)
+    np.testing.assert_array_equal(found.local.success, local.success)
+    assert found.local.to_xarray().popt.shape == local.popt.shape
+    with pytest.raises(AttributeError, match="no 'residuals'"):
+        found.local.residuals  # noqa: B018
+    with pytest.raises(FileExistsError, match="give another path"):
+        expected.save(tmp_path / "kept")
+
+
+def test_a_report_is_one_page(expected, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = expected.report(tmp_path / "page.html").read_text()
+    assert "rate" in text and "converged" in text and "soil" not in text
+
+
+def test_a_fit_that_runs_out_of_sweeps_raises_with_the_best_so_far():
+    with pytest.raises(NotConvergedError, match="2, is exceeded") as caught:
+        fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, max_nfev=2)
+    assert isinstance(caught.value.result, GroupResult) and not caught.value.result.success
+
+
+def test_progress_and_lines_tell_of_each_sweep(capsys):
+    result = fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0, verbose=2, progress=True, strategy="streaming")
+    out, err = capsys.readouterr()
+    assert len([line for line in out.splitlines() if line.strip()[:1].isdigit()]) >= result.nfev
+    assert "fit_groups" in err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# diagnostics
+
+
+def biexponential(t, a1, a2, tau1, tau2):
+    return a1 * jnp.exp(-t / tau1) + a2 * jnp.exp(-t / tau2)
+
+
+def test_diagnostics_name_what_can_change_places_unless_bounds_tell():
+    a = np.random.default_rng(0).uniform(1, 3, (2, 12, 1))
+    y = a[0] * np.exp(-T / 0.4) + a[1] * np.exp(-T / 2.5) + np.random.default_rng(1).normal(0, 0.01, (12, N))
+    options = dict(p0=dict(a1=1, a2=1, tau1=0.5, tau2=2), local=("a1", "a2"), group_axes=0)
+    text = str(fit_groups(biexponential, T, y, **options).diagnostics)
+    assert "tau1 and tau2 can change places" in text
+    told = dict(tau1=(0.01, 1), tau2=(1, 10))
+    assert "change places" not in str(fit_groups(biexponential, T, y, **options, bounds=told).diagnostics)
+
+
+def test_diagnostics_say_where_counts_are_too_few_and_which_groups_pull():
+    few = np.random.default_rng(0).poisson(1.5 * np.exp(-T / 2.0) + 0.2, (400, N))
+    options = dict(p0=dict(a=2, b=0.3, tau=1.5), local=("a", "b"), group_axes=0)
+
+    def f(t, a, b, tau):
+        return a * jnp.exp(-t / tau) + b
+
+    positive = dict(a=(0, None), b=(1e-3, None))
+    assert "counts in a group for 2 locals are few" in str(
+        fit_groups(f, T, few, loss="poisson", bounds=positive, **options).diagnostics
+    )
+    y = Y.copy()
+    y[3] += 3 * np.sin(40 * T)
+    text = str(fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0).diagnostics)
+    assert "one group has 9" in text and "times its share" in text
+    assert "times its share" not in str(fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0).diagnostics)
