@@ -13,7 +13,7 @@ import zarr
 from click.testing import CliRunner
 from zarr.codecs import ZstdCodec
 
-from dask_nlsq import curve_fit, fit_map, load
+from dask_nlsq import curve_fit, fit_groups, fit_map, load
 from dask_nlsq.demo import measurement as simulated
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.models import exponential, gaussian, named, polynomial
@@ -320,6 +320,25 @@ DASK = Path(sys.executable).parent / "dask"
 def shell(*arguments, **options):
     command = [DASK, "nlsq", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_groups_is_fit_groups_along_axes_or_by_label(tmp_path):
+    rng = np.random.default_rng(0)
+    y = rng.uniform(50, 90, (6, 1)) * np.exp(-0.5 * X[::200]) + 30 + rng.normal(0, 1, (6, N // 200))
+    store, labels = write(tmp_path / "y.zarr", y, (2, 50)), write(tmp_path / "run.zarr", np.arange(6)[:, None], (6, 1))
+    model = ("--model", "tests.models_of_a_user:decay", "--local", "a,c", *START)
+    outcome = converges("groups", store, *model, "--x", "0:10:0.1", "--group-axes", 0, "--out", tmp_path / "out")
+    assert "6 of 6 groups, each with a, c" in outcome.output
+    found = load(tmp_path / "out")
+    expected = fit_groups(decay, X[::200], y, P0, local=("a", "c"), group_axes=0)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-7)
+    assert found.local.popt.shape == (6, 3)
+    assert "local.zarr" in converges("info", tmp_path / "out").output
+    write(tmp_path / "x.zarr", np.tile(X[::200], (6, 1)), (6, 100))
+    converges("groups", store, *model, "--x", tmp_path / "x.zarr", "--groups", labels, "--out", tmp_path / "other")
+    np.testing.assert_allclose(load(tmp_path / "other").popt, expected.popt, rtol=1e-7)
+    fails(2, "give either", "groups", store, *model, "--x", "0:10:0.1")
+    fails(2, "`local` names 'b2'", "groups", store, *model, "--local", "b2", "--x", "0:10:0.1", "--group-axes", 0)
 
 
 def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_path):

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from ..options import FITS, LIMITS, MAPS, WORKFLOWS
+from ..options import FITS, GROUPS, LIMITS, MAPS, WORKFLOWS
 
 PATH = click.Path(path_type=Path)
 CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
@@ -141,22 +141,26 @@ FIT = (STORE, MODEL, X, *_options(FITS | {"workflow": WORKFLOWS["workflow"]}), S
 LIMIT = (*_options({name: FITS[name] for name in LIMITS}), SCHEDULER)
 
 
-def _call(store, model, x, axis=None, read=True, **said):
+def _call(store, model, x, axis=None, read=True, group_axes=(), **said):
     """Arguments of `fit` and its kin from the words of the options; what was not said is left out."""
     from ..data.store import open_array
     from ..engine.checkpoint import absolute
-    from ..maps.plan import axes_of
+    from ..maps.plan import AllBut, axes_of
     from . import cli_values as words
 
     store = absolute(store)
     array = open_array("STORE", store)
     options: dict[str, Any] = {} if axis is None else {"axis": axes_of(axis, None, array.ndim)}
+    fit_axes = options.get("axis")
+    if group_axes:
+        options["group_axes"] = tuple(group_axes)
+        fit_axes = axes_of(AllBut(tuple(group_axes), "--group-axes"), None, array.ndim)
     for name, value in said.items():
         if value is True:  # a flag, of what is not the default
             options[name] = not FITS[name].default
         elif value is not None and value is not False and value != ():
             options[name] = words.READ[name](value) if name in words.READ else value
-    x = words.coordinates(x, array, options.get("axis"), read, options.get("decode_cf", True))
+    x = words.coordinates(x, array, fit_axes, read, options.get("decode_cf", True))
     return dict(f=words.model(model), xdata=x, ydata=store) | options
 
 
@@ -319,6 +323,20 @@ def map_(scheduler, out, resume, axis, **given):
     click.echo(describe_map(out, group))
     if not n_converged(group):
         raise Failure(f"no pixel converged; {out} says why in `status`", 3)
+
+
+@_command(STORE, MODEL, X, *_options(GROUPS), SCHEDULER, OUT, REPORT, LOG)
+def groups(scheduler, out, report, log, **given):
+    """Fit a model with parameters that all data at STORE share, and --local ones of each group.
+
+    \b
+    dask nlsq groups frames.zarr --model models:sphere --x q.zarr --p0 radius=50,scale=1,background=0 \\
+        --local scale,background --group-axes 0 --out result
+    """
+    from .. import fitting as api
+
+    call = _call(**given)
+    _solve(api.fit_groups, call, scheduler, call.get("checkpoint"), out, report, log)
 
 
 @_command(click.argument("path", type=PATH))

@@ -169,6 +169,11 @@ def sigma(text: str):
         return absolute(text)
 
 
+def names(texts) -> tuple[str, ...]:
+    """Those of ``a,b`` and further ones."""
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
 READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
     "p0": start,
     "bounds": bounds,
@@ -177,6 +182,8 @@ READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
     "mask": absolute,
     "mask_values": mask_values,
     "valid_range": valid_range,
+    "local": names,
+    "groups": absolute,
 }
 
 

@@ -24,7 +24,9 @@ def describe(path: Path) -> str:
     """
     if (path / RESULT).exists():
         result = load(path)
-        return "\n".join([result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)])
+        lines = [result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)]
+        maps = path / "local.zarr"
+        return "\n".join([*lines, *([f"the parameters of each group: {maps}"] if maps.exists() else [])])
     if (path / "fit.json").exists():
         return describe_checkpoint(path)
     try:
