@@ -4,7 +4,7 @@ BIN := .venv/bin
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-long mutants mutants-draw docs lint clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-groups bench-long mutants mutants-draw docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -38,6 +38,9 @@ figures: .venv/ready       ## print every accuracy figure that the README quotes
 bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
 	$(BIN)/python -m pip install --quiet optimistix
 	$(BIN)/python -m benchmarks.run
+
+bench-groups: .venv/ready   ## grouped fits against SciPy, and the figures that they are to reach: 20 minutes, 2 GB of disk
+	$(BIN)/python -m benchmarks.groups
 
 bench-long: .venv/ready     ## maps against xarray, peak memory against its prediction, stores of 2 GB: 45 minutes, 3 GB of disk
 	$(BIN)/python -m benchmarks.maps

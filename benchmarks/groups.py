@@ -315,7 +315,7 @@ def saxs(frames: int = 1000, side: int = 500) -> None:
         began = time.perf_counter()
         with dask.config.set(scheduler="threads"):
             result = fit_groups(
-                sphere, q, data, dict(scale=100, background=2, radius=45, spread=0.15), local=("scale", "background"),
+                sphere, q, data, dict(scale=100, background=2, radius=42, spread=0.13), local=("scale", "background"),
                 group_axes=0, loss="poisson", strategy="streaming", mask_values=[2**32 - 1],
                 bounds=dict(scale=(1e-3, None), background=(1e-3, None), radius=(10, 300), spread=(0.01, 0.3)),
             )  # fmt: skip
