@@ -214,7 +214,7 @@ def _value(name, value, shape):
     if value.ndim == 0:
         return float(value)
     if value.shape != shape:
-        arrays = f", or an array of the map's shape {shape}" if shape else ""
+        arrays = f", or an array of shape {shape}" if shape else ""
         raise ValueError(f"`{name}` must be a number{arrays}, not of shape {value.shape}")
     return value
 

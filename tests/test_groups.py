@@ -235,11 +235,28 @@ def test_local_maps_are_written_and_read(tmp_path):
         (dict(p0=P0 | dict(amplitude=np.ones(G + 1))), ValueError, "p0 of amplitude"),
         (dict(locl="amplitude"), TypeError, "did you mean 'local'"),
         (dict(mask=np.arange(N) > 0), ValueError, "no group can be fitted"),
+        (dict(sigma=np.where(np.arange(G) == 4, 0.0, 1.0)[:, None]), ValueError, r"zero or negative in group \(4,\)"),
+        (dict(p0=P0 | dict(offset=np.ones(5))), ValueError, r"must be a number, or an array of shape \(30,\), not"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused_at_the_door(options, error, message):
     with pytest.raises(error, match=message):
         fit_groups(decay, T, Y, **dict(p0=P0, local=LOCAL, group_axes=0) | options)
+
+
+def test_group_axes_come_in_any_order():
+    y = Y.reshape(5, 6, N)
+    one, other = (fit_groups(decay, T, y, P0, local=LOCAL, group_axes=axes) for axes in ((0, 1), (1, 0)))
+    np.testing.assert_array_equal(one.popt, other.popt)
+    assert other.local.popt.shape == (5, 6, 4)
+
+
+def test_exact_data_have_the_exact_parameters_and_no_errors():
+    result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0)
+    assert result.success and (result.perr < 1e-6).all()
+    np.testing.assert_allclose(result.popt, SHARED, rtol=1e-7)
+    flat = fit_groups(decay, T, 0 * Y, P0, local=LOCAL, group_axes=0)
+    assert flat.cost < 1e-20
 
 
 def test_one_group_is_a_fit_of_all_parameters():

@@ -392,7 +392,7 @@ def _apart(problem: MapProblem, call):
         noise=noise_of(call).variance,
         names=tuple(names[k] for k in shared),
     )
-    problem = replace(problem, fit=replace(fit, spec=locals_)).with_operands(**ends)
+    problem = replace(problem, fit=replace(fit, spec=locals_, word="group")).with_operands(**ends)
     return problem, GroupSpec(locals_, shared, linear), start, options, sample
 
 

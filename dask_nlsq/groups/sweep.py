@@ -9,6 +9,7 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -107,8 +108,9 @@ class GroupSweep:
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
-        self.fit, self.name = delayed(problem.fit, pure=True, traverse=False), uuid4().hex
-        bands = (problem.band(rows, problem.fit.gather) for rows in problem.bands)
+        gather = replace(problem.fit, model=None).gather  # which needs none: a large one travels once, to each worker
+        self.fit, self.name = dask.persist(delayed(problem.fit, pure=True, traverse=False))[0], uuid4().hex
+        bands = (problem.band(rows, gather) for rows in problem.bands)
         blocks = [[*band.to_delayed().ravel()] for band in bands]  # of a band are joined together, so they are read together
         self.bands = [dask.persist(*band) for band in blocks] if held else blocks
         self.states: dict[bytes, list] = {}

@@ -140,7 +140,7 @@ def _build(model: Model, spec: GroupSpec):
             params = params.at[:, places].add(-step)
             left = jnp.where(exact, found.left, 0.0)
             found = found._replace(
-                cost=found.cost - left,
+                cost=jnp.maximum(found.cost - left, 0.0),
                 left=found.left - left,
                 back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
             )

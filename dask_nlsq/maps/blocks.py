@@ -54,14 +54,15 @@ class _Pixel(NamedTuple):
 
     shape: tuple[int, ...]  # of the block
     begin: list[int]
+    word: str
 
     def first(self, bad) -> str:
         """Words for the first pixel, along the first axis, where ``bad`` is true."""
         if not self.shape:
-            return "in the only pixel"
+            return f"in the only {self.word}"
         k = int(np.argmax(bad.any(axis=1)))
         place = tuple(int(a + b) for a, b in zip(np.unravel_index(k, self.shape), self.begin, strict=True))
-        return f"in pixel {place}"
+        return f"in {self.word} {place}"
 
 
 class PixelBlock(NamedTuple):
@@ -76,7 +77,7 @@ class PixelBlock(NamedTuple):
 class BlockFit:
     """What a task does with the arrays of a block."""
 
-    model: Model
+    model: Any  # Model; None where arrays are only gathered
     spec: MapSpec
     limits: Limits
     fit_axes: tuple[int, ...]
@@ -85,6 +86,7 @@ class BlockFit:
     dtype: np.dtype
     raises: bool  # where values are not finite
     names: tuple[str, ...]  # of all parameters
+    word: str = "pixel"  # for what each fit is of
 
     def __call__(self, place, *arrays, first=0) -> np.ndarray:
         """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
@@ -112,7 +114,7 @@ class BlockFit:
         y, sigma, mask = (self._rows(each, shape, spectrum) for each in (y, sigma, mask))
         vectors = [self._vectors(each, shape) for each in (start, lower, upper)]
         begin = [each.start + (first if k == 0 else 0) for k, each in enumerate(place)]
-        self._check(_Pixel(shape, begin), y, sigma, mask, x, *vectors[1:])
+        self._check(_Pixel(shape, begin, self.word), y, sigma, mask, x, *vectors[1:])
         n_pixels, others = len(y), (sigma, mask, x, *vectors)
         others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
         return PixelBlock(Pixels(self._filled(y), *others), n_pixels, shape)

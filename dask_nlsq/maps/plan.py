@@ -69,10 +69,10 @@ class AllBut(NamedTuple):
     name: str  # of the argument
 
 
-def axes_of(axis, dims, ndim, name: str = "axis") -> tuple[int, ...]:
-    """Places of the fit axes of a map."""
+def axes_of(axis, dims, ndim, name: str = "axis", ordered: bool = True) -> tuple[int, ...]:
+    """Places of the fit axes of a map, in the order of y's, which those that are given must be in, if ``ordered``."""
     if isinstance(axis, AllBut):
-        others = axes_of(axis.axes, dims, ndim, axis.name)
+        others = axes_of(axis.axes, dims, ndim, axis.name, ordered=False)
         if len(others) == ndim:
             raise ValueError(
                 f"`{axis.name}` names all axes of `ydata`, and leaves none along which there is something to fit"
@@ -90,6 +90,8 @@ def axes_of(axis, dims, ndim, name: str = "axis") -> tuple[int, ...]:
         found.append(int(each) % ndim)
     if not found or len(set(found)) < len(found):
         raise ValueError(f"`{name}` must name one or several different axes, not {axis!r}")
+    if not ordered:
+        return tuple(sorted(found))
     if found != sorted(found):
         in_order = tuple(each if isinstance(each, str) else k for k, each in sorted(zip(found, given, strict=True)))
         raise ValueError(
