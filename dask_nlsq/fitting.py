@@ -235,7 +235,7 @@ def curve_fit(
     Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
     `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
     """
-    ready = prepare(dict(locals()))
+    ready = prepare(dict(locals())).read_covariance()
     run = _run(ready)
     result = _assemble(ready, run)
     if result.status == 0:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from .base.text import size
-from .data.align import Data
+from .data.align import Data, whitened
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
 from .data.labels import Labels, by_name, warn_if_packed
@@ -75,6 +75,13 @@ class Prepared:
         """Of the free parameters, (p,); within their bounds where it is to be guessed."""
         return self.params.start[self.free]
 
+    def read_covariance(self) -> "Prepared":
+        """The same with the covariance matrix of y read and factored, where there is one."""
+        source = _with_factor(self.source)
+        if source is not self.source:
+            _admitted(self.objective, len(self.free), source.data)  # fewer points may be left
+        return replace(self, source=source)
+
 
 def prepare(given: Mapping[str, Any]) -> Prepared:
     """Check the arguments of `dask_nlsq.curve_fit` and align the data, of which nothing is read but the keys of stores.
@@ -132,6 +139,14 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     return Source(arrays, labels, data, stored, client, plan)
 
 
+def _with_factor(source: Source) -> Source:
+    """The source with its covariance matrix read and factored, where it has one that is not."""
+    if source.data.covariance is None:
+        return source
+    data = whitened(source.data)
+    return source._replace(data=data, plan=replace(source.plan, n_points=data.n_points))
+
+
 def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
     """An error where data are not for an objective; else whether it needs all points at once."""
     if objective.counts:
@@ -152,7 +167,7 @@ class HeldData:
     """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
 
     def __init__(self, source: Source):
-        self._source = source
+        self._source = source = _with_factor(source)
         source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)

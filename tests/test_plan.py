@@ -12,7 +12,7 @@ import pytest
 from dask.callbacks import Callback
 from distributed import Client, LocalCluster
 
-from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
+from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, hold, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
@@ -161,6 +161,20 @@ def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read()
     x, y = da.zeros(10**7, chunks=10**6), unread(10**7, 10**6)
     with pytest.raises(MemoryBudgetError, match=r"it may take 102\.40 MiB \(memory_limit_gb\)"):
         plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
+
+
+def test_a_covariance_matrix_is_counted_and_refused_before_it_is_read():
+    x = np.linspace(0, 10, 3000)
+    matrix = unread((3000, 3000), 1000)
+    with Computes() as computes:
+        plan = plan_fit(decay, x, x, sigma=matrix, mask=unread(3000, 1000), nan_policy="omit")
+        for call in (plan_fit, curve_fit):
+            with pytest.raises(MemoryBudgetError, match=r"the data take 68\.7. MiB in memory"):
+                call(decay, x, x, sigma=matrix, memory_limit_gb=0.1)
+        with pytest.raises(MemoryBudgetError), hold(x, x, sigma=matrix, memory_limit_gb=0.1):
+            pass
+    assert computes.count == 0
+    assert plan.held_bytes > 8 * 3000**2 and plan.peak_bytes > plan.places[0].now + 3 * 8 * 3000**2
 
 
 WAYS_OUT = {

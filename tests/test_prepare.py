@@ -282,7 +282,7 @@ REFUSED = {  # of a temporary directory: arguments
     "sigma of True": lambda tmp: dict(sigma=[True, 1.0]),
     "shape of sigma": lambda tmp: dict(sigma=np.ones(7)),
     "covariance in a stream": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=np.eye(90), strategy="streaming"),
-    "covariance, not definite": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=-np.eye(90)),
+    "covariance in little memory": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=np.eye(90), memory_limit_gb=1e-3),
     "poisson twice": lambda tmp: dict(loss="huber", sigma="poisson"),
     "weights of counts": lambda tmp: dict(loss="poisson", sigma=2.0),
     "scaled counts": lambda tmp: dict(ydata=scaled(tmp), loss="poisson"),

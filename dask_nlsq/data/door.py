@@ -1,6 +1,7 @@
 """The data of a fit at the door: opened, aligned, admitted; and what is said where a fit of them cannot go on."""
 
 import logging
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -10,8 +11,8 @@ from ..kernels.checks import check_model
 from ..memory.machine import active_client
 from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
 from ..model.ready import ReadyModel
-from .align import Data, build_data, build_whitened
-from .arrays import apart, decoded, stacked
+from .align import Data, build_data
+from .arrays import as_array, decoded, stacked
 from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
 from .store import Opened, Policy, is_stored, n_stored, open_all
@@ -95,16 +96,12 @@ def align_data(data: dict[str, Any], strategy: str, values: dict[str, Any], whol
     Raises
     ------
     TypeError, ValueError
-        A covariance matrix of masked elements, and what `build_data` raises.
+        What `build_data` raises.
     """
     ydata, sigma, y_size = data["ydata"], data["sigma"], count_points(data["ydata"])
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
-        covariance, hidden = apart("sigma", sigma)
-        if hidden is not None and np.any(hidden):
-            raise ValueError(
-                "`sigma` is a covariance matrix with masked elements: leave points out with mask=, and fill them"
-            )
-        return build_whitened(data["xdata"], ydata, np.asarray(covariance, dtype=np.float64), data["mask"], **values)
+        aligned = build_data(data["xdata"], ydata, None, data["mask"], **values, whole=True)
+        return replace(aligned, covariance=as_array("sigma", sigma))
     split = strategy == "chunked" and active_client() is not None
     return build_data(**data, **values, split=split, whole=whole or data["xdata"] is None)
 

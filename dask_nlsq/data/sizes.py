@@ -44,8 +44,8 @@ def sizes_of(data: Data, n_params: int) -> Sizes:
         shared=shared,
         passed=passed,
         making=making,
-        factor=0 if data.factor is None else data.factor.nbytes,
-        lazy=data.lazy,
+        factor=0 if data.covariance is None else 8 * data.n_points**2,
+        lazy=data.lazy or isinstance(data.covariance, da.Array),
         checked=any(each.size > 1 for each in operands[1 : 2 + (preparation.layouts.mask is not None)]),
         whole=preparation.whole,
     )
