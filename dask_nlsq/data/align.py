@@ -17,12 +17,12 @@ import numpy as np
 
 from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
+from ..memory.needs import JOINED_POINTS
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
-JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,12 @@ from distributed import Future
 from ..base.config import threads
 from ..base.lazy import da
 from ..kernels.blocks import Layout
-from ..memory.needs import READ_AHEAD, READ_COPIES, Sizes
+from ..memory.needs import MOST_RUNS, READ_AHEAD, READ_COPIES, Sizes
 from ..memory.pool import buffer_bytes
 from .align import Data
 from .arrays import made_bytes
 from .chunks import block_cuts
 from .loading import Load, plan_loads
-
-MOST_RUNS = 256  # that are told of: more than any process has in memory at once
 
 
 def sizes_of(data: Data, n_params: int) -> Sizes:

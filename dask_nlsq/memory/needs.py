@@ -33,9 +33,11 @@ BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SMALL_ARRAYS = 4  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB of 2 MB, 20 of 4
 # and as many for each process, or thread of a worker, whose own threads stream: 70 MB more after 160 chunks than after 40
 STREAM_ARRAYS = 20
+MOST_RUNS = 256  # whose lengths are told: more than any process has in memory at once
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
 SAMPLE_COPIES = 4  # of the sample, while it is drawn
+JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 SCRATCH = 8  # times a tile's rows
 FACTOR_COPIES = 4  # beside the factor of a covariance matrix: with it 3.4 to 4.7 times the matrix are taken
 LANE_BYTES = 8  # of a number in the kernel of a map: its operands and weights; of y in float32 25 to 28 in all
