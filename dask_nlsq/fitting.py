@@ -214,6 +214,8 @@ def curve_fit(
     ------
     ValueError, TypeError
         Input that cannot be fitted; the message says which, and what to do.
+    NotADirectoryError
+        A checkpoint that is a file.
     MemoryBudgetError
         Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
     BadChunkError, MissingChunksError
@@ -264,7 +266,7 @@ curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 def fit(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     *,
     workflow: str = "auto",
@@ -291,7 +293,7 @@ def fit(
     Parameters
     ----------
     f, xdata, ydata, p0
-        As in `curve_fit`.
+        As in `curve_fit`. Data that `dask_nlsq.hold` holds have a strategy already: that of the workflow is not applied.
     goal : OptimizationGoal or str, optional
         Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
     n_starts : int, optional
@@ -441,12 +443,8 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
 
 def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
-    path, params = ready.call.checkpoint, ready.params
-    known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
-    path = path() if callable(path) else path
-    kept = open_checkpoint(
-        path, ready.objective.model, ready.source.arrays, ready.data, ready.source.stored, {**ready.given, **known}
-    )
+    path = ready.call.checkpoint
+    kept = open_checkpoint(path() if callable(path) else path, *ready.described(start))
     return evaluator.resume_from(kept)
 
 

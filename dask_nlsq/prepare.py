@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from .data.door import align_data, count_points, needs_all_points, open_data, re
 from .data.labels import Labels, by_name, warn_if_packed
 from .data.sizes import sizes_of
 from .data.store import Stored
-from .engine.checkpoint import create_checkpoint_directory
+from .engine.checkpoint import check_checkpoint, create_checkpoint_directory
 from .engine.cluster import attached
 from .engine.request import Objective
 from .engine.sweep import Sweep, open_sweep
@@ -75,6 +76,12 @@ class Prepared:
         """Of the free parameters, (p,); within their bounds where it is to be guessed."""
         return self.params.start[self.free]
 
+    def described(self, start: np.ndarray) -> tuple[Any, ...]:
+        """What a checkpoint knows the fit by, with the ``start`` of all parameters: arguments of `describe_fit`."""
+        known = dict(p0=start, bounds=(self.params.lower, self.params.upper), param_names=self.params.names)
+        source = self.source
+        return self.objective.model, source.arrays, source.data, source.stored, {**self.given, **known}
+
     def read_covariance(self) -> "Prepared":
         """The same with the covariance matrix of y read and factored, where there is one."""
         source = _with_factor(self.source)
@@ -88,7 +95,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
 
     Raises
     ------
-    ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
+    ValueError, TypeError, NotADirectoryError, MemoryBudgetError, BadChunkError, MissingChunksError
         As `dask_nlsq.curve_fit`.
     """
     call = checked(FITS, given)
@@ -109,7 +116,10 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         raise ValueError(
             f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
         )
-    return Prepared(given, call, params, noise, options, objective, source)
+    ready = Prepared(given, call, params, noise, options, objective, source)
+    if call.checkpoint is not None and not callable(call.checkpoint):
+        check_checkpoint(Path(call.checkpoint), *ready.described(params.start), unknown={"p0"} if params.guessed else ())
+    return ready
 
 
 def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Source:
@@ -298,8 +308,13 @@ def by_workflow(f, xdata, ydata, p0, given: Mapping[str, Any]) -> dict[str, Any]
     """Arguments of `dask_nlsq.curve_fit` for those of `dask_nlsq.fit`; what is given wins over the workflow."""
     named = checked(WORKFLOWS, {name: given.get(name, row.default) for name, row in WORKFLOWS.items()})
     f, xdata, ydata = model_first(f, xdata, ydata)
-    options = workflow_options(named.workflow, named.goal, count_points(ydata), named.n_starts)
-    if options["strategy"] == "streaming" and not given.keys() & {"checkpoint", "strategy"}:
+    held = xdata.plan if isinstance(xdata, HeldData) else None
+    n_points = count_points(ydata) if held is None else held.n_points
+    options = workflow_options(named.workflow, named.goal, n_points, named.n_starts)
+    streams = options["strategy"] == "streaming" and (held is None or held.strategy == "streaming")
+    if streams and not given.keys() & {"checkpoint", "strategy"}:
         options["checkpoint"] = create_checkpoint_directory
+    if held is not None:  # what belongs to the data was said of them
+        options = {name: value for name, value in options.items() if name not in HELD}
     own = {name: value for name, value in given.items() if name not in WORKFLOWS}
     return dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options | own

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import dask_nlsq
-from dask_nlsq import curve_fit, hold
+from dask_nlsq import curve_fit, fit, hold, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective, Request
@@ -101,6 +101,26 @@ def test_a_second_model_costs_no_second_load():
     expected = curve_fit(line, da.from_array(X, CHUNK), lazy, p0=[1, 0], loss="soft_l1", f_scale=0.1)
     np.testing.assert_array_equal(two.popt, expected.popt)
     assert (one.plan.n_params, two.plan.n_params) == (3, 2)
+
+
+@pytest.mark.parametrize("options", [dict(workflow="fast"), dict(workflow="hpc_distributed"), dict(goal="memory_efficient")])
+def test_a_workflow_applies_to_held_data_but_for_its_strategy(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hold(X, Y) as data:
+        found = fit(decay, data, p0=[1, 1, 0], **options)
+        assert plan_fit(decay, data, p0=[1, 1, 0], **options) == found.plan
+        with pytest.raises(ValueError, match="`strategy` belongs to the data"):
+            fit(decay, data, None, [1, 1, 0], strategy="streaming", **options)
+    expected = fit(decay, X, Y, p0=[1, 1, 0], **options | dict(strategy="standard"))
+    assert (found.popt == expected.popt).all() and found.strategy == "standard"
+    assert not (tmp_path / "nlsq_checkpoints").exists()
+
+
+def test_held_data_that_stream_keep_the_checkpoint_of_a_workflow(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hold(da.from_array(X, CHUNK), da.from_array(Y, CHUNK), strategy="streaming") as data:
+        assert fit(decay, data, p0=[1, 1, 0], workflow="streaming").success
+    assert len([*tmp_path.glob("nlsq_checkpoints/*/fit.json")]) == 1
 
 
 def test_workers_hold_data_for_several_fits(workers):

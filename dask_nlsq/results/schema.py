@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from ..base.files import DamagedFileError, read_arrays, read_json, write_arrays, write_json
+from ..base.files import DamagedFileError, check_directory, read_arrays, read_json, write_arrays, write_json
 from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
 from ..engine.condensed import Factor, Read
@@ -149,6 +149,7 @@ def save(path: Path, fit: SimpleNamespace) -> None:
     """Write what has the fields of `FIT`; what was there is replaced when all is written."""
     arrays: dict[str, np.ndarray] = {}
     text = encode(fit, "result", arrays)
+    check_directory("path", path)
     path.mkdir(parents=True, exist_ok=True)
     try:
         before = read_json(path / RESULT, VERSION)["arrays"]
