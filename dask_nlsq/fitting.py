@@ -147,7 +147,8 @@ def curve_fit(
         Standard errors. A fit has converged only where these tests pass and the optimum of the quadratic model is nearer
         than that; see `dask_nlsq.kernels.rules`. None: SciPy's tests alone.
     max_nfev, maxfev : int, optional
-        Most evaluations of the cost, one sweep over the data each; 100 p by default.
+        Most evaluations of the cost, one sweep over the data each. By default 100 p, and as many again where a fit from p0
+        has not converged and a second one is tried, from p0 with its linear parameters solved for; in a map 100 p.
     mask : array_like, optional
         Broadcasts against y; where it is true (not zero) a point is left out. So are points where xdata, ydata or sigma are
         masked arrays, NumPy's or Dask's.
