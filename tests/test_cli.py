@@ -223,6 +223,19 @@ def test_only_a_result_is_replaced(store, tmp_path):
         converges("fit", store, *DECAY, *START, "--out", tmp_path / "r", "--no-report")
 
 
+def test_no_report_of_an_earlier_fit_stays_beside_a_new_result(store, tmp_path):
+    fit = ("fit", store, *DECAY, *START, "--out", tmp_path / "r")
+    assert "report.html" in converges(*fit).stdout
+    outcome = converges(*fit, "--no-report")
+    assert "report.html" not in outcome.stdout and not (tmp_path / "r" / "report.html").exists()
+
+
+def test_a_single_spectrum_is_a_map_of_1_pixel(store, tmp_path):
+    outcome = converges("map", store, *DECAY, *START, "--out", tmp_path / "m")
+    for text in (outcome.stdout, converges("info", tmp_path / "m").stdout):
+        assert ": 1 pixel, a, b, c of decay" in text and "\n1 of 1 converged" in text
+
+
 def test_a_checkpoint_that_is_a_file_is_named(store, tmp_path):
     (tmp_path / "f").write_text("")
     for command in ("plan", "fit"):

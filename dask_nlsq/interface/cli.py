@@ -128,7 +128,11 @@ X = click.option(
 )
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
-REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
+REPORT = click.option(
+    "--report/--no-report",
+    default=True,
+    help="Whether --out has the report, which reads the data once. Without it one of an earlier fit is removed.",
+)
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
 
 
@@ -263,6 +267,7 @@ def _write(result, out, report):
     result.save(out)
     text = json.dumps(result.to_dict(), indent=1)
     write_whole(out / "summary.json", lambda file: file.write(text.encode()))
+    (out / "report.html").unlink(missing_ok=True)  # of an earlier result
     written = ["result.json", "summary.json"]
     if report and find_spec("matplotlib") is None:
         click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)

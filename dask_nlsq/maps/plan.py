@@ -55,7 +55,7 @@ class MapPlan:
 
     def __str__(self):
         rows = [
-            ("map", f"{self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
+            ("map", f"{several(self.n_pixels, 'pixel')} of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
             ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
             ("reads", size(self.read_bytes)),
             *(("decoded", each) for each in self.decoded),

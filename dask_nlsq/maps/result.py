@@ -111,7 +111,7 @@ class MapResult:
         return replace(self, problem=problem, record=problem.records())
 
     def __repr__(self):
-        shape = " x ".join(map(str, self.record.shape))
+        shape = " x ".join(map(str, self.record.shape)) or "1 pixel"
         head = f"<MapResult {shape}, {', '.join(self.param_names)}>"
         if self.lazy:
             return f"{head}\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
