@@ -230,6 +230,11 @@ def test_no_report_of_an_earlier_fit_stays_beside_a_new_result(store, tmp_path):
     assert "report.html" not in outcome.stdout and not (tmp_path / "r" / "report.html").exists()
 
 
+def test_a_map_is_not_written_in_the_place_of_a_result(store, tmp_path):
+    converges("fit", store, *DECAY, *START, "--out", tmp_path / "r", "--no-report")
+    fails(2, "is not a map that to_zarr has begun: give another path", "map", store, *DECAY, "--out", tmp_path / "r")
+
+
 def test_a_single_spectrum_is_a_map_of_1_pixel(store, tmp_path):
     outcome = converges("map", store, *DECAY, *START, "--out", tmp_path / "m")
     for text in (outcome.stdout, converges("info", tmp_path / "m").stdout):

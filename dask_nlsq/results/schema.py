@@ -5,6 +5,7 @@ or a module: who renames an attribute writes "field=attribute", and who changes 
 back with the same bits.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from math import isfinite
 from operator import attrgetter
@@ -163,6 +164,14 @@ def save(path: Path, fit: SimpleNamespace) -> None:
         (path / before).unlink(missing_ok=True)
 
 
+def _what_else(path: Path) -> str:
+    """What is there in the place of a result."""
+    attributes = path / "zarr.json"
+    if attributes.exists() and "dask_nlsq" in json.loads(attributes.read_text()).get("attributes", {}):
+        return "it is a map, xarray.open_zarr(path) opens it"
+    return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / "fit.json").exists() else f"it has no {RESULT}"
+
+
 def load(path: Path) -> dict[str, Any]:
     """The fields of `FIT`, as `save` has written them.
 
@@ -174,7 +183,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path / RESULT, VERSION)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not a saved result: it has no {RESULT}") from None
+        raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
     kept = read_arrays(path / found["arrays"]) if found["arrays"] else ({}, {})
     if kept is None:
         raise DamagedFileError(path / found["arrays"], "it is not there")
