@@ -110,6 +110,8 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
         source = xdata.source_for(given, objective, n)
+    elif isinstance(ydata, HeldData):
+        raise TypeError("data that `hold` holds stand in the place of both xdata and ydata: curve_fit(f, data, p0=...)")
     else:
         source = align(call, xdata, ydata, objective, n)
     if source.client is None and call.report is not None:
@@ -215,13 +217,17 @@ class HeldData:
         """
         if self.closed:
             raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
+        client = self._source.client
+        if client is not None and client.status != "running":
+            raise ValueError("these data were held by the workers of a Client that is closed: hold them again")
         reweighted = is_reweighted(given["sigma"])
         for name in ("ydata", *HELD):
             default = None if name == "ydata" else FITS[name].default
             value = given[name]
             alike = value is default or (isinstance(value, (str, bool)) and value == default)
             if not alike and not (name == "sigma" and reweighted):
-                raise ValueError(f"`{name}` belongs to the data that are held: give it to hold(...)")
+                way_out = "give it to hold(...)" + "; p0 goes by name: curve_fit(f, data, p0=...)" * (name == "ydata")
+                raise ValueError(f"`{name}` belongs to the data that are held: {way_out}")
         if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
             raise ValueError("counts have weights of their own: hold them without `sigma`")
         if given["checkpoint"] is not None and self.plan.strategy != "streaming":
@@ -237,8 +243,8 @@ class HeldData:
 @with_known_names({name: FITS[name] for name in HELD})
 def hold(
     xdata: Any,
-    ydata: Any,
-    *,
+    ydata: Any = None,
+    *more: Any,
     sigma=None,
     mask=None,
     check_finite: bool | None = None,
@@ -270,7 +276,7 @@ def hold(
     Raises
     ------
     ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
-        As `dask_nlsq.curve_fit`.
+        As `dask_nlsq.curve_fit`; a TypeError for a model, too.
 
     Examples
     --------
@@ -278,6 +284,8 @@ def hold(
     ...     one = curve_fit(gaussian, data)
     ...     two = curve_fit(gaussian + line, data)
     """
+    if more or callable(xdata) or callable(ydata):
+        raise TypeError("hold takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)")
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
     if is_reweighted(call.sigma):

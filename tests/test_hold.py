@@ -7,6 +7,7 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 import dask_nlsq
 from dask_nlsq import curve_fit, fit, hold, plan_fit
@@ -178,6 +179,32 @@ def test_a_large_model_is_sent_to_each_worker_once(workers):
 def test_what_belongs_to_the_data_is_given_once(options, message):
     with hold(X, Y) as data, pytest.raises(ValueError, match=message):
         curve_fit(decay, data, p0=[1, 1, 0], **options)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda data: curve_fit(decay, data, [1, 1, 0]), ValueError, r"p0 goes by name: curve_fit\(f, data, p0=...\)"),
+        (lambda data: curve_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: plan_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: hold(decay, X, Y), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(X, Y, decay), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(decay, X), TypeError, "no model: that is for each curve_fit"),
+    ],
+)
+def test_an_argument_in_the_wrong_place_is_named(call, error, message):
+    with hold(X, Y) as data, pytest.raises(error, match=message):
+        call(data)
+
+
+def test_data_of_a_client_that_is_closed_are_an_error():
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        with Client(cluster):
+            data = hold(X, Y, strategy="chunked")
+        with pytest.raises(ValueError, match="held by the workers of a Client that is closed: hold them again"):
+            curve_fit(decay, data, p0=[1, 1, 0])
+        data.close()
 
 
 def test_data_that_were_given_back_are_an_error():
