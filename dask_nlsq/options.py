@@ -7,7 +7,6 @@ before anything runs, so nothing here imports JAX.
 """
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral
 from os import PathLike
@@ -17,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from .base.text import near
 from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, without_flags
 from .kernels.rules import ACCURACY
 from .presets import PRESETS, as_goal
@@ -257,9 +257,7 @@ def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
         @wraps(function)
         def call(*args, **options):
             for name in options.keys() - names:
-                near = get_close_matches(name, names, 1)
-                hint = f": did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+                raise TypeError(f"{function.__name__} has no argument {name!r}{near(name, names)}")
             return function(*args, **options)
 
         return cast(F, call)

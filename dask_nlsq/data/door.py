@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
 from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
@@ -126,7 +127,7 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
         n = SAMPLE_POINTS if data.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
         small = not data.lazy and data.n_points <= WHOLE_LIMIT
         try:
-            check_model(model, layouts, n, n_params)
+            try_model(model, layouts, n, n_params, data.shape)
             return False
         except (ModelError, ModelShapeError):
             if not small:
@@ -134,8 +135,27 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
         except (TypeError, ValueError) as err:
             if not small:
                 raise not_of_any_length(model, n, err) from None
-    check_model(model, layouts, data.n_points, n_params)
+    try_model(model, layouts, data.n_points, n_params, data.shape)
     return not whole
+
+
+def try_model(model: Model, layouts: Layouts, n: int, n_params: int, shape: tuple[int, ...]) -> None:
+    """`check_model`, whose errors say what xdata was taken for; ``shape`` is that of all points."""
+    try:
+        check_model(model, layouts, n, n_params)
+    except ModelShapeError as err:
+        if layouts.x_kind != "stacked":
+            raise
+        lead = layouts.x_lead
+        taken = f"`xdata` of shape {(*lead, *shape)} was taken as {prod(lead)} coordinates of points of shape {shape}"
+        raise ModelShapeError(f"{err}. {taken}, and the model gets them as an array of shape {(*lead, n)}") from None
+    except (TypeError, AttributeError) as err:
+        if layouts.x_kind != "none" or isinstance(err, ModelError):
+            raise
+        raise ModelError(
+            f"the model {function_name(model.f)} gets None for x, as `xdata` is None ({err}): pass xdata. None is for "
+            "models that need no x; with an xarray `ydata` it stands for the coordinates"
+        ) from None
 
 
 def refuse_scaled(scaled: str) -> None:
