@@ -197,6 +197,7 @@ WAYS_OUT = {
         (10**8, 10**5, "standard", 0.4, ["raise", "stream", "client", "part"]),
         (10**12, 10**7, "standard", None, ["stream", "client", "part"]),
         (10**12, 10**11, "standard", None, ["both"]),
+        (10**12, 10**11, "auto", None, ["rechunk"]),  # which streams by itself
         (10**12, 10**11, "streaming", None, ["rechunk"]),
         (10**12, 10**11, "streaming", 8, ["raise", "rechunk"]),
     ],

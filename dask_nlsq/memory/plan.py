@@ -159,13 +159,14 @@ def make_plan(
     chosen: Strategy = "chunked" if lazy and client is not None else "standard"
     if strategy != "auto":
         chosen = strategy
+    tried: tuple[Strategy, ...] = (chosen, "streaming") if strategy == "auto" and lazy else (chosen,)
     try:
-        plan = _decided(sizes, chosen, memory_limit_gb, client, per_thread)
+        plan = _decided(sizes, tried, memory_limit_gb, client, per_thread)
     except MemoryBudgetError as err:
-        if strategy != "auto" or not lazy:
+        if len(tried) == 1:
             raise
         try:
-            plan = _decided(sizes, "streaming", memory_limit_gb, client, per_thread, f", since {err.numbers}")
+            plan = _decided(sizes, tried[1:], memory_limit_gb, client, per_thread, f", since {err.numbers}")
         except MemoryBudgetError:
             raise err from None
     logger.info("%r", plan)
@@ -194,20 +195,23 @@ def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -
     return at_least(high)
 
 
-def ways_out(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room], fits: Fits) -> list[str]:
-    """What to change, of which each passes the check ``fits`` that ``sizes`` do not pass."""
-    limit = least_limit(rooms, lambda rooms: fits(sizes, strategy, rooms))
+def ways_out(sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Fits) -> list[str]:
+    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
+
+    def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
+        return any(fits(sizes, strategy, rooms) for strategy in tried)
+
+    limit = least_limit(rooms, partial(passes, sizes))
     ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
-    can_stream, smaller = strategy != "streaming" and not sizes.whole, _in_smaller_chunks(sizes)
-    rechunked = any(fits(each, strategy, rooms) for each in smaller)
-    streamed = can_stream and fits(sizes, "streaming", rooms)
+    can_stream, smaller = "streaming" not in tried and not sizes.whole, _in_smaller_chunks(sizes)
+    rechunked = any(map(passes, smaller))
     if rechunked:
         ways.append(RECHUNK)
-    if streamed:
+    if can_stream and fits(sizes, "streaming", rooms):
         ways.append('use strategy="streaming", which holds none')
     elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
         ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
-    return [*ways, "fit a part of the data"] if fits(_a_part(sizes), strategy, rooms) else ways
+    return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
 
 
 def _in_smaller_chunks(sizes: Sizes) -> list[Sizes]:
@@ -232,16 +236,18 @@ def _a_part(sizes: Sizes) -> Sizes:
     return sizes._replace(n_points=p, n_chunks=1, n_runs=1, longest=(p,), held=0.0, sent=0.0, factor=0)
 
 
-def _decided(sizes, strategy, memory_limit_gb, client, per_thread, since="") -> Plan:
+def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Plan:
+    """The plan by the first of the strategies that may be tried."""
+    strategy = tried[0]
     on_workers = strategy in ("chunked", "streaming") and client is not None
     wanted = needs(sizes, strategy, on_workers)
     if on_workers:
         per_thread = per_thread or (STREAM_PER_THREAD if strategy == "streaming" else None)
         reason, n_partitions, places = _on_workers(
-            sizes, wanted, strategy, rooms_of_workers(client, memory_limit_gb), per_thread
+            sizes, wanted, tried, rooms_of_workers(client, memory_limit_gb), per_thread
         )
     else:
-        reason, n_partitions, places = _here(sizes, wanted, strategy, room_here(memory_limit_gb))
+        reason, n_partitions, places = _here(sizes, wanted, tried, room_here(memory_limit_gb))
     readers = max(places, key=lambda place: place.n_threads).n_threads
     return Plan(
         strategy=strategy,
@@ -257,11 +263,11 @@ def _decided(sizes, strategy, memory_limit_gb, client, per_thread, since="") -> 
     )
 
 
-def _here(sizes: Sizes, wanted: Needs, strategy: Strategy, room: Room):
+def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
     n_threads = min(threads(), sizes.n_runs)
-    working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), strategy == "streaming"
-    if not _fits_here(sizes, strategy, [room]) and (sizes.lazy or room.limited):
-        ways = ways_out(sizes, strategy, [room], _fits_here)
+    working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), tried[0] == "streaming"
+    if not _fits_here(sizes, tried[0], [room]) and (sizes.lazy or room.limited):
+        ways = ways_out(sizes, tried, [room], _fits_here)
         on_workers: Strategy = "streaming" if streams else "chunked"
         if not sizes.whole and needs(sizes, on_workers, True).working(1) <= room.nbytes:
             there = "a distributed.Client whose workers together have more memory"
@@ -324,13 +330,14 @@ def _fits_workers(per_thread: int | None, sizes: Sizes, strategy: Strategy, room
     return all(share.fits for share in _shared_out(sizes, strategy, rooms, per_thread)[1])
 
 
-def _on_workers(sizes: Sizes, wanted: Needs, strategy: Strategy, rooms: list[Room], per_thread: int | None):
+def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: list[Room], per_thread: int | None):
+    strategy = tried[0]
     n_partitions, shares = _shared_out(sizes, strategy, rooms, per_thread)
     for room, (works, holds, fits) in zip(rooms, shares, strict=True):
         if fits:
             continue
         may_have = f"{size(room.base + room.nbytes)} ({room.source})"
-        ways = ways_out(sizes, strategy, rooms, partial(_fits_workers, per_thread))
+        ways = ways_out(sizes, tried, rooms, partial(_fits_workers, per_thread))
         larger = room.base + room.nbytes >= room.ceiling  # memory_limit_gb is not what is too small
         if works > room.nbytes:
             fewer = wanted.working(1) <= room.nbytes
