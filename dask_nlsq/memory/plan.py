@@ -173,69 +173,6 @@ def make_plan(
     return plan
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# ways out
-
-
-Fits = Callable[[Sizes, Strategy, Sequence[Room]], bool]
-
-
-def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -> str | None:
-    """The least ``memory_limit_gb``, to two digits, with which ``fits`` is true of the rooms; None where none is."""
-
-    def enough(gib: float) -> bool:
-        return fits([room.limited_to(gib) for room in rooms])
-
-    if not any(room.limited for room in rooms) or not enough(MOST_GIB):
-        return None
-    low, high = LEAST_GIB, MOST_GIB
-    while high > LIMIT_STEP * low:
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return at_least(high)
-
-
-def ways_out(sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Fits) -> list[str]:
-    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
-
-    def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
-        return any(fits(sizes, strategy, rooms) for strategy in tried)
-
-    limit = least_limit(rooms, partial(passes, sizes))
-    ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
-    can_stream, smaller = "streaming" not in tried and not sizes.whole, _in_smaller_chunks(sizes)
-    rechunked = any(map(passes, smaller))
-    if rechunked:
-        ways.append(RECHUNK)
-    if can_stream and fits(sizes, "streaming", rooms):
-        ways.append('use strategy="streaming", which holds none')
-    elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
-        ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
-    return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
-
-
-def _in_smaller_chunks(sizes: Sizes) -> list[Sizes]:
-    """The same data in runs of half, a quarter, ... of the points, in chunks that are alike for all arrays."""
-    found, n = [], sizes.longest[0] // 2
-    while sizes.lazy and not sizes.whole and n >= JOINED_POINTS:
-        n_runs = -(-sizes.n_points // n)
-        longest = (n,) * min(n_runs, MOST_RUNS)
-        found.append(sizes._replace(n_runs=n_runs, n_chunks=n_runs, longest=longest, passed=(), making=0.0))
-        n //= 2
-    return found
-
-
-def _a_part(sizes: Sizes) -> Sizes:
-    """The smallest part of the data: one run of chunks, or of arrays in memory as many points as parameters."""
-    if sizes.lazy and not sizes.whole:
-        held = sizes.held / sizes.n_runs
-        return sizes._replace(
-            n_points=sizes.longest[0], n_chunks=1, n_runs=1, longest=sizes.longest[:1], held=held, sent=held
-        )
-    p = sizes.n_params
-    return sizes._replace(n_points=p, n_chunks=1, n_runs=1, longest=(p,), held=0.0, sent=0.0, factor=0)
-
-
 def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Plan:
     """The plan by the first of the strategies that may be tried."""
     strategy = tried[0]
@@ -374,3 +311,65 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
         n_partitions,
         (here, *(room.place(h + wanted.shared, w + h) for room, (w, h, _) in zip(rooms, shares, strict=True))),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ways out
+
+
+def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -> str | None:
+    """The least ``memory_limit_gb``, to two digits, with which ``fits`` is true of the rooms; None where none is."""
+
+    def enough(gib: float) -> bool:
+        return fits([room.limited_to(gib) for room in rooms])
+
+    if not any(room.limited for room in rooms) or not enough(MOST_GIB):
+        return None
+    low, high = LEAST_GIB, MOST_GIB
+    while high > LIMIT_STEP * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return at_least(high)
+
+
+def ways_out(
+    sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Callable[[Sizes, Strategy, Sequence[Room]], bool]
+) -> list[str]:
+    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
+
+    def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
+        return any(fits(sizes, strategy, rooms) for strategy in tried)
+
+    limit = least_limit(rooms, partial(passes, sizes))
+    ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
+    can_stream, smaller = "streaming" not in tried and not sizes.whole, _in_smaller_chunks(sizes)
+    rechunked = any(map(passes, smaller))
+    if rechunked:
+        ways.append(RECHUNK)
+    if can_stream and fits(sizes, "streaming", rooms):
+        ways.append('use strategy="streaming", which holds none')
+    elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
+        ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
+    return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
+
+
+def _in_smaller_chunks(sizes: Sizes) -> list[Sizes]:
+    """The same data in runs of half, a quarter, ... of the points, in chunks that are alike for all arrays."""
+    found, n = [], sizes.longest[0] // 2
+    while sizes.lazy and not sizes.whole and n >= JOINED_POINTS:
+        n_runs = -(-sizes.n_points // n)
+        longest = (n,) * min(n_runs, MOST_RUNS)
+        found.append(sizes._replace(n_runs=n_runs, n_chunks=n_runs, longest=longest, passed=(), making=0.0))
+        n //= 2
+    return found
+
+
+def _a_part(sizes: Sizes) -> Sizes:
+    """The smallest part of the data: one run of chunks, or of arrays in memory as many points as parameters."""
+    if sizes.lazy and not sizes.whole:
+        held = sizes.held / sizes.n_runs
+        return sizes._replace(
+            n_points=sizes.longest[0], n_chunks=1, n_runs=1, longest=sizes.longest[:1], held=held, sent=held
+        )
+    p = sizes.n_params
+    return sizes._replace(n_points=p, n_chunks=1, n_runs=1, longest=(p,), held=0.0, sent=0.0, factor=0)
