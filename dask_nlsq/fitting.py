@@ -352,7 +352,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     ------
     MemoryBudgetError
         Where the data do not fit; the message has the numbers and the way out.
-    ValueError, TypeError
+    ValueError, TypeError, NotADirectoryError
         As `curve_fit`, as far as it can be seen without the values of the data.
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that are damaged or absent.

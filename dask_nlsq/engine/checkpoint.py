@@ -34,7 +34,7 @@ class Interrupted(Exception):
 
 
 VERSION = 4  # of the files
-FIT = "fit.json"
+FIT_FILE = "fit.json"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
@@ -71,12 +71,12 @@ class Checkpoint:
         self.path = Path(path)
         check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / FIT).exists():
+        if (self.path / FIT_FILE).exists():
             _compare(self.path, identity)
         else:
             if arrays:
                 self.save("data", arrays)
-            write_json(self.path / FIT, version=VERSION, identity=identity, call=call)
+            write_json(self.path / FIT_FILE, version=VERSION, identity=identity, call=call)
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
         """Write arrays and JSON values as ``name.npz``, all or nothing."""
@@ -112,9 +112,9 @@ def read_fit(path: Path) -> dict[str, Any]:
         Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
-        return read_json(path / FIT, VERSION, CheckpointError)
+        return read_json(path / FIT_FILE, VERSION, CheckpointError)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {FIT}") from None
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {FIT_FILE}") from None
 
 
 def _short(value):
@@ -134,7 +134,7 @@ def open_checkpoint(path, *fit) -> Checkpoint:
 def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
     """The errors of `open_checkpoint`, before anything is written; what is ``unknown`` yet is not compared."""
     check_directory("checkpoint", path)
-    if (path / FIT).exists():
+    if (path / FIT_FILE).exists():
         _compare(path, describe_fit(*fit)[0], unknown)
 
 

@@ -234,6 +234,7 @@ def plan(scheduler, **given):
 
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
     """Run a fit, write and print its result."""
+    from ..engine.checkpoint import FIT_FILE
     from ..solve.outcome import NotConvergedError
     from . import cli_values as words
 
@@ -246,7 +247,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
         except NotConvergedError as err:
             failed, result = f"{err}", err.result
         except (KeyboardInterrupt, SystemExit):
-            if checkpoint is None or not (checkpoint / "fit.json").exists():
+            if checkpoint is None or not (checkpoint / FIT_FILE).exists():
                 raise
             raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
         if result.status == -3:

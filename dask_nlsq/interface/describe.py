@@ -8,7 +8,7 @@ import numpy as np
 
 from ..base.files import read_arrays
 from ..base.lazy import zarr
-from ..engine.checkpoint import read_fit
+from ..engine.checkpoint import FIT_FILE, read_fit
 from ..kernels.lanes import MapStatus
 from ..maps.result import status_counts
 from ..results.result import load
@@ -26,7 +26,7 @@ def describe(path: Path) -> str:
     if (path / RESULT).exists():
         result = load(path)
         return "\n".join([result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)])
-    if (path / "fit.json").exists():
+    if (path / FIT_FILE).exists():
         return describe_checkpoint(path)
     try:
         group = zarr.open_group(path, mode="r")

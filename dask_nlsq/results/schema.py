@@ -19,6 +19,7 @@ import numpy as np
 from ..base.files import DamagedFileError, check_directory, read_arrays, read_json, write_arrays, write_json
 from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
+from ..engine.checkpoint import FIT_FILE
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
@@ -169,7 +170,7 @@ def _what_else(path: Path) -> str:
     attributes = path / "zarr.json"
     if attributes.exists() and "dask_nlsq" in json.loads(attributes.read_text()).get("attributes", {}):
         return "it is a map, xarray.open_zarr(path) opens it"
-    return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / "fit.json").exists() else f"it has no {RESULT}"
+    return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 
 def load(path: Path) -> dict[str, Any]:
