@@ -8,6 +8,7 @@ before anything runs, so nothing here imports JAX.
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import signature
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -250,12 +251,21 @@ F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on."""
+    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on.
+
+    And a model, where the function takes none.
+    """
     names = ["f", "xdata", "ydata", *table]
 
     def decorate(function: F) -> F:
+        takes_model = "f" in signature(function).parameters
+
         @wraps(function)
         def call(*args, **options):
+            if not takes_model and any(map(callable, (*args, options.get("f")))):
+                raise TypeError(
+                    f"{function.__name__} takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)"
+                )
             for name in options.keys() - names:
                 raise TypeError(f"{function.__name__} has no argument {name!r}{near(name, names)}")
             return function(*args, **options)

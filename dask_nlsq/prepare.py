@@ -243,8 +243,8 @@ class HeldData:
 @with_known_names({name: FITS[name] for name in HELD})
 def hold(
     xdata: Any,
-    ydata: Any = None,
-    *more: Any,
+    ydata: Any,
+    *,
     sigma=None,
     mask=None,
     check_finite: bool | None = None,
@@ -284,8 +284,6 @@ def hold(
     ...     one = curve_fit(gaussian, data)
     ...     two = curve_fit(gaussian + line, data)
     """
-    if more or callable(xdata) or callable(ydata):
-        raise TypeError("hold takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)")
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
     if is_reweighted(call.sigma):

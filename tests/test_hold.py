@@ -190,6 +190,7 @@ def test_what_belongs_to_the_data_is_given_once(options, message):
         (lambda data: plan_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
         (lambda data: hold(decay, X, Y), TypeError, "no model: that is for each curve_fit"),
         (lambda data: hold(X, Y, decay), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(X, Y, f=decay), TypeError, "no model: that is for each curve_fit"),
         (lambda data: hold(decay, X), TypeError, "no model: that is for each curve_fit"),
     ],
 )
