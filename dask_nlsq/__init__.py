@@ -46,15 +46,19 @@ _MODULES = {
     "select_nlsq_strategy": "compat.homodyne",
 }
 
+_SUBMODULES = ("accessor", "dashboard", "models", "plots", "statistics")  # the public ones
+
 __all__ = [*_MODULES]
 __version__ = "0.1.0"
 
 
 def __getattr__(name):
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__():
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -149,7 +149,8 @@ def curve_fit(
         Standard errors. A fit has converged only where these tests pass and the optimum of the quadratic model is nearer
         than that; see `dask_nlsq.kernels.rules`. None: SciPy's tests alone.
     max_nfev, maxfev : int, optional
-        Most evaluations of the cost, one sweep over the data each; 100 p by default.
+        Most evaluations of the cost, one sweep over the data each. By default 100 p, and as many again where a fit from p0
+        has not converged and a second one is tried, from p0 with its linear parameters solved for; in a map 100 p.
     mask : array_like, optional
         Broadcasts against y; where it is true (not zero) a point is left out. So are points where xdata, ydata or sigma are
         masked arrays, NumPy's or Dask's.
@@ -216,6 +217,8 @@ def curve_fit(
     ------
     ValueError, TypeError
         Input that cannot be fitted; the message says which, and what to do.
+    NotADirectoryError
+        A checkpoint that is a file.
     MemoryBudgetError
         Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
     BadChunkError, MissingChunksError
@@ -237,7 +240,7 @@ def curve_fit(
     Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
     `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
     """
-    ready = prepare(dict(locals()))
+    ready = prepare(dict(locals())).read_covariance()
     run = _run(ready)
     result = _assemble(ready, run)
     if result.status == 0:
@@ -266,7 +269,7 @@ curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 def fit(
     f: Callable,
     xdata: Any,
-    ydata: Any,
+    ydata: Any = None,
     p0=None,
     *,
     workflow: str = "auto",
@@ -293,7 +296,7 @@ def fit(
     Parameters
     ----------
     f, xdata, ydata, p0
-        As in `curve_fit`.
+        As in `curve_fit`. Data that `dask_nlsq.hold` holds have a strategy already: that of the workflow is not applied.
     goal : OptimizationGoal or str, optional
         Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
     n_starts : int, optional
@@ -354,7 +357,7 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     ------
     MemoryBudgetError
         Where the data do not fit; the message has the numbers and the way out.
-    ValueError, TypeError
+    ValueError, TypeError, NotADirectoryError
         As `curve_fit`, as far as it can be seen without the values of the data.
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that are damaged or absent.
@@ -449,12 +452,8 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
 
 def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
-    path, params = ready.call.checkpoint, ready.params
-    known = dict(p0=start, bounds=(params.lower, params.upper), param_names=params.names)
-    path = path() if callable(path) else path
-    kept = open_checkpoint(
-        path, ready.objective.model, ready.source.arrays, ready.data, ready.source.stored, {**ready.given, **known}
-    )
+    path = ready.call.checkpoint
+    kept = open_checkpoint(path() if callable(path) else path, *ready.described(start))
     return evaluator.resume_from(kept)
 
 

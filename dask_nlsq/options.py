@@ -7,8 +7,8 @@ before anything runs, so nothing here imports JAX.
 """
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import wraps
+from inspect import signature
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from .base.text import near
 from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, without_flags
 from .kernels.rules import ACCURACY
 from .presets import PRESETS, as_goal
@@ -252,16 +253,23 @@ F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on."""
+    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on.
+
+    And a model, where the function takes none.
+    """
     names = ["f", "xdata", "ydata", *table]
 
     def decorate(function: F) -> F:
+        takes_model = "f" in signature(function).parameters
+
         @wraps(function)
         def call(*args, **options):
+            if not takes_model and any(map(callable, (*args, options.get("f")))):
+                raise TypeError(
+                    f"{function.__name__} takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)"
+                )
             for name in options.keys() - names:
-                near = get_close_matches(name, names, 1)
-                hint = f": did you mean {near[0]!r}?" if near else ""
-                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
+                raise TypeError(f"{function.__name__} has no argument {name!r}{near(name, names)}")
             return function(*args, **options)
 
         return cast(F, call)

@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
+from .base.text import near
 from .base.values import is_number, without_flags
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
@@ -162,8 +162,7 @@ def scale(x_scale, params: Parameters):
 def _check_names(names, **mappings):
     for what, mapping in mappings.items():
         for name in mapping.keys() - set(names):
-            near = get_close_matches(str(name), names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = near(str(name), names, "; ")
             raise ValueError(f"`{what}` names {name!r}, the parameters are {names}{hint}")
 
 

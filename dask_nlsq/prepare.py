@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from .base.text import size
-from .data.align import Data
+from .data.align import Data, whitened
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
 from .data.labels import Labels, by_name, warn_if_packed
 from .data.sizes import sizes_of
 from .data.store import Stored
-from .engine.checkpoint import create_checkpoint_directory
+from .engine.checkpoint import check_checkpoint, create_checkpoint_directory
 from .engine.cluster import attached
 from .engine.request import Objective
 from .engine.sweep import Sweep, open_sweep
@@ -75,13 +76,26 @@ class Prepared:
         """Of the free parameters, (p,); within their bounds where it is to be guessed."""
         return self.params.start[self.free]
 
+    def described(self, start: np.ndarray) -> tuple[Any, ...]:
+        """What a checkpoint knows the fit by, with the ``start`` of all parameters: arguments of `describe_fit`."""
+        known = dict(p0=start, bounds=(self.params.lower, self.params.upper), param_names=self.params.names)
+        source = self.source
+        return self.objective.model, source.arrays, source.data, source.stored, {**self.given, **known}
+
+    def read_covariance(self) -> "Prepared":
+        """The same with the covariance matrix of y read and factored, where there is one."""
+        source = _with_factor(self.source)
+        if source is not self.source:
+            _admitted(self.objective, len(self.free), source.data)  # fewer points may be left
+        return replace(self, source=source)
+
 
 def prepare(given: Mapping[str, Any]) -> Prepared:
     """Check the arguments of `dask_nlsq.curve_fit` and align the data, of which nothing is read but the keys of stores.
 
     Raises
     ------
-    ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
+    ValueError, TypeError, NotADirectoryError, MemoryBudgetError, BadChunkError, MissingChunksError
         As `dask_nlsq.curve_fit`.
     """
     call = checked(FITS, given)
@@ -96,13 +110,18 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
         source = xdata.source_for(given, objective, n)
+    elif isinstance(ydata, HeldData):
+        raise TypeError("data that `hold` holds stand in the place of both xdata and ydata: curve_fit(f, data, p0=...)")
     else:
         source = align(call, xdata, ydata, objective, n)
     if source.client is None and call.report is not None:
         raise ValueError(
             f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
         )
-    return Prepared(given, call, params, noise, options, objective, source)
+    ready = Prepared(given, call, params, noise, options, objective, source)
+    if call.checkpoint is not None and not callable(call.checkpoint):
+        check_checkpoint(Path(call.checkpoint), *ready.described(params.start), unknown={"p0"} if params.guessed else ())
+    return ready
 
 
 def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Source:
@@ -132,6 +151,14 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     return Source(arrays, labels, data, stored, client, plan)
 
 
+def _with_factor(source: Source) -> Source:
+    """The source with its covariance matrix read and factored, where it has one that is not."""
+    if source.data.covariance is None:
+        return source
+    data = whitened(source.data)
+    return source._replace(data=data, plan=replace(source.plan, n_points=data.n_points))
+
+
 def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
     """An error where data are not for an objective; else whether it needs all points at once."""
     if objective.counts:
@@ -152,7 +179,7 @@ class HeldData:
     """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
 
     def __init__(self, source: Source):
-        self._source = source
+        self._source = source = _with_factor(source)
         source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
@@ -190,13 +217,17 @@ class HeldData:
         """
         if self.closed:
             raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
+        client = self._source.client
+        if client is not None and client.status != "running":
+            raise ValueError("these data were held by the workers of a Client that is closed: hold them again")
         reweighted = is_reweighted(given["sigma"])
         for name in ("ydata", *HELD):
             default = None if name == "ydata" else FITS[name].default
             value = given[name]
             alike = value is default or (isinstance(value, (str, bool)) and value == default)
             if not alike and not (name == "sigma" and reweighted):
-                raise ValueError(f"`{name}` belongs to the data that are held: give it to hold(...)")
+                way_out = "give it to hold(...)" + "; p0 goes by name: curve_fit(f, data, p0=...)" * (name == "ydata")
+                raise ValueError(f"`{name}` belongs to the data that are held: {way_out}")
         if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
             raise ValueError("counts have weights of their own: hold them without `sigma`")
         if given["checkpoint"] is not None and self.plan.strategy != "streaming":
@@ -245,7 +276,7 @@ def hold(
     Raises
     ------
     ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
-        As `dask_nlsq.curve_fit`.
+        As `dask_nlsq.curve_fit`; a TypeError for a model, too.
 
     Examples
     --------
@@ -283,8 +314,13 @@ def by_workflow(f, xdata, ydata, p0, given: Mapping[str, Any]) -> dict[str, Any]
     """Arguments of `dask_nlsq.curve_fit` for those of `dask_nlsq.fit`; what is given wins over the workflow."""
     named = checked(WORKFLOWS, {name: given.get(name, row.default) for name, row in WORKFLOWS.items()})
     f, xdata, ydata = model_first(f, xdata, ydata)
-    options = workflow_options(named.workflow, named.goal, count_points(ydata), named.n_starts)
-    if options["strategy"] == "streaming" and not given.keys() & {"checkpoint", "strategy"}:
+    held = xdata.plan if isinstance(xdata, HeldData) else None
+    n_points = count_points(ydata) if held is None else held.n_points
+    options = workflow_options(named.workflow, named.goal, n_points, named.n_starts)
+    streams = options["strategy"] == "streaming" and (held is None or held.strategy == "streaming")
+    if streams and not given.keys() & {"checkpoint", "strategy"}:
         options["checkpoint"] = create_checkpoint_directory
+    if held is not None:  # what belongs to the data was said of them
+        options = {name: value for name, value in options.items() if name not in HELD}
     own = {name: value for name, value in given.items() if name not in WORKFLOWS}
     return dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options | own

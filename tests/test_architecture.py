@@ -1,6 +1,8 @@
 """The folders and their order, read from the source: who may import whom, who may know JAX, Dask and Zarr, and how long."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ ORDER = [  # from the left to the right: a folder, or a module beside the folder
     "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
     "results", "maps", "interface", "groups", "fitting", "compat", "demo",
 ]  # fmt: skip
-FACES = {"__init__", "models", "plots", "accessor", "dashboard", "statistics"}  # public paths of modules that are elsewhere
+PUBLIC = {"models", "plots", "accessor", "dashboard", "statistics"}  # paths of modules that are elsewhere
+FACES = PUBLIC | {"__init__"}
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
 KNOWS = {  # library -> folders, or single modules
     "jax": {"base.x64", "base.device_sizes", "model", "kernels", "solve.subproblem", "maps.blocks", "groups.sweep", "demo"},
@@ -113,6 +116,16 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 FOREIGN = {"_repr_html_", "_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+
+
+def test_public_modules_are_attributes_that_are_imported_when_they_are_used():
+    code = (
+        "import sys, dask_nlsq; assert not {'jax', 'xarray', 'zarr', 'dask.array'} & {*sys.modules}; "
+        f"assert {PUBLIC} <= {{*dir(dask_nlsq)}}; "
+        f"print(*(getattr(dask_nlsq, name).__name__ for name in {sorted(PUBLIC)}), 'jax' in sys.modules)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.split() == [*(f"dask_nlsq.{name}" for name in sorted(PUBLIC)), "True"]
 
 
 def test_no_module_hides_a_public_name():

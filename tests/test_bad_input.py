@@ -408,6 +408,32 @@ def test_no_convergence_says_why_and_where():
         curve_fit(decay, X, Y + 0.1 * np.sin(9 * X), max_nfev=2)
 
 
+@pytest.mark.parametrize("call", [curve_fit, plan_fit, fit_map])
+def test_data_without_x_are_for_models_that_need_none(call):
+    with pytest.raises(TypeError, match=r"gets None for x, as `xdata` is None .*: pass xdata\. .*xarray `ydata`"):
+        call(decay, None, Y)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(xdata="energy"), "no Zarr array at 'energy'; names of coordinates need an xarray `ydata`"),
+        (dict(xdata=("energy", X)), "names of coordinates need an xarray `ydata`"),
+        (dict(sigma="poison"), "no Zarr array at 'poison': did you mean 'poisson'"),
+        (dict(xdata="no/energy.zarr"), "no Zarr array at 'no/energy.zarr'$"),
+    ],
+)
+def test_a_word_that_is_no_path_is_told_what_it_may_mean(options, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        curve_fit(**dict(f=decay, xdata=X, ydata=Y) | options)
+
+
+@pytest.mark.parametrize("call, y", [(fit_map, np.ones((4, 3, 64))), (curve_fit, np.ones(64))])
+def test_an_array_that_was_taken_as_several_coordinates_is_named(call, y):
+    with pytest.raises(ValueError, match=r"`xdata` of shape \(3, 64\) was taken as 3 coordinates"):
+        call(decay, np.ones((3, 64)), y, p0=[1, 1])
+
+
 def test_data_larger_than_the_limit_are_refused_before_they_are_read():
     def read(block):
         raise AssertionError("was read")

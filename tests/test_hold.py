@@ -7,9 +7,10 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from distributed import Client, LocalCluster
 
 import dask_nlsq
-from dask_nlsq import curve_fit, hold
+from dask_nlsq import curve_fit, fit, hold, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective, Request
@@ -103,6 +104,26 @@ def test_a_second_model_costs_no_second_load():
     assert (one.plan.n_params, two.plan.n_params) == (3, 2)
 
 
+@pytest.mark.parametrize("options", [dict(workflow="fast"), dict(workflow="hpc_distributed"), dict(goal="memory_efficient")])
+def test_a_workflow_applies_to_held_data_but_for_its_strategy(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hold(X, Y) as data:
+        found = fit(decay, data, p0=[1, 1, 0], **options)
+        assert plan_fit(decay, data, p0=[1, 1, 0], **options) == found.plan
+        with pytest.raises(ValueError, match="`strategy` belongs to the data"):
+            fit(decay, data, None, [1, 1, 0], strategy="streaming", **options)
+    expected = fit(decay, X, Y, p0=[1, 1, 0], **options | dict(strategy="standard"))
+    assert (found.popt == expected.popt).all() and found.strategy == "standard"
+    assert not (tmp_path / "nlsq_checkpoints").exists()
+
+
+def test_held_data_that_stream_keep_the_checkpoint_of_a_workflow(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with hold(da.from_array(X, CHUNK), da.from_array(Y, CHUNK), strategy="streaming") as data:
+        assert fit(decay, data, p0=[1, 1, 0], workflow="streaming").success
+    assert len([*tmp_path.glob("nlsq_checkpoints/*/fit.json")]) == 1
+
+
 def test_workers_hold_data_for_several_fits(workers):
     x, y = da.from_array(X, CHUNK), da.from_array(Y, CHUNK)
     assert_nothing_left(workers)
@@ -158,6 +179,33 @@ def test_a_large_model_is_sent_to_each_worker_once(workers):
 def test_what_belongs_to_the_data_is_given_once(options, message):
     with hold(X, Y) as data, pytest.raises(ValueError, match=message):
         curve_fit(decay, data, p0=[1, 1, 0], **options)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda data: curve_fit(decay, data, [1, 1, 0]), ValueError, r"p0 goes by name: curve_fit\(f, data, p0=...\)"),
+        (lambda data: curve_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: plan_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: hold(decay, X, Y), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(X, Y, decay), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(X, Y, f=decay), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: hold(decay, X), TypeError, "no model: that is for each curve_fit"),
+    ],
+)
+def test_an_argument_in_the_wrong_place_is_named(call, error, message):
+    with hold(X, Y) as data, pytest.raises(error, match=message):
+        call(data)
+
+
+def test_data_of_a_client_that_is_closed_are_an_error():
+    with LocalCluster(n_workers=1, processes=False, dashboard_address=":0") as cluster:
+        with Client(cluster):
+            data = hold(X, Y, strategy="chunked")
+        with pytest.raises(ValueError, match="held by the workers of a Client that is closed: hold them again"):
+            curve_fit(decay, data, p0=[1, 1, 0])
+        data.close()
 
 
 def test_data_that_were_given_back_are_an_error():

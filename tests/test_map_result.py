@@ -20,7 +20,7 @@ import zarr
 from dask._task_spec import Task
 from distributed import Client
 
-from dask_nlsq import MapStatus, fit_map
+from dask_nlsq import MapStatus, fit_map, load
 from tests import clusters
 from tests.spectra import (
     BLOCK,
@@ -257,10 +257,9 @@ def test_a_path_that_exists_is_refused_before_anything_is_fitted(nothing_runs, t
     (tmp_path / "m" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("m", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} exists: .*resume=True"):
-            found.to_zarr(tmp_path / name)
-        with pytest.raises(ValueError, match="not a map that to_zarr has begun"):
-            found.to_zarr(tmp_path / name, resume=True)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="is not a map that to_zarr has begun: give another path"):
+                found.to_zarr(tmp_path / name, resume=resume)
     assert (tmp_path / "file").read_text() == (tmp_path / "m" / "notes.txt").read_text() == "mine"
 
 
@@ -278,8 +277,10 @@ def test_a_finished_map_is_not_fitted_again(whole, tmp_path):
     reads.clear()
     fit_map(peak, X, y, P0).to_zarr(tmp_path / "m", resume=True)
     assert not reads
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match=r"m exists: .*resume=True"):
         found.to_zarr(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"it is a map, xarray\.open_zarr"):
+        load(tmp_path / "m")
     with pytest.raises(ValueError, match="computed already"):
         found.compute().to_zarr(tmp_path / "n")
 
@@ -292,21 +293,25 @@ def test_another_fit_does_not_go_on(tmp_path):
         return area / (1 + ((x - center) / width) ** 2) + offset
 
     changes = {
-        "operands": dict(p0=[4.0, 0.3, 1.0, 0.6]),
-        "operations": dict(f=other),
-        "loss": dict(loss="huber"),
-        "limits": dict(ftol=1e-6),
-        "free": dict(fixed=dict(offset=1.0)),
-        "coordinates": dict(xdata=X + 1e-9),
-        "parameters": dict(param_names=["a", "b", "c", "d"]),
-        "data": dict(ydata=Y),
+        "p0": dict(p0=[4.0, 0.3, 1.0, 0.6]),
+        "f": dict(f=other),
+        "loss: linear then, huber now": dict(loss="huber"),
+        "ftol: 1e-08 then, 1e-06 now": dict(ftol=1e-6),
+        "bounds": dict(bounds={"offset": (0, None)}),
+        "sigma": dict(sigma=2.0),
+        "mask": dict(mask=np.arange(N) == 3),
+        "guess": dict(guess="coarse-to-fine"),
+        "fixed": dict(fixed=dict(offset=1.0)),
+        "xdata": dict(xdata=X + 1e-9),
+        "param_names": dict(param_names=["a", "b", "c", "d"]),
+        "`ydata` in its store, ydata": dict(ydata=Y),
     }
     for what, change in changes.items():
         changed = fit_map(**dict(f=peak, xdata=X, ydata=tmp_path / "y", p0=P0) | change)
-        with pytest.raises(ValueError, match=f"map of another fit. Changed: .*{what}: "):
+        with pytest.raises(ValueError, match=f"map of another fit. Changed: {what}. Give"):
             changed.to_zarr(tmp_path / "m", resume=True)
     fit_map(peak, X, Y[:5], P0).to_zarr(tmp_path / "n")
-    with pytest.raises(ValueError, match="Changed: data"):
+    with pytest.raises(ValueError, match=r"Changed: ydata\. Give"):
         fit_map(peak, X, Y[:5] + 1e-9, P0).to_zarr(tmp_path / "n", resume=True)
 
 
@@ -456,7 +461,7 @@ def test_coarse_fits_from_another_start_are_another_map(tmp_path):
         return fit_map(peak, X, blocks_of(Y), p0, guess="coarse-to-fine")
 
     lazy(P0).to_zarr(tmp_path / "maps.zarr")
-    with pytest.raises(ValueError, match=r"another fit\. Changed: coarse"):
+    with pytest.raises(ValueError, match=r"another fit\. Changed: p0\. Give"):
         lazy([2 * P0[0], *P0[1:]]).to_zarr(tmp_path / "maps.zarr", resume=True)
 
 

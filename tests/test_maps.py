@@ -1,5 +1,6 @@
 """`fit_map`: SciPy's answers, whatever the blocks and neighbours; statuses; how the data are read; errors at the door."""
 
+import re
 from types import SimpleNamespace
 
 import dask
@@ -372,8 +373,28 @@ def test_what_cannot_be_joined_in_memory_is_refused(monkeypatch):
     limit = limit_of_two_bands(monkeypatch, stack)
     with pytest.raises(MemoryBudgetError, match='strategy="auto"'):
         fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=limit, strategy="chunked")
-    with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
-        fit_map(peak, X, stack, P0, axis=0, memory_limit_gb=1e3 / 2**30)
+
+
+@pytest.mark.parametrize("chunks", [(3, 4, 16), (3, 4, 32), (6, 2, 16)])
+@pytest.mark.parametrize("strategy", ["auto", "chunked"])
+def test_the_way_out_of_too_little_memory_is_a_limit_that_suffices(chunks, strategy):
+    cube, x = da.ones((6, 4, 32), chunks=chunks), np.linspace(9, 11, 32)
+    with pytest.raises(MemoryBudgetError) as caught:
+        fit_map(peak, x, cube, P0, memory_limit_gb=0.2, strategy=strategy)
+    named = re.search(r": raise memory_limit_gb to ([\d.]+)$", str(caught.value))  # any map takes more than 0.2 GiB
+    plan = fit_map(peak, x, cube, P0, memory_limit_gb=float(named[1]), strategy=strategy).plan
+    assert plan.n_pixels == 24
+    with pytest.raises(MemoryBudgetError):
+        fit_map(peak, x, cube, P0, memory_limit_gb=0.9 * float(named[1]), strategy=strategy)
+
+
+def test_large_chunks_of_a_map_are_to_be_made_smaller_where_that_helps():
+    cube, x = da.ones((400, 500, 1000), chunks=(200, 500, 1000)), np.linspace(9, 11, 1000)
+    with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+, or rechunk the map axes"):
+        fit_map(peak, x, cube, P0, memory_limit_gb=1)
+    cut = cube.rechunk((400, 500, 250))
+    with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+, or rechunk .* the fit axes do not cut"):
+        fit_map(peak, x, cut, P0, memory_limit_gb=1, strategy="standard")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

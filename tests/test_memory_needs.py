@@ -11,6 +11,7 @@ from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.memory.machine import MAPPED_FROM
 from dask_nlsq.memory.needs import (
     BOOLEANS,
+    FACTOR_COPIES,
     GRAPH_BYTES,
     LANE_BYTES,
     MADE_BYTES,
@@ -97,7 +98,9 @@ def test_values_that_all_chunks_need_are_in_each_process():
 
 
 def test_a_model_of_all_points_at_once_has_the_rows_of_all():
-    assert needs(SIZES._replace(whole=True, factor=100)).scratch == 8 * 8 * 4 * N + 100
+    found = needs(SIZES._replace(whole=True, factor=100))
+    assert found.scratch == 8 * 8 * 4 * N + FACTOR_COPIES * 100
+    assert found.held == SIZES.held + 100
 
 
 def test_a_map_has_its_operands_and_weights_in_float64_beside_what_is_read():

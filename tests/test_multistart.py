@@ -1,12 +1,13 @@
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dask_nlsq.data.align import build_data, build_whitened
+from dask_nlsq.data.align import build_data, whitened
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import open_sweep
@@ -220,7 +221,7 @@ def test_correlated_noise_and_models_of_all_points_are_screened_on_all_points():
     x, y = X[::20], Y[::20]
     covariance = 0.09 * 0.5 ** abs(np.subtract.outer(np.arange(x.size), np.arange(x.size)))
     for problem in (
-        build_whitened(x, y, covariance, check=True, omit=False),
+        whitened(replace(build_data(x, y, check=True, omit=False, whole=True), covariance=covariance)),
         build_data(x, y, check=True, omit=False, whole=True, mask=np.arange(x.size) % 9 == 0),
     ):
         objective = Objective(intern(sine))

@@ -12,7 +12,7 @@ import pytest
 from dask.callbacks import Callback
 from distributed import Client, LocalCluster
 
-from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, plan_fit
+from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, hold, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
@@ -143,8 +143,10 @@ def test_data_that_do_not_fit_on_the_workers_are_refused_before_they_are_read(cl
     message = r"the data take 1\.5\d GiB and 2 workers have room for .* \(70% of its memory\): use strategy=\"streaming\""
     with pytest.raises(MemoryBudgetError, match=message):
         curve_fit(decay, x, y, strategy="chunked")
-    with pytest.raises(MemoryBudgetError, match="memory_limit_gb"):
-        curve_fit(decay, x[: 10**7], y[: 10**7], memory_limit_gb=0.1)
+    with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+") as caught:
+        curve_fit(decay, x[: 10**7], y[: 10**7], memory_limit_gb=0.01)
+    named = float(re.search(r"memory_limit_gb to ([\d.]+)", str(caught.value))[1])
+    assert plan_fit(decay, x[: 10**7], y[: 10**7], memory_limit_gb=named).n_points == 10**7
     with pytest.raises(MemoryBudgetError, match=r"to read runs of chunks of .* rechunk the data into smaller chunks"):
         curve_fit(decay, x.rechunk(5 * 10**7), y.rechunk(5 * 10**7))
 
@@ -163,27 +165,59 @@ def test_data_that_do_not_fit_in_this_process_are_refused_before_they_are_read()
         plan_fit(decay, x, y, memory_limit_gb=0.1, strategy="standard")
 
 
+def test_a_covariance_matrix_is_counted_and_refused_before_it_is_read():
+    x = np.linspace(0, 10, 3000)
+    matrix = unread((3000, 3000), 1000)
+    with Computes() as computes:
+        plan = plan_fit(decay, x, x, sigma=matrix, mask=unread(3000, 1000), nan_policy="omit")
+        for call in (plan_fit, curve_fit):
+            with pytest.raises(MemoryBudgetError, match=r"the data take 68\.7. MiB in memory"):
+                call(decay, x, x, sigma=matrix, memory_limit_gb=0.1)
+        with pytest.raises(MemoryBudgetError), hold(x, x, sigma=matrix, memory_limit_gb=0.1):
+            pass
+    assert computes.count == 0
+    assert plan.held_bytes > 8 * 3000**2 and plan.peak_bytes > plan.places[0].now + 3 * 8 * 3000**2
+
+
 WAYS_OUT = {
+    "both": 'rechunk the data into smaller chunks and use strategy="streaming"',
     "raise": "raise memory_limit_gb to",
     "rechunk": "rechunk the data into smaller chunks",
     "stream": 'use strategy="streaming"',
+    "client": "a distributed.Client whose workers",
+    "part": "fit a part of the data",
 }
 
 
 @pytest.mark.parametrize(
     "n, chunks, strategy, limit, ways",
     [
-        (10**7, 10**5, "standard", 0.1, ["raise", "stream"]),
-        (10**12, 10**7, "standard", None, ["stream"]),
-        (10**12, 10**11, "standard", None, ["rechunk", "stream"]),
+        (10**7, 10**5, "standard", 0.1, ["raise"]),  # less than a fit takes of nothing
+        (10**7, 10**7, "standard", 0.4, ["raise", "rechunk"]),  # a single chunk, which a stream reads as well
+        (10**8, 10**5, "standard", 0.4, ["raise", "stream", "client", "part"]),
+        (10**12, 10**7, "standard", None, ["stream", "client", "part"]),
+        (10**12, 10**11, "standard", None, ["both"]),
+        (10**12, 10**11, "auto", None, ["rechunk"]),  # which streams by itself
         (10**12, 10**11, "streaming", None, ["rechunk"]),
-        (10**12, 10**11, "streaming", 1, ["raise", "rechunk"]),
+        (10**12, 10**11, "streaming", 8, ["raise", "rechunk"]),
     ],
 )
 def test_a_plan_that_is_refused_names_the_ways_out_that_there_are(n, chunks, strategy, limit, ways):
     with pytest.raises(MemoryBudgetError) as err:
         plan_fit(decay, da.zeros(n, chunks=chunks), unread(n, chunks), strategy=strategy, memory_limit_gb=limit)
-    assert [name for name, words in WAYS_OUT.items() if words in str(err.value)] == ways
+    text, found = str(err.value), []
+    for name, words in WAYS_OUT.items():
+        if words in text:
+            found.append(name)
+            text = text.replace(words, "")
+    assert found == ways
+
+
+def test_a_covariance_matrix_can_neither_be_streamed_nor_held_by_workers():
+    x = np.linspace(0, 10, 4000)
+    with pytest.raises(MemoryBudgetError) as err:
+        plan_fit(decay, x, x, sigma=unread((4000, 4000), 1000), memory_limit_gb=0.3)
+    assert re.search(r"\): raise memory_limit_gb to [\d.]+, or fit a part of the data$", str(err.value))
 
 
 def test_the_workers_together_hold_what_one_could_not(client):
@@ -241,7 +275,7 @@ def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
 def test_a_limit_holds_for_arrays_in_memory_and_the_way_out_is_to_raise_it():
     for n in (1000, 40_000, 300_000, 1_000_000, 2_600_000):
         x = np.linspace(0, 10, n)
-        with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+, ") as caught:
+        with pytest.raises(MemoryBudgetError, match=r"raise memory_limit_gb to [\d.]+") as caught:
             plan_fit(decay, x, x, memory_limit_gb=0.01)
         named = float(re.search(r"memory_limit_gb to ([\d.]+)", str(caught.value))[1])
         assert plan_fit(decay, x, x, memory_limit_gb=named).n_points == n

@@ -16,7 +16,7 @@ import xarray as xr
 import zarr
 from scipy.optimize import Bounds, OptimizeWarning
 
-from dask_nlsq import curve_fit, fit, fit_map, hold, models, plan_fit
+from dask_nlsq import CheckpointError, curve_fit, fit, fit_map, hold, models, plan_fit
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.interface.cli_values import READ
 from dask_nlsq.model.losses import LIKELIHOODS
@@ -269,6 +269,29 @@ def test_what_masks_of_chunks_take_is_planned(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # what is refused
 
+
+def a_file(tmp):
+    (tmp / "f").write_text("")
+    return tmp / "f"
+
+
+def kept(tmp):
+    """The checkpoint of a fit."""
+    curve_fit(decay, X, lazy(Y), P0, checkpoint=tmp / "c")
+    return tmp / "c"
+
+
+@pytest.mark.parametrize("name", ["that is a file", "below a file", "of another fit", "of another start"])
+def test_a_checkpoint_that_is_refused_is_named(name, tmp_path):
+    options = dict(f=decay, xdata=X, p0=P0) | REFUSED[f"checkpoint {name}"](tmp_path)
+    with pytest.raises((CheckpointError, NotADirectoryError), match=r"`checkpoint` .*(a file, give|Changed: .*Give)"):
+        plan_fit(**options)
+
+
+def test_a_checkpoint_of_the_same_fit_is_planned(tmp_path):
+    assert plan_fit(decay, X, lazy(Y), P0, checkpoint=kept(tmp_path)).strategy == "streaming"
+
+
 REFUSED = {  # of a temporary directory: arguments
     "strategy": lambda tmp: dict(strategy="chunky"),
     "lm with bounds": lambda tmp: dict(method="lm", bounds=(0, 9e9)),
@@ -282,7 +305,7 @@ REFUSED = {  # of a temporary directory: arguments
     "sigma of True": lambda tmp: dict(sigma=[True, 1.0]),
     "shape of sigma": lambda tmp: dict(sigma=np.ones(7)),
     "covariance in a stream": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=np.eye(90), strategy="streaming"),
-    "covariance, not definite": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=-np.eye(90)),
+    "covariance in little memory": lambda tmp: dict(xdata=X[:90], ydata=Y[:90], sigma=np.eye(90), memory_limit_gb=1e-3),
     "poisson twice": lambda tmp: dict(loss="huber", sigma="poisson"),
     "weights of counts": lambda tmp: dict(loss="poisson", sigma=2.0),
     "scaled counts": lambda tmp: dict(ydata=scaled(tmp), loss="poisson"),
@@ -301,6 +324,10 @@ REFUSED = {  # of a temporary directory: arguments
     "memory": lambda tmp: dict(ydata=lazy(Y), memory_limit_gb=1e-3),
     "memory of a stream": lambda tmp: dict(ydata=lazy(Y), memory_limit_gb=1e-3, strategy="streaming"),
     "checkpoint of held data": lambda tmp: dict(checkpoint=tmp / "c", strategy="standard"),
+    "checkpoint that is a file": lambda tmp: dict(ydata=lazy(Y), checkpoint=a_file(tmp)),
+    "checkpoint below a file": lambda tmp: dict(ydata=lazy(Y), checkpoint=a_file(tmp) / "c"),
+    "checkpoint of another fit": lambda tmp: dict(ydata=lazy(Y), checkpoint=kept(tmp), loss="huber"),
+    "checkpoint of another start": lambda tmp: dict(ydata=lazy(Y), checkpoint=kept(tmp), p0=[9, 9, 9]),
     "report without a client": lambda tmp: dict(report=tmp / "r.html"),
     "few points": lambda tmp: dict(xdata=X[:2], ydata=Y[:2]),
     "x and y": lambda tmp: dict(xdata=X[:-1]),

@@ -1,5 +1,6 @@
 """Fits that do not converge from p0: what they say, and the second try from their linear parameters."""
 
+import re
 import warnings
 
 import jax.numpy as jnp
@@ -41,6 +42,24 @@ def test_the_second_try_never_exceeds_max_nfev(most):
         fit = err.result
     assert fit.nfev == most
     assert not fit.success
+
+
+def creeping(x, a, b, c):
+    return a * jnp.exp(-b * x) + c * jnp.abs(b) ** 0.01 * (1 + 1e-3 * jnp.sin(1e4 * b))
+
+
+@pytest.mark.parametrize(
+    "f, y, most",
+    [(creeping, DECAYING, None), (decay, np.sin(9 * X) + X, None), (creeping, DECAYING, 30)],
+    ids=["second better", "first better", "one try"],
+)
+def test_a_fit_that_does_not_converge_says_how_many_evaluations_each_try_had(f, y, most):
+    with pytest.raises(NotConvergedError) as caught:
+        curve_fit(f, X, y, [1, 1, 1], max_nfev=most)
+    text, nfev = str(caught.value), caught.value.result.nfev
+    tries = re.findall(r"evaluations, (\d+), is|not converged in (\d+)|after (\d+) more", text)
+    assert [int("".join(each)) for each in tries] == ([300, 300] if most is None else [most])
+    assert f"{nfev} were made in all" in text and nfev == (most or 600)
 
 
 def test_a_stop_in_the_second_try_keeps_the_better_point():

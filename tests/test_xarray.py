@@ -302,6 +302,7 @@ BAD = {
         ValueError,
         r"were identified as a dimension.*\('row', 'column', 't'\)",
     ),
+    "a misspelt coordinate": (dict(coords="roww"), ValueError, r"`coords` 'roww' is none of .*: did you mean 'row'\?"),
     "unknown dimension": (dict(reduce_dims="wor"), ValueError, "no dimension {'wor'}.*'row'"),
     "parameters": (dict(func=lambda t, *p: p[0] * t), ValueError, "`param_names` must be provided"),
     "bounds": (dict(bounds=(0, 1)), TypeError, r"`bounds` must be a dict.*\(0, 1\)"),

@@ -27,6 +27,13 @@ def checksum(content) -> bytes:
     return blake2b(content, digest_size=CHECKSUM_BYTES).digest()
 
 
+def check_directory(name: str, path: Path) -> None:
+    """NotADirectoryError where the argument ``name`` cannot be a directory, since it is a file or below one."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"`{name}` {path}: {there} is a file, give the path of a directory, which may be a new one")
+
+
 def write_whole(path: Path, write: Callable) -> None:
     """Write a file, all or nothing: ``write(file)`` under another name, forced to disk, and renamed."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")

@@ -1,6 +1,7 @@
 """How sizes, counts and tables are written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from math import ceil, floor, inf, log10
 
 from dask.utils import format_bytes
@@ -10,6 +11,12 @@ GB = 2**30  # bytes
 
 def several(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def near(name: str, known: Iterable[str], before: str = ": ") -> str:
+    """The question whether the known name that is most like ``name`` was meant; empty where none is like it."""
+    found = get_close_matches(name, [*known], 1)
+    return f"{before}did you mean {found[0]!r}?" if found else ""
 
 
 def table(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:

@@ -17,12 +17,12 @@ import numpy as np
 
 from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
+from ..memory.needs import JOINED_POINTS
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
 
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
-JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Data:
     operands: tuple[Any, ...]
     chunks: tuple[tuple[int, ...], ...]
     preparation: Preparation
-    factor: np.ndarray | None = None  # (M, M) Cholesky factor of the covariance of y
+    covariance: Any = None  # (M, M) of the M values of y, NumPy's or Dask's, until `whitened` has read it
+    factor: np.ndarray | None = None  # (M, M), its Cholesky factor
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
     decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
     scaled: str = ""  # by what, where y is not as it is stored
@@ -337,19 +338,22 @@ def _aligned(operand, chunks, lazy):
     return operand
 
 
-def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bool, **values) -> Data:
-    """Data with correlated noise: ``covariance`` (M, M) of the M values of y, ``L L^T`` by Cholesky.
+def whitened(data: Data) -> Data:
+    """Data with correlated noise, of which ``data.covariance`` is read: ``L L^T`` by Cholesky.
 
     Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
-    does, so that the model sees those only that count. ``values`` are further ones of `build_data`.
+    does, so that the model sees those only that count.
 
     Raises
     ------
     ValueError
-        Where the covariance matrix is not finite, symmetric and positive definite.
+        Where the covariance matrix is masked, or not finite, symmetric and positive definite.
     """
-    data = build_data(xdata, ydata, None, mask, check=check, omit=omit, whole=True, **values)
-    layouts, dropped = data.preparation.layouts, 0
+    covariance, hidden = parted(data.covariance)
+    if hidden is not None and np.any(hidden):
+        raise ValueError("`sigma` is a covariance matrix with masked elements: leave points out with mask=, and fill them")
+    covariance = np.asarray(covariance, dtype=np.float64)
+    layouts, policy, dropped = data.preparation.layouts, data.preparation.policy, 0
     if layouts.mask is not None or layouts.invalid is not None or layouts.y != Layout(True):
         pieces = data.pieces((0,) * len(data.shape))
         pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
@@ -359,7 +363,7 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         if layouts.invalid is not None:
             hidden |= layouts.invalid.hits(pieces[0])
         coordinates = [np.broadcast_to(piece, data.shape) for piece in pieces[2:]]
-        if omit:
+        if policy.omit:
             for each in (pieces[0], *coordinates):
                 hidden |= ~np.isfinite(each)
         keep = ~hidden.ravel()
@@ -375,8 +379,10 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         dropped = int(keep.size - np.count_nonzero(keep))
         covariance = covariance[np.ix_(keep, keep)]
         y = layouts.y.decoded(pieces[0].ravel()[keep])
-        told = {name: values[name] for name in ("decoded", "scaled", "decode_cf") if name in values}
-        data = build_data(x, y, check=check, omit=False, whole=True, **told)
+        data = build_data(
+            x, y, check=policy.check, omit=False, whole=True, decoded=data.decoded, scaled=data.scaled,
+            decode_cf=policy.decode_cf,
+        )  # fmt: skip
     symmetric = np.abs(covariance - covariance.T).max(initial=0) <= 1e-10 * np.abs(covariance).max(initial=0)
     if not np.isfinite(covariance).all() or not symmetric:
         raise ValueError("`sigma` of shape (M, M) must be a finite, symmetric covariance matrix")
@@ -384,4 +390,4 @@ def build_whitened(xdata, ydata, covariance, mask=None, *, check: bool, omit: bo
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError as err:
         raise ValueError("`sigma` must be positive definite.") from err
-    return replace(data, factor=factor, n_dropped=dropped)
+    return replace(data, covariance=None, factor=factor, n_dropped=dropped)

@@ -1,17 +1,19 @@
 """The data of a fit at the door: opened, aligned, admitted; and what is said where a fit of them cannot go on."""
 
 import logging
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
 from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
 from ..model.ready import ReadyModel
-from .align import Data, build_data, build_whitened
-from .arrays import apart, decoded, stacked
+from .align import Data, build_data
+from .arrays import as_array, decoded, stacked
 from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
 from .store import Opened, Policy, is_stored, n_stored, open_all
@@ -95,16 +97,12 @@ def align_data(data: dict[str, Any], strategy: str, values: dict[str, Any], whol
     Raises
     ------
     TypeError, ValueError
-        A covariance matrix of masked elements, and what `build_data` raises.
+        What `build_data` raises.
     """
     ydata, sigma, y_size = data["ydata"], data["sigma"], count_points(data["ydata"])
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
-        covariance, hidden = apart("sigma", sigma)
-        if hidden is not None and np.any(hidden):
-            raise ValueError(
-                "`sigma` is a covariance matrix with masked elements: leave points out with mask=, and fill them"
-            )
-        return build_whitened(data["xdata"], ydata, np.asarray(covariance, dtype=np.float64), data["mask"], **values)
+        aligned = build_data(data["xdata"], ydata, None, data["mask"], **values, whole=True)
+        return replace(aligned, covariance=as_array("sigma", sigma))
     split = strategy == "chunked" and active_client() is not None
     return build_data(**data, **values, split=split, whole=whole or data["xdata"] is None)
 
@@ -129,7 +127,7 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
         n = SAMPLE_POINTS if data.n_points != SAMPLE_POINTS else SAMPLE_POINTS + 1
         small = not data.lazy and data.n_points <= WHOLE_LIMIT
         try:
-            check_model(model, layouts, n, n_params)
+            try_model(model, layouts, n, n_params, data.shape)
             return False
         except (ModelError, ModelShapeError):
             if not small:
@@ -137,8 +135,27 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
         except (TypeError, ValueError) as err:
             if not small:
                 raise not_of_any_length(model, n, err) from None
-    check_model(model, layouts, data.n_points, n_params)
+    try_model(model, layouts, data.n_points, n_params, data.shape)
     return not whole
+
+
+def try_model(model: Model, layouts: Layouts, n: int, n_params: int, shape: tuple[int, ...]) -> None:
+    """`check_model`, whose errors say what xdata was taken for; ``shape`` is that of all points."""
+    try:
+        check_model(model, layouts, n, n_params)
+    except ModelShapeError as err:
+        if layouts.x_kind != "stacked":
+            raise
+        lead = layouts.x_lead
+        taken = f"`xdata` of shape {(*lead, *shape)} was taken as {prod(lead)} coordinates of points of shape {shape}"
+        raise ModelShapeError(f"{err}. {taken}, and the model gets them as an array of shape {(*lead, n)}") from None
+    except (TypeError, AttributeError) as err:
+        if layouts.x_kind != "none" or isinstance(err, ModelError):
+            raise
+        raise ModelError(
+            f"the model {function_name(model.f)} gets None for x, as `xdata` is None ({err}): pass xdata. None is for "
+            "models that need no x; with an xarray `ydata` it stands for the coordinates"
+        ) from None
 
 
 def refuse_scaled(scaled: str) -> None:

@@ -14,14 +14,12 @@ from distributed import Future
 from ..base.config import threads
 from ..base.lazy import da
 from ..kernels.blocks import Layout
-from ..memory.needs import READ_AHEAD, READ_COPIES, Sizes
+from ..memory.needs import MOST_RUNS, READ_AHEAD, READ_COPIES, Sizes
 from ..memory.pool import buffer_bytes
 from .align import Data
 from .arrays import made_bytes
 from .chunks import block_cuts
 from .loading import Load, plan_loads
-
-MOST_RUNS = 256  # that are told of: more than any process has in memory at once
 
 
 def sizes_of(data: Data, n_params: int) -> Sizes:
@@ -44,8 +42,8 @@ def sizes_of(data: Data, n_params: int) -> Sizes:
         shared=shared,
         passed=passed,
         making=making,
-        factor=0 if data.factor is None else data.factor.nbytes,
-        lazy=data.lazy,
+        factor=0 if data.covariance is None else 8 * data.n_points**2,
+        lazy=data.lazy or isinstance(data.covariance, da.Array),
         checked=any(each.size > 1 for each in operands[1 : 2 + (preparation.layouts.mask is not None)]),
         whole=preparation.whole,
     )

@@ -26,6 +26,7 @@ import numpy as np
 
 from ..base.config import codec_pipeline, setting
 from ..base.lazy import da, zarr
+from ..base.text import near
 from ..base.warn import warn
 from .cf import AS_STORED, Decoding
 
@@ -131,6 +132,14 @@ def is_stored(data) -> bool:
     return isinstance(data, (str, PurePath, zarr.Array))
 
 
+def _hint(name: str, source) -> str:
+    """What a text may mean that is no path."""
+    if name == "sigma":
+        return near(str(source), ["poisson"])
+    of_labels = name.startswith("xdata") and not {"/", "."} & {*str(source)}
+    return "; names of coordinates need an xarray `ydata`" if of_labels else ""
+
+
 def open_array(name: str, source) -> zarr.Array:
     """The array at a path or URL: of an array, or of a member of a group, in a directory, a zip file or an object store.
 
@@ -154,7 +163,7 @@ def open_array(name: str, source) -> zarr.Array:
                 patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))
             )
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
-        raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}") from err
+        raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}{_hint(name, source)}") from err
     except _client_errors(TimeoutError) as err:
         raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
     if not isinstance(opened, zarr.AsyncArray):

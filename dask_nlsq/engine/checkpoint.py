@@ -9,14 +9,14 @@ import json
 import signal
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..base.files import import_by, import_name, read_arrays, read_json, write_arrays, write_json
+from ..base.files import check_directory, import_by, import_name, read_arrays, read_json, write_arrays, write_json
 from ..data.align import Data
 from ..data.arrays import has_masked, stacked
 from ..data.store import is_stored
@@ -34,6 +34,7 @@ class Interrupted(Exception):
 
 
 VERSION = 4  # of the files
+FIT_FILE = "fit.json"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
@@ -60,33 +61,22 @@ class Checkpoint:
     ------
     CheckpointError
         Where ``path`` has a checkpoint of another fit; the message lists what differs.
+    NotADirectoryError
+        Where it is a file.
     """
 
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
         self.path = Path(path)
+        check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / "fit.json").exists():
-            self._compare(identity)
+        if (self.path / FIT_FILE).exists():
+            _compare(self.path, identity)
         else:
             if arrays:
                 self.save("data", arrays)
-            write_json(self.path / "fit.json", version=VERSION, identity=identity, call=call)
-
-    def _compare(self, identity):
-        known = read_fit(self.path)["identity"]
-        new = json.loads(json.dumps(identity))
-        changed = [
-            f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
-            for name in sorted(known.keys() | new.keys())
-            if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
-        ]
-        if changed:
-            raise CheckpointError(
-                f"the checkpoint {self.path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, "
-                "or another path"
-            )
+            write_json(self.path / FIT_FILE, version=VERSION, identity=identity, call=call)
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
         """Write arrays and JSON values as ``name.npz``, all or nothing."""
@@ -95,6 +85,22 @@ class Checkpoint:
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """What `save` has written under ``name``; None where it has not."""
         return read_arrays(self.path / f"{name}.npz")
+
+
+def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] = ()) -> None:
+    """A CheckpointError where the checkpoint at ``path`` is of another fit, as far as that is not ``unknown`` yet."""
+    known = read_fit(path)["identity"]
+    new = json.loads(json.dumps(identity))
+    changed = [
+        f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
+        for name in sorted((known.keys() | new.keys()) - {*unknown})
+        if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
+    ]
+    if changed:
+        raise CheckpointError(
+            f"`checkpoint` {path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, or another "
+            "path"
+        )
 
 
 def read_fit(path: Path) -> dict[str, Any]:
@@ -106,9 +112,9 @@ def read_fit(path: Path) -> dict[str, Any]:
         Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
-        return read_json(path / "fit.json", VERSION, CheckpointError)
+        return read_json(path / FIT_FILE, VERSION, CheckpointError)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no fit.json") from None
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {FIT_FILE}") from None
 
 
 def _short(value):
@@ -120,8 +126,20 @@ def _short(value):
 # the call
 
 
-def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Data, stored, options) -> Checkpoint:
-    """The checkpoint of a fit with these ``options`` of `dask_nlsq.curve_fit`; ``data`` as the user gave them.
+def open_checkpoint(path, *fit) -> Checkpoint:
+    """The checkpoint at ``path`` of the fit with these arguments of `describe_fit`."""
+    return Checkpoint(path, *describe_fit(*fit))
+
+
+def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
+    """The errors of `open_checkpoint`, before anything is written; what is ``unknown`` yet is not compared."""
+    check_directory("checkpoint", path)
+    if (path / FIT_FILE).exists():
+        _compare(path, describe_fit(*fit)[0], unknown)
+
+
+def describe_fit(model: Model, data: Mapping[str, Any], problem: Data, stored, options):
+    """Identity, call and arrays of a `Checkpoint`, of ``options`` of `dask_nlsq.curve_fit` and ``data`` as they were given.
 
     What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
     """
@@ -135,7 +153,7 @@ def open_checkpoint(path, model: Model, data: Mapping[str, Any], problem: Data, 
     identity["decoded"] = list(problem.decoded)
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
     identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
-    return Checkpoint(path, identity, call, arrays)
+    return identity, call, arrays
 
 
 def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -268,8 +286,7 @@ def create_checkpoint_directory(base: str | Path | None = None, name: str | None
     name = "fit" if name is None else name
     if not isinstance(name, str) or name != Path(name).name or not name:
         raise ValueError(f"`name` must be the name of a directory, without a path, not {name!r}")
-    if base.exists() and not base.is_dir():
-        raise NotADirectoryError(f"`base` {base} is a file: name a directory")
+    check_directory("base", base)
     base.mkdir(parents=True, exist_ok=True)
     stamp = f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
     directory, tried = base / stamp, 0

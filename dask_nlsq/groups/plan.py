@@ -1,11 +1,11 @@
 """Where the data of a grouped fit are during it, and what that takes: decided from sizes, before any is read."""
 
 from ..base.lazy import da
-from ..base.text import GB, at_least, size
+from ..base.text import size
 from ..kernels.groups import GroupSpec
 from ..maps.blocks import MapProblem
 from ..memory.machine import active_client
-from ..memory.plan import MemoryBudgetError, Plan, Strategy
+from ..memory.plan import MemoryBudgetError, Plan, Strategy, least_limit
 from ..memory.processes import room_here, rooms_of_workers
 
 NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
@@ -28,20 +28,22 @@ def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
     data = sum(each.nbytes for each in arrays)
     client = active_client()
     rooms = (rooms_of_workers(client, call.memory_limit_gb) if client else []) or [room_here(call.memory_limit_gb)]
-    room, limited = sum(each.nbytes for each in rooms), any(each.limited for each in rooms)
+    room = sum(each.nbytes for each in rooms)
     working = max(0.0, problem.plan.peak_bytes - max(each.base for each in rooms)) * len(rooms)  # of the blocks in hand
     fits = data + states < HELD_SHARE * room and data + states + working < room
     held = fits if call.strategy == "auto" else call.strategy != "streaming"
     strategy: Strategy = ("standard" if client is None else "chunked") if held else "streaming"
     if (needed := states + data * held) > room:
-        enough = f"raise memory_limit_gb to {at_least(needed / len(rooms) / GB)}, " * limited
-        streams = held and states < room
+        limit = least_limit(rooms, lambda rooms: needed <= sum(each.nbytes for each in rooms))
+        ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
+        ways += ['use strategy="streaming", which holds no data'] if held and states < room else []
         raise MemoryBudgetError(
             f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; there "
             f"are {size(room)}",
-            enough + ('use strategy="streaming", which holds no data' if streams else "fit parts of the groups")
-            + ", or use more workers",
-        )  # fmt: skip
+            *ways,
+            "fit a part of the groups",
+            "use more workers",
+        )
     what = f"of {size(room)}, of which the data take {size(data)} and the groups' local parameters {size(states)}"
     reason = f"the data stay in memory, {what}" if held else f"the data are read anew in each sweep: {what}"
     n_blocks, share = problem.plan.n_blocks, (states + data * held) / len(rooms)

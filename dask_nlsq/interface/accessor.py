@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 import xarray as xr
 
+from ..base.text import near
 from ..base.warn import warn
 from ..data.labels import map_values
 from ..fitting import curve_fit
@@ -97,7 +98,7 @@ class Accessor:
         if errors not in ("raise", "ignore"):
             raise ValueError(f'errors must be either "raise" or "ignore", not {errors!r}')
         given = [coords] if isinstance(coords, (str, xr.DataArray)) else coords
-        axes = [data[each] if isinstance(each, str) else each for each in given]
+        axes = [_named(data, each) if isinstance(each, str) else each for each in given]
         single = isinstance(reduce_dims, str) or not isinstance(reduce_dims, Iterable)
         reduced: set[Any] = {reduce_dims} - {None} if single else set(cast(Iterable, reduce_dims))
         reduced |= {dim for dim in data.dims for each in axes if each.equals(data[dim])}
@@ -134,6 +135,21 @@ class Accessor:
             prefix = "" if variable is None else f"{variable}_"
             result[f"{prefix}curvefit_coefficients"], result[f"{prefix}curvefit_covariance"] = popt, pcov
         return result.assign_coords(param=names, cov_i=names, cov_j=names)
+
+
+def _named(data, name: str):
+    """A coordinate of the data, or a variable of a Dataset.
+
+    Raises
+    ------
+    ValueError
+        Where there is none of that name.
+    """
+    try:
+        return data[name]
+    except KeyError:
+        known = [str(each) for each in (*data.dims, *data.coords)]
+        raise ValueError(f"`coords` {name!r} is none of {sorted({*known})}{near(name, known)}") from None
 
 
 def _map_of_fits(call, fitted, errors):

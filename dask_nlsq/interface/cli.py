@@ -1,7 +1,6 @@
 """``dask nlsq``: the commands that this package adds to Dask's own.
 
-Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 anything else.
-Commands import what they need when they run, so that ``dask --help`` stays fast.
+`CODES` says how they exit. Commands import what they need when they run, so that ``dask --help`` stays fast.
 """
 
 import json
@@ -20,8 +19,11 @@ import click
 from ..options import FITS, GROUPS, LIMITS, MAPS, WORKFLOWS
 
 PATH = click.Path(path_type=Path)
-CODES = "Exit codes: 0 converged, 2 bad usage, 3 not converged (the best so far is written), 4 damaged data, 1 the rest."
-LOST = (ConnectionError, TimeoutError, RuntimeError)  # workers, the scheduler, data that change: not the user's words
+CODES = (
+    "Exit codes: 0 converged, 2 bad usage: a wrong option or input, 3 not converged (the best so far is written), 4 damaged "
+    "data, 1 anything else, as too little memory, a lost cluster, an error inside the model."
+)
+USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
 OURS = (ValueError, TypeError, MemoryError, OSError, ImportError, RuntimeError)  # their messages say all that there is
 # and what a model that cannot run raises
 WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)
@@ -29,15 +31,21 @@ WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxE
 
 # how the messages of the package name what is an option here
 OPTIONS = re.compile(
-    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|decode_cf(?==False))\b(?:=True|=False)?"
+    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|memory_limit_gb|decode_cf(?==False))\b"
+    r"(?:=True|=False)?"
 )
+
+
+def _flag(name: str) -> str:
+    row = FITS.get(name)
+    return (row.option.flag if row and row.option else "") or name.replace("_", "-")
 
 
 class Failure(click.ClickException):
     """One line on stderr, and an exit code."""
 
     def __init__(self, text: str, exit_code: int):
-        text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{found[1].replace('_', '-')}", text)
+        text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{_flag(found[1])}", text)
         super().__init__(" ".join(text.split()))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 
@@ -92,7 +100,7 @@ def _failure(err, with_traceback=False) -> Failure:
 
     if with_traceback:
         click.echo("".join(traceback.format_exception(err)), err=True)
-    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 1: LOST, 2: WRONG}
+    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 2: USAGE, 1: WRONG}
     code = next(code for code, kind in kinds.items() if isinstance(err, kind))
     frames = traceback.extract_tb(err.__traceback__)
     own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]
@@ -120,7 +128,11 @@ X = click.option(
 )
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
-REPORT = click.option("--report/--no-report", default=True, help="Whether --out has the report, which reads the data once.")
+REPORT = click.option(
+    "--report/--no-report",
+    default=True,
+    help="Whether --out has the report, which reads the data once. Without it one of an earlier fit is removed.",
+)
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
 
 
@@ -129,7 +141,7 @@ def _options(table):
     for name, row in table.items():
         if row.option is None:
             continue
-        flag = row.option.flag or name.replace("_", "-")
+        flag = _flag(name)
         if row.option.kind is bool:
             yield click.option(f"--{'no-' * row.default}{flag}", name, is_flag=True, help=row.option.help)
         else:
@@ -226,6 +238,7 @@ def plan(scheduler, **given):
 
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
     """Run a fit, write and print its result."""
+    from ..engine.checkpoint import FIT_FILE
     from ..solve.outcome import NotConvergedError
     from . import cli_values as words
 
@@ -238,7 +251,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
         except NotConvergedError as err:
             failed, result = f"{err}", err.result
         except (KeyboardInterrupt, SystemExit):
-            if checkpoint is None or not (checkpoint / "fit.json").exists():
+            if checkpoint is None or not (checkpoint / FIT_FILE).exists():
                 raise
             raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
         if result.status == -3:
@@ -259,6 +272,7 @@ def _write(result, out, report):
     result.save(out)
     text = json.dumps(result.to_dict(), indent=1)
     write_whole(out / "summary.json", lambda file: file.write(text.encode()))
+    (out / "report.html").unlink(missing_ok=True)  # of an earlier result
     written = ["result.json", "summary.json"]
     if report and find_spec("matplotlib") is None:
         click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)

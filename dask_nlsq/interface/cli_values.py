@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.files import check_directory
 from ..base.lazy import da, zarr
 from ..data.store import Policy, as_dask, open_array
 from ..engine.checkpoint import MOST_KEPT, absolute
@@ -193,10 +194,13 @@ def new_place(out: Path) -> None:
     Raises
     ------
     ValueError
-        Where ``out`` is a file, or a directory with something else than a result in it.
+        Where ``out`` is a directory with something else than a result in it.
+    NotADirectoryError
+        Where it is a file.
     OSError
         Where it cannot be made.
     """
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "result.json").exists())):
+    check_directory("--out", out)
+    if out.exists() and any(out.iterdir()) and not (out / "result.json").exists():
         raise ValueError(f"--out {out} exists and is not a result: give another path, or that of a new directory")
     out.mkdir(parents=True, exist_ok=True)

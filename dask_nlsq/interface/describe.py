@@ -1,5 +1,6 @@
 """What a path holds that this package has written, in words: a result, a checkpoint, or maps."""
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 
 from ..base.files import read_arrays
 from ..base.lazy import zarr
-from ..engine.checkpoint import read_fit
+from ..engine.checkpoint import FIT_FILE, read_fit
 from ..kernels.lanes import MapStatus
 from ..maps.result import status_counts
 from ..results.result import load
@@ -27,7 +28,7 @@ def describe(path: Path) -> str:
         lines = [result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)]
         maps = path / "local.zarr"
         return "\n".join([*lines, *([f"the parameters of each group: {maps}"] if maps.exists() else [])])
-    if (path / "fit.json").exists():
+    if (path / FIT_FILE).exists():
         return describe_checkpoint(path)
     try:
         group = zarr.open_group(path, mode="r")
@@ -51,11 +52,11 @@ def describe_checkpoint(path: Path) -> str:
 
 def describe_map(path: Path, group: Any) -> str:
     about, done = group.attrs["dask_nlsq"], group["done"][...]
-    shape = " x ".join(map(str, group["status"].shape))
-    lines = [f"{path}: {shape} pixels, {', '.join(about['parameters'])} of {about['model']}"]
+    shape, n = " x ".join(map(str, group["status"].shape)), prod(group["status"].shape)
+    lines = [f"{path}: {shape or 1} pixel{'s' * (n != 1)}, {', '.join(about['parameters'])} of {about['model']}"]
     if not np.all(done):
         return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume goes on"])
-    lines.append(f"{n_converged(group):,} of {group['status'].size:,} converged")
+    lines.append(f"{n_converged(group):,} of {n:,} converged")
     return "\n".join([*lines, *status_counts(group["status"][...])])
 
 

@@ -26,11 +26,11 @@ from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
 from ..data.chunks import check_integers
-from ..data.door import open_data, refuse_scaled
+from ..data.door import open_data, refuse_scaled, try_model
 from ..data.labels import coordinates_of, labelled
 from ..data.store import Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
-from ..kernels.checks import check_model, check_pointwise
+from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
 from ..kernels.lane_loop import Fitted, Pixels, map_kernel
 from ..kernels.lanes import Limits, MapSpec
@@ -319,7 +319,8 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
     model, shared = intern(f, getattr(call, "jac", None)), coordinates.shared(fit_axes)
     layouts = _layouts(coordinates, invalid)
-    check_model(model, layouts, prod(y.shape[k] for k in fit_axes), len(params.names))
+    spectrum = tuple(y.shape[k] for k in fit_axes)
+    try_model(model, layouts, prod(spectrum), len(params.names), spectrum)
     spec = _spec(model, layouts, shared, call, noise, params)
     if params.guess is not None:
         _check_guess(params.guess, layouts, prod(y.shape[k] for k in fit_axes), params.names)

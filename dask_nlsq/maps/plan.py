@@ -1,5 +1,6 @@
 """Blocks and bands of a map, and the memory that they take: decided from metadata."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, inf, prod
 from typing import Any, NamedTuple
@@ -11,11 +12,12 @@ from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client
 from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
-from ..memory.plan import MemoryBudgetError
+from ..memory.plan import MemoryBudgetError, least_limit
 from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
+AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class MapPlan:
 
     def __str__(self):
         rows = [
-            ("map", f"{self.n_pixels:,} pixels of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
+            ("map", f"{several(self.n_pixels, 'pixel')} of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
             ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
             ("reads", size(self.read_bytes)),
             *(("decoded", each) for each in self.decoded),
@@ -107,46 +109,91 @@ def capacity(blocks, n):
     return few if few * n <= LANE_POINTS else most
 
 
+class _Map(NamedTuple):
+    """A map that is to be cut into blocks."""
+
+    sizes: Sizes
+    chunks: list[tuple[int, ...]]  # of y along the map axes
+    joined: int  # bytes of the arrays whose chunks are joined along the fit axes
+    n: int  # points of a pixel
+    most: int  # values of y in a block
+
+
+class _Cut(NamedTuple):
+    """How a map is cut, and what each process takes: bytes of its blocks, and of the chunks that are joined at once."""
+
+    most: int  # pixels of a block
+    blocks: list[tuple[int, ...]]
+    working: list[float]
+    joining: list[float]
+    n_bands: float
+    fits: bool
+
+
+def _cut(job: _Map, strategy: str, rooms: Sequence[Room]) -> _Cut:
+    most = _most_pixels(job.sizes, rooms, job.most, job.n)
+    blocks = _split(job.chunks, most)
+    working = _needed(job.sizes, rooms, blocks, job.n)
+    joining = [JOINING * job.joined * share for share in _shares(rooms)]
+    if not job.joined:
+        fits = all(each <= room.nbytes for each, room in zip(working, rooms, strict=True))
+        return _Cut(most, blocks, working, joining, 1, fits)
+    left = [room.nbytes - each for room, each in zip(rooms, working, strict=True)]
+    n_bands = max(ceil(each / spare) if spare > 0 else inf for each, spare in zip(joining, left, strict=True))
+    most_bands = 1 if strategy in AT_ONCE else sum(job.chunks[0]) if job.chunks else 1
+    return _Cut(most, blocks, working, joining, n_bands, n_bands <= most_bands)
+
+
+def _ways_out(job: _Map, strategy: str, rooms: Sequence[Room]) -> Iterator[str]:
+    """What to change, of which each passes the check that a map does not pass."""
+    limit = least_limit(rooms, lambda rooms: _cut(job, strategy, rooms).fits)
+    if limit is not None:
+        yield f"raise memory_limit_gb to {limit}"
+    if job.joined and strategy in AT_ONCE and _cut(job, "auto", rooms).fits:
+        yield 'use strategy="auto", which reads the data several times'
+    rechunked = job._replace(joined=0, sizes=job.sizes._replace(longest=(1,)))
+    if rechunked != job and _cut(rechunked, strategy, rooms).fits:
+        if job.joined:
+            yield "rechunk the data on disk into chunks that the fit axes do not cut"
+        else:
+            yield "rechunk the map axes into smaller chunks"
+
+
 def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
     """Bands, blocks along the map axes, and the plan; ``arrays`` are y and what comes along with it in its shape."""
-    y, client, limit = arrays[0], active_client(), call.memory_limit_gb
+    y, client, limit, strategy = arrays[0], active_client(), call.memory_limit_gb, call.strategy
     map_axes = [k for k in range(y.ndim) if k not in fit_axes]
     n, lazy = prod(y.shape[k] for k in fit_axes), isinstance(y, da.Array)
     chunks = [y.chunks[k] if lazy else (y.shape[k],) for k in map_axes]
     joined = sum(each.nbytes for each in arrays if _is_cut(each, fit_axes))
     rooms = (rooms_of_workers(client, limit) if client else []) or [room_here(limit)]
     sizes = map_sizes(arrays, n, n_params, record_bytes)
-    most = _most_pixels(sizes, rooms, BLOCK_VALUES if lazy else SPLIT_VALUES, n)
-    blocks = _split(chunks, most)
-    working = _needed(sizes, rooms, blocks, n)
+    job = _Map(sizes, chunks, joined, n, BLOCK_VALUES if lazy else SPLIT_VALUES)
+    cut = _cut(job, strategy, rooms)
+    blocks, working, may_take = cut.blocks, cut.working, size(sum(room.nbytes for room in rooms))
     rows = y.shape[map_axes[0]] if map_axes else 1
-    n_bands: float = 1
     bands: tuple[slice, ...] = (slice(0, rows),)
     reason = "as the data are chunked along the map"
     if joined:
-        joining = [JOINING * joined * share for share in _shares(rooms)]
-        left = [room.nbytes - each for room, each in zip(rooms, working, strict=True)]
-        n_bands = max(ceil(each / spare) if spare > 0 else inf for each, spare in zip(joining, left, strict=True))
-        may_take = size(sum(room.nbytes for room in rooms))
-        if n_bands > (1 if call.strategy in ("standard", "chunked") else rows):
+        if not cut.fits:
             raise MemoryBudgetError(
-                f"joining the chunks of `ydata` along the fit axes takes {size(sum(joining))} at once, beside "
+                f"joining the chunks of `ydata` along the fit axes takes {size(sum(cut.joining))} at once, beside "
                 f"{size(sum(working))} for the blocks; there are {may_take}",
-                'raise memory_limit_gb, use strategy="auto", which reads the data several times, or rechunk them on disk',
+                *_ways_out(job, strategy, rooms),
             )
-        reason = f"chunks along the fit axes are joined, which takes {size(sum(joining) / n_bands)} of {may_take}"
-        height = rows // int(n_bands)
+        reason = f"chunks along the fit axes are joined, which takes {size(sum(cut.joining) / cut.n_bands)} of {may_take}"
+        height = rows // int(cut.n_bands)
         bands = tuple(slice(a, min(a + height, rows)) for a in range(0, rows, height))
-        if n_bands > 1:
+        if cut.n_bands > 1:
             chunks[0] = tuple(band.stop - band.start for band in bands)
-        blocks = _split(chunks, most)
+        blocks = _split(chunks, cut.most)
         working = _needed(sizes._replace(held=sizes.held + JOINING * joined / len(bands)), rooms, blocks, n)
-    elif any(each > room.nbytes for each, room in zip(working, rooms, strict=True)) and (lazy or limit is not None):
+    elif not cut.fits and (lazy or limit is not None):
         largest = prod(max(sizes) for sizes in blocks) * n
         raise MemoryBudgetError(
             f"{several(sum(room.n_threads for room in rooms), 'thread')} with blocks of {size(largest * y.itemsize)} take "
-            f"{size(sum(working))}; there are {size(sum(room.nbytes for room in rooms))}",
-            "rechunk the map axes into smaller chunks, or raise memory_limit_gb",
+            f"{size(sum(working))}; there are {may_take}",
+            *_ways_out(job, strategy, rooms),
         )
     plan = MapPlan(
         n_pixels=y.size // n,
@@ -181,19 +228,19 @@ def _is_cut(array, fit_axes) -> bool:
     return isinstance(array, da.Array) and any(array.numblocks[k] > 1 for k in fit_axes)
 
 
-def _shares(rooms: list[Room]) -> list[float]:
+def _shares(rooms: Sequence[Room]) -> list[float]:
     """Of the work of each process."""
     return [room.n_threads / sum(each.n_threads for each in rooms) for room in rooms]
 
 
-def _most_pixels(sizes: Sizes, rooms: list[Room], most: int, n: int) -> int:
+def _most_pixels(sizes: Sizes, rooms: Sequence[Room], most: int, n: int) -> int:
     """Pixels of a block, so that those of all threads take half of the memory: the other half is for chunks to be joined."""
     wanted = needs(sizes._replace(longest=(most,)))
     spare = min((room.nbytes - wanted.start) / (2 * room.n_threads) for room in rooms)
     return max(1, int(min(most, max(LANE_POINTS, spare / wanted.runs[0] * most))) // n)
 
 
-def _needed(sizes: Sizes, rooms: list[Room], blocks, n: int) -> list[float]:
+def _needed(sizes: Sizes, rooms: Sequence[Room], blocks, n: int) -> list[float]:
     """Bytes that a map in these blocks takes in each process."""
     block, n_blocks = prod(max(each) for each in blocks) * n, prod(map(len, blocks))
     read = max(block, sizes.longest[0])  # a chunk may be several blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import warnings
 import zlib
@@ -13,6 +14,7 @@ from importlib.util import find_spec
 from itertools import product
 from math import gcd, isfinite
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import dask
@@ -30,6 +32,7 @@ from .blocks import MapProblem, Operand
 from .plan import MapPlan
 
 PROGRESS_DELAY = 2.0  # seconds
+PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
 
 
@@ -111,7 +114,7 @@ class MapResult:
         return replace(self, problem=problem, record=problem.records())
 
     def __repr__(self):
-        shape = " x ".join(map(str, self.record.shape))
+        shape = " x ".join(map(str, self.record.shape)) or "1 pixel"
         head = f"<MapResult {shape}, {', '.join(self.param_names)}>"
         if self.lazy:
             return f"{head}\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
@@ -184,9 +187,10 @@ class MapResult:
         Raises
         ------
         FileExistsError
-            Where ``path`` has something and ``resume`` is false.
+            Where ``path`` has a map and ``resume`` is false.
         ValueError
-            Where it has a map of another fit; the message says what differs. Values of Dask arrays are not compared.
+            Where it has something else, or a map of another fit; the message says what differs. Values of Dask arrays are
+            not compared.
         OSError
             Where ``path`` cannot be written; nothing has been fitted then.
         """
@@ -202,9 +206,11 @@ class MapResult:
                 )
         path, identity = Path(path).absolute(), self.provenance
         if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
+            known = _identity_at(path)
             if not resume:
                 raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
-            blocks = _compare(path, identity)
+            _compare(path, known, identity)
+            blocks = tuple(map(tuple, known["blocks"]))
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 problem = self.problem.cut_as(blocks)
                 return self._of(problem).to_zarr(path, True, progress, **options)
@@ -344,17 +350,47 @@ def _plain(attrs):
     return {str(name): value for name, value in attrs.items() if isinstance(value, (str, int, float, bool, list))}
 
 
-def _compare(path, identity):
-    """Blocks of the map that was begun at ``path``; an error where it is not the same fit."""
+def _identity_at(path) -> dict[str, Any]:
+    """What the map that was begun at ``path`` is a result of; an error where there is none."""
     try:
-        known: Any = dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]
+        return dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]  # type: ignore[return-value]
     except (KeyError, OSError, zarr.errors.GroupNotFoundError):
         raise ValueError(f"{path} is not a map that to_zarr has begun: give another path") from None
-    changed = [name for name in known.keys() | identity.keys() if known.get(name) != identity.get(name)]
-    if changed and changed != ["blocks"]:
-        was = "; ".join(f"{name}: {known.get(name)} then, {identity.get(name)} now" for name in sorted(changed))
-        raise ValueError(f"{path} is a map of another fit. Changed: {was[:500]}. Give another path")
-    return tuple(map(tuple, known["blocks"]))
+
+
+ARGUMENTS = {  # of `fit_map`, by what an identity has of them
+    "model": "f", "operations": "f", "guess": "p0", "start": "p0", "coarse": "p0", "lower": "bounds", "upper": "bounds",
+    "parameters": "param_names", "free": "fixed", "fit_axes": "axis", "data": "ydata", "coordinates": "xdata",
+    "decoded": "decode_cf",
+}  # fmt: skip
+
+
+def _compare(path, known, identity) -> None:
+    """An error where the map at ``path`` is of another fit, which names the arguments that differ."""
+    then, now = _by_name(known), _by_name(identity)
+    differ = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    if "free" in differ:
+        differ -= {"start", "lower", "upper", "max_nfev"}  # of fewer or more parameters
+    if "coarse" in differ:
+        differ -= {"start"}
+    said = {}
+    for name in sorted(differ):
+        what = "guess" if name == "coarse" and None in (then[name], now[name]) else ARGUMENTS.get(name, name)
+        what = "xdata" if re.fullmatch(r"x\d+", name) else what
+        plain = what == name and all(isinstance(each.get(name), PLAIN) for each in (then, now))
+        said[what] = f"{what}: {then[name]} then, {now[name]} now" if plain else what
+    if said:
+        changed, way_out = ", ".join(said.values()), "Give what it was made with, or another path"
+        raise ValueError(f"{path} is a map of another fit. Changed: {changed}. {way_out}")
+
+
+def _by_name(identity) -> dict[str, Any]:
+    """What must be the same in a fit that goes on: all but the blocks."""
+    nested = {**identity["limits"], **identity["operands"]}
+    nested |= {f"`{name}` in its store": value for name, value in identity["stores"].items()}
+    return {
+        name: value for name, value in identity.items() if name not in ("blocks", "limits", "operands", "stores")
+    } | nested
 
 
 def _write(record, path, index, place):

@@ -3,7 +3,8 @@
 A process that takes part has at its peak what it has already, plus
 
 * start: JAX, the compilation of the kernels, the graph;
-* held: prepared data, in the dtype in which they are stored, or the chunks that a map joins and its results;
+* held: prepared data, in the dtype in which they are stored, and the factor of a covariance matrix; or the chunks that a
+  map joins and its results;
 * shared: values of the user's graph that all chunks need, computed once;
 * in flight: runs of chunks while they are read, values that are passed on from one to the next, and, where a fit streams,
   the sample with which it begins or, later, what malloc keeps;
@@ -32,10 +33,13 @@ BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SMALL_ARRAYS = 4  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB of 2 MB, 20 of 4
 # and as many for each process, or thread of a worker, whose own threads stream: 70 MB more after 160 chunks than after 40
 STREAM_ARRAYS = 20
+MOST_RUNS = 256  # whose lengths are told: more than any process has in memory at once
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
 SAMPLE_COPIES = 4  # of the sample, while it is drawn
+JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 SCRATCH = 8  # times a tile's rows
+FACTOR_COPIES = 4  # beside the factor of a covariance matrix: with it 3.4 to 4.7 times the matrix are taken
 LANE_BYTES = 8  # of a number in the kernel of a map: its operands and weights; of y in float32 25 to 28 in all
 JOINING = 2.5  # times the data, while chunks along the fit axes are joined: as they come, their pieces, the blocks
 RESULT_COPIES = 2  # of the records of a map: its blocks, and the maps that they are joined to
@@ -112,10 +116,10 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
 
     rows = 8 * (p + 1) * sizes.n_points if sizes.whole else max(TILE_BYTES, 8 * p**2)
     return Needs(
-        held=0.0 if streams else sizes.sent if on_workers else sizes.held,
+        held=0.0 if streams else sizes.sent if on_workers else sizes.held + sizes.factor,
         shared=sizes.shared,
         start=start,
-        scratch=SCRATCH * rows + sizes.factor,
+        scratch=SCRATCH * rows + FACTOR_COPIES * sizes.factor,
         runs=tuple(map(run, sizes.longest)),
         passed=sizes.passed,
         reader=sizes.making + stream,

@@ -1,15 +1,17 @@
 """Where the data of a fit will be held, in which pieces, and whether that fits: decided from sizes, before any is read."""
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distributed import Client
 
 from ..base.config import threads
-from ..base.text import GB, at_least, several, size, table
-from .needs import CLIENT_BYTES, Needs, Sizes, needs, partition_size
+from ..base.text import at_least, several, size, table
+from .needs import CLIENT_BYTES, JOINED_POINTS, MOST_RUNS, Needs, Sizes, needs, partition_size
 from .processes import HERE, ProcessMemory, Room, advice, pjrt, room_here, rooms_of_workers, wanted_resources
 from .threshold import Strategy
 
@@ -17,18 +19,21 @@ logger = logging.getLogger("dask_nlsq")
 
 STREAM_PER_THREAD = 8  # partitions where the data are not held: also what a sweep that breaks off has to read again
 PER_THREAD, MOST_PER_THREAD = 4, 16  # partitions: many small ones even out the workers; each is a task per sweep
+LEAST_GIB, MOST_GIB, LIMIT_STEP = 1e-3, 2.0**30, 1.001  # between which, and how exactly, a limit is looked for
+RECHUNK = "rechunk the data into smaller chunks"
 FEW_TASKS = 1000  # of a sweep: a scheduler takes seconds for thousands, and a thousand threads are even enough with one each
 
 
 class MemoryBudgetError(MemoryError):
-    """A fit that cannot work with the memory there is: the ``numbers``, and the way out."""
+    """A fit that cannot work with the memory there is: the ``numbers``, and the ways out."""
 
-    def __init__(self, numbers: str, way_out: str):
-        super().__init__(numbers, way_out)
-        self.numbers, self.way_out = numbers, way_out
+    def __init__(self, numbers: str, *ways_out: str):
+        super().__init__(numbers, *ways_out)
+        self.numbers, self.ways_out = numbers, ways_out or ("run it where there is more memory",)
 
     def __str__(self):
-        return f"{self.numbers}: {self.way_out}"
+        *others, last = self.ways_out
+        return f"{self.numbers}: {', '.join(others)}{', or ' * bool(others)}{last}"
 
 
 @dataclass(frozen=True)
@@ -154,29 +159,32 @@ def make_plan(
     chosen: Strategy = "chunked" if lazy and client is not None else "standard"
     if strategy != "auto":
         chosen = strategy
+    tried: tuple[Strategy, ...] = (chosen, "streaming") if strategy == "auto" and lazy else (chosen,)
     try:
-        plan = _decided(sizes, chosen, memory_limit_gb, client, per_thread)
+        plan = _decided(sizes, tried, memory_limit_gb, client, per_thread)
     except MemoryBudgetError as err:
-        if strategy != "auto" or not lazy:
+        if len(tried) == 1:
             raise
         try:
-            plan = _decided(sizes, "streaming", memory_limit_gb, client, per_thread, f", since {err.numbers}")
+            plan = _decided(sizes, tried[1:], memory_limit_gb, client, per_thread, f", since {err.numbers}")
         except MemoryBudgetError:
             raise err from None
     logger.info("%r", plan)
     return plan
 
 
-def _decided(sizes, strategy, memory_limit_gb, client, per_thread, since="") -> Plan:
+def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Plan:
+    """The plan by the first of the strategies that may be tried."""
+    strategy = tried[0]
     on_workers = strategy in ("chunked", "streaming") and client is not None
     wanted = needs(sizes, strategy, on_workers)
     if on_workers:
         per_thread = per_thread or (STREAM_PER_THREAD if strategy == "streaming" else None)
         reason, n_partitions, places = _on_workers(
-            sizes, wanted, strategy, rooms_of_workers(client, memory_limit_gb), per_thread
+            sizes, wanted, tried, rooms_of_workers(client, memory_limit_gb), per_thread
         )
     else:
-        reason, n_partitions, places = _here(sizes, wanted, strategy, room_here(memory_limit_gb))
+        reason, n_partitions, places = _here(sizes, wanted, tried, room_here(memory_limit_gb))
     readers = max(places, key=lambda place: place.n_threads).n_threads
     return Plan(
         strategy=strategy,
@@ -192,18 +200,20 @@ def _decided(sizes, strategy, memory_limit_gb, client, per_thread, since="") -> 
     )
 
 
-def _here(sizes: Sizes, wanted: Needs, strategy: Strategy, room: Room):
+def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
     n_threads = min(threads(), sizes.n_runs)
-    working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), strategy == "streaming"
-    if wanted.held + working > room.nbytes and (sizes.lazy or room.limited):
-        way_out = f"raise memory_limit_gb to {at_least((wanted.held + working) / GB)}, " if room.limited else ""
-        way_out += "rechunk the data into smaller chunks, " if in_flight > room.nbytes / 2 else ""
-        way_out += "" if streams else 'use strategy="streaming", which holds none, '
+    working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), tried[0] == "streaming"
+    if not _fits_here(sizes, tried[0], [room]) and (sizes.lazy or room.limited):
+        ways = ways_out(sizes, tried, [room], _fits_here)
+        on_workers: Strategy = "streaming" if streams else "chunked"
+        if not sizes.whole and needs(sizes, on_workers, True).working(1) <= room.nbytes:
+            there = "a distributed.Client whose workers together have more memory"
+            ways.append(f"use {there}" if streams else f'use strategy="chunked" and {there}')
         raise MemoryBudgetError(
             f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, of which "
             f"{size(in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take {size(room.nbytes)} "
             f"({room.source})",
-            f"{way_out}use a distributed.Client whose workers together have more memory, or fit a part of the data",
+            *ways,
         )
     reason = "the data are in this process already"
     if streams:
@@ -211,6 +221,12 @@ def _here(sizes: Sizes, wanted: Needs, strategy: Strategy, room: Room):
     elif sizes.lazy:
         reason = f"the data take {size(wanted.held)}, and this process may take {size(room.nbytes)} ({room.source})"
     return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads),)
+
+
+def _fits_here(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room]) -> bool:
+    """Whether this process, the only one of ``rooms``, can hold and work on data of these sizes."""
+    wanted, (room,) = needs(sizes, strategy), rooms
+    return wanted.held + wanted.working(min(threads(), sizes.n_runs)) <= room.nbytes
 
 
 def tasks_per_thread(n_threads: int) -> int:
@@ -223,43 +239,61 @@ def count_partitions(n_runs: int, n_threads: int, per_thread: int) -> int:
     return -(-n_runs // partition_size(n_runs, max(2 * per_thread * n_threads - 2, 1)))
 
 
-def _on_workers(sizes: Sizes, wanted: Needs, strategy: Strategy, rooms: list[Room], per_thread: int | None):
-    total = sum(room.n_threads for room in rooms)
-    working = [wanted.working(room.n_threads) for room in rooms]
+class _Share(NamedTuple):
+    """Of a worker: bytes that it takes beside the data, and of the data; whether there is memory for both."""
 
-    def shared_out(per_thread):
-        """Number of partitions, and the most bytes of them that each worker gets."""
-        n = count_partitions(sizes.n_runs, total, per_thread)
-        length = partition_size(sizes.n_runs, n)
-        most = [min(n, -(-n * room.n_threads // total) + (n > total)) for room in rooms]  # one too many
-        return n, [min(1.0, k * length / sizes.n_runs) * wanted.held for k in most]
+    works: float
+    holds: float
+    fits: bool
 
-    def fits(room, working, held):
-        return working + held <= room.nbytes and held <= room.most_held
 
+def _shared_out(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room], per_thread: int | None) -> tuple[int, list[_Share]]:
+    """Number of partitions, the first that fits of those that may be tried, and the share of each worker."""
+    wanted, total = needs(sizes, strategy, True), sum(room.n_threads for room in rooms)
     tried, most = per_thread or tasks_per_thread(total), per_thread or MOST_PER_THREAD
-    n_partitions, held = shared_out(tried)
-    while tried < most and not all(map(fits, rooms, working, held)):
+    while True:
+        n = count_partitions(sizes.n_runs, total, tried)
+        length, shares = partition_size(sizes.n_runs, n), []
+        for room in rooms:
+            most_partitions = min(n, -(-n * room.n_threads // total) + (n > total))  # one too many
+            works, holds = wanted.working(room.n_threads), min(1.0, most_partitions * length / sizes.n_runs) * wanted.held
+            shares.append(_Share(works, holds, works + holds <= room.nbytes and holds <= room.most_held))
+        if tried >= most or all(share.fits for share in shares):
+            return n, shares
         tried *= 2
-        n_partitions, held = shared_out(tried)
-    for room, works, holds in zip(rooms, working, held, strict=True):
-        may_have, raised = f"{size(room.base + room.nbytes)} ({room.source})", "raise memory_limit_gb, " * room.limited
+
+
+def _fits_workers(per_thread: int | None, sizes: Sizes, strategy: Strategy, rooms: Sequence[Room]) -> bool:
+    return all(share.fits for share in _shared_out(sizes, strategy, rooms, per_thread)[1])
+
+
+def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: list[Room], per_thread: int | None):
+    strategy = tried[0]
+    n_partitions, shares = _shared_out(sizes, strategy, rooms, per_thread)
+    for room, (works, holds, fits) in zip(rooms, shares, strict=True):
+        if fits:
+            continue
+        may_have = f"{size(room.base + room.nbytes)} ({room.source})"
+        ways = ways_out(sizes, tried, rooms, partial(_fits_workers, per_thread))
+        larger = room.base + room.nbytes >= room.ceiling  # memory_limit_gb is not what is too small
         if works > room.nbytes:
+            fewer = wanted.working(1) <= room.nbytes
+            start = " or ".join(["more memory"] * larger + ["fewer threads"] * fewer)
             raise MemoryBudgetError(
                 f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, of "
                 f"which {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
                 f"{several(room.n_threads, 'thread')}",
-                f"{raised}rechunk the data into smaller chunks, or start workers with more memory or fewer threads",
+                *ways,
+                *([f"start workers with {start}"] if start else []),
             )
-        if not fits(room, works, holds):
-            left = sum(max(0.0, each.nbytes - needed) for each, needed in zip(rooms, working, strict=True))
-            raise MemoryBudgetError(
-                f"the data take {size(wanted.held)} and {several(len(rooms), 'worker')} have room for {size(left)}: worker "
-                f"{room.name} would hold {size(holds)} and have {size(room.base + works + holds)} at its peak, of "
-                f"{may_have}",
-                f'{raised}use strategy="streaming", which holds none, start more workers or larger ones, or fit a part of '
-                "the data",
-            )
+        left = sum(max(0.0, each.nbytes - share.works) for each, share in zip(rooms, shares, strict=True))
+        raise MemoryBudgetError(
+            f"the data take {size(wanted.held)} and {several(len(rooms), 'worker')} have room for {size(left)}: worker "
+            f"{room.name} would hold {size(holds)} and have {size(room.base + works + holds)} at its peak, of "
+            f"{may_have}",
+            *ways,
+            "start more workers or larger ones" if larger else "start more workers",
+        )
     reason = f"{several(len(rooms), 'worker')} hold the data of {size(wanted.held)} together"
     if strategy == "streaming":
         reason = f"{several(len(rooms), 'worker')} read the data anew in each sweep"
@@ -275,5 +309,67 @@ def _on_workers(sizes: Sizes, wanted: Needs, strategy: Strategy, rooms: list[Roo
     return (
         reason,
         n_partitions,
-        (here, *(room.place(h + wanted.shared, w + h) for room, w, h in zip(rooms, working, held, strict=True))),
+        (here, *(room.place(h + wanted.shared, w + h) for room, (w, h, _) in zip(rooms, shares, strict=True))),
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ways out
+
+
+def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -> str | None:
+    """The least ``memory_limit_gb``, to two digits, with which ``fits`` is true of the rooms; None where none is."""
+
+    def enough(gib: float) -> bool:
+        return fits([room.limited_to(gib) for room in rooms])
+
+    if not any(room.limited for room in rooms) or not enough(MOST_GIB):
+        return None
+    low, high = LEAST_GIB, MOST_GIB
+    while high > LIMIT_STEP * low:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return at_least(high)
+
+
+def ways_out(
+    sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Callable[[Sizes, Strategy, Sequence[Room]], bool]
+) -> list[str]:
+    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
+
+    def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
+        return any(fits(sizes, strategy, rooms) for strategy in tried)
+
+    limit = least_limit(rooms, partial(passes, sizes))
+    ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
+    can_stream, smaller = "streaming" not in tried and not sizes.whole, _in_smaller_chunks(sizes)
+    rechunked = any(map(passes, smaller))
+    if rechunked:
+        ways.append(RECHUNK)
+    if can_stream and fits(sizes, "streaming", rooms):
+        ways.append('use strategy="streaming", which holds none')
+    elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
+        ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
+    return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
+
+
+def _in_smaller_chunks(sizes: Sizes) -> list[Sizes]:
+    """The same data in runs of half, a quarter, ... of the points, in chunks that are alike for all arrays."""
+    found, n = [], sizes.longest[0] // 2
+    while sizes.lazy and not sizes.whole and n >= JOINED_POINTS:
+        n_runs = -(-sizes.n_points // n)
+        longest = (n,) * min(n_runs, MOST_RUNS)
+        found.append(sizes._replace(n_runs=n_runs, n_chunks=n_runs, longest=longest, passed=(), making=0.0))
+        n //= 2
+    return found
+
+
+def _a_part(sizes: Sizes) -> Sizes:
+    """The smallest part of the data: one run of chunks, or of arrays in memory as many points as parameters."""
+    if sizes.lazy and not sizes.whole:
+        held = sizes.held / sizes.n_runs
+        return sizes._replace(
+            n_points=sizes.longest[0], n_chunks=1, n_runs=1, longest=sizes.longest[:1], held=held, sent=held
+        )
+    p = sizes.n_params
+    return sizes._replace(n_points=p, n_chunks=1, n_runs=1, longest=(p,), held=0.0, sent=0.0, factor=0)

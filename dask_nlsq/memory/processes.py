@@ -50,6 +50,11 @@ class Room(NamedTuple):
     limit: float  # of all that it takes
     source: str  # of what it may take, in words
     limited: bool  # by the user
+    ceiling: float  # of all that it takes, which no ``memory_limit_gb`` can raise
+
+    def limited_to(self, gib: float) -> "Room":
+        """The same with ``memory_limit_gb=gib``."""
+        return self._replace(nbytes=min(self.settings["now"] + gib * GB, self.ceiling) - self.base)
 
     def place(self, held: float, taken: float, n_threads: int | None = None) -> ProcessMemory:
         peak, n_threads = self.base + taken, self.n_threads if n_threads is None else n_threads
@@ -63,7 +68,7 @@ def room_here(limit_gb: float | None) -> Room:
     if limit_gb is not None:
         nbytes, source = positive("memory_limit_gb", limit_gb, "GiB") * GB, "memory_limit_gb"
     now = settings["now"]
-    return Room(HERE, threads(), settings, now, nbytes, inf, now + nbytes, source, limit_gb is not None)
+    return Room(HERE, threads(), settings, now, nbytes, inf, now + nbytes, source, limit_gb is not None, inf)
 
 
 def rooms_of_workers(client: Client, limit_gb: float | None) -> list[Room]:
@@ -72,16 +77,15 @@ def rooms_of_workers(client: Client, limit_gb: float | None) -> list[Room]:
     dasks = dask.config.get("distributed.worker.memory")  # shares of process and of data, above which it writes to disk
     share, data_share = min(effective_fraction()[0], dasks["spill"] or 1.0), dasks["target"] or 1.0
     source = "memory_limit_gb, and " * (limit_gb is not None) + f"{share:.0%} of its memory"
-    most = inf if limit_gb is None else positive("memory_limit_gb", limit_gb, "GiB") * GB
+    most = inf if limit_gb is None else positive("memory_limit_gb", limit_gb, "GiB")
     limits = dict.fromkeys(found, inf) | (workers_memory(client) or {})
     rooms = []
     for address, settings in found.items():
         limit, now = limits[address], settings["now"]
-        base, may_have = max(WORKER_BYTES, now), min(now + most, share * limit)
-        held = data_share * limit
-        rooms.append(
-            Room(address, n_threads[address], settings, base, may_have - base, held, limit, source, limit_gb is not None)
-        )
+        base, ceiling, limited = max(WORKER_BYTES, now), share * limit, limit_gb is not None
+        sizes = base, ceiling - base, data_share * limit, limit
+        room = Room(address, n_threads[address], settings, *sizes, source, limited, ceiling)
+        rooms.append(room.limited_to(most) if limited else room)
     return rooms
 
 

@@ -13,7 +13,6 @@ import inspect
 import re
 from collections import Counter
 from collections.abc import Callable
-from difflib import get_close_matches
 from functools import reduce
 from math import inf, pi
 from numbers import Integral
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..base.text import near
 from ..base.x64 import float64
 from .function import FixedParameters, Model
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
@@ -141,8 +141,8 @@ def _one(text):
     if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
         return polynomial(int(degree[1]))
     known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
-    near = get_close_matches(text, known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = near(text, known, "")
+    hint += " " * bool(hint)
     if "." in text:  # as Python would have it
         hint = f"a function of your own is {':'.join(text.rsplit('.', 1))!r}. "
     raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")

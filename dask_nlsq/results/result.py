@@ -357,6 +357,11 @@ class FitResult:
         """Keep the result, without the data, as a directory of JSON and arrays; `dask_nlsq.load` gives it back.
 
         A result that is at ``path`` already is replaced, all at once.
+
+        Raises
+        ------
+        NotADirectoryError
+            Where ``path`` is a file.
         """
         model: Any = self.objective.model
         if not isinstance(model, NamedModel):

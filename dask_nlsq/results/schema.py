@@ -5,6 +5,7 @@ or a module: who renames an attribute writes "field=attribute", and who changes 
 back with the same bits.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from math import isfinite
 from operator import attrgetter
@@ -15,9 +16,10 @@ from uuid import uuid4
 
 import numpy as np
 
-from ..base.files import DamagedFileError, read_arrays, read_json, write_arrays, write_json
+from ..base.files import DamagedFileError, check_directory, read_arrays, read_json, write_arrays, write_json
 from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
+from ..engine.checkpoint import FIT_FILE
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
@@ -149,6 +151,7 @@ def save(path: Path, fit: SimpleNamespace) -> None:
     """Write what has the fields of `FIT`; what was there is replaced when all is written."""
     arrays: dict[str, np.ndarray] = {}
     text = encode(fit, "result", arrays)
+    check_directory("path", path)
     path.mkdir(parents=True, exist_ok=True)
     try:
         before = read_json(path / RESULT, VERSION)["arrays"]
@@ -162,6 +165,14 @@ def save(path: Path, fit: SimpleNamespace) -> None:
         (path / before).unlink(missing_ok=True)
 
 
+def _what_else(path: Path) -> str:
+    """What is there in the place of a result."""
+    attributes = path / "zarr.json"
+    if attributes.exists() and "dask_nlsq" in json.loads(attributes.read_text()).get("attributes", {}):
+        return "it is a map, xarray.open_zarr(path) opens it"
+    return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
+
+
 def load(path: Path) -> dict[str, Any]:
     """The fields of `FIT`, as `save` has written them.
 
@@ -173,7 +184,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path / RESULT, VERSION)
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is not a saved result: it has no {RESULT}") from None
+        raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
     kept = read_arrays(path / found["arrays"]) if found["arrays"] else ({}, {})
     if kept is None:
         raise DamagedFileError(path / found["arrays"], "it is not there")

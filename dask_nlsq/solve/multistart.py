@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.linalg import lstsq
 
-from ..base.text import table
+from ..base.text import several, table
 from ..base.x64 import float64
 from ..data.sample import NoSample, Sample, sample_size
 from ..engine.checkpoint import Interrupted
@@ -198,10 +198,15 @@ def fit_again(first: Solution, evaluator: Evaluator, p0: np.ndarray, options: Op
         return first
     except Interrupted:
         return first._replace(status=-3, message=MESSAGES[-3])
-    note = " From p0 with its linear parameters solved for, since the fit from p0 itself had not converged."
-    second = second._replace(message=second.message + note)
-    lower, stopped = second.equations.cost < first.equations.cost, second.status < 0
-    found = second if lower else first._replace(status=second.status, message=second.message) if stopped else first
+    start_of_it = "from p0 with its linear parameters solved for"
+    since = f", since the fit from p0 itself had not converged in {several(first.nfev, 'evaluation')}."
+    message = f"{second.message} {start_of_it.capitalize()}{since}"
+    if second.equations.cost < first.equations.cost:
+        found = second._replace(message=message)
+    elif second.status < 0:  # stopped
+        found = first._replace(status=second.status, message=message)
+    else:
+        found = first._replace(message=f"{first.message} A second try, {start_of_it}, was worse after {second.nfev:,} more.")
     history = first.history + [later(record) for record in second.history]
     return found._replace(nfev=first.nfev + second.nfev, history=history)
 

@@ -20,7 +20,7 @@ class NotConvergedError(RuntimeError):
 def not_converged(solution: Solution, names):
     at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
     return (
-        f"Optimal parameters not found: {solution.message} {solution.nfev} were made; the best so far has cost "
+        f"Optimal parameters not found: {solution.message} {solution.nfev} were made in all; the best so far has cost "
         f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
     )
 
