@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -19,6 +18,7 @@ import dask
 import numpy as np
 from tqdm.dask import TqdmCallback
 
+from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
 from ..kernels.checks import fingerprint
@@ -337,7 +337,7 @@ def _attributes(name):
 def _describe(array):
     if isinstance(array, da.Array):
         return [list(array.shape), str(array.dtype)]
-    return [list(array.shape), str(array.dtype), zlib.crc32(np.ascontiguousarray(array).data)]
+    return [list(array.shape), str(array.dtype), sum_of_values(array)]
 
 
 def _plain(attrs):
