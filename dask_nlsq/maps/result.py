@@ -159,6 +159,8 @@ class MapResult:
             absolute_sigma=spec.absolute_sigma,
             limits={name: value if isfinite(value) else None for name, value in fit.limits._asdict().items()},
             fit_axes=list(fit.fit_axes),
+            full_covariance="pcov" in (fit.dtype.names or ()),
+            **self.problem.counting,
             data=_describe(y),
             blocks=self.problem.blocks,
             operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
