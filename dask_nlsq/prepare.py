@@ -46,7 +46,7 @@ class Source(NamedTuple):
 class Prepared:
     """A call of `dask_nlsq.curve_fit` that has been checked, and its data aligned."""
 
-    given: Mapping[str, Any]  # the arguments as they came
+    given: Mapping[str, Any]  # the arguments as they came, those of `hold` among them
     call: SimpleNamespace  # and as the fit takes them
     params: Parameters
     noise: Noise
@@ -109,9 +109,8 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     model = intern(*held(f, call.jac, params.start, params.free))
     objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
-        source = xdata.source_for(given, objective, n)
-    elif isinstance(ydata, HeldData):
-        raise TypeError("data that `hold` holds stand in the place of both xdata and ydata: curve_fit(f, data, p0=...)")
+        source = xdata.source_for(call, ydata, objective, n)
+        given = {**given, **xdata.given}
     else:
         source = align(call, xdata, ydata, objective, n)
     if source.client is None and call.report is not None:
@@ -178,8 +177,9 @@ HELD = (  # arguments that belong to the data
 class HeldData:
     """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, given: Mapping[str, Any]):
         self._source = source = _with_factor(source)
+        self.given = given  # arguments of `HELD`, as they came
         source.plan.warn()
         with attached(source.client):
             self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
@@ -206,8 +206,14 @@ class HeldData:
         state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
         return f"<HeldData {self.plan.n_points:,} points, {state}>"
 
-    def source_for(self, given: Mapping[str, Any], objective: Objective, n_params: int) -> Source:
-        """The data for a fit of ``objective``.
+    def __array__(self, *args, **options):
+        raise TypeError(
+            "data that `hold` holds take the place of xdata, ydata and all that belongs to them, as in curve_fit(f, data): "
+            "elsewhere pass the arrays themselves"
+        )
+
+    def source_for(self, call: SimpleNamespace, ydata, objective: Objective, n_params: int) -> Source:
+        """The data for a fit of ``objective`` by a call of `dask_nlsq.curve_fit` whose arguments have been checked.
 
         Raises
         ------
@@ -220,24 +226,24 @@ class HeldData:
         client = self._source.client
         if client is not None and client.status != "running":
             raise ValueError("these data were held by the workers of a Client that is closed: hold them again")
-        reweighted = is_reweighted(given["sigma"])
-        for name in ("ydata", *HELD):
-            default = None if name == "ydata" else FITS[name].default
-            value = given[name]
+        reweighted = is_reweighted(call.sigma)
+        arguments = {name: (getattr(call, name), FITS[name].default) for name in HELD}
+        for name, (value, default) in dict(ydata=(ydata, None), **arguments).items():
             alike = value is default or (isinstance(value, (str, bool)) and value == default)
             if not alike and not (name == "sigma" and reweighted):
                 way_out = "give it to hold(...)" + "; p0 goes by name: curve_fit(f, data, p0=...)" * (name == "ydata")
                 raise ValueError(f"`{name}` belongs to the data that are held: {way_out}")
         if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
             raise ValueError("counts have weights of their own: hold them without `sigma`")
-        if given["checkpoint"] is not None and self.plan.strategy != "streaming":
+        if call.checkpoint is not None and self.plan.strategy != "streaming":
             raise ValueError('`checkpoint` is for data that are read again in each sweep: hold(..., strategy="streaming")')
         if _admitted(objective, n_params, self._source.data):
             raise ValueError(
                 f"{function_name(objective.model.f)} can only be evaluated on all points at once, and the data are held in "
                 "blocks: pass the arrays themselves, or write it so that it takes any number of points"
             )
-        return self._source._replace(plan=replace(self.plan, n_params=n_params), sweep=self._sweep)
+        arrays = self._source.arrays | (dict(sigma=call.sigma) if reweighted else {})
+        return self._source._replace(arrays=arrays, plan=replace(self.plan, n_params=n_params), sweep=self._sweep)
 
 
 @with_known_names({name: FITS[name] for name in HELD})
@@ -288,7 +294,7 @@ def hold(
     call = checked({name: FITS[name] for name in HELD}, given)
     if is_reweighted(call.sigma):
         raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
-    return HeldData(align(call, xdata, ydata, None, HELD_PARAMS))
+    return HeldData(align(call, xdata, ydata, None, HELD_PARAMS), {name: given[name] for name in HELD})
 
 
 def _solver_options(call, noise: Noise, params: Parameters) -> Options:

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -10,10 +11,15 @@ import dask
 import dask.array as da
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
+import xarray as xr
 import zarr
 
-from dask_nlsq import CheckpointError, curve_fit, resume
+from dask_nlsq import CheckpointError, curve_fit, hold, resume
+from dask_nlsq.base.files import sum_of_values
+from dask_nlsq.options import LIMITS, SAME
+from dask_nlsq.prepare import HELD
 from tests.checkpointed import P0, decay
 
 N, CHUNK = 60_000, 500
@@ -155,6 +161,103 @@ def test_what_was_not_kept_is_asked_for(tmp_path):
 def test_checkpoints_are_for_data_that_are_read_anew(tmp_path):
     with pytest.raises(ValueError, match="`checkpoint` is for data"):
         curve_fit(decay, X, Y, P0, checkpoint=tmp_path / "c", strategy="standard")
+
+
+IN_MEMORY = {
+    "masked": lambda values: np.ma.masked_array(values, values < 35),
+    "xarray": lambda values: xr.DataArray(values),
+    "pandas": pd.Series,
+    "jax": jnp.asarray,
+    "large": lambda values: np.concatenate([values] * 200)[: len(values)],  # kept no longer, in the test
+    "reversed": lambda values: np.flip(np.flip(values).copy()),
+    "tuple": lambda values: tuple(values.tolist()),
+}
+
+
+@pytest.mark.parametrize("kind", IN_MEMORY)
+def test_other_values_in_memory_are_refused_whatever_array_they_are_in(kind, tmp_path, monkeypatch):
+    if kind == "large":
+        monkeypatch.setattr("dask_nlsq.engine.checkpoint.MOST_KEPT", 1000)
+    x, y, make = X[:2000], Y[:2000] + 1.0, IN_MEMORY[kind]
+    other = y.copy()
+    other[5] += 1
+    first = curve_fit(decay, x, make(y), P0, checkpoint=tmp_path / "c")
+    same_bits(curve_fit(decay, x, make(y), P0, checkpoint=tmp_path / "c"), first)
+    with pytest.raises(CheckpointError, match="content of `ydata`"):
+        curve_fit(decay, x, make(other), P0, checkpoint=tmp_path / "c")
+
+
+def test_the_sum_of_values_does_not_depend_on_where_they_lie():
+    values = np.arange(6 * 70_000.0).reshape(6, -1)
+    for array in (values, values.T, values[::-2, 1:], np.broadcast_to(values[:1], values.shape), values > 9, values[0, 0]):
+        array = np.asarray(array)
+        assert sum_of_values(array) == zlib.crc32(array.tobytes())
+    assert sum_of_values(values[:0]) == 0
+
+
+def test_another_mask_is_refused_that_comes_with_the_values(tmp_path):
+    call = dict(f=decay, xdata=X, p0=P0, checkpoint=tmp_path / "c")
+    curve_fit(ydata=np.ma.masked_array(Y, X > 9), **call)
+    with pytest.raises(CheckpointError, match="content of `mask of ydata`"):
+        curve_fit(ydata=np.ma.masked_array(Y, X > 8), **call)
+
+
+def test_weights_of_the_model_are_part_of_a_fit(store, tmp_path):
+    call = dict(f=decay, xdata=X, ydata=store, p0=P0, checkpoint=tmp_path / "c")
+    curve_fit(**call, sigma="poisson")
+    with pytest.raises(CheckpointError, match="sigma: 'poisson' then, None now"):
+        curve_fit(**call)
+
+
+def test_mask_values_may_be_any_collection(store, tmp_path):
+    first = curve_fit(decay, X, store, P0, mask_values={30, 31}, checkpoint=tmp_path / "c")
+    same_bits(resume(tmp_path / "c"), first)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data that `hold` holds
+
+OTHER = dict(check_finite=True, nan_policy="omit", mask_values=[30.0], valid_range=(0, 200), on_bad_chunk="mask",
+             missing_chunks="mask", decode_cf=False, memory_limit_gb=2.0, partitions_per_thread=3)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in HELD if name in SAME])
+def test_a_checkpoint_knows_what_hold_was_given(name, store, tmp_path):
+    with hold(X, store, strategy="streaming", **{name: OTHER[name]}) as data:
+        first = curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
+    with pytest.raises(CheckpointError, match=f"Changed: {name}: "):
+        curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
+    with hold(X, store, strategy="streaming") as data, pytest.raises(CheckpointError, match=f"Changed: {name}: "):
+        curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
+    same_bits(resume(tmp_path / "c"), first)
+
+
+def test_an_unfinished_fit_of_held_data_goes_on_from_its_path_alone(tmp_path):
+    y = np.where(X > 9, np.nan, Y)
+
+    def stop(record):
+        raise StopIteration
+
+    with hold(X, y, sigma=np.sqrt(Y), nan_policy="omit", strategy="streaming") as data:
+        whole = curve_fit(decay, data, p0=P0, loss="huber")
+        curve_fit(decay, data, p0=P0, loss="huber", checkpoint=tmp_path / "c", callback=stop)
+    same_bits(resume(tmp_path / "c"), whole)
+    with hold(X, Y, strategy="streaming") as data:
+        whole = curve_fit(decay, data, p0=P0, sigma="poisson")
+        curve_fit(decay, data, p0=P0, sigma="poisson", checkpoint=tmp_path / "d", callback=stop)
+    same_bits(resume(tmp_path / "d"), whole)
+
+
+def test_the_limits_of_hold_are_kept(tmp_path):
+    limits = {name: OTHER[name] for name in HELD if name in LIMITS}
+    assert sorted(limits) == ["memory_limit_gb", "partitions_per_thread"]
+    with hold(X, Y, strategy="streaming", **limits) as data:
+        curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
+    known = json.loads((tmp_path / "c" / "fit.json").read_text())["call"]["options"]
+    assert limits.items() <= known.items()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_files_are_plain_arrays_and_json(store, tmp_path):

@@ -156,18 +156,21 @@ def test_a_finished_fit_reads_nothing_again(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        (dict(p0=P0 | dict(rate=1.1)), "start"),
-        (dict(p0=P0 | dict(offset=0.6)), "operands|p0"),
+        (dict(p0=P0 | dict(rate=1.1)), "Changed: p0: [^;]*Give"),
+        (dict(p0=P0 | dict(offset=0.6)), "Changed: p0: [^;]*Give"),
         (dict(local="amplitude"), "local"),
         (dict(loss="huber"), "loss"),
-        (dict(bounds=dict(rate=(0, 10))), "lower"),
+        (dict(bounds=dict(rate=(0, 10))), "Changed: bounds: [^;]*Give"),
+        (dict(bounds=dict(offset=(0, 10))), "Changed: bounds: [^;]*Give"),
+        (dict(ydata=Y + 1e-9), "Changed: ydata: [^;]*Give"),
+        (dict(valid_range=(-9, 9)), "Changed: valid_range: [^;]*Give"),
     ],
 )
 def test_a_checkpoint_of_another_fit_is_refused(tmp_path, changed, name):
-    plain = dict(p0=P0, local=LOCAL, group_axes=0)
-    fit_groups(decay, T, Y, **plain, checkpoint=tmp_path / "kept")
+    plain = dict(f=decay, xdata=T, ydata=Y, p0=P0, local=LOCAL, group_axes=0, checkpoint=tmp_path / "kept")
+    fit_groups(**plain)
     with pytest.raises(CheckpointError, match=name):
-        fit_groups(decay, T, Y, **plain | changed, checkpoint=tmp_path / "kept")
+        fit_groups(**plain | changed)
 
 
 SCRIPT = """

@@ -185,9 +185,9 @@ def test_what_belongs_to_the_data_is_given_once(options, message):
     "call, error, message",
     [
         (lambda data: curve_fit(decay, data, [1, 1, 0]), ValueError, r"p0 goes by name: curve_fit\(f, data, p0=...\)"),
-        (lambda data: curve_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
-        (lambda data: fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
-        (lambda data: plan_fit(decay, X, data), TypeError, "in the place of both xdata and ydata"),
+        (lambda data: curve_fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
+        (lambda data: fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
+        (lambda data: plan_fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
         (lambda data: hold(decay, X, Y), TypeError, "no model: that is for each curve_fit"),
         (lambda data: hold(X, Y, decay), TypeError, "no model: that is for each curve_fit"),
         (lambda data: hold(X, Y, f=decay), TypeError, "no model: that is for each curve_fit"),
@@ -206,6 +206,31 @@ def test_data_of_a_client_that_is_closed_are_an_error():
         with pytest.raises(ValueError, match="held by the workers of a Client that is closed: hold them again"):
             curve_fit(decay, data, p0=[1, 1, 0])
         data.close()
+
+
+def test_a_default_may_be_given_in_any_form():
+    with hold(X, Y) as data:
+        expected = curve_fit(decay, data, p0=[1, 1, 0])
+        for options in (dict(decode_cf=np.True_), dict(decode_cf=1), dict(strategy="auto", on_bad_chunk="raise")):
+            np.testing.assert_array_equal(curve_fit(decay, data, p0=[1, 1, 0], **options).popt, expected.popt)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda data: hold(data, Y),
+        lambda data: hold(X, data),
+        lambda data: hold(X, Y, sigma=data),
+        lambda data: curve_fit(decay, (data, X), Y, [1, 1, 0]),
+        lambda data: curve_fit(decay, [data], Y, [1, 1, 0]),
+        lambda data: curve_fit(decay, X, data, [1, 1, 0]),
+        lambda data: curve_fit(decay, X, Y, [1, 1, 0], mask=data),
+        lambda data: dask_nlsq.fit_map(decay, (data, X), Y, [1, 1, 0]),
+    ],
+)
+def test_held_data_are_named_where_an_array_belongs(call):
+    with hold(X, Y) as data, pytest.raises(TypeError, match="data that `hold` holds"):
+        call(data)
 
 
 def test_data_that_were_given_back_are_an_error():

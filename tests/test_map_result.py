@@ -304,7 +304,13 @@ def test_another_fit_does_not_go_on(tmp_path):
         "fixed": dict(fixed=dict(offset=1.0)),
         "xdata": dict(xdata=X + 1e-9),
         "param_names": dict(param_names=["a", "b", "c", "d"]),
-        "`ydata` in its store, ydata": dict(ydata=Y),
+        "`ydata` in its store, ydata, missing_chunks: error then, None now, on_bad_chunk: raise then, None now": dict(ydata=Y),
+        "mask_values": dict(mask_values=[float(Y[0, 0, 0])]),
+        "valid_range": dict(valid_range=(None, 3.0)),
+        "nan_policy: omit then, raise now": dict(nan_policy="raise"),
+        "on_bad_chunk: raise then, mask now": dict(on_bad_chunk="mask"),
+        "missing_chunks: error then, fill now": dict(missing_chunks="fill"),
+        "full_covariance: False then, True now": dict(full_covariance=True),
     }
     for what, change in changes.items():
         changed = fit_map(**dict(f=peak, xdata=X, ydata=tmp_path / "y", p0=P0) | change)
@@ -313,6 +319,21 @@ def test_another_fit_does_not_go_on(tmp_path):
     fit_map(peak, X, Y[:5], P0).to_zarr(tmp_path / "n")
     with pytest.raises(ValueError, match=r"Changed: ydata\. Give"):
         fit_map(peak, X, Y[:5] + 1e-9, P0).to_zarr(tmp_path / "n", resume=True)
+
+
+def test_what_counts_of_scaled_values_is_part_of_a_map(tmp_path):
+    y = zarr.create_array(tmp_path / "y", shape=Y.shape, chunks=(*BLOCK, N), dtype="i2", attributes={"scale_factor": 0.001})
+    y[...] = np.round(Y * 1000)
+    fit_map(peak, X, tmp_path / "y", P0, mask_values=[7, np.nan]).to_zarr(tmp_path / "m")
+    fit_map(peak, X, tmp_path / "y", P0, mask_values={7}).to_zarr(tmp_path / "m", resume=True)  # no integer is nan
+    for what, change in dict(mask_values=dict(mask_values=[8]), valid_range=dict(valid_range=(0.1, None))).items():
+        with pytest.raises(ValueError, match=f"map of another fit. Changed: .*{what}: "):
+            fit_map(peak, X, tmp_path / "y", P0, **change).to_zarr(tmp_path / "m", resume=True)
+
+
+def test_the_same_map_with_nan_among_its_mask_values_goes_on(tmp_path):
+    for _ in range(2):
+        fit_map(peak, X, blocks_of(Y), P0, mask_values=[np.nan]).to_zarr(tmp_path / "m", resume=True)
 
 
 def test_a_map_goes_on_where_there_is_another_amount_of_memory(tmp_path, monkeypatch):

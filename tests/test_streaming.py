@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
+from threading import get_native_id
 
 import dask
 import dask.array as da
@@ -20,6 +21,7 @@ from dask_nlsq.engine.condensed import Sums, Tree, join_neighbours, merge
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import PartialSweep, open_sweep
+from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import intern
 
 from .clusters import assert_nothing_left
@@ -104,6 +106,26 @@ def test_a_tree_keeps_few_matrices():
         most = max(most, len(tree.nodes))
     assert most <= 10
     assert tree.root()[1] == 1000
+
+
+@pytest.mark.parametrize("where", ["threads", "workers"])
+def test_the_same_threads_read_in_all_sweeps(where, workers, tmp_path):
+    def made(x):
+        (tmp_path / f"{get_native_id()}").touch()
+        return 2 * np.exp(-0.5 * x) + 0.3
+
+    client, n_processes, n_threads = (workers, 2, 1) if where == "workers" else (None, 1, 2)
+    x = da.from_array(X, CHUNK)
+    data = build_data(x, x.map_blocks(made, dtype="f8", meta=np.empty(0)), check=True, omit=False)
+    with (
+        dask.config.set({"nlsq.threads": 2}),
+        workers.as_current() if client else nullcontext(),
+        open_sweep(data, "streaming", client, 8) as sweep,
+    ):
+        evaluator = Evaluator(sweep, Objective(intern(decay)), 3)
+        for k in range(4):
+            evaluator(DECAY + 0.01 * k, "gram")
+    assert len([*tmp_path.iterdir()]) <= n_processes * (n_threads + READ_AHEAD)
 
 
 @pytest.mark.parametrize("reduction", ["gram", "qr"])

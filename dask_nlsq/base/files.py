@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from importlib import import_module
@@ -13,6 +14,7 @@ from uuid import uuid4
 import numpy as np
 
 CHECKSUM_BYTES = 16
+PIECE = 2**16  # elements
 BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
 
 
@@ -32,6 +34,17 @@ def check_directory(name: str, path: Path) -> None:
     there = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"`{name}` {path}: {there} is a file, give the path of a directory, which may be a new one")
+
+
+def sum_of_values(array: np.ndarray) -> int:
+    """CRC-32 of the values of an array in C order, wherever they lie; at most a piece of it is copied at a time."""
+    found = 0
+    if array.size:
+        # no copy where the values lie in that order already
+        contiguous: Any = ["readonly", "contig"]  # the second is not in NumPy's stubs
+        for piece in np.nditer(array, ["external_loop", "buffered"], [contiguous], order="C", buffersize=PIECE):
+            found = zlib.crc32(np.asarray(piece).data, found)
+    return found
 
 
 def write_whole(path: Path, write: Callable) -> None:

@@ -8,21 +8,29 @@ the same sweeps it takes the same steps, so a resumed fit runs from its start, a
 import json
 import signal
 import threading
-import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..base.files import check_directory, import_by, import_name, read_arrays, read_json, write_arrays, write_json
+from ..base.files import (
+    check_directory,
+    import_by,
+    import_name,
+    read_arrays,
+    read_json,
+    sum_of_values,
+    write_arrays,
+    write_json,
+)
 from ..data.align import Data
-from ..data.arrays import has_masked, stacked
+from ..data.arrays import apart, has_masked, on_disk, stacked
 from ..data.store import is_stored
 from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model
-from ..options import LIMITS, SAME
+from ..options import LIMITS, SAME, is_reweighted
 
 
 class Interrupted(Exception):
@@ -33,7 +41,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-VERSION = 4  # of the files
+VERSION = 5  # of the files
 FIT_FILE = "fit.json"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
@@ -152,8 +160,30 @@ def describe_fit(model: Model, data: Mapping[str, Any], problem: Data, stored, o
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
     identity["decoded"] = list(problem.decoded)
     identity |= {f"`{each.name}` in its store": each.describe() for each in stored}
-    identity |= {f"content of `{name}`": zlib.crc32(array.tobytes()) for name, array in arrays.items()}
+    identity["sigma"] = data["sigma"] if is_reweighted(data["sigma"]) else None
+    for name, value in data.items():
+        identity |= {f"content of `{part}`": sum_of_values(array) for part, array in _in_memory(name, value)}
     return identity, call, arrays
+
+
+def _in_memory(name: str, value) -> Iterator[tuple[str, np.ndarray]]:
+    """What an argument of `dask_nlsq.curve_fit` has in memory, arrays by name, whether they can be kept or not."""
+    if value is None or is_stored(value) or on_disk(value) or hasattr(value, "dask"):
+        return
+    if _is_several(value):
+        for k, each in enumerate(value):
+            yield from _in_memory(f"{name}[{k}]", each)
+        return
+    array, hidden = apart(name, value)
+    if isinstance(array, np.ndarray):
+        yield name, array
+        if hidden is not None:
+            yield f"mask of {name}", hidden
+
+
+def _is_several(value) -> bool:
+    """Whether it is a tuple of arrays, and not of numbers."""
+    return isinstance(value, tuple) and not all(map(np.isscalar, value))
 
 
 def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -163,9 +193,9 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
     def keep(name, value):
         if value is None:
             return {"none": True}
-        if name == "sigma" and isinstance(value, str) and value == "poisson":
+        if name == "sigma" and is_reweighted(value):
             return {"word": value}
-        if isinstance(value, tuple):
+        if _is_several(value):
             parts = [keep(f"{name}[{k}]", each) for k, each in enumerate(value)]
             return None if None in parts else {"tuple": parts}
         if isinstance(value, (str, Path)):
@@ -174,7 +204,7 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
             return {"paths": [absolute(each) for each in value]}
         if is_stored(value) or has_masked(value) or stacked(name, value) is not value:
             return None
-        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, int, float)):
+        if hasattr(value, "dask") or not isinstance(value, (np.ndarray, np.generic, list, tuple, int, float)):
             return None
         array = np.asarray(value)
         if array.nbytes > MOST_KEPT or array.dtype.hasobject or isinstance(value, np.ma.MaskedArray):
@@ -194,8 +224,8 @@ def _plain(value):
     """JSON of options: numbers, strings, sequences of them, arrays."""
     if isinstance(value, Mapping):
         return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+    if isinstance(value, (list, tuple, range, set, frozenset)):
+        return [_plain(each) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 

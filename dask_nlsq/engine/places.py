@@ -7,10 +7,10 @@ runs, so that its result is a node of the tree of the merge.
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
-from threading import Semaphore
+from threading import Semaphore, local
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -30,6 +30,7 @@ from .request import Objective, present
 Runs: TypeAlias = Sequence[int] | None
 Results: TypeAlias = Generator[tuple[int, Any], None, None]
 
+_of_thread = local()  # what a thread of a worker keeps from one task to the next
 GROUPS_PER_THREAD = 8  # runs of blocks handed to a thread: uneven blocks balance, starting a run costs 0.02 ms
 
 
@@ -117,8 +118,10 @@ class LazyRuns(NamedTuple):
     runs: list[list[Load]]
     shared: dict[Any, np.ndarray]
 
-    def each(self, work: Work, places: Iterable[int], objectives, args: tuple, n_threads: int) -> Iterator:
-        """The result of the work on each run, in order; at most ``n_threads + READ_AHEAD`` runs are in memory."""
+    def each(
+        self, work: Work, places: Iterable[int], objectives, args: tuple, n_threads: int, pool: ThreadPoolExecutor
+    ) -> Iterator:
+        """The result of the work on each run, in order; the `readers` in the pool have one in memory each."""
         kernels, n_ahead = Semaphore(n_threads), n_threads + READ_AHEAD
         runs = [self.runs[place] for place in places]
         known = PassedOn(self.shared, runs)
@@ -132,17 +135,25 @@ class LazyRuns(NamedTuple):
                 release(chunk)
 
         waiting: deque[Future] = deque()
-        with ThreadPoolExecutor(max(1, min(n_ahead, len(runs))), "nlsq-stream", inherit_device()) as pool:
-            try:
-                for run in runs:
-                    waiting.append(pool.submit(copy_context().run, one, run))  # with it, Dask's meters
-                    if len(waiting) > 2 * n_ahead:
-                        yield waiting.popleft().result()
-                while waiting:
+        try:
+            for run in runs:
+                waiting.append(pool.submit(copy_context().run, one, run))  # with it, Dask's meters
+                if len(waiting) > 2 * n_ahead:
                     yield waiting.popleft().result()
-            finally:
-                for future in waiting:
-                    future.cancel()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
+def readers(n_threads: int) -> ThreadPoolExecutor:
+    """Threads that read for as many threads of kernels, to be kept from one sweep to the next.
+
+    For each thread that there ever was, up to 8 per core, malloc keeps what its arrays below 4 MiB took, 30 MB and more.
+    """
+    return ThreadPoolExecutor(n_threads + READ_AHEAD, "nlsq-stream", inherit_device())
 
 
 class UnreadHere:
@@ -153,15 +164,16 @@ class UnreadHere:
     def __init__(self, data: Data):
         runs, common = plan_loads(data)
         self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(runs, common)), len(runs)
-        self.nbytes = data.nbytes
+        self.nbytes, self.n_threads = data.nbytes, threads()
+        self.pool = readers(self.n_threads)
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
         runs = range(self.n_runs) if runs is None else runs
         with large_arrays_given_back(self.nbytes):
-            yield from zip(runs, self.lazy.each(work, runs, objectives, args, threads()), strict=True)
+            yield from zip(runs, self.lazy.each(work, runs, objectives, args, self.n_threads, self.pool), strict=True)
 
     def close(self) -> None:
-        pass
+        self.pool.shutdown(cancel_futures=True)
 
 
 class UnreadByWorkers:
@@ -193,7 +205,9 @@ def _lay_out(preparation, runs, keys, *values) -> LazyRuns:
 
 def work_through(lazy: LazyRuns, places: Sequence[int], *objectives: Objective, work: Work, args: tuple):
     """The task of a sweep over data that are not held."""
-    return work.merge(lazy.each(work, places, [*map(present, objectives)], args, 1), *args)
+    if not hasattr(_of_thread, "readers"):
+        _of_thread.readers = readers(1)
+    return work.merge(lazy.each(work, places, [*map(present, objectives)], args, 1, _of_thread.readers), *args)
 
 
 Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers

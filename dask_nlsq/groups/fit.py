@@ -28,7 +28,7 @@ from ..kernels.rules import ACCURACY
 from ..maps.blocks import MapProblem, Operand, build_map
 from ..maps.fit import align_map
 from ..maps.plan import AllBut
-from ..maps.result import MapResult
+from ..maps.result import MapResult, by_argument
 from ..memory.machine import active_client
 from ..memory.plan import Plan
 from ..model.function import FixedParameters, Model, function_name, intern
@@ -304,9 +304,10 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     data = {name: given[name] for name in ("xdata", "ydata", "sigma", "mask", "groups")}
     options = {name: given[name] for name in KEPT if name not in data}
     described, arrays = describe_call(problem.fit.model.f, data, options)
-    identity = MapResult(None, problem, {}).provenance
-    identity |= dict(local=[problem.fit.names[k] for k in ready.spec.locals.free], start=ready.start.tolist())
-    identity |= dict(lower=ready.options.lower.tolist(), upper=ready.options.upper.tolist())
+    identity = by_argument(MapResult(None, problem, {}).provenance)
+    identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
+    identity["p0"] = [*identity["p0"], ready.start.tolist()]
+    identity["bounds"] = [*identity["bounds"], ready.options.lower.tolist(), ready.options.upper.tolist()]
     path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
     return Checkpoint(path, identity, described | dict(function="fit_groups"), arrays)
 

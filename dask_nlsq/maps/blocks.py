@@ -28,7 +28,7 @@ from ..data.cf import Decoding
 from ..data.chunks import check_integers
 from ..data.door import open_data, refuse_scaled, try_model
 from ..data.labels import coordinates_of, labelled
-from ..data.store import Stored
+from ..data.store import Policy, Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
@@ -216,6 +216,7 @@ class MapProblem:
     blocks: tuple[tuple[int, ...], ...]  # sizes along the map axes
     plan: MapPlan
     sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
+    counting: dict[str, str]  # which points count, by the arguments that say so
     coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
 
     @property
@@ -311,7 +312,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     if noise.loss == "poisson":
         refuse_scaled(rules["scaled"])
     stored_size = as_array("ydata", data["ydata"]).itemsize
-    y, hidden, invalid = _values(data["ydata"], rules["sentinels"], rules["decoding"])
+    y, hidden, invalid, counting = _values(data["ydata"], rules["sentinels"], rules["decoding"])
     if y.size == 0:
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(call.axis, dims, y.ndim)
@@ -343,7 +344,8 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raises=call.nan_policy == "raise",
         names=params.names,
     )
-    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored))
+    counting |= {name: getattr(call, name) for name in ("nan_policy", *(Policy._fields if stored else ()))}
+    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored), counting)
 
 
 def _layouts(coordinates: Coordinates, invalid) -> Layouts:
@@ -389,13 +391,15 @@ def _operands(data, shape, fit_axes, hidden, params: Parameters) -> dict[str, Op
 
 
 def _values(ydata, sentinels, decoding: Decoding):
-    """y, what hides its values, and which of them stand for no data; scaled ones are decoded, as they are read."""
+    """y, what hides its values, which of them stand for no data, and these in words; scaled ones are decoded when read."""
     y = as_array("ydata", ydata)
     mask_values, valid_range = sentinels
     invalid = invalid_values(mask_values, valid_range, y.dtype, decoding)
+    values, *limits = invalid or ((), None, None)
+    said = dict(mask_values=str(list(values)), valid_range=str(limits))
     if decoding.scaled:
         y, invalid = decoding.lazily(da.asarray(y), invalid), None
-    return *parted(y), invalid
+    return *parted(y), invalid, said
 
 
 def _check_shared(shared, left_out, fit_axes, nan_policy) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import warnings
-import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -21,6 +20,7 @@ import dask
 import numpy as np
 from tqdm.dask import TqdmCallback
 
+from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
 from ..kernels.checks import fingerprint
@@ -162,6 +162,8 @@ class MapResult:
             absolute_sigma=spec.absolute_sigma,
             limits={name: value if isfinite(value) else None for name, value in fit.limits._asdict().items()},
             fit_axes=list(fit.fit_axes),
+            full_covariance="pcov" in (fit.dtype.names or ()),
+            **self.problem.counting,
             data=_describe(y),
             blocks=self.problem.blocks,
             operands={name: _describe(each.array) for name, each in self.problem.operands.items()},
@@ -343,7 +345,7 @@ def _attributes(name):
 def _describe(array):
     if isinstance(array, da.Array):
         return [list(array.shape), str(array.dtype)]
-    return [list(array.shape), str(array.dtype), zlib.crc32(np.ascontiguousarray(array).data)]
+    return [list(array.shape), str(array.dtype), sum_of_values(array)]
 
 
 def _plain(attrs):
@@ -367,7 +369,7 @@ ARGUMENTS = {  # of `fit_map`, by what an identity has of them
 
 def _compare(path, known, identity) -> None:
     """An error where the map at ``path`` is of another fit, which names the arguments that differ."""
-    then, now = _by_name(known), _by_name(identity)
+    then, now = by_name(known), by_name(identity)
     differ = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
     if "free" in differ:
         differ -= {"start", "lower", "upper", "max_nfev"}  # of fewer or more parameters
@@ -378,13 +380,21 @@ def _compare(path, known, identity) -> None:
         what = "guess" if name == "coarse" and None in (then[name], now[name]) else ARGUMENTS.get(name, name)
         what = "xdata" if re.fullmatch(r"x\d+", name) else what
         plain = what == name and all(isinstance(each.get(name), PLAIN) for each in (then, now))
-        said[what] = f"{what}: {then[name]} then, {now[name]} now" if plain else what
+        said[what] = f"{what}: {then.get(name)} then, {now.get(name)} now" if plain else what
     if said:
         changed, way_out = ", ".join(said.values()), "Give what it was made with, or another path"
         raise ValueError(f"{path} is a map of another fit. Changed: {changed}. {way_out}")
 
 
-def _by_name(identity) -> dict[str, Any]:
+def by_argument(identity) -> dict[str, list]:
+    """The same by the arguments of `fit_map`."""
+    found: dict[str, list] = {}
+    for name, value in by_name(identity).items():
+        found.setdefault("xdata" if re.fullmatch(r"x\d+", name) else ARGUMENTS.get(name, name), []).append(value)
+    return found
+
+
+def by_name(identity) -> dict[str, Any]:
     """What must be the same in a fit that goes on: all but the blocks."""
     nested = {**identity["limits"], **identity["operands"]}
     nested |= {f"`{name}` in its store": value for name, value in identity["stores"].items()}
