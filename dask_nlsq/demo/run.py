@@ -1,7 +1,7 @@
 """A demonstration with a known answer: simulate a beamline measurement on disk, fit it, compare with the truth.
 
 Each angle has a contrast and an offset of its own, and all share the physical parameters. The data are fitted twice: held
-in memory, and read anew from the store in each sweep, as where they are larger than any memory; that fit is cut off after a
+in memory, and read again from the store in each sweep, as where they are larger than any memory; that fit is cut off after a
 sweep and resumed.
 """
 
@@ -76,7 +76,7 @@ def run(
     found = all_parameters(result)
     pulls = compare(measurement, found)
     echo("\n".join([*parameter_table(measurement, found, pulls), *facts(result)]))
-    echo("\nThe same from a store that is read anew in each sweep, cut off after the first one and resumed:")
+    echo("\nThe same from a store that is read again in each sweep, cut off after the first one and resumed:")
     streamed = fit_streaming(measurement, store, directory / "streaming.ckpt", echo)
     apart = float(np.max(np.abs(all_parameters(streamed).popt - found.popt) / found.perr))
     echo("\n".join(streaming_facts(streamed, apart)))
