@@ -17,7 +17,8 @@ import numpy as np
 
 from dask_nlsq import curve_fit, fit_map
 from dask_nlsq.demo import measurement as simulated
-from dask_nlsq.demo.model import two_time_model
+
+from .two_time import all_angles
 
 RUNS = 3
 POINTS = 10**8
@@ -75,7 +76,7 @@ def correlation(frames=1000, n_angles=23):
 
     bounds, mask = (measurement.lower, measurement.upper), np.eye(frames, dtype=bool)[None]
     options = dict(param_names=measurement.names, progress=False, callback=stop)
-    curve_fit(two_time_model(measurement), axes, y, measurement.start, bounds=bounds, mask=mask, **options)
+    curve_fit(all_angles(measurement), axes, y, measurement.start, bounds=bounds, mask=mask, **options)
     each = (records[-1].seconds - records[0].seconds) / (len(records) - 1)
     yield f"one sweep of {y.size:.1e} points, {len(measurement.names)} parameters, s", each, None, None
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .two_time import all_angles
+
 XPCS_LOCAL = ("contrast", "offset")
 STARTS = 14
 MB = 1e6
@@ -47,14 +49,8 @@ class TwoTime:
 
         self.measurement = m = plan_measurement(frames, n_angles, 0)
         self.y = np.stack([simulate_plane(m, k) for k in range(n_angles)])
-        axis = np.arange(frames)
-        self.x = m.angles[:, None, None], axis[None, :, None], axis[None, None, :]
-        self.names = [each.name for each in PHYSICAL]
+        self.x = m.coordinates
         self.bounds = dict(contrast=(0, 1), offset=(0.5, 1.5)) | {each.name: (each.lower, each.upper) for each in PHYSICAL}
-
-    def p0(self, params) -> dict:
-        n = len(self.measurement.angles)
-        return dict(contrast=params[:n], offset=params[n : 2 * n], **dict(zip(self.names, params[2 * n :], strict=True)))
 
     @property
     def truth(self) -> np.ndarray:
@@ -70,44 +66,24 @@ class TwoTime:
             yield draw_start(rng, m.truth, m.lower, m.upper, m.times, 0.3, 0.3)
 
     def model(self):
-        import jax.numpy as jnp
+        from dask_nlsq.demo.model import two_time_model
 
-        from dask_nlsq.demo.measurement import GAP, RATE_FLOOR, SMOOTHING, WAVEVECTOR
-        from dask_nlsq.demo.model import sinc
-
-        m = self.measurement
-        log_t, dt = np.log(m.times), m.exposure
-
-        def two_time(x, contrast, offset, D0, alpha, D_offset, g0, beta, g_offset, phi0):
-            phi, i, j = x
-
-            def integral(scale, exponent, constant):
-                rate = jnp.maximum(scale * jnp.exp(exponent * log_t) + constant, RATE_FLOOR)
-                F = jnp.concatenate([jnp.zeros(1), jnp.cumsum((rate[1:] + rate[:-1]) / 2)])
-                return jnp.sqrt((F[i] - F[j]) ** 2 + SMOOTHING)
-
-            across = WAVEVECTOR * GAP * dt / (2 * jnp.pi) * jnp.cos(jnp.radians(phi0 - phi))
-            g_diff = jnp.exp(-(WAVEVECTOR**2) * dt / 2 * integral(D0, alpha, D_offset))
-            g_shear = sinc(across * integral(g0, beta, g_offset)) ** 2
-            return offset + contrast * (g_diff * g_shear) ** 2
-
-        return two_time
+        return two_time_model(self.measurement)
 
     def fit(self, start, **options):
         from dask_nlsq import fit_groups
 
-        p0 = self.p0(start)
+        p0 = self.measurement.by_name(start)
         return fit_groups(self.model(), self.x, self.y, p0, local=XPCS_LOCAL, group_axes=0, bounds=self.bounds, **options)
 
     def fit_dense(self, start, **options):
         from dask_nlsq import curve_fit
-        from dask_nlsq.demo.model import two_time_model
 
         m, (_, i, j) = self.measurement, self.x
         x, bounds = (np.arange(len(m.angles))[:, None, None], i, j), (m.lower, m.upper)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return curve_fit(two_time_model(m), x, self.y, start, bounds=bounds, nan_policy="omit", **options)
+            return curve_fit(all_angles(m), x, self.y, start, bounds=bounds, nan_policy="omit", **options)
 
 
 def decays(n_groups: int, n: int = 64, seed: int = 0):

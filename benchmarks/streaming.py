@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .run import Row
+from .two_time import all_angles
 
 COLUMNS, ROWS_PER_CHUNK = 1000, 2000  # of the counts; 2e6 points per chunk
 DECAY, PEAK = np.array([200.0, 0.5, 30.0]), np.array([900.0, 10.05, 0.25, 0.4, 50.0, 6.0])
@@ -130,7 +131,6 @@ def sweep_rows(directory, sizes=(10**8, 2 * 10**8)):
 def correlation_rows(directory):
     import dask_nlsq
     from dask_nlsq.demo import measurement as simulated
-    from dask_nlsq.demo.model import two_time_model
 
     measurement = simulated.plan_measurement(1000, 23, 0)
     path = Path(directory) / "two-time.zarr"
@@ -141,7 +141,7 @@ def correlation_rows(directory):
     axes = np.arange(23)[:, None, None], np.arange(1000)[None, :, None], np.arange(1000)[None, None, :]
     fit = partial(
         dask_nlsq.curve_fit,
-        two_time_model(measurement),
+        all_angles(measurement),
         axes,
         path,
         p0=p0,

@@ -22,7 +22,7 @@ def texts(name):
 
 
 def test_the_notebooks_are_there():
-    assert [name[:2] for name in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert [name[:2] for name in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @each_notebook

@@ -12,7 +12,7 @@ X-ray photon correlation spectroscopy of ``A`` angles phi and ``n`` x ``n`` pair
 import shutil
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -75,6 +75,18 @@ class Measurement(NamedTuple):
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.angles), self.frames, self.frames
+
+    @property
+    def coordinates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Degrees and frames along the axes of the data: (A, 1, 1), (1, n, 1), (1, 1, n)."""
+        frames = np.arange(self.frames)
+        return self.angles[:, None, None], frames[None, :, None], frames[None, None, :]
+
+    def by_name(self, values: np.ndarray) -> dict[str, Any]:
+        """Values (2 A + 7,) by the names of the model's parameters: contrast and offset (A,), then numbers."""
+        a = len(self.angles)
+        shared = zip((each.name for each in PHYSICAL), values[2 * a :].tolist(), strict=True)
+        return dict(contrast=values[:a], offset=values[a : 2 * a], **dict(shared))
 
 
 def plan_measurement(frames: int, n_angles: int, seed: int) -> Measurement:
@@ -145,9 +157,9 @@ def simulate_plane(measurement: Measurement, k: int) -> np.ndarray:
     return plane.astype(np.float32)
 
 
-def expected_cost(n_points: int, n_params: int) -> float:
-    """Cost that the simulated noise alone leaves on average."""
-    return 0.5 * (n_points - n_params) * NOISE**2
+def expected_cost(dof: int) -> float:
+    """Cost that the simulated noise alone leaves on average; ``dof`` are the points less the parameters."""
+    return 0.5 * dof * NOISE**2
 
 
 def prepare_directory(directory: str | Path | None, measurement: Measurement) -> Path:

@@ -9,26 +9,23 @@ from .measurement import GAP, RATE_FLOOR, SMOOTHING, WAVEVECTOR, Measurement
 
 
 def two_time_model(measurement: Measurement) -> Callable:
-    """The model ``f((angle, i, j), *params)`` of integer coordinates, differentiable everywhere."""
-    angles, a = np.radians(measurement.angles), len(measurement.angles)
+    """The model ``f((phi, i, j), contrast, offset, D0, ...)``, phi in degrees, i and j frames; differentiable everywhere."""
     log_t, dt = np.log(measurement.times), measurement.exposure
     diffusion_scale = WAVEVECTOR**2 * dt / 2
     shear_scale = WAVEVECTOR * GAP * dt / (2 * np.pi)
 
-    def model(coordinates, *params):
-        angle, i, j = coordinates
-        contrast, offset = jnp.stack(params[:a]), jnp.stack(params[a : 2 * a])
-        D0, alpha, D_offset, g0, beta, g_offset, phi0 = params[2 * a :]
+    def model(coordinates, contrast, offset, D0, alpha, D_offset, g0, beta, g_offset, phi0):
+        phi, i, j = coordinates
 
         def integral(scale, exponent, constant):
             rate = jnp.maximum(scale * jnp.exp(exponent * log_t) + constant, RATE_FLOOR)
             F = jnp.concatenate([jnp.zeros(1), jnp.cumsum((rate[1:] + rate[:-1]) / 2)])
             return jnp.sqrt((F[i] - F[j]) ** 2 + SMOOTHING)
 
-        across = shear_scale * jnp.cos(jnp.radians(phi0) - angles)
+        across = shear_scale * jnp.cos(jnp.radians(phi0 - phi))
         g_diff = jnp.exp(-diffusion_scale * integral(D0, alpha, D_offset))
-        g_shear = sinc(across[angle] * integral(g0, beta, g_offset)) ** 2
-        return offset[angle] + contrast[angle] * (g_diff * g_shear) ** 2
+        g_shear = sinc(across * integral(g0, beta, g_offset)) ** 2
+        return offset + contrast * (g_diff * g_shear) ** 2
 
     return model
 
