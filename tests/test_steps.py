@@ -102,20 +102,20 @@ def test_a_point_is_as_far_as_its_decrement_in_units_of_the_variance(xp):
     assert float(point(xp, size=1e40).distance) == 0  # less than the rounding of the data
 
 
-def test_a_bound_counts_as_far_as_two_steps_without_it_where_little_is_left_to_gain(xp):
+def test_a_bound_counts_that_cuts_the_step_to_a_tenth_where_little_is_left_to_gain(xp):
     """The step without bounds is (1, 1), and predicts 8."""
 
     def at(lower, cost=16.1, near_below=0.5):
-        scheme = Scheme(arrays(xp, [lower, -9], [INF, 2.9]), x_scale=xp.asarray([1.0, 1.0]), near_below=near_below)
+        scheme = Scheme(arrays(xp, [lower, -9], [INF, 1.0625]), x_scale=xp.asarray([1.0, 1.0]), near_below=near_below)
         return point(xp, gradient=[2, -3], params=[5, 1], cost=cost, scheme=scheme).hat
 
-    near, far = at(lower=3.0), at(lower=2.9)
+    near, far = at(lower=4.9375), at(lower=4.875)
     np.testing.assert_array_equal(near.diagonal, [2, 3])
     np.testing.assert_array_equal(far.diagonal, [0, 3])
-    np.testing.assert_allclose(far.d, [1, 1.9**0.5])
-    np.testing.assert_allclose(far.v, [2.1, 1.9])  # which `gtol` is compared with
-    np.testing.assert_array_equal(at(lower=2.9, cost=15.9).diagonal, [2, 3])
-    np.testing.assert_array_equal(at(lower=2.9, near_below=0.0).diagonal, [2, 3])
+    np.testing.assert_array_equal(far.d, [1, 0.25])
+    np.testing.assert_array_equal(far.v, [0.125, 0.0625])  # which `gtol` is compared with
+    np.testing.assert_array_equal(at(lower=4.875, cost=15.9).diagonal, [2, 3])
+    np.testing.assert_array_equal(at(lower=4.875, near_below=0.0).diagonal, [2, 3])
 
 
 def test_what_gtol_is_compared_with(xp):

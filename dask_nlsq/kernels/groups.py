@@ -27,10 +27,10 @@ from ..model.function import Model
 from .lane_loop import Fitted, Pixels, build_fit, no_result, prepare
 from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, diagonal, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course
-from .steps import NEAR
 
 NOWHERE = Course(None, None)
 SLIGHT = 0.05  # relative change of linear locals, for which derivatives by the shared parameters need not be taken again
+NEAR = 2.0  # steps of a local to its minimum, as far as which a bound counts
 STIFFEST = 1 / EPS**2  # what a bound adds to A at most, times the diagonal element
 
 

@@ -8,7 +8,7 @@ the current ``params`` the cost is modelled, in "hat" variables ``step = d * ste
 where ``d = sqrt(v) * scale`` joins the scale of the parameters with the distance ``v`` to the bounds that the gradient
 pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. Both shorten steps
 even where the optimum is far from all bounds, and along weakly determined directions most; so where little is left to gain
-a bound counts only if the step to the minimum without any bounds would come near it.
+a bound counts only if it would cut the step to the minimum without any bounds to a small part.
 
 The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this one as far as the bound,
 its reflection there, and the one down the gradient in hat space.
@@ -31,7 +31,7 @@ from jax import lax
 
 from . import rules
 
-NEAR = 2.0  # steps to the minimum without bounds, as far as which a bound counts
+NEAR = 0.1  # of the step to the minimum without bounds: a bound counts that would cut it to less
 INTERIOR = 0.995  # of the way to a bound that a step goes at least, as in SciPy
 MORE_RTOL = 0.01  # | ||step_h|| - radius | / radius at which Moré's iteration ends ([2]_: any value up to 0.1 serves)
 MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
