@@ -1,6 +1,7 @@
 """Grouped fits by label, with checkpoints, plans, guesses and Jacobians; what their results say and keep."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 import xarray as xr
 import zarr
 from distributed import Client
@@ -49,7 +51,7 @@ def assert_same_bits(result, expected):
 # labels
 
 
-@pytest.mark.parametrize("kind", ["numpy", "dask", "zarr", "xarray"])
+@pytest.mark.parametrize("kind", ["numpy", "dask", "zarr", "xarray", "masked"])
 def test_groups_by_label_are_those_by_axis_in_whatever_order_points_come(expected, tmp_path, kind):
     x, y, labels = TIMES, VALUES, LABELS
     if kind == "dask":
@@ -57,6 +59,10 @@ def test_groups_by_label_are_those_by_axis_in_whatever_order_points_come(expecte
     if kind == "zarr":
         zarr.create_array(tmp_path / "y", data=y, chunks=(500,))
         y = str(tmp_path / "y")
+    if kind == "masked":
+        bad = np.arange(2 * y.size) % 2 == 1
+        x, labels = np.repeat(x, 2), np.repeat(labels, 2)
+        y = np.ma.MaskedArray(np.where(bad, 99.0, np.repeat(y, 2)), bad)
     if kind == "xarray":
         y = xr.DataArray(y, dims="point", coords={"t": ("point", x), "run": ("point", labels)})
         x, labels = "t", "run"
@@ -189,6 +195,37 @@ print("status", result.status, flush=True)
 """
 
 
+def test_a_checkpoint_of_other_labels_is_refused_whatever_the_data_are(tmp_path):
+    one, other = np.repeat([0, 1], G // 2)[:, None], np.array([0, 1] * (G // 2))[:, None]
+    options = dict(p0=P0, local=LOCAL, checkpoint=tmp_path / "kept")
+    fit_groups(decay, T, chunked(), groups=one, **options)
+    with pytest.raises(CheckpointError, match="Changed: groups"):
+        fit_groups(decay, T, chunked(), groups=other, **options)
+
+
+def test_more_sweeps_may_be_allowed_and_the_callback_may_stop_early_when_a_fit_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = dict(p0=P0, local=LOCAL, group_axes=0, checkpoint="kept")
+
+    def elsewhere(record):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / "sub")
+
+    with pytest.raises(NotConvergedError):
+        fit_groups(decay, T, Y, **options, max_nfev=3, callback=elsewhere)
+    monkeypatch.chdir(tmp_path)
+    whole = resume("kept", max_nfev=50)
+    assert_same_bits(whole, fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0))
+
+    def stop(record):
+        if record.nfev == 2:
+            raise StopIteration
+
+    with pytest.warns(scipy.optimize.OptimizeWarning, match="Stopped by `callback`"):
+        early = fit_groups(decay, T, Y, **options, callback=stop)
+    assert early.status == -2 and np.isfinite(early.local.compute(progress=False).popt).all()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, number):
     command = [sys.executable, "-c", SCRIPT, tmp_path / "kept"]
@@ -297,6 +334,12 @@ def test_a_saved_result_comes_back_with_its_map(expected, tmp_path):
         found.local.residuals  # noqa: B018
     with pytest.raises(FileExistsError, match="give another path"):
         expected.save(tmp_path / "kept")
+    found.save(tmp_path / "copy")
+    for again in (load(tmp_path / "copy"), pickle.loads(pickle.dumps(found))):
+        np.testing.assert_array_equal(again.local.compute().popt, local.popt)
+    one = dask_nlsq.curve_fit(decay, T, Y[0], list(P0.values()))
+    one.save(tmp_path / "kept")
+    assert type(load(tmp_path / "kept")) is dask_nlsq.FitResult and load(tmp_path / "kept").dof == N - 4
 
 
 def test_a_report_is_one_page(expected, tmp_path):

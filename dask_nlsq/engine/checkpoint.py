@@ -76,7 +76,7 @@ class Checkpoint:
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / FIT_FILE).exists():

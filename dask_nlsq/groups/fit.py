@@ -16,6 +16,7 @@ import dask
 import numpy as np
 import scipy
 
+from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
@@ -263,7 +264,8 @@ def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], in
     problem = build_map(f, xdata, ydata, call, arrange)
     found = arrange.groups
     coords: dict[str, Any] = {DIM: ((DIM,), found.labels, {})}
-    return problem, dict(dims=(DIM,), coords=coords, attrs={}), int(np.prod(found.shape))
+    labels = dict(dims=(DIM,), coords=coords, attrs={}, sum=[sum_of_values(each) for each in (found.points, found.behind)])
+    return problem, labels, int(np.prod(found.shape))
 
 
 def _run(ready: ReadyGroups):
@@ -307,6 +309,8 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
     identity["p0"] = [*identity["p0"], ready.start.tolist()]
+    identity["groups"] = [ready.labels.get("sum")]
+    del identity["max_nfev"]
     identity["bounds"] = [*identity["bounds"], ready.options.lower.tolist(), ready.options.upper.tolist()]
     path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
     return Checkpoint(path, identity, described | dict(function="fit_groups"), arrays)

@@ -43,8 +43,9 @@ class LabelledGroups(NamedTuple):
 
     def _rows(self, array):
         array = as_array("an array", array)
-        lazy = isinstance(array, da.Array)
-        whole = (da if lazy else np.ma if isinstance(array, np.ma.MaskedArray) else np).broadcast_to(array, self.shape)
+        if isinstance(array, np.ma.MaskedArray):
+            return np.ma.MaskedArray(self._rows(array.data), self._rows(np.ma.getmaskarray(array)))
+        whole = (da if isinstance(array, da.Array) else np).broadcast_to(array, self.shape)
         flat = whole.reshape(-1)[self.points.ravel()]
         return flat.reshape(self.points.shape)
 

@@ -26,13 +26,14 @@ def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
     states = 2 * 8 * numbers * n_groups  # at the accepted point and at a trial
     arrays = [y, *(each.array for each in problem.operands.values())]
     data = sum(each.nbytes for each in arrays)
-    client = active_client()
+    client = None if call.strategy == "standard" else active_client()
     rooms = (rooms_of_workers(client, call.memory_limit_gb) if client else []) or [room_here(call.memory_limit_gb)]
     room = sum(each.nbytes for each in rooms)
     working = max(0.0, problem.plan.peak_bytes - max(each.base for each in rooms)) * len(rooms)  # of the blocks in hand
     fits = data + states < HELD_SHARE * room and data + states + working < room
     held = fits if call.strategy == "auto" else call.strategy != "streaming"
-    strategy: Strategy = ("standard" if client is None else "chunked") if held else "streaming"
+    strategy: Strategy = "standard" if client is None and call.strategy != "chunked" else "chunked"
+    strategy = strategy if held else "streaming"
     if (needed := states + data * held) > room:
         limit = least_limit(rooms, lambda rooms: needed <= sum(each.nbytes for each in rooms))
         ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]

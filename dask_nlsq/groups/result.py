@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +33,7 @@ from ..results import result as results
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
 from ..results.result import FitResult
+from ..results.schema import RESULT
 from ..results.statistics import Totals
 from ..results.uncertainty import covariance
 from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
@@ -38,6 +41,10 @@ from .diagnostics import of_groups
 from .sweep import GroupSweep
 
 FILE, MAPS, VERSION = "groups.json", "local.zarr", 1
+NO_CURVE = (
+    "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) of "
+    "result.local.compute(); result.local.plot() shows those of all"
+)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -109,10 +116,10 @@ class SharedResult(FitResult):
         return super()._repr_html_() + f"<p>{about.n_groups:,} of {about.of_groups:,} groups, each with {names}</p>"
 
     def _points(self, x, sigma=None):
-        raise ValueError(
-            "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) "
-            "of result.local.compute()"
-        )
+        raise ValueError(NO_CURVE)
+
+    def plot(self, ax=None, **options):
+        raise ValueError(NO_CURVE)
 
 
 class _WithParts:
@@ -179,9 +186,12 @@ class GroupResult:
         path = Path(path)
         if (path / MAPS).exists():
             raise FileExistsError(f"{path} has the groups of another result: give another path")
+        if isinstance(self.local, StoredMap):
+            shutil.copytree(self.local.path, path / MAPS)
+        else:
+            self.local.to_zarr(path / MAPS, progress=False)
         self.shared.save(path)
-        self.local.to_zarr(path / MAPS, progress=False)
-        write_json(path / FILE, version=VERSION, groups=self.shared.groups._asdict())
+        write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
 
     def report(self, path, **options) -> Path:
         """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""
@@ -201,11 +211,19 @@ def load(path: str | Path) -> FitResult | GroupResult:
     path, found = Path(path), results.load(path)
     if not (path / FILE).exists():
         return found
-    kept = read_json(path / FILE, VERSION)["groups"]
+    kept = read_json(path / FILE, VERSION)
+    if kept["result"] != _sum(path):  # another result has been saved there since
+        return found
+    kept = kept["groups"]
     names = {name: tuple(kept[name]) for name in ("locals",)}
     pairs = tuple((one, other) for one, other in kept["interchangeable"])
     about = About(**kept | names | dict(interchangeable=pairs))
     return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / MAPS))
+
+
+def _sum(path: Path) -> int:
+    """Of the result that is saved there."""
+    return zlib.crc32((path / RESULT).read_bytes())
 
 
 def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str, float]) -> GroupResult:
@@ -293,7 +311,7 @@ def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
 def _of_locals(worst: float, accuracy: float) -> str:
     return (
         f"The locals of a group are {worst:.2g} standard errors from their optimum, and `accuracy` asks for {accuracy:.2g}: "
-        "result.local.status says of which; start them from other values"
+        "result.local.distance says of which; start them from other values"
     )
 
 
@@ -315,7 +333,10 @@ def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, share
     C = variance * state.inverse + T @ pcov @ T.swapaxes(1, 2) if known else np.full_like(state.inverse, np.inf)
     found, used = state.fitted, state.used
     lost = ~used & (found.status != MapStatus.MASKED) & (found.status != MapStatus.TOO_FEW_POINTS)
-    C = np.where(np.isinf(found.pcov), np.inf, C)  # what the data of the group do not determine
+    C = np.where(state.regular[:, None, None], C, np.inf)  # what the data of the group do not determine
+    held = found.at_bound != 0
+    C = np.where(held[:, :, None] | held[:, None, :], 0.0, C)
+    T = np.where(held[..., None], 0.0, T)
     found = found._replace(
         popt=np.where(used[:, None], state.params, np.nan),
         pcov=np.where(used[:, None, None], C, np.nan),

@@ -26,7 +26,7 @@ from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOn
 from ..engine.condensed import Condensed, merge
 from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
-from ..kernels.lanes import Limits
+from ..kernels.lanes import Limits, MapStatus
 from ..kernels.rows import segment_size
 from ..maps.blocks import BlockFit, MapProblem, PixelBlock
 from ..memory.machine import active_client
@@ -35,6 +35,7 @@ INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
 SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
+ASTRAY = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # fits that begin anew in the next sweep
 NONE_USED = (
     "no group can be fitted: none has as many points that count as it has parameters, or the model or its derivatives are "
     "not finite at p0 in all of them"
@@ -61,6 +62,8 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
         start, used, fitted = before.params.copy(), before.used, before.fitted
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
+        lost = np.isin(fitted.status, ASTRAY)  # as far as they went, no step leads back
+        start[lost] = np.broadcast_to(pixels.start, start.shape)[lost]
     start[:, places] = at.shared
     pixels = pixels._replace(start=start)
     with float64(), fit.compiling(("groups", spec), pixels):
@@ -146,7 +149,7 @@ class GroupSweep:
         if self.base is None and not sums.n_groups.any():
             raise ValueError(NONE_USED)
         found = self._condensed(sums)
-        # the groups are those of the first sweep: a trial at which one of them is not finite is refused
+        # the groups are those of the first sweep, fewer or as many: a trial at which one of them is not finite is refused
         lost = self.base is not None and not np.array_equal(sums.n_groups, self.accepted.n_groups)
         found = found._replace(cost=np.inf) if lost else found
         self.latest = params, found
@@ -214,8 +217,16 @@ class GroupSweep:
             self._save(key, moved)
 
     def final(self, params: np.ndarray) -> Sequence:
-        """The states of all blocks at a point that has been evaluated, lazily."""
-        return self.states[params.tobytes()]
+        """The states of all blocks at a point that has been evaluated, lazily.
+
+        Those of a sweep of an earlier process, but its last one, are not kept: they are made again by one more sweep.
+        """
+        key = params.tobytes()
+        if key not in self.states:
+            self.base = None
+            self.states[key], _ = self._read(params)
+            self.base = params
+        return self.states[key]
 
     # -----------------------------------------------------------------------------------------------------------------
     # what a checkpoint holds
@@ -251,7 +262,7 @@ class GroupSweep:
 
     def _paths(self, count: int) -> Iterator[Path]:
         assert self.checkpoint is not None
-        directory = self.checkpoint.path.absolute() / "locals"
+        directory = self.checkpoint.path / "locals"
         return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
 
 

@@ -110,8 +110,8 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
         Values of all parameters; those that are not asked for are varied a little, since a power may be 1 there.
     """
     rng, places = np.random.default_rng(0), list(places)
-    one, other = (start * (1 + 0.1 * rng.standard_normal((TRIED, len(start)))) for _ in range(2))
-    other[:] = one
+    one = np.where(start == 0, 0.1, start) * (1 + 0.1 * rng.standard_normal((TRIED, len(start))))
+    other = one.copy()
     size = np.maximum(abs(start[places]), 1.0)
     one[:, places], other[:, places] = size * rng.standard_normal((2, TRIED, len(places)))
     share = rng.uniform(0.2, 0.8, (TRIED, 1))

@@ -24,13 +24,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.function import Model
-from .lane_loop import Fitted, Pixels, build_fit, no_result, prepare
-from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, diagonal, inverse, lanes_of, normal_equations
-from .rules import EPS, RUNNING, Course
+from . import rules
+from .lane_loop import Fitted, Pixels, build_fit, map_status, no_result, prepare
+from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, MapStatus, diagonal, inverse, lanes_of, normal_equations
+from .rules import EPS, RUNNING, Course, at_bounds
 
 NOWHERE = Course(None, None)
-SLIGHT = 0.05  # relative change of linear locals, for which derivatives by the shared parameters need not be taken again
-NEAR = 2.0  # steps of a local to its minimum, as far as which a bound counts
+MOST_DRIFT = 0.05  # relative change of linear locals, for which derivatives by the others need not be taken again
+NEAR_A_LOCAL = 2.0  # steps of a local to its minimum, as far as which a bound counts
 STIFFEST = 1 / EPS**2  # what a bound adds to A at most, times the diagonal element
 
 
@@ -67,6 +68,7 @@ class LocalState(NamedTuple):
     params: Any  # (groups, P), of all parameters
     back: Any  # W, (groups, l, s + 1)
     inverse: Any  # A^-1, (groups, l, l)
+    regular: Any  # the data of the group determine all of its locals
     used: Any
     fitted: Fitted
 
@@ -85,6 +87,8 @@ class Eliminated(NamedTuple):
     back: Any  # W, (groups, l, s + 1)
     inverse: Any  # A^-1, (groups, l, l)
     pushed: Any  # a local is near a bound that its gradient pushes against
+    regular: Any  # the data of the group determine all of its locals
+    free: Any  # (groups, l), variances of the locals without the bounds, where that of the residuals is 1
 
 
 def group_kernel(model: Model, spec: GroupSpec):
@@ -135,23 +139,38 @@ def _build(model: Model, spec: GroupSpec):
         finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.gram), axis=(1, 2))
         used = used & well & finite
         if spec.linear:  # the step to the optimum of the locals is exact, but where a bound is in the way
-            exact = used & ~found.pushed
-            step = jnp.where(exact[:, None], found.back[..., -1], 0.0)
-            params = params.at[:, places].add(-step)
+            aim = params[:, places] - found.back[..., -1]
+            exact = used & ~found.pushed & jnp.all((aim >= data.lower) & (aim <= data.upper), axis=1)
+            params = params.at[:, places].set(jnp.where(exact[:, None], aim, params[:, places]))
             left = jnp.where(exact, found.left, 0.0)
             found = found._replace(
                 cost=jnp.maximum(found.cost - left, 0.0),
                 left=found.left - left,
                 back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
             )
-        fitted = fitted._replace(
-            chi2=jnp.where(used, 2 * found.cost, fitted.chi2),
-            distance=jnp.where(used, _distance(spec, data, found), fitted.distance),
-        )
-        state = LocalState(params, found.back, found.inverse, used, fitted)
-        return _added_up(spec, data, found, used), state
+        fitted = _renewed(spec, data, limits, params, used, fitted, found)
+        state = LocalState(params, found.back, found.inverse, found.regular, used, fitted)
+        return _added_up(spec, data, found, used, fitted.status), state
 
     return sweep
+
+
+def _renewed(spec, data: Data, limits, params, used, fitted: Fitted, found: Eliminated) -> Fitted:
+    """What is known of the fit of each group, at its locals as they are now."""
+    own, distance = params[:, jnp.array(spec.locals.free)], _distance(spec, data, found)
+    errors = jnp.sqrt(_variance(spec, data, found.cost)[:, None] * found.free)
+    at_bound = at_bounds(own, errors, data.lower, data.upper)
+    status = fitted.status.astype(jnp.int64)
+    judged = (status == MapStatus.AT_BOUND) | (status == MapStatus.SINGULAR)
+    came = (status == MapStatus.STUCK) & (distance <= limits.accuracy)
+    status = jnp.where(judged | came, int(MapStatus.GTOL), status)
+    status = map_status(status, jnp.any(at_bound != 0, axis=1), found.regular, False, found.floored > 0)
+    return fitted._replace(
+        chi2=jnp.where(used, 2 * found.cost, fitted.chi2),
+        distance=jnp.where(used, distance, fitted.distance),
+        status=jnp.where(used, status, fitted.status).astype(fitted.status.dtype),
+        at_bound=jnp.where(used[:, None], at_bound, 0).astype(fitted.at_bound.dtype),
+    )
 
 
 def _choose(wanted, new, old):
@@ -178,14 +197,15 @@ def _linear_reach(spec, data: Data, params, found: Eliminated):
     """How far locals may move while the derivatives by shared parameters, which are linear in them, count as the same."""
     variance = _variance(spec, data, found.cost)[:, None]
     errors = jnp.sqrt(variance * jnp.diagonal(found.inverse, axis1=1, axis2=2))
-    return jnp.maximum(SLIGHT * abs(params[:, jnp.array(spec.locals.free)]), errors)
+    return jnp.maximum(MOST_DRIFT * abs(params[:, jnp.array(spec.locals.free)]), errors)
 
 
 def _nothing(spec: GroupSpec, n: int) -> Eliminated:
     n_locals, m = len(spec.locals.free), len(spec.shared) + 1
     zero = jnp.zeros(n)
     back, inverted = jnp.zeros((n, n_locals, m)), jnp.zeros((n, n_locals, n_locals))
-    return Eliminated(jnp.zeros((n, m, m)), zero, zero, zero, back, inverted, jnp.zeros(n, bool))
+    no = jnp.zeros(n, bool)
+    return Eliminated(jnp.zeros((n, m, m)), zero, zero, zero, back, inverted, no, no, jnp.zeros((n, n_locals)))
 
 
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order, n_wanted, known) -> Eliminated:
@@ -203,17 +223,21 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
         lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(width, RUNNING))
         gram, cost, floored = normal_equations(model, spec.all, limits, lanes)
         lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
-        inverted, back, reduced, left, pushed = eliminate(gram, trial[:n_locals], lower, upper)
-        matrices = (each.transpose(2, 0, 1) for each in (reduced, back, inverted))
-        reduced, back, inverted = matrices
-        found = Eliminated(reduced, cost, left, jnp.broadcast_to(floored, cost.shape), back, inverted, pushed)
+        inverted, back, reduced, left, pushed, regular, free = eliminate(gram, trial[:n_locals], lower, upper)
+        columns, n_points = jnp.sqrt(diagonal(gram)[:n_locals]), data.n_points[group]
+        magnitude = rules.magnitude(jnp, data.size[group], abs(trial[:n_locals]), columns)
+        left = jnp.where(left <= rules.rounding_floor(magnitude, trial[:n_locals], columns, n_points), 0.0, left)
+        reduced, back, inverted = (each.transpose(2, 0, 1) for each in (reduced, back, inverted))
+        floored = jnp.broadcast_to(floored, cost.shape)
+        found = Eliminated(reduced, cost, left, floored, back, inverted, pushed, regular, free.T)
         return jax.tree.map(lambda whole, part: whole.at[group].set(part), known, found)
 
     return lax.fori_loop(0, -(-n_wanted // width), one, known)
 
 
-def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used) -> GroupSums:
-    """Sums over the groups that are used, in a fixed order."""
+def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used, status) -> GroupSums:
+    """Sums over the groups that are used, in a fixed order. What locals leave that are stuck cannot be gained."""
+    gained = jnp.where((status >= MapStatus.GTOL) & (status <= MapStatus.SINGULAR), found.left, 0.0)
     n_groups = len(used)
     width, m = min(lanes_of(spec.locals, data.y), n_groups), len(spec.shared) + 1
 
@@ -227,7 +251,7 @@ def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used) -> GroupSums
 
         weight, y = part(data.weight), part(data.y)
         moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2).T
-        terms = found.gram, found.cost, found.left
+        terms = found.gram, found.cost, gained
         gram, cost, rest = (total(part(each)) for each in terms)
         counts = total(part(data.n_points)), total(jnp.ones(width)), total(part(found.floored))
         last = jnp.where(mine[:, None], part(found.gram)[..., -1], 0.0)
@@ -248,15 +272,16 @@ def _rows(array, group):
 
 def eliminate(gram, local, lower, upper):
     """A^-1 (l, l, lanes), W (l, s + 1, lanes), the gram matrix without the locals (s + 1, s + 1, lanes), what they leave,
-    and whether a bound is in their way.
+    whether a bound is in their way, whether their rank is full, and their variances without bounds.
 
     ``gram`` (l + s + 1, l + s + 1, lanes) is that of ``[J_l J_s r]``; ``local``, ``lower`` and ``upper`` are (l, lanes).
     """
     n = len(local)
     gradient, elements = gram[:n, -1], diagonal(gram)
     distance = jnp.where(gradient > 0, local - lower, jnp.where(gradient < 0, upper - local, jnp.inf))
-    step = jnp.einsum("ijg,jg->ig", inverse(gram[:n, :n])[0], gradient)
-    near = jnp.isfinite(distance) & (distance < NEAR * abs(step))
+    plain, regular = inverse(gram[:n, :n])
+    step = jnp.einsum("ijg,jg->ig", plain, gradient)
+    near = jnp.isfinite(distance) & (distance < NEAR_A_LOCAL * abs(step))
     stiff = jnp.where(near, jnp.abs(gradient) / jnp.where(distance > 0, distance, EPS**8), 0.0)
     stiff = jnp.minimum(stiff, STIFFEST * elements[:n])
     inverted, _ = inverse(gram[:n, :n] + jnp.eye(n)[..., None] * stiff)
@@ -266,4 +291,5 @@ def eliminate(gram, local, lower, upper):
     rounding = diagonal(reduced)[:-1] <= PIVOT * elements[n:-1]
     explained = jnp.concatenate([rounding, jnp.zeros_like(rounding[:1])])  # shared parameters that the locals stand in for
     reduced = jnp.where(explained[:, None] | explained, 0.0, reduced)
-    return inverted, back, reduced, 0.5 * jnp.sum(gradient * back[:, -1], axis=0), jnp.any(near, axis=0)
+    left = 0.5 * jnp.sum(gradient * back[:, -1], axis=0)
+    return inverted, back, reduced, left, jnp.any(near, axis=0), regular, diagonal(plain)

@@ -303,7 +303,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     """
     noise, dims = noise_of(call), getattr(ydata, "dims", ())
     if noise.reweighted:
-        raise ValueError("sigma='poisson' is for `curve_fit`: in a map use loss='poisson', which has the same parameters")
+        raise ValueError("sigma='poisson' is for `curve_fit`: use loss='poisson' here, which has the same parameters")
     if labelled(ydata):
         xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)

@@ -429,7 +429,9 @@ class StoredMap:
         self.param_names: tuple[str, ...] = tuple(about["parameters"])
 
     def __getattr__(self, name):
-        if name.startswith("_") or name not in self._group:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._group:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
         return self._group[name][...]
 
@@ -437,6 +439,10 @@ class StoredMap:
     def success(self):
         """Where the fit has converged to parameters that the data determine."""
         return (self.status >= MapStatus.GTOL) & (self.status <= MapStatus.AT_BOUND)
+
+    def compute(self, progress: bool | None = None, **options) -> StoredMap:
+        """The same: all is computed."""
+        return self
 
     def to_xarray(self):
         """The `xarray.Dataset` of the store."""
