@@ -142,7 +142,8 @@ class GroupResult:
         Of the shared parameters that were fitted, with statistics of the whole fit; its attributes are those of this
         result, too: ``result.cost``, ``result.perr``.
     local : MapResult
-        All parameters of each group, lazy, with ``perr`` of the locals that includes the uncertainty of the shared ones;
+        All parameters of each group, lazy, with ``perr`` of the locals that includes the uncertainty of the shared ones, and
+        is 0 at a bound, where they count as held;
         ``status`` of groups that were left out says why. Of a fit on workers: use it before the Client is closed. Of a
         result that was loaded: the arrays of the map, without more.
     """

@@ -24,18 +24,20 @@ from ..base.files import read_arrays, write_arrays
 from ..base.x64 import float64
 from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
 from ..engine.condensed import Condensed, merge
-from ..kernels.groups import GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
+from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits, MapStatus
 from ..kernels.rows import segment_size
+from ..kernels.rules import ROUNDING
 from ..maps.blocks import BlockFit, MapProblem, PixelBlock
 from ..memory.machine import active_client
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
+ENOUGH = 1e-3  # standard errors of the shared parameters, below which what locals leave is of no account
 SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
-ASTRAY = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # fits that begin anew in the next sweep
+ENDED = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # without success: from afar, a fit begins anew
 NONE_USED = (
     "no group can be fitted: none has as many points that count as it has parameters, or the model or its derivatives are "
     "not finite at p0 in all of them"
@@ -62,7 +64,7 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
         start, used, fitted = before.params.copy(), before.used, before.fitted
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
-        lost = np.isin(fitted.status, ASTRAY)  # as far as they went, no step leads back
+        lost = np.isin(fitted.status, ENDED) & ~(fitted.distance < ASTRAY)  # where they went, no step leads back
         start[lost] = np.broadcast_to(pixels.start, start.shape)[lost]
     start[:, places] = at.shared
     pixels = pixels._replace(start=start)
@@ -120,8 +122,8 @@ class GroupSweep:
         self.sums: dict[bytes, GroupSums] = {}
         self.base: np.ndarray | None = None
         self.checkpoint: Checkpoint | None = None
-        self.swept: list[tuple[np.ndarray, GroupSums]] = []  # what a checkpoint holds
-        self.recorded: dict[bytes, GroupSums] = {}  # sweeps of an earlier process
+        self.swept: list[tuple[np.ndarray, GroupSums, int]] = []  # what a checkpoint holds, and by how many sweeps
+        self.recorded: dict[bytes, tuple[GroupSums, int]] = {}  # of an earlier process
         self.kept: tuple[bytes, int] | None = None  # the point whose states are there, and the sweep that they are of
 
     def __call__(self, params: np.ndarray, reduction="gram") -> Condensed:
@@ -137,14 +139,15 @@ class GroupSweep:
         params = np.asarray(params, dtype=np.float64)
         key = params.tobytes()
         if key not in self.sums:
-            known = self.recorded.pop(key, None)
+            known, reads = self.recorded.pop(key, (None, 0))
+            self.count += reads
             if known is None:
-                self.states[key], known = self._read(params)
-                self.swept.append((params, known))
+                before = self.count
+                known = self._swept(params)
+                self.swept.append((params, known, self.count - before))
             elif self.kept is not None and key == self.kept[0]:
                 self.states[key] = self._kept_states(self.kept[1])
             self.sums[key] = known
-            self.count += 1
         sums = self.sums[key]
         if self.base is None and not sums.n_groups.any():
             raise ValueError(NONE_USED)
@@ -159,12 +162,40 @@ class GroupSweep:
     def n_blocks(self) -> int:
         return sum(map(len, self.bands))
 
-    def _read(self, params):
-        before = iter([None] * self.n_blocks if self.base is None else self.states[self.base.tobytes()])
-        at = delayed(At(params, self.base, self.limits), pure=True, traverse=False)
+    def _swept(self, params) -> GroupSums:
+        """The sums at a point, whose states are kept; by two sweeps where the first one leaves the locals too far."""
+        key = params.tobytes()
+        before = None if self.base is None else self.states[self.base.tobytes()]
+        self.states[key], sums = self._read(params, self.base, before, self.limits)
+        accuracy = self._wanted(sums)
+        if accuracy < self.limits.accuracy:
+            finer = self.limits._replace(accuracy=accuracy)
+            self.states[key], sums = self._read(params, params, self.states[key], finer)
+        return sums
+
+    def _wanted(self, sums: GroupSums) -> float:
+        """Standard errors of locals, with which they leave less than what the shared parameters may still gain."""
+        found, n_groups = self._condensed(sums), sums.n_groups.sum()
+        dof = found.n_points - len(self.spec.shared)
+        if not (found.finite and n_groups and dof > 0):
+            return np.inf
+        variance = 1.0 if self.spec.locals.absolute_sigma else 2 * found.cost / dof
+        norms = np.sqrt(np.diag(found.matrix)[:-1])
+        norms = np.where(norms > 0, norms, 1.0)
+        gradient = found.matrix[:-1, -1] / norms
+        gain = 0.5 * float(gradient @ np.linalg.lstsq(found.matrix[:-1, :-1] / norms / norms[:, None], gradient)[0])
+        most = SHARE * max(gain, 0.5 * ENOUGH**2 * variance)
+        enough = found.left <= most or found.left <= ROUNDING * found.cost
+        return np.inf if enough or variance <= 0 else max(FINEST, float(np.sqrt(2 * most / (n_groups * variance))))
+
+    def _read(self, params, base, states, limits):
+        """A sweep that starts from ``states`` at ``base``."""
+        before = iter([None] * self.n_blocks if states is None else states)
+        at = delayed(At(params, base, limits), pure=True, traverse=False)
         spec = delayed(self.spec, pure=True, traverse=False)
+        self.count += 1
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
-        states: list = []
+        found: list = []
         sums: list[GroupSums] = []
         with self._watched(name):
             for band in self.bands:
@@ -173,12 +204,12 @@ class GroupSweep:
                 both = dask.persist(
                     *(
                         delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
-                        for k, block in enumerate(band, len(states))
+                        for k, block in enumerate(band, len(found))
                     )
                 )
                 sums += dask.compute(*[each[0] for each in both])
-                states += [each[1] for each in both]
-        return states, GroupSums(*map(np.stack, zip(*sums, strict=True)))
+                found += [each[1] for each in both]
+        return found, GroupSums(*map(np.stack, zip(*sums, strict=True)))
 
     def _watched(self, name: str):
         """What is told of each block that is done; of those on workers the dashboard tells."""
@@ -223,9 +254,7 @@ class GroupSweep:
         """
         key = params.tobytes()
         if key not in self.states:
-            self.base = None
-            self.states[key], _ = self._read(params)
-            self.base = params
+            self.states[key], _ = self._read(params, None, None, self.limits)
         return self.states[key]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -238,8 +267,8 @@ class GroupSweep:
             return
         arrays, values = found
         sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
-        self.swept = list(zip(arrays["params"], sums, strict=True))
-        self.recorded = {params.tobytes(): each for params, each in self.swept}
+        self.swept = list(zip(arrays["params"], sums, arrays["reads"].tolist(), strict=True))
+        self.recorded = {params.tobytes(): (each, reads) for params, each, reads in self.swept}
         self.kept = arrays["base"].tobytes(), values["kept"]
 
     def _save(self, key: bytes, moved: bool) -> None:
@@ -250,9 +279,10 @@ class GroupSweep:
             paths = self._paths(self.count)
             dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
         assert self.kept is not None
-        params, sums = zip(*self.swept, strict=True)
+        params, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
-        self.checkpoint.save("state", arrays | dict(params=np.stack(params), base=self.base), kept=self.kept[1])
+        arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
+        self.checkpoint.save("state", arrays, kept=self.kept[1])
         if before is not None and before != self.kept:
             for path in self._paths(before[1]):
                 path.unlink(missing_ok=True)

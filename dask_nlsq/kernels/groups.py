@@ -31,6 +31,7 @@ from .rules import EPS, RUNNING, Course, at_bounds
 
 NOWHERE = Course(None, None)
 MOST_DRIFT = 0.05  # relative change of linear locals, for which derivatives by the others need not be taken again
+ASTRAY = 1.0  # standard errors: a fit of locals that ends without success, and farther off, has gone astray
 NEAR_A_LOCAL = 2.0  # steps of a local to its minimum, as far as which a bound counts
 STIFFEST = 1 / EPS**2  # what a bound adds to A at most, times the diagonal element
 
@@ -237,7 +238,8 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
 
 def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used, status) -> GroupSums:
     """Sums over the groups that are used, in a fixed order. What locals leave that are stuck cannot be gained."""
-    gained = jnp.where((status >= MapStatus.GTOL) & (status <= MapStatus.SINGULAR), found.left, 0.0)
+    well = (status >= MapStatus.GTOL) & (status <= MapStatus.SINGULAR) | (_distance(spec, data, found) < ASTRAY)
+    gained = jnp.where(well, found.left, 0.0)
     n_groups = len(used)
     width, m = min(lanes_of(spec.locals, data.y), n_groups), len(spec.shared) + 1
 
