@@ -122,8 +122,17 @@ def _build(model: Model, spec: GroupSpec):
         def turn(state):
             """Of those that want it: their locals are fitted, but in the first turn, and they are evaluated."""
             k, wanting, params, well, fitted, found = state
-            now = params, wanting, well, fitted
-            params, well, fitted = lax.cond(k > 0, refine, lambda *now: (now[0], *now[2:]), *now)
+            by_fit = wanting
+            if spec.linear:  # what has been evaluated says where its locals are best, if no bound is in the way
+                aim, known = _aim(spec, data, params, found)
+                known = wanting & known & (k > 0) & ~fresh
+                params, by_fit = (
+                    params.at[:, places].set(jnp.where(known[:, None], aim, params[:, places])),
+                    wanting & ~known,
+                )
+            now = params, by_fit, well, fitted
+            some = (k > 0) & jnp.any(by_fit)
+            params, well, fitted = lax.cond(some, refine, lambda *now: (now[0], *now[2:]), *now)
             order = jnp.argsort(~wanting, stable=True)
             found = _eliminate(model, spec, limits, data, params, order, jnp.sum(wanting), found)
             near = _distance(spec, data, found) <= limits.accuracy
@@ -140,8 +149,8 @@ def _build(model: Model, spec: GroupSpec):
         finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.gram), axis=(1, 2))
         used = used & well & finite
         if spec.linear:  # the step to the optimum of the locals is exact, but where a bound is in the way
-            aim = params[:, places] - found.back[..., -1]
-            exact = used & ~found.pushed & jnp.all((aim >= data.lower) & (aim <= data.upper), axis=1)
+            aim, exact = _aim(spec, data, params, found)
+            exact &= used
             params = params.at[:, places].set(jnp.where(exact[:, None], aim, params[:, places]))
             left = jnp.where(exact, found.left, 0.0)
             found = found._replace(
@@ -154,6 +163,12 @@ def _build(model: Model, spec: GroupSpec):
         return _added_up(spec, data, found, used, fitted.status), state
 
     return sweep
+
+
+def _aim(spec, data: Data, params, found: Eliminated):
+    """Where linear locals are best, and whether that is so: no bound is in the way."""
+    aim = params[:, jnp.array(spec.locals.free)] - found.back[..., -1]
+    return aim, ~found.pushed & jnp.all((aim >= data.lower) & (aim <= data.upper), axis=1)
 
 
 def _renewed(spec, data: Data, limits, params, used, fitted: Fitted, found: Eliminated) -> Fitted:
