@@ -21,7 +21,7 @@ from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.interface.cli_values import READ
 from dask_nlsq.model.losses import LIKELIHOODS
 from dask_nlsq.model.losses import LOSSES as RHO
-from dask_nlsq.options import FITS, LOSSES, MAPS, WORKFLOWS
+from dask_nlsq.options import FITS, GROUPS, LOSSES, MAPS, WORKFLOWS
 from dask_nlsq.parameters import read_parameters
 from dask_nlsq.prepare import HELD
 
@@ -75,10 +75,10 @@ def test_the_losses_that_can_be_named_are_those_that_there_are():
 
 
 def test_an_argument_of_the_command_line_is_one_of_the_fit():
-    for command, table in (("fit", FITS | WORKFLOWS), ("plan", FITS | WORKFLOWS), ("map", MAPS)):
+    for command, table in (("fit", FITS | WORKFLOWS), ("plan", FITS | WORKFLOWS), ("map", MAPS), ("groups", GROUPS)):
         known = {each.name for each in nlsq.commands[command].params}
         assert {name for name, row in table.items() if row.option is not None} <= known
-    assert all((FITS | MAPS)[name].option for name in READ)
+    assert all((FITS | MAPS | GROUPS)[name].option for name in READ)
 
 
 @pytest.mark.parametrize(
