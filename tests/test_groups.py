@@ -81,6 +81,7 @@ def assert_dense(result, expected, within=1e-6):
 
 
 CHUNKS = {"one chunk": (G, N), "a chunk for each group": (1, N), "cut along both axes": (7, 13)}
+EACH = [pytest.param(cut, id=name, marks=[pytest.mark.slow] * (cut[0] == 1)) for name, cut in CHUNKS.items()]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def expected():
     return dense(Y, SIGMA, HIDDEN)
 
 
-@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("chunks", EACH)
 def test_shared_and_local_parameters_and_their_errors_are_those_of_one_dense_fit(chunks, expected):
     y, sigma, mask = (da.from_array(each, chunks) for each in (Y, SIGMA, HIDDEN))
     result = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0, sigma=sigma, mask=mask, **TIGHT)
@@ -259,7 +260,7 @@ def test_exact_data_have_the_exact_parameters_and_no_errors():
     assert flat.cost < 1e-20
 
 
-@pytest.mark.parametrize("loss", ["huber", "soft_l1"])
+@pytest.mark.parametrize("loss", ["huber", pytest.param("soft_l1", marks=pytest.mark.slow)])
 def test_exact_data_converge_with_any_loss(loss):
     result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0, loss=loss)
     assert result.success

@@ -51,7 +51,7 @@ def assert_same_bits(result, expected):
 # labels
 
 
-@pytest.mark.parametrize("kind", ["numpy", "dask", "zarr", "xarray", "masked"])
+@pytest.mark.parametrize("kind", ["numpy", "dask", pytest.param("zarr", marks=pytest.mark.slow), "xarray", "masked"])
 def test_groups_by_label_are_those_by_axis_in_whatever_order_points_come(expected, tmp_path, kind):
     x, y, labels = TIMES, VALUES, LABELS
     if kind == "dask":
@@ -278,7 +278,7 @@ def test_ready_models_guess_their_start():
     assert result.success and np.max(np.abs(result.popt - [0.4, 0.6]) / result.perr) < 5
 
 
-@pytest.mark.parametrize("loss", ["linear", "soft_l1", "poisson"])
+@pytest.mark.parametrize("loss", ["linear", pytest.param("soft_l1", marks=pytest.mark.slow), "poisson"])
 def test_a_jacobian_that_is_given_leads_to_the_same_parameters(loss):
     def jac(t, amplitude, offset, rate, beta):
         u = (rate * t) ** beta
