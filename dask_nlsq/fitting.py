@@ -23,8 +23,6 @@ from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_
 from .engine.cluster import attached
 from .engine.evaluator import Evaluator
 from .engine.sweep import open_sweep
-from .groups.fit import fit_groups, prepare_groups
-from .groups.result import GroupResult
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
@@ -315,7 +313,7 @@ def fit(
 
 def resume(
     path: str | Path, f: Callable | None = None, xdata=None, ydata=None, *, sigma=None, mask=None, **options
-) -> FitResult | GroupResult:
+) -> FitResult | Any:  # `GroupResult`, of a checkpoint of `fit_groups`
     """Go on with a fit that ``checkpoint=path`` has kept; the result has the bits of one that was never interrupted.
 
     Parameters
@@ -335,6 +333,8 @@ def resume(
     """
     f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask))
     if "local" in kept:
+        from .groups.fit import fit_groups
+
         return fit_groups(f, **data, **dict(kept, checkpoint=path) | options)
     return curve_fit(f, **data, **dict(kept, strategy="streaming", checkpoint=path) | options)
 
@@ -363,6 +363,8 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
         Chunks of a Zarr array that are damaged or absent.
     """
     if "local" in options:
+        from .groups.fit import prepare_groups
+
         known = {name: row.default for name, row in GROUPS.items()}
         return prepare_groups(known | dict(f=f, xdata=xdata, ydata=ydata, p0=p0) | options).plan
     if options.keys() & {"workflow", "goal"}:

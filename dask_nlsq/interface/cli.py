@@ -347,10 +347,10 @@ def groups(scheduler, out, report, log, **given):
     dask nlsq groups frames.zarr --model models:sphere --x q.zarr --p0 radius=50,scale=1,background=0 \\
         --local scale,background --group-axes 0 --out result
     """
-    from .. import fitting as api
+    from ..groups.fit import fit_groups
 
     call = _call(**given)
-    _solve(api.fit_groups, call, scheduler, call.get("checkpoint"), out, report, log)
+    _solve(fit_groups, call, scheduler, call.get("checkpoint"), out, report, log)
 
 
 @_command(click.argument("path", type=PATH))
