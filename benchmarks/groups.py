@@ -313,7 +313,7 @@ def bits() -> None:
     import dask
     from distributed import Client, LocalCluster
 
-    from dask_nlsq import config, fit_groups, resume  # noqa: F401
+    from dask_nlsq import fit_groups, resume
 
     t, y, _, _ = decays(2000)
     import dask.array as da

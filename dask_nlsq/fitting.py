@@ -1,7 +1,6 @@
 """curve_fit and fit: prepare, bring the data where they are swept, solve, return."""
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -409,7 +408,7 @@ def _run(ready: Prepared) -> _Run:
             with Observers(call.callback, call.progress, call.verbose, live) as observers:
                 solution, found = _solve(ready, evaluator, start[ready.free], observers)
         except Interrupted as stop:  # before there is a point to return
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
+            raise stop.exit from stop
         except NotFiniteAtStart as err:
             raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
         assert sweep.census is not None  # as after each sweep over all data

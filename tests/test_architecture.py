@@ -115,7 +115,7 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
-FOREIGN = {"_repr_html_", "_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
 
 
 def test_public_modules_are_attributes_that_are_imported_when_they_are_used():

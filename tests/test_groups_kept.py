@@ -77,8 +77,6 @@ def test_labels_broadcast_and_leave_points_out_and_groups_differ_in_length():
     scattered = np.broadcast_to(labels, Y.shape).copy()
     scattered[8, N // 2 :] = -1
     result = fit_groups(decay, T, Y, P0, local=LOCAL, groups=scattered, **TIGHT)
-    rows = np.repeat(AMPLITUDE[::2], 2)
-    assert rows.shape == (G,)
     assert result.n_groups == G // 2 - 1 and result.n_points == (G - 2) * N - N // 2
     assert result.n_masked == 2 * N + N // 2
     used = scattered >= 0
@@ -236,7 +234,8 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, number):
                 process.send_signal(number)
                 break
         rest = process.stdout.read()
-    assert (process.returncode, "status -3" in rest) in ((-signal.SIGKILL, False), (0, True))
+    ended = {signal.SIGKILL: (-signal.SIGKILL, False), signal.SIGTERM: (0, True)}
+    assert (process.returncode, "status -3" in rest) == ended[number]
     again = resume(tmp_path / "kept", decay, T, chunked())
     assert_same_bits(again, fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0, strategy="streaming"))
 
@@ -356,7 +355,7 @@ def test_a_saved_result_comes_back_with_its_map(expected, tmp_path):
 def test_a_report_is_one_page(expected, tmp_path):
     pytest.importorskip("matplotlib")
     text = expected.report(tmp_path / "page.html").read_text()
-    assert "rate" in text and "converged" in text and "soil" not in text
+    assert all(word in text for word in ("rate", "beta", "converged", "degrees of freedom"))
 
 
 def test_a_fit_that_runs_out_of_sweeps_raises_with_the_best_so_far():

@@ -36,9 +36,14 @@ from ..options import LIMITS, SAME, is_reweighted
 class Interrupted(Exception):
     """A sweep that ends early, since the process has been told to leave."""
 
-    def __init__(self, signal: int):
-        super().__init__(signal)
-        self.signal = signal
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
+
+    @property
+    def exit(self) -> BaseException:
+        """With what the process leaves."""
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
 VERSION = 5  # of the files

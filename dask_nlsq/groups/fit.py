@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from ..engine.checkpoint import Checkpoint, Interrupted, StopOnSignal, describe_
 from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
-from ..kernels.lanes import MapStatus
+from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
 from ..maps.blocks import MapProblem, Operand, build_map
 from ..maps.fit import align_map
@@ -38,15 +38,15 @@ from ..prepare import HeldData
 from ..solve.outcome import NotConvergedError, not_converged
 from ..solve.trust_region import Options, Record, solve
 from .diagnostics import interchangeable
-from .labels import DIM, ByLabel
+from .labels import DIM, ByLabel, LabelledGroups
 from .plan import plan_groups
 from .result import GroupResult, group_result
 from .sweep import GroupSweep
 
 logger = logging.getLogger("dask_nlsq")
 
-TILE, LONGEST_AT_ONCE = 2**12, 2**12  # points of a group
-SAMPLED = 1000  # points of it, at which the model is seen to be pointwise, and linear in the locals or not
+TILE = 2**12  # points of a group that are evaluated at once
+SAMPLED = 1000  # points of a group, at which the model is seen to be pointwise, and linear in the locals or not
 GUESSED = 64  # groups that are fitted one by one, where the start is guessed
 KEPT = [name for name in GROUPS if name not in ("sigma", "mask", "jac", "checkpoint", "callback", "progress", "verbose")]
 
@@ -59,13 +59,18 @@ class ReadyGroups:
     call: SimpleNamespace
     problem: MapProblem  # of the locals alone
     labels: dict[str, Any]  # of the groups, as those of a map
-    n_points: int  # of the data
+    by_label: LabelledGroups | None  # where their points are
     spec: GroupSpec
     start: np.ndarray  # of the shared parameters, (s,)
     options: Options  # of the solver
     noise: Noise
     plan: Plan
     sample: tuple[np.ndarray, ...] | None  # coordinates of some points
+
+    @property
+    def n_points(self) -> int:
+        """Of the data, without what fills rows up."""
+        return self.problem.y.size if self.by_label is None else prod(self.by_label.shape)
 
     @property
     def decode_cf(self) -> bool:
@@ -242,18 +247,17 @@ def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
         raise ValueError("give either `group_axes`, axes of `ydata`, or `groups`, a label for each point")
     if call.groups is None:
         call.axis = AllBut(call.group_axes, "group_axes")
-        problem, labels = align_map(f, xdata, ydata, call)
-        n_points = problem.y.size
+        (problem, labels), by_label = align_map(f, xdata, ydata, call), None
     else:
-        problem, labels, n_points = _align_labels(f, xdata, ydata, call)
+        problem, labels, by_label = _align_labels(f, xdata, ydata, call)
     _check_locals(problem, call)
     problem, spec, start, options, sample = _apart(_guessed(problem), call)
     plan = plan_groups(problem, spec, call)
-    return ReadyGroups(given, call, problem, labels, n_points, spec, start, options, noise_of(call), plan, sample)
+    return ReadyGroups(given, call, problem, labels, by_label, spec, start, options, noise_of(call), plan, sample)
 
 
-def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], int]:
-    """The problem with groups by label along its first axis, their labels, and the number of points."""
+def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], LabelledGroups]:
+    """The problem with groups by label along its first axis, and their labels."""
     arrange = ByLabel(call.groups, ydata)
     if call.decode_cf:
         warn_if_packed(ydata)
@@ -262,10 +266,8 @@ def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], in
         ydata = ydata.data
     call.axis = 1
     problem = build_map(f, xdata, ydata, call, arrange)
-    found = arrange.groups
-    coords: dict[str, Any] = {DIM: ((DIM,), found.labels, {})}
-    labels = dict(dims=(DIM,), coords=coords, attrs={}, sum=[sum_of_values(each) for each in (found.points, found.behind)])
-    return problem, labels, int(np.prod(found.shape))
+    coords: dict[str, Any] = {DIM: ((DIM,), arrange.groups.labels, {})}
+    return problem, dict(dims=(DIM,), coords=coords, attrs={}), arrange.groups
 
 
 def _run(ready: ReadyGroups):
@@ -293,7 +295,7 @@ def _run(ready: ReadyGroups):
         try:
             solution = solve(sweep, ready.start, replace(options, callback=settle))
         except Interrupted as stop:  # before there is a point to return
-            raise KeyboardInterrupt if stop.signal == signal.SIGINT else SystemExit(128 + stop.signal) from stop
+            raise stop.exit from stop
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
         result = group_result(ready, sweep, solution, seconds)
         live.ended(solution.message, result.n_masked, 0)
@@ -309,11 +311,12 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
     identity["p0"] = [*identity["p0"], ready.start.tolist()]
-    identity["groups"] = [ready.labels.get("sum")]
+    if ready.by_label is not None:
+        identity["groups"] = [sum_of_values(each) for each in (ready.by_label.points, ready.by_label.behind)]
     del identity["max_nfev"]
     identity["bounds"] = [*identity["bounds"], ready.options.lower.tolist(), ready.options.upper.tolist()]
     path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
-    return Checkpoint(path, identity, described | dict(function="fit_groups"), arrays)
+    return Checkpoint(path, identity, described, arrays)
 
 
 def _guessed(problem: MapProblem) -> MapProblem:
@@ -335,7 +338,7 @@ def _guessed(problem: MapProblem) -> MapProblem:
     blocks = tuple((y.shape[k],) for k in problem.map_axes)
     smaller = replace(problem, y=y, operands=operands, bands=(slice(0, blocks[0][0]),)).cut_as(blocks)
     record = np.asarray(smaller.records().compute())
-    good = (record["status"] >= MapStatus.GTOL) & (record["status"] <= MapStatus.AT_BOUND)
+    good = succeeded(record["status"])
     if not good.any():
         raise ValueError("p0 could not be guessed: none of the groups that were tried can be fitted by itself; give p0")
     start = np.median(record["popt"][good], axis=0)
@@ -378,7 +381,7 @@ def _apart(problem: MapProblem, call):
     values = None if isinstance(operand, da.Array) else np.asarray(operand[(0,) * (operand.ndim - 1)])
     is_long = linear = False
     if sample is not None and values is not None:
-        is_long = problem.plan.n_points > LONGEST_AT_ONCE
+        is_long = problem.plan.n_points > TILE
         linear = call.loss == "linear" and is_linear(fit.model, fit.spec.layouts, sample, values, mine)
         if is_long:
             check_pointwise(fit.model, fit.spec.layouts, sample, values)

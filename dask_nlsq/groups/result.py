@@ -28,7 +28,7 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import MapResult, StoredMap
+from ..maps.result import LOCAL_MAPS, MapResult, StoredMap
 from ..results import result as results
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
@@ -40,7 +40,7 @@ from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
 
-FILE, MAPS, VERSION = "groups.json", "local.zarr", 1
+FILE, VERSION = "groups.json", 1
 NO_CURVE = (
     "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) of "
     "result.local.compute(); result.local.plot() shows those of all"
@@ -98,8 +98,7 @@ class SharedResult(FitResult):
     @cached_property
     def diagnostics(self) -> Diagnostics:
         """As of any fit, with what is remarkable about the groups."""
-        known = self.parts._replace(residual=np.zeros_like(self.parts.n))  # which are not summed up
-        found = diagnose(_WithParts(self, known))
+        found = diagnose(self)
         return found._replace(lines=(*found.lines, *of_groups(self)))
 
     def summary(self) -> str:
@@ -110,26 +109,16 @@ class SharedResult(FitResult):
         lines.insert(2, text + (f"; the locals of one up to {far:.1e} standard errors from their optimum" if far else ""))
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
+    def to_html(self) -> str:
         about = self.groups
         names = escape(", ".join(about.locals))
-        return super()._repr_html_() + f"<p>{about.n_groups:,} of {about.of_groups:,} groups, each with {names}</p>"
+        return super().to_html() + f"<p>{about.n_groups:,} of {about.of_groups:,} groups, each with {names}</p>"
 
     def _points(self, x, sigma=None):
         raise ValueError(NO_CURVE)
 
     def plot(self, ax=None, **options):
         raise ValueError(NO_CURVE)
-
-
-class _WithParts:
-    """A result with other sums over its parts."""
-
-    def __init__(self, result: FitResult, parts):
-        self._result, self.parts = result, parts
-
-    def __getattr__(self, name):
-        return getattr(self._result, name)
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -180,17 +169,17 @@ class GroupResult:
         return f"<GroupResult>\n{self.summary()}"
 
     def _repr_html_(self) -> str:
-        return self.shared._repr_html_()
+        return self.shared.to_html()
 
     def save(self, path: str | Path) -> None:
         """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back."""
         path = Path(path)
-        if (path / MAPS).exists():
+        if (path / LOCAL_MAPS).exists():
             raise FileExistsError(f"{path} has the groups of another result: give another path")
         if isinstance(self.local, StoredMap):
-            shutil.copytree(self.local.path, path / MAPS)
+            shutil.copytree(self.local.path, path / LOCAL_MAPS)
         else:
-            self.local.to_zarr(path / MAPS, progress=False)
+            self.local.to_zarr(path / LOCAL_MAPS, progress=False)
         self.shared.save(path)
         write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
 
@@ -215,11 +204,9 @@ def load(path: str | Path) -> FitResult | GroupResult:
     kept = read_json(path / FILE, VERSION)
     if kept["result"] != _sum(path):  # another result has been saved there since
         return found
-    kept = kept["groups"]
-    names = {name: tuple(kept[name]) for name in ("locals",)}
-    pairs = tuple((one, other) for one, other in kept["interchangeable"])
-    about = About(**kept | names | dict(interchangeable=pairs))
-    return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / MAPS))
+    about = About(**kept["groups"])
+    about = about._replace(locals=tuple(about.locals), interchangeable=tuple((a, b) for a, b in about.interchangeable))
+    return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / LOCAL_MAPS))
 
 
 def _sum(path: Path) -> int:

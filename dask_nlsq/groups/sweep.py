@@ -23,7 +23,7 @@ from dask.callbacks import Callback
 from ..base.files import read_arrays, write_arrays
 from ..base.x64 import float64
 from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
-from ..engine.condensed import Condensed, merge
+from ..engine.condensed import Condensed, factor, merge
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits, MapStatus
@@ -180,10 +180,7 @@ class GroupSweep:
         if not (found.finite and n_groups and dof > 0):
             return np.inf
         variance = 1.0 if self.spec.locals.absolute_sigma else 2 * found.cost / dof
-        norms = np.sqrt(np.diag(found.matrix)[:-1])
-        norms = np.where(norms > 0, norms, 1.0)
-        gradient = found.matrix[:-1, -1] / norms
-        gain = 0.5 * float(gradient @ np.linalg.lstsq(found.matrix[:-1, :-1] / norms / norms[:, None], gradient)[0])
+        gain = 0.5 * float(np.sum(factor(found).projected ** 2))
         most = SHARE * max(gain, 0.5 * ENOUGH**2 * variance)
         enough = found.left <= most or found.left <= ROUNDING * found.cost
         return np.inf if enough or variance <= 0 else max(FINEST, float(np.sqrt(2 * most / (n_groups * variance))))

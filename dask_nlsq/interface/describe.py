@@ -9,8 +9,8 @@ import numpy as np
 from ..base.files import read_arrays
 from ..base.lazy import zarr
 from ..engine.checkpoint import FIT_FILE, read_fit
-from ..kernels.lanes import MapStatus
-from ..maps.result import status_counts
+from ..kernels.lanes import succeeded
+from ..maps.result import LOCAL_MAPS, status_counts
 from ..results.result import load
 from ..results.schema import RESULT
 
@@ -26,7 +26,7 @@ def describe(path: Path) -> str:
     if (path / RESULT).exists():
         result = load(path)
         lines = [result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)]
-        maps = path / "local.zarr"
+        maps = path / LOCAL_MAPS
         return "\n".join([*lines, *([f"the parameters of each group: {maps}"] if maps.exists() else [])])
     if (path / FIT_FILE).exists():
         return describe_checkpoint(path)
@@ -63,4 +63,4 @@ def describe_map(path: Path, group: Any) -> str:
 def n_converged(group: Any) -> int:
     """Pixels of an open Zarr group of maps."""
     status = group["status"][...]
-    return int(np.sum((status >= MapStatus.GTOL) & (status <= MapStatus.AT_BOUND)))
+    return int(np.sum(succeeded(status)))

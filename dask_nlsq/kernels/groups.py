@@ -130,10 +130,8 @@ def _build(model: Model, spec: GroupSpec):
             if spec.linear:  # what has been evaluated says where its locals are best, if no bound is in the way
                 aim, known = _aim(spec, data, params, found)
                 known = wanting & known & (k > 0) & ~fresh
-                params, by_fit = (
-                    params.at[:, places].set(jnp.where(known[:, None], aim, params[:, places])),
-                    wanting & ~known,
-                )
+                params = params.at[:, places].set(jnp.where(known[:, None], aim, params[:, places]))
+                by_fit = wanting & ~known
             now = params, by_fit, well, fitted
             some = (k > 0) & jnp.any(by_fit)
             params, well, fitted = lax.cond(some, refine, lambda *now: (now[0], *now[2:]), *now)
@@ -209,8 +207,7 @@ def _variance(spec, data: Data, cost):
 
 def _distance(spec, data: Data, found: Eliminated):
     """Standard errors of the locals of each group to their optimum."""
-    variance = _variance(spec, data, found.cost)
-    return jnp.sqrt(2 * found.left / jnp.where(variance > 0, variance, 1.0))
+    return rules.distance(jnp, found.left, _variance(spec, data, found.cost), 0.0, 0.0)
 
 
 def _linear_reach(spec, data: Data, params, found: Eliminated):

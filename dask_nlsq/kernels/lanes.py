@@ -48,6 +48,11 @@ class MapStatus(IntEnum):
     UNDETERMINED = 12  # the model does not depend on a parameter where the fit ended
 
 
+def succeeded(status):
+    """Where a fit has converged to parameters that the data determine, by its `MapStatus`."""
+    return (status >= MapStatus.GTOL) & (status <= MapStatus.AT_BOUND)
+
+
 class Limits(NamedTuple):
     """Numbers of `trust_region.Options`, which need no compilation."""
 

@@ -14,7 +14,7 @@ from dask.graph_manipulation import clone
 
 from ..base.lazy import da
 from ..data.labels import along_dims, labelled, map_values, warn_if_packed
-from ..kernels.lanes import MapStatus
+from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
 from ..options import MAPS, checked, model_first, with_known_names
 from ..prepare import HeldData
@@ -178,7 +178,7 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     blocks = tuple(tuple(-(-n // BIN) for n in sizes) for sizes in problem.blocks)
     unguessed = fit.spec._replace(guess=None)
     found = coarse(bins, blocks, unguessed, start=start)
-    good = (found["status"] >= MapStatus.GTOL) & (found["status"] <= MapStatus.AT_BOUND)
+    good = succeeded(found["status"])
     popt = da.where(good[..., None], found["popt"], first)
     popt = popt.map_blocks(_spread, dtype=popt.dtype, chunks=(*problem.blocks, popt.chunks[-1]), meta=popt._meta)
     shape = tuple(n if k in axes else 1 for k, n in enumerate(problem.y.shape))

@@ -24,13 +24,14 @@ from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
 from ..kernels.checks import fingerprint
-from ..kernels.lanes import MapStatus
+from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import active_client, large_arrays_given_back
 from ..model.function import function_name
 from ..results.plots import maps
 from .blocks import MapProblem, Operand
 from .plan import MapPlan
 
+LOCAL_MAPS = "local.zarr"  # of the groups of a result that is saved, beside it
 PROGRESS_DELAY = 2.0  # seconds
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
@@ -83,7 +84,7 @@ class MapResult:
     @property
     def success(self):
         """Where the fit has converged to parameters that the data determine."""
-        return (self.status >= MapStatus.GTOL) & (self.status <= MapStatus.AT_BOUND)
+        return succeeded(self.status)
 
     @property
     def lazy(self) -> bool:
@@ -302,7 +303,7 @@ class MapResult:
             if failed[place].any():
                 places.append((place, again.blocks[index]))
         for (place, _), new in zip(places, dask.compute(*(block for _, block in places)), strict=True):
-            better = failed[place] & (new["status"] >= MapStatus.GTOL) & (new["status"] <= MapStatus.AT_BOUND)
+            better = failed[place] & succeeded(new["status"])
             record[place] = np.where(better, new, record[place])
         return replace(before, record=record)
 
@@ -438,7 +439,7 @@ class StoredMap:
     @property
     def success(self):
         """Where the fit has converged to parameters that the data determine."""
-        return (self.status >= MapStatus.GTOL) & (self.status <= MapStatus.AT_BOUND)
+        return succeeded(self.status)
 
     def compute(self, progress: bool | None = None, **options) -> StoredMap:
         """The same: all is computed."""

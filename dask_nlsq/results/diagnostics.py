@@ -181,7 +181,7 @@ def _goodness(result) -> list[str]:
 
 def _runs(mean):
     """Runs of the same sign, their expected number and its standard deviation."""
-    if len(mean) < FEWEST_SEGMENTS:
+    if len(mean) < FEWEST_SEGMENTS or np.isnan(mean).any():
         return (np.nan,) * 3
     up = mean > 0
     n, n_up = len(up), np.count_nonzero(up)
@@ -241,7 +241,7 @@ def _in_order(runs, residuals, what):
 def _drift(blocks):
     """A trend of the mean residuals along the data."""
     n = blocks.n
-    if len(n) < FEWEST_SEGMENTS:
+    if len(n) < FEWEST_SEGMENTS or np.isnan(blocks.mean_residual).any():
         return []
     place = np.linspace(-1, 1, len(n))
     slope = np.polynomial.polynomial.polyfit(place, blocks.mean_residual, 1, w=np.sqrt(n))

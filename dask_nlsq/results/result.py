@@ -475,7 +475,10 @@ class FitResult:
         return f"<FitResult>\n{self.summary()}"
 
     def _repr_html_(self):
-        """A table of the parameters for notebooks, with the statistics below."""
+        return self.to_html()
+
+    def to_html(self) -> str:
+        """A table of the parameters, with the statistics below, as notebooks show it."""
         head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
         rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self._rows())
         known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
