@@ -260,6 +260,39 @@ def scipy() -> None:
         show(f"SciPy trf + lsmr, sparse analytic Jacobian, {n_groups:,} groups: time; memory", "10; 5 (20)", text)
 
 
+def pyglotaran(n_groups: int = 1000) -> None:
+    """Two shared rates, two amplitudes and a constant for each group; the second fit of each."""
+    from dask_nlsq import fit_groups
+
+    interpreter = Path(".venv-pyglotaran/bin/python")
+    if not interpreter.exists():
+        show("pyglotaran", "20 (50)", "not installed: make bench-groups does it")
+        return
+
+    def model(t, a, b, c, fast, slow):
+        import jax.numpy as jnp
+
+        return a * jnp.exp(-fast * t) + b * jnp.exp(-slow * t) + c
+
+    rng, t = np.random.default_rng(0), np.linspace(0.01, 6, 256)
+    a, b = rng.uniform(1, 5, (2, n_groups, 1))
+    y = a * np.exp(-1.7 * t) + b * np.exp(-0.4 * t) + rng.uniform(0, 0.5, (n_groups, 1))
+    y = y + rng.normal(0, 0.05, y.shape)
+    with tempfile.TemporaryDirectory() as directory:
+        np.savez(f"{directory}/data.npz", t=t, y=y)
+        script = Path(__file__).with_name("pyglotaran_fit.py")
+        said = subprocess.run([interpreter, script, f"{directory}/data.npz"], stdout=subprocess.PIPE, text=True, check=True)
+    theirs, *rates, _ = said.stdout.splitlines()[-1].split()
+    p0 = dict(a=1, b=1, c=0, fast=2.5, slow=0.3)
+    for _ in range(2):
+        began = time.perf_counter()
+        result = fit_groups(model, t, y, p0, local=("a", "b", "c"), group_axes=0)
+        ours = time.perf_counter() - began
+    apart = np.max(np.abs(result.popt - [float(each) for each in rates]) / result.perr)
+    text = f"{float(theirs) / ours:.0f} ({float(theirs):.2f} / {ours:.3f} s), rates {apart:.1e} s.e. apart"
+    show(f"pyglotaran, {n_groups:,} groups of 256 points", "20 (50)", text)
+
+
 def saxs(frames: int = 1000, side: int = 500) -> None:
     import dask
     import dask.array as da
@@ -421,7 +454,7 @@ def million(n_groups: int = 10**6) -> None:
     show(f"{n_groups:,} groups of 64 points, 2 workers: memory of the fuller one; time", "2 GB", text)
 
 
-ROWS = {each.__name__: each for each in (exact, speed, sweeps, flim, scipy, saxs, bits, coverage, million)}
+ROWS = {each.__name__: each for each in (exact, speed, sweeps, flim, scipy, pyglotaran, saxs, bits, coverage, million)}
 PARTS = {each.__name__: each for each in (against_scipy, killed)}
 ONE_THREAD = {"DASK_NLSQ__THREADS": "1", "DASK_NUM_WORKERS": "1"}
 
