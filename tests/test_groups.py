@@ -256,7 +256,8 @@ def test_exact_data_have_the_exact_parameters_and_no_errors():
     result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0)
     assert result.success and (result.perr < 1e-6).all()
     np.testing.assert_allclose(result.popt, SHARED, rtol=1e-7)
-    flat = fit_groups(decay, T, 0 * Y, P0, local=LOCAL, group_axes=0)
+    with pytest.warns(scipy.optimize.OptimizeWarning, match="the model does not change with rate"):
+        flat = fit_groups(decay, T, 0 * Y, P0, local=LOCAL, group_axes=0)
     assert flat.cost < 1e-20
 
 
@@ -428,3 +429,84 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out():
     options = dict(local=LOCAL, group_axes=0, strategy="standard", memory_limit_gb=0.5)
     with pytest.raises(dask_nlsq.MemoryBudgetError, match=r'the groups take 6.* use strategy="streaming"'):
         fit_groups(decay, t, y, P0, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models that are linear in the locals; shared parameters that are hard to tell apart
+
+
+@pytest.mark.parametrize("options", [dict(), dict(loss="poisson"), dict(loss="huber"), dict(sigma=SIGMA, mask=HIDDEN)])
+def test_one_table_of_a_linear_model_serves_all_groups_that_share_x(options):
+    """Where each group has coordinates of its own, the model is evaluated for each."""
+    y = np.random.default_rng(3).poisson(20 * clean()) if options.get("loss") == "poisson" else Y
+    start = dict(amplitude=40, offset=10, rate=1, beta=1) if options.get("loss") == "poisson" else P0
+    common, own = (
+        fit_groups(decay, x, y, start, local=LOCAL, group_axes=0, **options, **TIGHT)
+        for x in (T, np.broadcast_to(T, Y.shape))
+    )
+    assert np.max(np.abs(common.popt - own.popt) / own.perr) < 1e-6
+    np.testing.assert_allclose(common.pcov, own.pcov, rtol=1e-8)
+    maps = [each.local.compute(progress=False) for each in (common, own)]
+    np.testing.assert_allclose(maps[0].popt, maps[1].popt, rtol=0, atol=1e-6 * np.min(own.perr))
+    np.testing.assert_allclose(maps[0].perr, maps[1].perr, rtol=1e-7)
+
+
+def test_a_model_that_is_linear_for_positive_locals_alone_is_not_taken_for_linear():
+    def size(t, amplitude, offset, rate, beta):
+        return decay(t, jnp.abs(amplitude), offset, rate, beta)
+
+    one, other = (fit_groups(f, T, Y, P0, local=LOCAL, group_axes=0, **TIGHT) for f in (decay, size))
+    assert np.max(np.abs(one.popt - other.popt) / one.perr) < 1e-6
+
+
+def test_where_points_have_no_coordinate_they_are_left_out_of_the_table_too():
+    gap = np.where(np.arange(N) % 7 == 3, np.nan, T)
+    with pytest.warns(RuntimeWarning, match="of 80 points are left out of every pixel"):
+        with_gap = fit_groups(decay, gap, Y, P0, local=LOCAL, group_axes=0)
+    some = np.isfinite(gap)
+    without = fit_groups(decay, T[some], Y[:, some], P0, local=LOCAL, group_axes=0)
+    assert np.max(np.abs(with_gap.popt - without.popt) / without.perr) < 1e-6
+    assert with_gap.shared.n_points == without.shared.n_points
+
+
+def cubic(x, a, b, s0, s1, s2):
+    return a + b * jnp.exp(-0.1 * (x - 1000)) + s0 * x + s1 * x**2 * 1e-3 + s2 * x**3 * 1e-6
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_shared_parameters_that_are_hard_to_tell_apart_are_found_by_qr(bounded):
+    """Their columns have a condition of 4e6, of which a gram matrix has lost the digits. Long double is the judge."""
+    rng, x, n = np.random.default_rng(0), np.linspace(1000, 1010, 200), 7
+    e, shared = np.exp(-0.1 * (x - 1000)), np.stack([x, x**2 * 1e-3, x**3 * 1e-6], axis=1)
+    a, b = rng.uniform(1, 5, (2, n, 1))
+    b[3] = -0.5 if bounded else b[3]
+    y = a + b * e + shared @ [0.3, 0.2, -0.1] + rng.normal(0, 0.01, (n, len(x)))
+    bounds = dict(b=(0, None)) if bounded else (-np.inf, np.inf)
+    result = fit_groups(cubic, x, y, dict(a=1, b=1, s0=0.1, s1=0.1, s2=0.1), local=("a", "b"), group_axes=0, bounds=bounds)
+    assert result.success and result.shared.reduction == "qr"
+
+    own = [
+        (k, column)
+        for k in range(n)
+        for column in ((np.ones_like(x), e) if not (bounded and k == 3) else (np.ones_like(x),))
+    ]
+    J = np.zeros((n, len(x), len(own) + 3), np.longdouble)
+    for place, (k, column) in enumerate(own):
+        J[k, :, place] = column
+    J[:, :, -3:] = shared
+    J = J.reshape(-1, J.shape[-1])
+    Q, R = J.copy(), np.zeros((J.shape[1],) * 2, np.longdouble)
+    for j in range(J.shape[1]):  # Gram and Schmidt's method, twice
+        for i in [*range(j)] * 2:
+            along = Q[:, i] @ Q[:, j]
+            R[i, j] += along
+            Q[:, j] -= along * Q[:, i]
+        R[j, j] = np.sqrt(Q[:, j] @ Q[:, j])
+        Q[:, j] /= R[j, j]
+    last, R = (Q.T @ y.ravel())[-3:], R[-3:, -3:]
+    residual = y.ravel() - Q @ (Q.T @ y.ravel())
+    inverse = np.array([scipy.linalg.solve_triangular(R.astype(float), c) for c in np.eye(3)]).T
+    expected = inverse @ last.astype(float)
+    perr = np.sqrt(np.diag(inverse @ inverse.T) * float(residual @ residual) / result.shared.dof)
+    assert np.max(np.abs(result.popt - expected) / perr) < 1e-4
+    np.testing.assert_allclose(result.perr, perr, rtol=1e-6)

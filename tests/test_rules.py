@@ -33,7 +33,7 @@ def at(xp, **values) -> Point:
     """A point with two parameters."""
     plain = dict(params=[3.0, 4.0], cost=1.0, finite=True, floored=0, n_faded=0, decrement=0.1, optimality=1.0, distance=1.0)
     plain |= dict(longest=[1.0, 1.0], newton=[0.0, 0.0], dof=10)
-    hat = values.pop("hat", HatSpace(xp.asarray([1.0, 1.0]), None, None, None))
+    hat = values.pop("hat", HatSpace(xp.asarray([1.0, 1.0]), xp.zeros(2), None, None))
     return Point()._replace(hat=hat, **{name: xp.asarray(value) for name, value in (plain | values).items()})
 
 
@@ -197,6 +197,18 @@ def test_an_accepted_trial_is_where_the_fit_stands(xp):
     assert (float(course.here.params[0]), course.nfev) == (7.0, 6)
     assert (float(course.radius), float(course.alpha)) == (8.0, 3.0)
     assert not course.proposed and not course.passed and not course.hopeless
+
+
+def test_where_a_bound_shortens_a_parameter_no_longer_the_radius_is_in_its_new_units(xp):
+    """The step was 2 long where the distance to the bound was part of its scale; it is 100 long in that of its column."""
+    shortened = HatSpace(xp.asarray([0.5, 1.0]), xp.asarray([1.0, 0.0]), None, None)
+    here = at(xp, cost=2.0, n_full=1, hat=shortened)
+    free = HatSpace(xp.asarray([0.01, 1.0]), xp.zeros(2), None, None)
+    assert float(followed(xp, dict(cost=1.6, hat=free), here=here).radius) == 8.0 * 50
+    still = shortened._replace(d=free.d)  # nearer to the bound
+    assert float(followed(xp, dict(cost=1.6, hat=still), here=here).radius) == 8.0
+    wider = free._replace(d=xp.asarray([5.0, 1.0]))  # never shorter
+    assert float(followed(xp, dict(cost=1.6, hat=wider), here=here).radius) == 8.0
 
 
 def test_a_refused_trial_leaves_the_fit_where_it_was_in_a_smaller_ball(xp):

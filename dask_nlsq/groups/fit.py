@@ -46,6 +46,7 @@ from .sweep import GroupSweep
 logger = logging.getLogger("dask_nlsq")
 
 TILE = 2**12  # points of a group that are evaluated at once
+LARGEST_TABLE = 2**27  # bytes, in each process
 SAMPLED = 1000  # points of a group, at which the model is seen to be pointwise, and linear in the locals or not
 GUESSED = 64  # groups that are fitted one by one, where the start is guessed
 KEPT = [name for name in GROUPS if name not in ("sigma", "mask", "jac", "checkpoint", "callback", "progress", "verbose")]
@@ -382,7 +383,7 @@ def _apart(problem: MapProblem, call):
     is_long = linear = False
     if sample is not None and values is not None:
         is_long = problem.plan.n_points > TILE
-        linear = call.loss == "linear" and is_linear(fit.model, fit.spec.layouts, sample, values, mine)
+        linear = is_linear(fit.model, fit.spec.layouts, sample, values, mine)
         if is_long:
             check_pointwise(fit.model, fit.spec.layouts, sample, values)
     # the rows [J r] of a long group stay in the cache, tile after tile
@@ -395,13 +396,31 @@ def _apart(problem: MapProblem, call):
         gtol=call.gtol,
         gtol_relative=not (np.isfinite(lower).any() or np.isfinite(upper).any()),
         max_nfev=call.max_nfev,
-        reduction="gram",
+        reduction="auto",
         accuracy=call.accuracy,
         noise=noise_of(call).variance,
         names=tuple(names[k] for k in shared),
     )
     problem = replace(problem, fit=replace(fit, spec=locals_, word="group")).with_operands(**ends)
-    return problem, GroupSpec(locals_, shared, linear), start, options, sample
+    spec = GroupSpec(locals_, shared, linear and call.loss == "linear")
+    spec = spec._replace(tabulated=linear and _can_be_tabulated(problem, mine, shared))
+    if spec.tabulated:
+        spec = spec._replace(locals=locals_._replace(layouts=locals_.layouts._replace(x_kind="tuple")))
+    return problem, spec, start, options, sample
+
+
+def _can_be_tabulated(problem: MapProblem, own, shared) -> bool:
+    """Whether all groups share the coordinates and what is held, and a table of a model linear in the locals is small."""
+    fit, start = problem.fit, problem.operands["start"].array
+    held = [k for k in range(len(fit.names)) if k not in fit.spec.free]
+    values = start[..., held]
+    alike = (
+        values.ndim == 1
+        or not held
+        or (isinstance(values, np.ndarray) and not np.ptp(values.reshape(-1, len(held)), axis=0).any())
+    )
+    nbytes = 8 * problem.plan.n_points * (1 + len(own)) * (1 + len(shared))
+    return fit.model.jac is None and all(c is not None for c in fit.x) and alike and nbytes <= LARGEST_TABLE
 
 
 def _sample(problem: MapProblem) -> tuple[np.ndarray, ...] | None:

@@ -8,7 +8,7 @@ from ..memory.machine import active_client
 from ..memory.plan import MemoryBudgetError, Plan, Strategy, least_limit
 from ..memory.processes import room_here, rooms_of_workers
 
-NUMBERS_OF_A_GROUP = 10  # that a group has besides: status, cost and such
+NUMBERS_OF_A_GROUP = 13  # that a group has besides: status, cost and such
 HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
 
 

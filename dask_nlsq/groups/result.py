@@ -25,7 +25,7 @@ from ..base.warn import warn
 from ..data.chunks import Preparation, ValuePolicy
 from ..engine.request import Objective
 from ..kernels.groups import GroupSpec, LocalState
-from ..kernels.lanes import MapStatus
+from ..kernels.lanes import MapSpec, MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
 from ..maps.result import LOCAL_MAPS, MapResult, StoredMap
@@ -36,7 +36,7 @@ from ..results.result import FitResult
 from ..results.schema import RESULT
 from ..results.statistics import Totals
 from ..results.uncertainty import covariance
-from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
+from ..solve.trust_region import Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
 
@@ -267,7 +267,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
         parts=unpack(equations.parts, s),
         factor=solution.factor,
         objective=Objective(ready.typical_model, noise.loss, problem.fit.limits.f_scale),
-        preparation=_preparation(spec, ready.decode_cf),
+        preparation=_preparation(problem.fit.spec, ready.decode_cf),
         data=None,
         groups=about,
     )
@@ -275,9 +275,9 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
     return GroupResult(shared, local)
 
 
-def _preparation(spec: GroupSpec, decode_cf: bool) -> Preparation:
+def _preparation(spec: MapSpec, decode_cf: bool) -> Preparation:
     """Of any data with such coordinates."""
-    return Preparation(spec.locals.layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, False, 0, ())
+    return Preparation(spec.layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, False, 0, ())
 
 
 def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
@@ -287,12 +287,6 @@ def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
         why = f": {'; '.join(reasons)}" if reasons else ""
         warn(f"Covariance of the shared parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
         return np.full((s, s), np.inf)
-    if GRAM_CONDITION_LIMIT < solution.factor.condition < np.inf:
-        warn(
-            f"The condition of the shared parameters is {solution.factor.condition:.2g}: above {GRAM_CONDITION_LIMIT:g} "
-            "their covariance loses digits. Hold one of them with fixed=, or make it local",
-            RuntimeWarning,
-        )
     return pcov * variance
 
 

@@ -6,6 +6,7 @@ worker that dies is made again, with the same bits. A checkpoint keeps the sums 
 states, each of which its own task writes; a fit that goes on finds its sweeps done, and takes the states from there.
 """
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -24,12 +25,14 @@ from ..base.files import read_arrays, write_arrays
 from ..base.x64 import float64
 from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
 from ..engine.condensed import Condensed, factor, merge
+from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits, MapStatus
 from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
-from ..maps.blocks import BlockFit, MapProblem, PixelBlock
+from ..kernels.table import table, tabulated
+from ..maps.blocks import BlockFit, Kept, MapProblem, PixelBlock
 from ..memory.machine import active_client
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
@@ -52,25 +55,53 @@ class At(NamedTuple):
     limits: Limits
 
 
+class Swept(NamedTuple):
+    """What has been found at shared parameters."""
+
+    params: np.ndarray
+    reduction: Reduction
+    sums: GroupSums  # of all blocks, (blocks, ...)
+    reads: int  # sweeps that it took
+
+
 def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At):
     """The task: `GroupSums` and `LocalState` of a block."""
     pixels, n = block.pixels, block.n_pixels
     n_all, places, free = len(pixels.y), list(spec.shared), list(spec.locals.free)
     if before is None:
         start, used = np.broadcast_to(pixels.start, (n_all, pixels.start.shape[1])).copy(), np.arange(n_all) < n
+        moments = np.zeros((n_all, 3))
         with float64():
             fitted = jax.tree.map(np.asarray, nothing_fitted(spec, pixels))
     else:
-        start, used, fitted = before.params.copy(), before.used, before.fitted
+        start, used, moments, fitted = before.params.copy(), before.used, before.moments, before.fitted
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
         lost = np.isin(fitted.status, ENDED) & ~(fitted.distance < ASTRAY)  # where they went, no step leads back
         start[lost] = np.broadcast_to(pixels.start, start.shape)[lost]
     start[:, places] = at.shared
-    pixels = pixels._replace(start=start)
+    model, x = fit.model, pixels.x
+    if spec.tabulated:
+        model, x = tabulated(start.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, start[0]))
+    pixels = pixels._replace(start=start, x=x)
     with float64(), fit.compiling(("groups", spec), pixels):
-        found = group_kernel(fit.model, spec)(pixels, n, used, fitted, before is None, at.limits)
+        found = group_kernel(model, spec)(pixels, n, used, moments, fitted, before is None, at.limits)
     return jax.tree.map(np.asarray, found)
+
+
+_tables = threading.Lock()
+
+
+def _table(fit: BlockFit, spec: GroupSpec, values: np.ndarray):
+    """That of this process, which keeps one: that of the sweep."""
+    key = values[list(spec.shared)].tobytes()
+    with _tables:
+        if key not in fit.kept:
+            fit.kept.clear()
+            x = tuple(c for c in fit.x if c is not None)
+            columns = table(fit.model, fit.spec.layouts, x, values, spec.locals.free, spec.shared)
+            fit.kept[key] = tuple(np.asarray(each)[None] for each in columns)
+        return fit.kept[key]
 
 
 def keep_state(state: LocalState, path: Path) -> None:
@@ -114,19 +145,20 @@ class GroupSweep:
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
         gather = replace(problem.fit, model=None).gather  # which needs none: a large one travels once, to each worker
-        self.fit, self.name = dask.persist(delayed(problem.fit, pure=True, traverse=False))[0], uuid4().hex
+        fit = replace(problem.fit, kept=Kept())  # that ends with the sweeps
+        self.fit, self.name = dask.persist(delayed(fit, traverse=False))[0], uuid4().hex
         bands = (problem.band(rows, gather) for rows in problem.bands)
         blocks = [[*band.to_delayed().ravel()] for band in bands]  # of a band are joined together, so they are read together
         self.bands = [dask.persist(*band) for band in blocks] if held else blocks
         self.states: dict[bytes, list] = {}
-        self.sums: dict[bytes, GroupSums] = {}
+        self.sums: dict[bytes, Swept] = {}  # of each point the last one
         self.base: np.ndarray | None = None
         self.checkpoint: Checkpoint | None = None
-        self.swept: list[tuple[np.ndarray, GroupSums, int]] = []  # what a checkpoint holds, and by how many sweeps
-        self.recorded: dict[bytes, tuple[GroupSums, int]] = {}  # of an earlier process
+        self.swept: list[Swept] = []  # what a checkpoint holds
+        self.recorded: dict[tuple[bytes, Reduction], Swept] = {}  # of an earlier process
         self.kept: tuple[bytes, int] | None = None  # the point whose states are there, and the sweep that they are of
 
-    def __call__(self, params: np.ndarray, reduction="gram") -> Condensed:
+    def __call__(self, params: np.ndarray, reduction: Reduction = "gram") -> Condensed:
         """The sums at shared parameters (s,).
 
         Raises
@@ -138,20 +170,20 @@ class GroupSweep:
         """
         params = np.asarray(params, dtype=np.float64)
         key = params.tobytes()
-        if key not in self.sums:
-            known, reads = self.recorded.pop(key, (None, 0))
-            self.count += reads
+        if key not in self.sums or self.sums[key].reduction != reduction:
+            known = self.recorded.pop((key, reduction), None)
             if known is None:
-                before = self.count
-                known = self._swept(params)
-                self.swept.append((params, known, self.count - before))
-            elif self.kept is not None and key == self.kept[0]:
-                self.states[key] = self._kept_states(self.kept[1])
+                known = self._swept(params, reduction)
+                self.swept.append(known)
+            else:
+                self.count += known.reads
+                if self.kept is not None and key == self.kept[0]:
+                    self.states[key] = self._kept_states(self.kept[1])
             self.sums[key] = known
-        sums = self.sums[key]
+        sums = self.sums[key].sums
         if self.base is None and not sums.n_groups.any():
             raise ValueError(NONE_USED)
-        found = self._condensed(sums)
+        found = self._condensed(sums, reduction)
         # the groups are those of the first sweep, fewer or as many: a trial at which one of them is not finite is refused
         lost = self.base is not None and not np.array_equal(sums.n_groups, self.accepted.n_groups)
         found = found._replace(cost=np.inf) if lost else found
@@ -162,20 +194,19 @@ class GroupSweep:
     def n_blocks(self) -> int:
         return sum(map(len, self.bands))
 
-    def _swept(self, params) -> GroupSums:
+    def _swept(self, params, reduction: Reduction) -> Swept:
         """The sums at a point, whose states are kept; by two sweeps where the first one leaves the locals too far."""
-        key = params.tobytes()
+        key, count, spec = params.tobytes(), self.count, self.spec._replace(reduction=reduction)
         before = None if self.base is None else self.states[self.base.tobytes()]
-        self.states[key], sums = self._read(params, self.base, before, self.limits)
-        accuracy = self._wanted(sums)
+        self.states[key], sums = self._read(spec, At(params, self.base, self.limits), before)
+        accuracy = self._wanted(self._condensed(sums, reduction), sums.n_groups.sum())
         if accuracy < self.limits.accuracy:
             finer = self.limits._replace(accuracy=accuracy)
-            self.states[key], sums = self._read(params, params, self.states[key], finer)
-        return sums
+            self.states[key], sums = self._read(spec, At(params, params, finer), self.states[key])
+        return Swept(params, reduction, sums, self.count - count)
 
-    def _wanted(self, sums: GroupSums) -> float:
+    def _wanted(self, found: Condensed, n_groups: int) -> float:
         """Standard errors of locals, with which they leave less than what the shared parameters may still gain."""
-        found, n_groups = self._condensed(sums), sums.n_groups.sum()
         dof = found.n_points - len(self.spec.shared)
         if not (found.finite and n_groups and dof > 0):
             return np.inf
@@ -185,11 +216,10 @@ class GroupSweep:
         enough = found.left <= most or found.left <= ROUNDING * found.cost
         return np.inf if enough or variance <= 0 else max(FINEST, float(np.sqrt(2 * most / (n_groups * variance))))
 
-    def _read(self, params, base, states, limits):
-        """A sweep that starts from ``states`` at ``base``."""
+    def _read(self, spec: GroupSpec, at: At, states):
+        """A sweep that starts from ``states``, those of all blocks at the base."""
         before = iter([None] * self.n_blocks if states is None else states)
-        at = delayed(At(params, base, limits), pure=True, traverse=False)
-        spec = delayed(self.spec, pure=True, traverse=False)
+        where, how = (delayed(each, pure=True, traverse=False) for each in (at, spec))
         self.count += 1
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
@@ -200,7 +230,7 @@ class GroupSweep:
                     raise Interrupted(self.stop.signal)
                 both = dask.persist(
                     *(
-                        delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
+                        delayed(sweep_block)(self.fit, how, block, next(before), where, dask_key_name=f"{name}-{k}")
                         for k, block in enumerate(band, len(found))
                     )
                 )
@@ -212,23 +242,24 @@ class GroupSweep:
         """What is told of each block that is done; of those on workers the dashboard tells."""
         return nullcontext() if self.watch is None or active_client() else _Watched(self, name)
 
-    def _condensed(self, sums: GroupSums) -> Condensed:
+    def _condensed(self, sums: GroupSums, reduction: Reduction) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
-        matrix, cost = merge(sums.gram, sums.cost, "gram")
+        matrix, cost = merge(sums.matrix, sums.cost, reduction)
+        grams = sums.matrix if reduction == "gram" else sums.matrix.transpose(0, 2, 1) @ sums.matrix
         free = sums.n_points - n_locals * sums.n_groups  # what the locals leave of the points
-        gram, spread = (each.reshape(len(free), -1) for each in (sums.gram, sums.spread))
+        gram, spread = (each.reshape(len(free), -1) for each in (grams, sums.spread))
         unknown = np.full(len(free), np.nan)  # the sum of the residuals
         columns = np.stack([sums.cost, unknown, 2 * sums.cost, free, sums.n_groups, sums.floored], axis=1)
         parts = np.concatenate([gram, spread, columns, sums.weights], axis=1)
         assert parts.shape[1] == segment_size(s)
         size = float(sums.weights[:, 1 if self.spec.locals.loss == "poisson" else 2].sum())
-        return Condensed(matrix, float(cost), "gram", parts, None, size, float(sums.left.sum()))
+        return Condensed(matrix, float(cost), reduction, parts, None, size, float(sums.left.sum()))
 
     @property
     def accepted(self) -> GroupSums:
         """Of all blocks (blocks, ...), at the point that was accepted last."""
         assert self.base is not None
-        return self.sums[self.base.tobytes()]
+        return self.sums[self.base.tobytes()].sums
 
     def settle(self, params: np.ndarray, distance: float) -> None:
         """Keep the state at the accepted point alone; the next sweep starts from it, and is as exact as it has to be."""
@@ -237,7 +268,7 @@ class GroupSweep:
         self.base = params
         self.states = {key: self.states[key]} if key in self.states else {}
         self.sums = {key: self.sums[key]}
-        n_groups = self.sums[key].n_groups.sum()
+        n_groups = self.accepted.n_groups.sum()
         if np.isfinite(distance) and n_groups:
             accuracy = float(np.clip(distance * np.sqrt(SHARE / n_groups), FINEST, INNER))
             self.limits = self.limits._replace(accuracy=accuracy)
@@ -251,7 +282,7 @@ class GroupSweep:
         """
         key = params.tobytes()
         if key not in self.states:
-            self.states[key], _ = self._read(params, None, None, self.limits)
+            self.states[key], _ = self._read(self.spec, At(params, None, self.limits), None)
         return self.states[key]
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -264,8 +295,9 @@ class GroupSweep:
             return
         arrays, values = found
         sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
-        self.swept = list(zip(arrays["params"], sums, arrays["reads"].tolist(), strict=True))
-        self.recorded = {params.tobytes(): (each, reads) for params, each, reads in self.swept}
+        how = values["reductions"], sums, arrays["reads"].tolist()
+        self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
+        self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
         self.kept = arrays["base"].tobytes(), values["kept"]
 
     def _save(self, key: bytes, moved: bool) -> None:
@@ -276,10 +308,10 @@ class GroupSweep:
             paths = self._paths(self.count)
             dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
         assert self.kept is not None
-        params, sums, reads = zip(*self.swept, strict=True)
+        params, reductions, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
-        self.checkpoint.save("state", arrays, kept=self.kept[1])
+        self.checkpoint.save("state", arrays, kept=self.kept[1], reductions=reductions)
         if before is not None and before != self.kept:
             for path in self._paths(before[1]):
                 path.unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from jax import lax
 
 from ..model.function import Model
 from . import rules
+from .blocks import Reduction
 from .lane_loop import Fitted, Pixels, build_fit, map_status, no_result, prepare
 from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, MapStatus, diagonal, inverse, lanes_of, normal_equations
 from .rules import EPS, RUNNING, Course, at_bounds
@@ -46,6 +47,13 @@ class GroupSpec(NamedTuple):
     locals: MapSpec  # of their fit; its ``free`` are the places of the locals
     shared: tuple[int, ...]  # places of the shared parameters that are fitted
     linear: bool = False  # the model is linear in the locals, and the loss is least squares: no fit of them is needed
+    reduction: Reduction = "gram"
+    tabulated: bool = False  # the model is linear in the locals, and all groups share x: one table of it serves them all
+
+    @property
+    def fits(self) -> bool:
+        """Whether locals may have to be fitted: without bounds a linear model says where they are best."""
+        return not self.linear or self.locals.bounded
 
     @property
     def all(self) -> MapSpec:
@@ -55,7 +63,7 @@ class GroupSpec(NamedTuple):
 class GroupSums(NamedTuple):
     """Sums over the groups of a block that are used; s shared parameters."""
 
-    gram: Any  # (s + 1, s + 1), of [J_s r] without what the locals explain
+    matrix: Any  # (s + 1, s + 1), gram matrix of [J_s r] without what the locals explain, or its triangular factor
     spread: Any  # (s + 1, s + 1), the sum of c c^T, c the last column of that of a group
     cost: Any
     left: Any  # by which the locals would still lower the cost
@@ -75,6 +83,7 @@ class LocalState(NamedTuple):
     inverse: Any  # A^-1, (groups, l, l)
     regular: Any  # the data of the group determine all of its locals
     used: Any
+    moments: Any  # (groups, 3): sums of w, w y, w y^2
     fitted: Fitted
 
     def first(self, n: int) -> "LocalState":
@@ -85,7 +94,7 @@ class LocalState(NamedTuple):
 class Eliminated(NamedTuple):
     """Groups without their locals, (groups, ...)."""
 
-    gram: Any  # (groups, s + 1, s + 1)
+    matrix: Any  # (groups, s + 1, s + 1)
     cost: Any
     left: Any  # by which the locals would still lower the cost
     floored: Any
@@ -97,10 +106,12 @@ class Eliminated(NamedTuple):
 
 
 def group_kernel(model: Model, spec: GroupSpec):
-    """Compiled ``(pixels, n_pixels, used, fitted, fresh, limits) -> GroupSums, LocalState``; call inside ``float64()``.
+    """Compiled ``(pixels, n_pixels, used, moments, fitted, fresh, limits) -> GroupSums, LocalState``; call it inside
+    ``float64()``.
 
     ``pixels.start`` (pixels, P) holds the shared parameters and where the locals start; ``used`` (pixels,) is false for
-    groups that have been left out in an earlier sweep, of which ``fitted`` is. ``fresh`` says that there was none.
+    groups that have been left out in an earlier sweep, of which ``moments`` and ``fitted`` are. ``fresh`` says that there
+    was none.
     """
     return model.get(("groups", spec), lambda: model.jit(_build(model, spec)))
 
@@ -113,7 +124,7 @@ def nothing_fitted(spec: GroupSpec, pixels: Pixels) -> Fitted:
 def _build(model: Model, spec: GroupSpec):
     fit = build_fit(model, spec.locals)
 
-    def sweep(pixels: Pixels, n_pixels, used, fitted, fresh, limits):
+    def sweep(pixels: Pixels, n_pixels, used, moments, fitted, fresh, limits):
         data, places, n = prepare(spec.locals, pixels), jnp.array(spec.locals.free), len(pixels.y)
 
         def refine(params, wanting, well, fitted):
@@ -129,12 +140,13 @@ def _build(model: Model, spec: GroupSpec):
             by_fit = wanting
             if spec.linear:  # what has been evaluated says where its locals are best, if no bound is in the way
                 aim, known = _aim(spec, data, params, found)
-                known = wanting & known & (k > 0) & ~fresh
+                known &= wanting & (k > 0) & ~(fresh & spec.fits)
                 params = params.at[:, places].set(jnp.where(known[:, None], aim, params[:, places]))
                 by_fit = wanting & ~known
-            now = params, by_fit, well, fitted
-            some = (k > 0) & jnp.any(by_fit)
-            params, well, fitted = lax.cond(some, refine, lambda *now: (now[0], *now[2:]), *now)
+            if spec.fits:
+                now = params, by_fit, well, fitted
+                some = (k > 0) & jnp.any(by_fit)
+                params, well, fitted = lax.cond(some, refine, lambda *now: (now[0], *now[2:]), *now)
             order = jnp.argsort(~wanting, stable=True)
             found = _eliminate(model, spec, limits, data, params, order, jnp.sum(wanting), found)
             near = _distance(spec, data, found) <= limits.accuracy
@@ -146,9 +158,15 @@ def _build(model: Model, spec: GroupSpec):
         def unfinished(state):
             return (state[0] < 2) & jnp.any(state[1])
 
-        begin = jnp.where(fresh, 1, 0), used, pixels.start, jnp.ones(n, bool), fitted, _nothing(spec, n)
+        moments = lax.cond(fresh, _moments, lambda data: moments, data)
+        well = jnp.ones(n, bool)
+        if not spec.fits:
+            fitted = _choose(jnp.broadcast_to(fresh, n), _unfitted(spec, data, fitted), fitted)
+            well = fitted.nfev > 0
+        first = jnp.where(fresh & spec.fits, 1, 0)
+        begin = first, used & well, pixels.start, well, fitted, _nothing(spec, n)
         _, _, params, well, fitted, found = lax.while_loop(unfinished, turn, begin)
-        finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.gram), axis=(1, 2))
+        finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.matrix), axis=(1, 2))
         used = used & well & finite
         if spec.linear:  # the step to the optimum of the locals is exact, but where a bound is in the way
             aim, exact = _aim(spec, data, params, found)
@@ -161,10 +179,18 @@ def _build(model: Model, spec: GroupSpec):
                 back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
             )
         fitted = _renewed(spec, data, limits, params, used, fitted, found)
-        state = LocalState(params, found.back, found.inverse, found.regular, used, fitted)
-        return _added_up(spec, data, found, used, fitted.status), state
+        state = LocalState(params, found.back, found.inverse, found.regular, used, moments, fitted)
+        return _added_up(spec, data, found, state), state
 
     return sweep
+
+
+def _unfitted(spec, data: Data, fitted: Fitted) -> Fitted:
+    """Of groups whose locals need no fit."""
+    n, enough = data.n_points, data.n_points >= len(spec.locals.free)
+    status = jnp.where(enough, int(MapStatus.GTOL), jnp.where(n > 0, int(MapStatus.TOO_FEW_POINTS), int(MapStatus.MASKED)))
+    own = dict(n_points=n, nfev=enough, status=status)
+    return fitted._replace(**{k: each.astype(getattr(fitted, k).dtype) for k, each in own.items()})
 
 
 def _aim(spec, data: Data, params, found: Eliminated):
@@ -238,9 +264,12 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
         cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
         trial = params[group][:, places].T
         lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(width, RUNNING))
-        gram, cost, floored = normal_equations(model, spec.all, limits, lanes)
+        matrix, cost, floored = normal_equations(model, spec.all, limits, lanes, spec.reduction)
         lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
-        inverted, back, reduced, left, pushed, regular, free = eliminate(gram, trial[:n_locals], lower, upper)
+        gram = matrix if spec.reduction == "gram" else jnp.einsum("kig,kjg->ijg", matrix, matrix)
+        inverted, back, reduced, left, pushed, regular, free, stiff = eliminate(gram, trial[:n_locals], lower, upper)
+        if spec.reduction == "qr":
+            reduced = eliminate_by_qr(matrix, stiff)
         columns, n_points = jnp.sqrt(diagonal(gram)[:n_locals]), data.n_points[group]
         magnitude = rules.magnitude(jnp, data.size[group], abs(trial[:n_locals]), columns)
         left = jnp.where(left <= rules.rounding_floor(magnitude, trial[:n_locals], columns, n_points), 0.0, left)
@@ -252,11 +281,18 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
     return lax.fori_loop(0, -(-n_wanted // width), one, known)
 
 
-def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used, status) -> GroupSums:
+def _moments(data: Data):
+    """Sums of w, w y and w y^2 of each group, (groups, 3)."""
+    w = data.weight**2
+    return jnp.stack([jnp.sum(each, axis=1) for each in (w, w * data.y, w * data.y**2)], axis=1)
+
+
+def _added_up(spec: GroupSpec, data: Data, found: Eliminated, state: LocalState) -> GroupSums:
     """Sums over the groups that are used, in a fixed order. What locals leave that are stuck cannot be gained."""
+    used, status = state.used, state.fitted.status
     well = (status >= MapStatus.GTOL) & (status <= MapStatus.SINGULAR) | (_distance(spec, data, found) < ASTRAY)
     gained = jnp.where(well, found.left, 0.0)
-    n_groups = len(used)
+    n_groups, by_gram = len(used), spec.reduction == "gram"
     width, m = min(lanes_of(spec.locals, data.y), n_groups), len(spec.shared) + 1
 
     def one(k, sums):
@@ -267,16 +303,16 @@ def _added_up(spec: GroupSpec, data: Data, found: Eliminated, used, status) -> G
         def total(each):
             return jnp.sum(jnp.where(mine.reshape(-1, *[1] * (each.ndim - 1)), each, 0.0), axis=0)
 
-        weight, y = part(data.weight), part(data.y)
-        moments = jnp.stack([weight**2, weight**2 * y, (weight * y) ** 2]).sum(axis=2).T
-        terms = found.gram, found.cost, gained
-        gram, cost, rest = (total(part(each)) for each in terms)
+        cost, rest = total(part(found.cost)), total(part(gained))
+        matrix = jnp.where(mine[:, None, None], part(found.matrix), 0.0)
         counts = total(part(data.n_points)), total(jnp.ones(width)), total(part(found.floored))
-        last = jnp.where(mine[:, None], part(found.gram)[..., -1], 0.0)
+        last = matrix[..., -1] if by_gram else jnp.einsum("gki,gk->gi", matrix, matrix[..., -1])
         worst, largest = (jnp.max(jnp.where(mine, part(each), 0.0)) for each in (found.left, found.cost))
-        new = GroupSums(gram, last.T @ last, cost, rest, worst, largest, *counts, total(moments))
+        stacked = jnp.concatenate([sums.matrix[None], matrix])
+        whole = jnp.sum(stacked, axis=0) if by_gram else jnp.linalg.qr(stacked.reshape(-1, m), mode="r")
+        new = GroupSums(whole, last.T @ last, cost, rest, worst, largest, *counts, total(part(state.moments)))
         most = dict(worst=jnp.maximum(sums.worst, worst), largest=jnp.maximum(sums.largest, largest))
-        return jax.tree.map(jnp.add, sums, new)._replace(**most)
+        return jax.tree.map(jnp.add, sums, new)._replace(matrix=whole, **most)
 
     zero = jnp.zeros(())
     nothing = GroupSums(jnp.zeros((m, m)), jnp.zeros((m, m)), *(zero,) * 7, jnp.zeros(3))
@@ -290,7 +326,7 @@ def _rows(array, group):
 
 def eliminate(gram, local, lower, upper):
     """A^-1 (l, l, lanes), W (l, s + 1, lanes), the gram matrix without the locals (s + 1, s + 1, lanes), what they leave,
-    whether a bound is in their way, whether their rank is full, and their variances without bounds.
+    whether a bound is in their way, whether their rank is full, their variances without bounds, and what these add to A.
 
     ``gram`` (l + s + 1, l + s + 1, lanes) is that of ``[J_l J_s r]``; ``local``, ``lower`` and ``upper`` are (l, lanes).
     """
@@ -310,4 +346,23 @@ def eliminate(gram, local, lower, upper):
     explained = jnp.concatenate([rounding, jnp.zeros_like(rounding[:1])])  # shared parameters that the locals stand in for
     reduced = jnp.where(explained[:, None] | explained, 0.0, reduced)
     left = 0.5 * jnp.sum(gradient * back[:, -1], axis=0)
-    return inverted, back, reduced, left, jnp.any(near, axis=0), regular, diagonal(plain)
+    return inverted, back, reduced, left, jnp.any(near, axis=0), regular, diagonal(plain), stiff
+
+
+def eliminate_by_qr(factor, stiff):
+    """Triangular factor without the locals, (s + 1, s + 1, lanes), of one of ``[J_l J_s r]``, (l + s + 1, l + s + 1, lanes).
+
+    It is the last block of the factor of the same rows with those of sqrt(C) below, C what bounds add: ``stiff`` (l, lanes).
+    A row of a local that the data do not determine explains nothing, and stays.
+    """
+    n, factor, stiff = len(stiff), factor.transpose(2, 0, 1), stiff.T
+    lengths = jnp.linalg.norm(factor, axis=1)
+    bounded = jnp.concatenate([jnp.eye(n) * jnp.sqrt(stiff)[:, :, None], jnp.zeros_like(factor[:, :n, n:])], axis=2)
+    rows = jnp.linalg.qr(jnp.concatenate([factor[:, :n], bounded], axis=1), mode="r")
+    pivots = jnp.diagonal(rows[:, :n, :n], axis1=1, axis2=2)
+    unknown = pivots**2 <= PIVOT * (lengths[:, :n] ** 2 + stiff)
+    left = jnp.where(unknown[:, :, None], rows[:, :n, n:], 0.0)
+    found = jnp.linalg.qr(jnp.concatenate([left, rows[:, n:, n:], factor[:, n:, n:]], axis=1), mode="r")
+    rounding = jnp.linalg.norm(found, axis=1) <= PIVOT * lengths[:, n:]  # shared parameters that the locals stand in for
+    rounding = rounding.at[:, -1].set(False)
+    return jnp.where(rounding[:, None], 0.0, found).transpose(1, 2, 0)

@@ -123,7 +123,7 @@ def prepare(spec, pixels: Pixels) -> Data:
     x = tuple(c.astype(_dtype(c)) for c in pixels.x)
     y, sigma = pixels.y.astype(jnp.float64), pixels.sigma.astype(jnp.float64)
     valid = jnp.isfinite(y) & jnp.isfinite(sigma) & ~pixels.mask
-    for c in x:
+    for c, _ in zip(x, spec.layouts.x, strict=False):  # a table, which may follow, says nothing of the points
         valid &= jnp.isfinite(c)
     if spec.layouts.invalid is not None:
         valid &= ~spec.layouts.invalid.hits(pixels.y)

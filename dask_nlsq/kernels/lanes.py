@@ -19,7 +19,7 @@ from jax import lax
 from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import masked_cost
 from . import rules
-from .blocks import JacMode, Layouts, assemble_x
+from .blocks import JacMode, Layouts, Reduction, assemble_x
 from .rows import poisson_rows, robust_rows, with_columns
 from .rules import EPS, RUNNING, Course, length
 from .steps import HatSpace, Point, Scheme, Seen, Step, best_step, dot, more, point_at, reined_in
@@ -179,8 +179,15 @@ def _propose(course: Course, bounds) -> tuple[Step, Any]:
     return step._replace(full=inside & step.full), jnp.where(inside, 0.0, alpha)
 
 
-def normal_equations(model, spec, limits, lanes):
-    """Gram matrices (p + 1, p + 1, lanes) of [J r], costs, and counts where the mean is floored."""
+def normal_equations(model, spec, limits, lanes, reduction: Reduction = "gram"):
+    """Gram matrices (p + 1, p + 1, lanes) of [J r], or triangular factors of it; costs; counts where the mean is floored."""
+    m, by_gram = len(spec.free) + 1, reduction == "gram"
+
+    def condensed(rows, above=None):
+        """Of rows (p + 1, n), and of those that have been condensed before."""
+        if by_gram:
+            return rows @ rows.T if above is None else above + rows @ rows.T
+        return jnp.linalg.qr(rows.T if above is None else jnp.concatenate([above, rows.T]), mode="r")
 
     def one(params, start, coordinates, y, weight):
         n, tile = len(y), spec.tile
@@ -192,13 +199,12 @@ def normal_equations(model, spec, limits, lanes):
             part = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=tile)
             fresh = first + jnp.arange(tile) >= k * tile
             x = tuple(part(c) if len(c) > 1 else c for c in coordinates)
-            found = tile_of(params, start, x, part(y), jnp.where(fresh, part(weight), 0.0))
-            return jax.tree.map(jnp.add, sums, found)
+            matrix, *others = tile_of(params, start, x, part(y), jnp.where(fresh, part(weight), 0.0), sums[0])
+            return matrix, *map(jnp.add, sums[1:], others)
 
-        m = len(spec.free) + 1
         return lax.fori_loop(0, -(-n // tile), add, (jnp.zeros((m, m)), jnp.zeros(()), jnp.zeros(())))
 
-    def tile_of(params, start, coordinates, y, weight):
+    def tile_of(params, start, coordinates, y, weight, above=None):
         valid = weight > 0
 
         def every(params):
@@ -218,9 +224,9 @@ def normal_equations(model, spec, limits, lanes):
             r, J = residual(params), jnp.where(valid, columns[:, jnp.array(spec.free)].T * weight, 0.0)
         if spec.loss == "poisson":
             rows, cost, floored = poisson_rows(r, J, jnp.where(valid, y, 1.0))
-            return rows @ rows.T, cost, floored
+            return condensed(rows, above), cost, floored
         rows = robust_rows(r, J, limits.f_scale, spec.loss)
-        return rows @ rows.T, masked_cost(r, valid, limits.f_scale, loss=spec.loss), 0.0
+        return condensed(rows, above), masked_cost(r, valid, limits.f_scale, loss=spec.loss), 0.0
 
     data, p, (width, n) = lanes.data, len(spec.free), lanes.data.y.shape
     x, axes = each_or_shared(data.x)

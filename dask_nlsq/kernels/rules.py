@@ -88,6 +88,19 @@ def next_radius(xp, radius, ratio, step_norm):
     return xp.where(ratio < 0.25, xp.maximum(0.25 * step_norm, LEAST_RADIUS), xp.where(right, growth * radius, radius))
 
 
+def released(xp, radius, step, before, now):
+    """The radius, where parameters are released by bounds that have shortened them: in the units that they have now.
+
+    Those were the root of their distance to the bound. The last step is as long in the new ones as it was in the old.
+    """
+    if before.hat is None:  # before the first point
+        return radius
+    d, free = now.hat.d, (before.hat.diagonal > 0) & (now.hat.diagonal == 0) & (now.hat.d > 0)
+    was = length(xp, step.step_h)
+    its = length(xp, xp.where(free, step.step / xp.where(free, d, 1.0), step.step_h))
+    return xp.where(was > 0, xp.maximum(its / xp.where(was > 0, was, 1.0), 1.0), 1.0) * radius
+
+
 def proposal(xp, verdict: Verdict, step_norm, params_norm, limits):
     """The status with which SciPy's ``ftol`` and ``xtol`` of ``limits`` would stop after a step, 0 where they would go on.
 
@@ -128,6 +141,7 @@ def follow(xp, course: Course, there, limits, choose) -> Course:
     proposed = proposal(xp, verdict, length(xp, step.step), length(xp, here.params), limits)
     proposed = xp.where((now.optimality < limits.gtol) | (now.optimality == 0), GTOL, proposed)
     radius = next_radius(xp, course.radius, verdict.ratio, length(xp, step.step_h))
+    radius = xp.where(verdict.accepted & (verdict.ratio > 0.25), released(xp, radius, step, here, now), radius)
     radius = xp.where(course.nfev == 0, first_radius(xp, now), radius)
     return course._replace(
         here=now,

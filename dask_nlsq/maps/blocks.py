@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -73,6 +73,13 @@ class PixelBlock(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Kept(dict):
+    """What a process keeps for other blocks; it does not travel to other processes."""
+
+    def __reduce__(self):
+        return Kept, ()
+
+
 @dataclass(frozen=True)
 class BlockFit:
     """What a task does with the arrays of a block."""
@@ -87,6 +94,7 @@ class BlockFit:
     raises: bool  # where values are not finite
     names: tuple[str, ...]  # of all parameters
     word: str = "pixel"  # for what each fit is of
+    kept: Kept = field(default_factory=Kept, compare=False)
 
     def __call__(self, place, *arrays, first=0) -> np.ndarray:
         """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
