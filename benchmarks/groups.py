@@ -338,6 +338,31 @@ def saxs(frames: int = 1000, side: int = 500) -> None:
     )
 
 
+def pieces(n: int = 10**8, limit: float = 1.0) -> None:
+    """Three groups, none of which fits in memory: read piece by piece."""
+    import dask.array as da
+
+    from dask_nlsq import fit_groups
+
+    size = 10**6
+
+    def made(block_info=None):
+        (group, _), (begin, end) = block_info[None]["array-location"]
+        noise = np.random.default_rng((group, begin)).normal(0, 0.05, (1, end - begin))
+        return (group + 1) * np.exp(-((0.7 * times(begin, end)) ** 1.3)) + 0.1 * group + noise
+
+    def times(begin, end):
+        return 0.01 + 5.0 * np.arange(begin, end) / n
+
+    y = da.map_blocks(made, chunks=((1,) * 3, (size,) * (n // size)), dtype=float, meta=np.empty((0, 0)))
+    t = 0.01 + 5.0 * da.arange(n, chunks=size) / n
+    before, began = now_mb(), time.perf_counter()
+    result = fit_groups(decay, t, y, **DECAY, memory_limit_gb=limit)
+    seconds, pull = time.perf_counter() - began, np.max(np.abs(result.popt - [0.7, 1.3]) / result.perr)
+    text = f"{peak_mb() - before:.0f} MB; {seconds:.0f} s, {result.sweeps} sweeps, {pull:.1f} s.e. off"
+    show(f"3 groups of {n:,} points ({y.nbytes / 1e9:.1f} GB), limit {limit} GB: memory", f"{limit * 1000:.0f} MB", text)
+
+
 def bits() -> None:
     """Of popt, pcov and the records of all groups."""
     import hashlib
@@ -454,7 +479,9 @@ def million(n_groups: int = 10**6) -> None:
     show(f"{n_groups:,} groups of 64 points, 2 workers: memory of the fuller one; time", "2 GB", text)
 
 
-ROWS = {each.__name__: each for each in (exact, speed, sweeps, flim, scipy, pyglotaran, saxs, bits, coverage, million)}
+ROWS = {
+    each.__name__: each for each in (exact, speed, sweeps, flim, scipy, pyglotaran, saxs, pieces, bits, coverage, million)
+}
 PARTS = {each.__name__: each for each in (against_scipy, killed)}
 ONE_THREAD = {"DASK_NLSQ__THREADS": "1", "DASK_NUM_WORKERS": "1"}
 

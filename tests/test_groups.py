@@ -12,6 +12,8 @@ import zarr
 
 import dask_nlsq
 from dask_nlsq import MapStatus, curve_fit, fit_groups
+from dask_nlsq.groups import fit as groups_fit
+from dask_nlsq.memory.plan import JoiningError
 
 G, N = 30, 80
 T = np.linspace(0.01, 5, N)
@@ -510,3 +512,65 @@ def test_shared_parameters_that_are_hard_to_tell_apart_are_found_by_qr(bounded):
     perr = np.sqrt(np.diag(inverse @ inverse.T) * float(residual @ residual) / result.shared.dof)
     assert np.max(np.abs(result.popt - expected) / perr) < 1e-4
     np.testing.assert_allclose(result.perr, perr, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups that do not fit in memory
+
+
+LONG = 2_000_000
+LIMIT = dict(memory_limit_gb=0.4, strategy="streaming")
+
+
+@pytest.fixture(scope="module")
+def long():
+    t, k = np.linspace(0.01, 5, LONG), np.arange(3)[:, None]
+    y = (k + 1) * np.exp(-((0.7 * t) ** 1.3)) + 0.1 * k + np.random.default_rng(0).normal(0, 0.05, (3, LONG))
+    return t, da.from_array(y, (1, 100_000))
+
+
+def test_groups_that_are_too_large_to_be_joined_are_read_in_pieces(long):
+    t, y = long
+    plan = dask_nlsq.plan_fit(decay, t, y, P0, local=LOCAL, group_axes=0, **LIMIT)
+    assert plan.reason.endswith("read in pieces")
+    joined = fit_groups(decay, t, y, P0, local=LOCAL, group_axes=0)
+    apart = fit_groups(decay, t, y, P0, local=LOCAL, group_axes=0, **LIMIT)
+    assert apart.success and "pieces" not in joined.shared.plan.reason
+    assert np.max(np.abs(apart.popt - joined.popt) / joined.perr) < 1e-4
+    np.testing.assert_allclose(apart.pcov, joined.pcov, rtol=1e-6)
+    one, other = (each.local.compute(progress=False) for each in (joined, apart))
+    np.testing.assert_allclose(one.popt, other.popt, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(one.perr, other.perr, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [dict(loss="huber"), dict(local=("amplitude", "rate"))])
+def test_pieces_are_for_locals_that_the_model_is_linear_in_under_least_squares(options, long):
+    t, y = long
+    with pytest.raises(dask_nlsq.MemoryBudgetError, match=r"joining the chunks .* at once.*linear in, with loss='linear'"):
+        fit_groups(decay, t, y, P0, **(dict(local=LOCAL, group_axes=0) | LIMIT | options))
+
+
+@pytest.mark.parametrize(
+    "x, options",
+    [
+        (T, dict()),
+        (np.broadcast_to(T, Y.shape), dict(sigma=SIGMA, mask=HIDDEN)),
+        (da.from_array(np.broadcast_to(T, Y.shape), (7, 11)), dict(bounds=dict(offset=(0.3, None)))),
+    ],
+)
+def test_pieces_have_the_fit_of_whole_groups(x, options, monkeypatch, workers):
+    y = da.from_array(Y, (8, 13))
+    whole = fit_groups(decay, x, y, P0, local=LOCAL, group_axes=0, **options, **TIGHT)
+    prepared = groups_fit._prepared
+    monkeypatch.setattr(groups_fit, "_prepared", lambda given: prepared(given, JoiningError("as if they were too large")))
+    cut = fit_groups(decay, x, y, P0, local=LOCAL, group_axes=0, **options, **TIGHT)
+    assert cut.success and np.max(np.abs(cut.popt - whole.popt) / whole.perr) < 1e-6
+    np.testing.assert_allclose(cut.pcov, whole.pcov, rtol=1e-8)
+    maps = [each.local.compute(progress=False) for each in (whole, cut)]
+    np.testing.assert_allclose(maps[0].popt, maps[1].popt, rtol=1e-8)
+    np.testing.assert_array_equal(maps[0].status, maps[1].status)
+    if not options:
+        with workers.as_current():
+            there = fit_groups(decay, x, y, P0, local=LOCAL, group_axes=0, **options, **TIGHT)
+        np.testing.assert_array_equal(there.popt, cut.popt)
+        del there

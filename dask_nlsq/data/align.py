@@ -22,6 +22,7 @@ from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
 
+MOST_SHARED = 2**24  # points of a spectrum, up to which coordinates that all pixels share are held
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
 
 
@@ -297,9 +298,10 @@ class Coordinates(NamedTuple):
             if own(c):
                 c, mask = (each if each is None else _broadcastable("xdata", each, shape) for each in parted(c))
             else:
-                c = c.compute() if isinstance(c, da.Array) else c
+                lazy = isinstance(c, da.Array) and c.size > MOST_SHARED
+                c = c.compute() if isinstance(c, da.Array) and not lazy else c
                 c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
-                c = np.broadcast_to(np.asarray(c), fit_shape)
+                c = da.broadcast_to(c, fit_shape).reshape(fitted) if lazy else np.broadcast_to(np.asarray(c), fit_shape)
                 mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
             arrays.append(c)
             hidden += [] if mask is None else [mask]

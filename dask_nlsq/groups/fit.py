@@ -31,7 +31,7 @@ from ..maps.fit import align_map
 from ..maps.plan import AllBut
 from ..maps.result import MapResult, by_argument
 from ..memory.machine import active_client
-from ..memory.plan import Plan
+from ..memory.plan import JoiningError, MemoryBudgetError, Plan
 from ..model.function import FixedParameters, Model, function_name, intern
 from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
@@ -240,7 +240,16 @@ def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
     ValueError, TypeError, MemoryBudgetError
         As `dask_nlsq.fit_groups`.
     """
+    try:
+        return _prepared(given)
+    except JoiningError as err:
+        return _prepared(given, err)
+
+
+def _prepared(given: Mapping[str, Any], too_large: JoiningError | None = None) -> ReadyGroups:
+    """Groups that are ``too_large`` to be joined are left in pieces."""
     call = checked(GROUPS, given)
+    call.in_pieces = too_large is not None
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"], "fit_groups")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
         raise TypeError("fit_groups does not take data that `hold` holds: pass the arrays themselves")
@@ -252,7 +261,12 @@ def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
     else:
         problem, labels, by_label = _align_labels(f, xdata, ydata, call)
     _check_locals(problem, call)
+    if too_large is not None and problem.fit.spec.guess is not None:
+        raise MemoryBudgetError(too_large.numbers, *too_large.ways_out, "give p0 numbers, since guesses take whole groups")
     problem, spec, start, options, sample = _apart(_guessed(problem), call)
+    if too_large is not None and not spec.linear:
+        own = "`local` names parameters that the model is linear in, with loss='linear': then groups need not be joined"
+        raise MemoryBudgetError(too_large.numbers, *too_large.ways_out, f"see that {own}")
     plan = plan_groups(problem, spec, call)
     return ReadyGroups(given, call, problem, labels, by_label, spec, start, options, noise_of(call), plan, sample)
 
@@ -425,6 +439,12 @@ def _can_be_tabulated(problem: MapProblem, own, shared) -> bool:
 
 def _sample(problem: MapProblem) -> tuple[np.ndarray, ...] | None:
     """Coordinates of some points of the first group; None where they are not in memory, and are not read for this."""
+    if problem.in_pieces:  # of the first piece, which is read
+        sizes = {k: problem.y.chunks[k][0] for k in problem.fit.fit_axes}
+        operands = {f"x{k}": Operand(_head(problem.operands[f"x{k}"].array, sizes)) for k in range(len(problem.fit.x))}
+        y = problem.y[tuple(slice(sizes.get(k)) for k in range(problem.y.ndim))]
+        plan = replace(problem.plan, n_points=prod(sizes.values()))
+        problem = replace(problem, y=y, operands=operands, plan=plan, in_pieces=False)
     fit, first = problem.fit, tuple(0 if k in problem.map_axes else slice(None) for k in range(problem.y.ndim))
     own = (problem.operands[f"x{k}"].array for k, c in enumerate(fit.x) if c is None)
     spectrum = tuple(problem.y.shape[k] for k in fit.fit_axes)
@@ -434,6 +454,12 @@ def _sample(problem: MapProblem) -> tuple[np.ndarray, ...] | None:
     types = [np.int64 if each.integer else np.float64 for each in fit.spec.layouts.x]
     places = np.linspace(0, problem.plan.n_points - 1, min(problem.plan.n_points, SAMPLED)).astype(int)
     return tuple(np.broadcast_to(c, spectrum).flat[places].astype(t) for c, t in zip(x, types, strict=True))
+
+
+def _head(array, sizes: dict[int, int]):
+    """The first piece of the first group, of an operand without further axes."""
+    head = array[tuple(slice(sizes.get(k, 1)) for k in range(array.ndim))]
+    return head.compute() if isinstance(head, da.Array) else head
 
 
 def _number(what: str, operand: Operand, column: int) -> float:

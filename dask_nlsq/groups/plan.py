@@ -1,5 +1,7 @@
 """Where the data of a grouped fit are during it, and what that takes: decided from sizes, before any is read."""
 
+from math import prod
+
 from ..base.lazy import da
 from ..base.text import size
 from ..kernels.groups import GroupSpec
@@ -9,6 +11,7 @@ from ..memory.plan import MemoryBudgetError, Plan, Strategy, least_limit
 from ..memory.processes import room_here, rooms_of_workers
 
 NUMBERS_OF_A_GROUP = 13  # that a group has besides: status, cost and such
+NUMBERS_OF_A_PIECE = 6  # cost, points and such, beside its matrix
 HELD_SHARE = 0.5  # of the memory that there is, which data that are held may take
 
 
@@ -24,6 +27,9 @@ def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
     n_groups, y = problem.plan.n_pixels, problem.y
     numbers = n_params * (1 + n_locals) + n_locals * (n_shared + 1 + 3 * n_locals) + NUMBERS_OF_A_GROUP
     states = 2 * 8 * numbers * n_groups  # at the accepted point and at a trial
+    if problem.in_pieces:
+        pieces = prod(y.numblocks[k] for k in problem.fit.fit_axes)
+        states += 8 * n_groups * pieces * ((n_locals + n_shared + 1) ** 2 + NUMBERS_OF_A_PIECE)
     arrays = [y, *(each.array for each in problem.operands.values())]
     data = sum(each.nbytes for each in arrays)
     client = None if call.strategy == "standard" else active_client()
@@ -47,6 +53,7 @@ def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
         )
     what = f"of {size(room)}, of which the data take {size(data)} and the groups' local parameters {size(states)}"
     reason = f"the data stay in memory, {what}" if held else f"the data are read anew in each sweep: {what}"
+    reason += "; the groups are too large to be joined, so they are read in pieces" if problem.in_pieces else ""
     n_blocks, share = problem.plan.n_blocks, (states + data * held) / len(rooms)
     return Plan(
         strategy=strategy,

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -29,11 +31,13 @@ from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits, MapStatus
+from ..kernels.pieces import PieceSums, joined_kernel, piece_kernel
 from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
 from ..kernels.table import table, tabulated
 from ..maps.blocks import BlockFit, Kept, MapProblem, PixelBlock
 from ..memory.machine import active_client
+from ..memory.processes import room_here
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
@@ -66,6 +70,45 @@ class Swept(NamedTuple):
 
 def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At):
     """The task: `GroupSums` and `LocalState` of a block."""
+    begun, model, x = _begun(spec, block, before, at), fit.model, block.pixels.x
+    if spec.tabulated:
+        params = begun.params
+        model, x = tabulated(params.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, params[0]))
+    pixels, known = block.pixels._replace(start=begun.params, x=x), (begun.used, begun.moments, begun.fitted)
+    with float64(), fit.compiling(("groups", spec), pixels):
+        found = group_kernel(model, spec)(pixels, block.n_pixels, *known, before is None, at.limits)
+    return jax.tree.map(np.asarray, found)
+
+
+class Begun(NamedTuple):
+    """Groups at the beginning of a sweep."""
+
+    state: LocalState
+    lower: np.ndarray
+    upper: np.ndarray
+    fresh: bool
+
+
+def sweep_piece(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At, is_first: bool):
+    """The task: what a piece of a block adds to its groups, and, of the first one, how they begin."""
+    begun, pixels = _begun(spec, block, before, at), block.pixels
+    pixels = pixels._replace(start=begun.params)
+    with float64(), fit.compiling(("piece", spec), pixels):
+        found = piece_kernel(fit.model, spec)(pixels, at.limits)
+    first = Begun(begun, pixels.lower, pixels.upper, before is None) if is_first else None
+    return jax.tree.map(np.asarray, found), first
+
+
+def join_pieces(spec: GroupSpec, at: At, pieces: Sequence[tuple[PieceSums, Begun | None]]):
+    """The task: `GroupSums` and `LocalState` of a block, from its pieces, in their order."""
+    sums, (begun, *_) = zip(*pieces, strict=True)
+    with float64():
+        found = joined_kernel(spec)(jax.tree.map(lambda *each: np.stack(each), *sums), *begun, at.limits)
+    return jax.tree.map(np.asarray, found)
+
+
+def _begun(spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At) -> LocalState:
+    """Where the groups of a block are evaluated: where their locals are expected; of the rest of the state what is known."""
     pixels, n = block.pixels, block.n_pixels
     n_all, places, free = len(pixels.y), list(spec.shared), list(spec.locals.free)
     if before is None:
@@ -80,13 +123,11 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
         lost = np.isin(fitted.status, ENDED) & ~(fitted.distance < ASTRAY)  # where they went, no step leads back
         start[lost] = np.broadcast_to(pixels.start, start.shape)[lost]
     start[:, places] = at.shared
-    model, x = fit.model, pixels.x
-    if spec.tabulated:
-        model, x = tabulated(start.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, start[0]))
-    pixels = pixels._replace(start=start, x=x)
-    with float64(), fit.compiling(("groups", spec), pixels):
-        found = group_kernel(model, spec)(pixels, n, used, moments, fitted, before is None, at.limits)
-    return jax.tree.map(np.asarray, found)
+    if before is None:
+        n_locals = len(free)
+        back, inverse = np.zeros((n_all, n_locals, len(places) + 1)), np.zeros((n_all, n_locals, n_locals))
+        return LocalState(start, back, inverse, np.ones(n_all, bool), used, moments, fitted)
+    return before._replace(params=start)
 
 
 _tables = threading.Lock()
@@ -140,7 +181,7 @@ class GroupSweep:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.spec, self.count, self.nbytes = spec, 0, problem.plan.read_bytes
+        self.spec, self.count, self.nbytes, self.in_pieces = spec, 0, problem.plan.read_bytes, problem.in_pieces
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
@@ -148,8 +189,8 @@ class GroupSweep:
         fit = replace(problem.fit, kept=Kept())  # that ends with the sweeps
         self.fit, self.name = dask.persist(delayed(fit, traverse=False))[0], uuid4().hex
         bands = (problem.band(rows, gather) for rows in problem.bands)
-        blocks = [[*band.to_delayed().ravel()] for band in bands]  # of a band are joined together, so they are read together
-        self.bands = [dask.persist(*band) for band in blocks] if held else blocks
+        blocks = [_by_block(problem, band) for band in bands]  # of a band are joined together, so they are read together
+        self.bands = [[*dask.persist(*band)] for band in blocks] if held else blocks
         self.states: dict[bytes, list] = {}
         self.sums: dict[bytes, Swept] = {}  # of each point the last one
         self.base: np.ndarray | None = None
@@ -194,16 +235,21 @@ class GroupSweep:
     def n_blocks(self) -> int:
         return sum(map(len, self.bands))
 
+    @property
+    def n_tasks(self) -> int:
+        """Of a sweep, as many as there are pieces where the blocks are cut."""
+        return sum(len(block) for band in self.bands for block in band) if self.in_pieces else self.n_blocks
+
     def _swept(self, params, reduction: Reduction) -> Swept:
         """The sums at a point, whose states are kept; by two sweeps where the first one leaves the locals too far."""
-        key, count, spec = params.tobytes(), self.count, self.spec._replace(reduction=reduction)
+        key, begun, spec = params.tobytes(), self.count, self.spec._replace(reduction=reduction)
         before = None if self.base is None else self.states[self.base.tobytes()]
         self.states[key], sums = self._read(spec, At(params, self.base, self.limits), before)
         accuracy = self._wanted(self._condensed(sums, reduction), sums.n_groups.sum())
         if accuracy < self.limits.accuracy:
             finer = self.limits._replace(accuracy=accuracy)
             self.states[key], sums = self._read(spec, At(params, params, finer), self.states[key])
-        return Swept(params, reduction, sums, self.count - count)
+        return Swept(params, reduction, sums, self.count - begun)
 
     def _wanted(self, found: Condensed, n_groups: int) -> float:
         """Standard errors of locals, with which they leave less than what the shared parameters may still gain."""
@@ -219,24 +265,46 @@ class GroupSweep:
     def _read(self, spec: GroupSpec, at: At, states):
         """A sweep that starts from ``states``, those of all blocks at the base."""
         before = iter([None] * self.n_blocks if states is None else states)
-        where, how = (delayed(each, pure=True, traverse=False) for each in (at, spec))
+        where, how = dask.persist(*(delayed(each, pure=True, traverse=False) for each in (at, spec)))
         self.count += 1
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
         sums: list[GroupSums] = []
         with self._watched(name):
             for band in self.bands:
-                if self.stop is not None and self.stop.signal:
-                    raise Interrupted(self.stop.signal)
-                both = dask.persist(
-                    *(
-                        delayed(sweep_block)(self.fit, how, block, next(before), where, dask_key_name=f"{name}-{k}")
-                        for k, block in enumerate(band, len(found))
-                    )
-                )
+                self._check_signal()
+                mine = [(self.fit, how, block, next(before), where) for block in band]
+                if self.in_pieces:
+                    pieces = self._pieces(mine, name)  # which live until they are joined
+                    tasks = [delayed(join_pieces)(how, where, each) for each in pieces]
+                else:
+                    names = (f"{name}-{k}" for k in count(len(found)))
+                    tasks = [delayed(sweep_block)(*each, dask_key_name=next(names)) for each in mine]
+                both = dask.persist(*tasks)
                 sums += dask.compute(*[each[0] for each in both])
                 found += [each[1] for each in both]
         return found, GroupSums(*map(np.stack, zip(*sums, strict=True)))
+
+    def _pieces(self, blocks, name: str) -> list[list]:
+        """What the pieces of each block add. The same points of all groups are read together, and few of them at once."""
+        tasks = [
+            [
+                delayed(sweep_piece)(fit, spec, each, before, at, k == 0, dask_key_name=f"{name}-{j}-{k}")
+                for k, each in enumerate(pieces)
+            ]
+            for j, (fit, spec, pieces, before, at) in enumerate(blocks)
+        ]
+        order = [(j, k) for k in range(len(tasks[0])) for j in range(len(tasks))]
+        most = 2 * room_here(None).n_threads
+        for some in (order[k : k + most] for k in range(0, len(order), most)):
+            self._check_signal()
+            for (j, k), done in zip(some, dask.persist(*(tasks[j][k] for j, k in some)), strict=True):
+                tasks[j][k] = done
+        return tasks
+
+    def _check_signal(self) -> None:
+        if self.stop is not None and self.stop.signal:
+            raise Interrupted(self.stop.signal)
 
     def _watched(self, name: str):
         """What is told of each block that is done; of those on workers the dashboard tells."""
@@ -325,6 +393,16 @@ class GroupSweep:
         return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
 
 
+def _by_block(problem: MapProblem, band) -> list:
+    """What is there of each block of a band, lazily: itself, or the list of its pieces, in the order of the data."""
+    grid = band.to_delayed()
+    if not problem.in_pieces:
+        return [*grid.ravel()]
+    fit_axes, n_map = problem.fit.fit_axes, len(problem.map_axes)
+    grid = np.moveaxis(grid, fit_axes, range(-len(fit_axes), 0))
+    return grid.reshape(prod(grid.shape[:n_map]), -1).tolist()
+
+
 class _Watched(Callback):
     """Tells of each block that this process has done."""
 
@@ -336,5 +414,5 @@ class _Watched(Callback):
         if self.sweep.watch is None or not str(key).startswith(self.task):
             return
         self.done += 1
-        share, seconds = self.done / self.sweep.n_blocks, time.perf_counter() - self.began
+        share, seconds = self.done / self.sweep.n_tasks, time.perf_counter() - self.began
         self.sweep.watch(share, self.sweep.nbytes * share / seconds / 1e9, seconds * (1 / share - 1))

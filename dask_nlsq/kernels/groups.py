@@ -151,46 +151,54 @@ def _build(model: Model, spec: GroupSpec):
             found = _eliminate(model, spec, limits, data, params, order, jnp.sum(wanting), found)
             near = _distance(spec, data, found) <= limits.accuracy
             if spec.linear:
-                reach = _linear_reach(spec, data, params, found)
-                near = jnp.all(abs(found.back[..., -1]) <= reach, axis=1) & ~found.pushed
+                near = stays(spec, data, params, found)
             return k + 1, wanting & ~near, params, well, fitted, found
 
         def unfinished(state):
             return (state[0] < 2) & jnp.any(state[1])
 
-        moments = lax.cond(fresh, _moments, lambda data: moments, data)
+        moments = lax.cond(fresh, moments_of, lambda _: moments, data)
         well = jnp.ones(n, bool)
         if not spec.fits:
-            fitted = _choose(jnp.broadcast_to(fresh, n), _unfitted(spec, data, fitted), fitted)
+            fitted = unfitted(spec, data, fresh, fitted)
             well = fitted.nfev > 0
         first = jnp.where(fresh & spec.fits, 1, 0)
         begin = first, used & well, pixels.start, well, fitted, _nothing(spec, n)
         _, _, params, well, fitted, found = lax.while_loop(unfinished, turn, begin)
-        finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.matrix), axis=(1, 2))
-        used = used & well & finite
-        if spec.linear:  # the step to the optimum of the locals is exact, but where a bound is in the way
-            aim, exact = _aim(spec, data, params, found)
-            exact &= used
-            params = params.at[:, places].set(jnp.where(exact[:, None], aim, params[:, places]))
-            left = jnp.where(exact, found.left, 0.0)
-            found = found._replace(
-                cost=jnp.maximum(found.cost - left, 0.0),
-                left=found.left - left,
-                back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
-            )
-        fitted = _renewed(spec, data, limits, params, used, fitted, found)
-        state = LocalState(params, found.back, found.inverse, found.regular, used, moments, fitted)
-        return _added_up(spec, data, found, state), state
+        return outcome(spec, limits, data, found, LocalState(params, None, None, None, used & well, moments, fitted))
 
     return sweep
 
 
-def _unfitted(spec, data: Data, fitted: Fitted) -> Fitted:
-    """Of groups whose locals need no fit."""
+def outcome(spec: GroupSpec, limits: Limits, data: Data, found: Eliminated, state: LocalState, linear=True):
+    """`GroupSums` and the state that follows from one with the parameters at which the groups have been evaluated.
+
+    ``linear`` says of which groups the step to the optimum of linear locals may be taken.
+    """
+    finite = jnp.isfinite(found.cost) & jnp.all(jnp.isfinite(found.matrix), axis=(1, 2))
+    params, used, places = state.params, state.used & finite, jnp.array(spec.locals.free)
+    if spec.linear:  # that step is exact, but where a bound is in the way
+        aim, exact = _aim(spec, data, params, found)
+        exact &= used & linear
+        params = params.at[:, places].set(jnp.where(exact[:, None], aim, params[:, places]))
+        left = jnp.where(exact, found.left, 0.0)
+        found = found._replace(
+            cost=jnp.maximum(found.cost - left, 0.0),
+            left=found.left - left,
+            back=found.back.at[..., -1].set(jnp.where(exact[:, None], 0.0, found.back[..., -1])),
+        )
+    fitted = _renewed(spec, data, limits, params, used, state.fitted, found)
+    state = LocalState(params, found.back, found.inverse, found.regular, used, state.moments, fitted)
+    return _added_up(spec, data, found, state), state
+
+
+def unfitted(spec, data: Data, fresh, fitted: Fitted) -> Fitted:
+    """Of groups whose locals need no fit; ``fitted`` as it is if it is not ``fresh``."""
     n, enough = data.n_points, data.n_points >= len(spec.locals.free)
     status = jnp.where(enough, int(MapStatus.GTOL), jnp.where(n > 0, int(MapStatus.TOO_FEW_POINTS), int(MapStatus.MASKED)))
     own = dict(n_points=n, nfev=enough, status=status)
-    return fitted._replace(**{k: each.astype(getattr(fitted, k).dtype) for k, each in own.items()})
+    new = fitted._replace(**{k: each.astype(getattr(fitted, k).dtype) for k, each in own.items()})
+    return jax.tree.map(lambda new, old: jnp.where(fresh, new, old), new, fitted)
 
 
 def _aim(spec, data: Data, params, found: Eliminated):
@@ -236,11 +244,12 @@ def _distance(spec, data: Data, found: Eliminated):
     return rules.distance(jnp, found.left, _variance(spec, data, found.cost), 0.0, 0.0)
 
 
-def _linear_reach(spec, data: Data, params, found: Eliminated):
-    """How far locals may move while the derivatives by shared parameters, which are linear in them, count as the same."""
+def stays(spec, data: Data, params, found: Eliminated):
+    """Whether linear locals move so little that the derivatives by shared parameters, linear in them, count as the same."""
     variance = _variance(spec, data, found.cost)[:, None]
     errors = jnp.sqrt(variance * jnp.diagonal(found.inverse, axis1=1, axis2=2))
-    return jnp.maximum(MOST_DRIFT * abs(params[:, jnp.array(spec.locals.free)]), errors)
+    reach = jnp.maximum(MOST_DRIFT * abs(params[:, jnp.array(spec.locals.free)]), errors)
+    return jnp.all(abs(found.back[..., -1]) <= reach, axis=1) & ~found.pushed
 
 
 def _nothing(spec: GroupSpec, n: int) -> Eliminated:
@@ -253,35 +262,46 @@ def _nothing(spec: GroupSpec, n: int) -> Eliminated:
 
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order, n_wanted, known) -> Eliminated:
     """Of the first ``n_wanted`` groups in ``order``, lane after lane, so many together as a map fits; of others as known."""
-    n_groups, n_locals = len(params), len(spec.locals.free)
+    n_groups = len(params)
     width = min(lanes_of(spec.locals, data.y), n_groups)
-    places = jnp.array((*spec.locals.free, *spec.shared))
 
     def one(k, known):
         first = jnp.minimum(k * width, n_groups - width)
         group = lax.dynamic_slice_in_dim(order, first, width)
-        x = tuple(c[group] if len(c) > 1 else c for c in data.x)
-        cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
-        trial = params[group][:, places].T
-        lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(width, RUNNING))
-        matrix, cost, floored = normal_equations(model, spec.all, limits, lanes, spec.reduction)
-        lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
-        gram = matrix if spec.reduction == "gram" else jnp.einsum("kig,kjg->ijg", matrix, matrix)
-        inverted, back, reduced, left, pushed, regular, free, stiff = eliminate(gram, trial[:n_locals], lower, upper)
-        if spec.reduction == "qr":
-            reduced = eliminate_by_qr(matrix, stiff)
-        columns, n_points = jnp.sqrt(diagonal(gram)[:n_locals]), data.n_points[group]
-        magnitude = rules.magnitude(jnp, data.size[group], abs(trial[:n_locals]), columns)
-        left = jnp.where(left <= rules.rounding_floor(magnitude, trial[:n_locals], columns, n_points), 0.0, left)
-        reduced, back, inverted = (each.transpose(2, 0, 1) for each in (reduced, back, inverted))
-        floored = jnp.broadcast_to(floored, cost.shape)
-        found = Eliminated(reduced, cost, left, floored, back, inverted, pushed, regular, free.T)
+        sums = condensed(model, spec, limits, data, params, group)
+        found = without_locals(spec, data, params[group], group, *sums)
         return jax.tree.map(lambda whole, part: whole.at[group].set(part), known, found)
 
     return lax.fori_loop(0, -(-n_wanted // width), one, known)
 
 
-def _moments(data: Data):
+def condensed(model, spec: GroupSpec, limits: Limits, data: Data, params, group):
+    """Of some groups the matrices of [J_l J_s r], (l + s + 1, l + s + 1, groups), cost, and points that are floored."""
+    x = tuple(c[group] if len(c) > 1 else c for c in data.x)
+    cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
+    trial = params[group][:, jnp.array((*spec.locals.free, *spec.shared))].T
+    lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(len(group), RUNNING))
+    return normal_equations(model, spec.all, limits, lanes, spec.reduction)
+
+
+def without_locals(spec: GroupSpec, data: Data, params, group, matrix, cost, floored) -> Eliminated:
+    """Of some groups, whose parameters are ``params``, from what `condensed` has found."""
+    own = params[:, jnp.array(spec.locals.free)].T
+    n_locals = len(own)
+    lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
+    gram = matrix if spec.reduction == "gram" else jnp.einsum("kig,kjg->ijg", matrix, matrix)
+    inverted, back, reduced, left, pushed, regular, free, stiff = eliminate(gram, own, lower, upper)
+    if spec.reduction == "qr":
+        reduced = eliminate_by_qr(matrix, stiff)
+    columns, n_points = jnp.sqrt(diagonal(gram)[:n_locals]), data.n_points[group]
+    magnitude = rules.magnitude(jnp, data.size[group], abs(own), columns)
+    left = jnp.where(left <= rules.rounding_floor(magnitude, own, columns, n_points), 0.0, left)
+    reduced, back, inverted = (each.transpose(2, 0, 1) for each in (reduced, back, inverted))
+    floored = jnp.broadcast_to(floored, cost.shape)
+    return Eliminated(reduced, cost, left, floored, back, inverted, pushed, regular, free.T)
+
+
+def moments_of(data: Data):
     """Sums of w, w y and w y^2 of each group, (groups, 3)."""
     w = data.weight**2
     return jnp.stack([jnp.sum(each, axis=1) for each in (w, w * data.y, w * data.y**2)], axis=1)

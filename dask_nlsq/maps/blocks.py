@@ -225,6 +225,7 @@ class MapProblem:
     plan: MapPlan
     sources: tuple[Stored, ...]  # arrays in stores that y and the others are read from
     counting: dict[str, str]  # which points count, by the arguments that say so
+    in_pieces: bool = False  # blocks are cut along the fit axes too, as the data are
     coarse: Operand | None = None  # the start of coarse fits, from which those of the pixels come
 
     @property
@@ -266,15 +267,16 @@ class MapProblem:
         inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
         place = ArraySliceDep((inside, *others) if axes else ())
         dtype = self.fit.dtype if task is None else np.dtype(object)
+        out = tuple(range(self.y.ndim)) if self.in_pieces else axes
         return da.blockwise(
             task or self.fit,
-            axes,
+            out,
             place,
             axes,
             *arguments,
             first=rows.start,
             dtype=dtype,
-            meta=np.empty((0,) * len(axes), dtype),
+            meta=np.empty((0,) * len(out), dtype),
             concatenate=True,
             align_arrays=False,
             token="nlsq-map",
@@ -286,7 +288,8 @@ class MapProblem:
         axes = self.map_axes
         want: dict[int, tuple[int, ...]] = {}
         may_be_shared = axes and isinstance(array, np.ndarray) and array is not self.y
-        if array.ndim == last or (may_be_shared and all(array.shape[k] == 1 for k in axes)):
+        of_a_block = range(self.y.ndim) if self.in_pieces else axes
+        if array.ndim == last or (may_be_shared and all(array.shape[k] == 1 for k in of_a_block)):
             return array, None  # the same for all pixels
         for place, (k, sizes) in enumerate(zip(axes, self.blocks, strict=True)):
             if array.shape[k] == 1:
@@ -298,7 +301,12 @@ class MapProblem:
                 want[k] = sizes
         if axes and array.shape[axes[0]] > 1:
             array = array[(slice(None),) * axes[0] + (rows,)]
-        want |= {k: array.shape[k : k + 1] for k in range(array.ndim) if k not in axes}
+        cut = self.fit.fit_axes if self.in_pieces else ()
+        want |= {
+            k: self.y.chunks[k] if k in cut and array.shape[k] > 1 else array.shape[k : k + 1]
+            for k in range(array.ndim)
+            if k not in axes
+        }
         if not isinstance(array, da.Array):
             array = da.from_array(array, chunks=tuple(want[k] for k in range(array.ndim)), name=False)
         return array.rechunk(want), tuple(range(array.ndim))
@@ -325,8 +333,11 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(call.axis, dims, y.ndim)
     params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
-    coordinates = Coordinates.of(data["xdata"], y.shape, fit_axes)
+    coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes), getattr(call, "in_pieces", False)
     model, shared = intern(f, getattr(call, "jac", None)), coordinates.shared(fit_axes)
+    if in_pieces:
+        coordinates = coordinates._replace(arrays=[along("xdata", c, y.shape, fit_axes) for c in coordinates.arrays])
+        shared = (None,) * len(shared)
     layouts = _layouts(coordinates, invalid)
     spectrum = tuple(y.shape[k] for k in fit_axes)
     try_model(model, layouts, prod(spectrum), len(params.names), spectrum)
@@ -353,7 +364,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         names=params.names,
     )
     counting |= {name: getattr(call, name) for name in ("nan_policy", *(Policy._fields if stored else ()))}
-    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored), counting)
+    return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored), counting, in_pieces)
 
 
 def _layouts(coordinates: Coordinates, invalid) -> Layouts:

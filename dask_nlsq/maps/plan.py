@@ -12,7 +12,7 @@ from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client
 from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
-from ..memory.plan import MemoryBudgetError, least_limit
+from ..memory.plan import JoiningError, MemoryBudgetError, least_limit
 from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
@@ -165,18 +165,20 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
     map_axes = [k for k in range(y.ndim) if k not in fit_axes]
     n, lazy = prod(y.shape[k] for k in fit_axes), isinstance(y, da.Array)
     chunks = [y.chunks[k] if lazy else (y.shape[k],) for k in map_axes]
-    joined = sum(each.nbytes for each in arrays if _is_cut(each, fit_axes))
+    in_pieces = getattr(call, "in_pieces", False)
+    joined = 0 if in_pieces else sum(each.nbytes for each in arrays if _is_cut(each, fit_axes))
+    longest = prod(y.chunksize[k] for k in fit_axes) if in_pieces else n
     rooms = (rooms_of_workers(client, limit) if client else []) or [room_here(limit)]
     sizes = map_sizes(arrays, n, n_params, record_bytes)
-    job = _Map(sizes, chunks, joined, n, BLOCK_VALUES if lazy else SPLIT_VALUES)
+    job = _Map(sizes, chunks, joined, longest, BLOCK_VALUES if lazy else SPLIT_VALUES)
     cut = _cut(job, strategy, rooms)
     blocks, working, may_take = cut.blocks, cut.working, size(sum(room.nbytes for room in rooms))
     rows = y.shape[map_axes[0]] if map_axes else 1
     bands: tuple[slice, ...] = (slice(0, rows),)
-    reason = "as the data are chunked along the map"
+    reason = "as the data are chunked" + (", which cuts the groups" if in_pieces else " along the map")
     if joined:
         if not cut.fits:
-            raise MemoryBudgetError(
+            raise JoiningError(
                 f"joining the chunks of `ydata` along the fit axes takes {size(sum(cut.joining))} at once, beside "
                 f"{size(sum(working))} for the blocks; there are {may_take}",
                 *_ways_out(job, strategy, rooms),
@@ -189,7 +191,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
         blocks = _split(chunks, cut.most)
         working = _needed(sizes._replace(held=sizes.held + JOINING * joined / len(bands)), rooms, blocks, n)
     elif not cut.fits and (lazy or limit is not None):
-        largest = prod(max(sizes) for sizes in blocks) * n
+        largest = prod(max(sizes) for sizes in blocks) * longest
         raise MemoryBudgetError(
             f"{several(sum(room.n_threads for room in rooms), 'thread')} with blocks of {size(largest * y.itemsize)} take "
             f"{size(sum(working))}; there are {may_take}",

@@ -36,6 +36,10 @@ class MemoryBudgetError(MemoryError):
         return f"{self.numbers}: {', '.join(others)}{', or ' * bool(others)}{last}"
 
 
+class JoiningError(MemoryBudgetError):
+    """Chunks along the fit axes of a map that cannot be joined with the memory there is."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a fit will run; made by `dask_nlsq.plan_fit`, and kept in `FitResult.plan`. Sizes in bytes.
