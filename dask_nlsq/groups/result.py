@@ -18,8 +18,9 @@ import numpy as np
 import scipy
 from dask import delayed
 
-from ..base.files import read_json, write_json
+from ..base.files import read_json, well_formed, write_json
 from ..base.lazy import da
+from ..base.modules import Trust
 from ..base.text import several
 from ..base.warn import warn
 from ..data.chunks import Preparation, ValuePolicy
@@ -33,7 +34,7 @@ from ..results import result as results
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
 from ..results.result import FitResult
-from ..results.schema import RESULT
+from ..results.schema import RESULT, check_types
 from ..results.statistics import Totals
 from ..results.uncertainty import covariance
 from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
@@ -188,24 +189,34 @@ class GroupResult:
         return report(self.shared, path, **options)
 
 
-def load(path: str | Path) -> FitResult | GroupResult:
+def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult:
     """The result that was saved at ``path``: all but the data, so that residuals need a new fit.
 
     ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Parameters
+    ----------
+    path : path
+    trust : bool or path
+        Whose modules may be imported then: of installed packages alone, and those that are imported already; True: all of
+        them; a directory: those in it as well.
 
     Raises
     ------
     ValueError
         Where there is no result, one of another version, or a file that is not as it was written.
     """
-    path, found = Path(path), results.load(path)
-    if not (path / FILE).exists():
+    path, found = Path(path), results.load(path, trust)
+    try:
+        kept = read_json(path / FILE, VERSION)
+    except FileNotFoundError:
         return found
-    kept = read_json(path / FILE, VERSION)
-    if kept["result"] != _sum(path):  # another result has been saved there since
+    if kept.get("result") != _sum(path):  # another result has been saved there since
         return found
-    about = About(**kept["groups"])
-    about = about._replace(locals=tuple(about.locals), interchangeable=tuple((a, b) for a, b in about.interchangeable))
+    with well_formed(path / FILE):
+        about = About(**kept["groups"])
+        about = about._replace(locals=tuple(about.locals), interchangeable=tuple((a, b) for a, b in about.interchangeable))
+        check_types(About, about._asdict())
     return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / LOCAL_MAPS))
 
 

@@ -7,10 +7,9 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -20,9 +19,9 @@ import numpy as np
 from dask import delayed
 from dask.callbacks import Callback
 
-from ..base.files import read_arrays, write_arrays
+from ..base.files import well_formed
 from ..base.x64 import float64
-from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
+from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError, Interrupted, StopOnSignal
 from ..engine.condensed import Condensed, factor, merge
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
@@ -73,18 +72,18 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
     return jax.tree.map(np.asarray, found)
 
 
-def keep_state(state: LocalState, path: Path) -> None:
+def keep_state(state: LocalState, checkpoint: Checkpoint, name: str) -> None:
     """The task: write the state of a block."""
-    path.parent.mkdir(exist_ok=True)
-    write_arrays(path, dict(zip(LEAVES, jax.tree.leaves(state), strict=True)))
+    checkpoint.save(name, dict(zip(LEAVES, jax.tree.leaves(state), strict=True)))
 
 
-def kept_state(path: Path) -> LocalState:
+def kept_state(checkpoint: Checkpoint, name: str) -> LocalState:
     """The task: what `keep_state` has written."""
-    found = read_arrays(path)
+    found, path = checkpoint.load(name), checkpoint.path / f"{name}.npz"
     if found is None:
         raise CheckpointError(f"the checkpoint has lost {path}: begin it anew, in another directory")
-    leaves = [found[0][name] for name in LEAVES]
+    with well_formed(path):
+        leaves = [found[0][name] for name in LEAVES]
     n = len(LocalState._fields) - 1
     own: dict[str, Any] = dict(zip(LocalState._fields, leaves[:n], strict=False))
     return LocalState(**own, fitted=Fitted(*leaves[n:]))
@@ -263,34 +262,38 @@ class GroupSweep:
         if (found := checkpoint.load("state")) is None:
             return
         arrays, values = found
-        sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
-        self.swept = list(zip(arrays["params"], sums, arrays["reads"].tolist(), strict=True))
-        self.recorded = {params.tobytes(): (each, reads) for params, each, reads in self.swept}
-        self.kept = arrays["base"].tobytes(), values["kept"]
+        with well_formed(checkpoint.path / "state.npz"):
+            sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
+            self.swept = list(zip(arrays["params"], sums, arrays["reads"].tolist(), strict=True))
+            self.recorded = {params.tobytes(): (each, reads) for params, each, reads in self.swept}
+            self.kept = arrays["base"].tobytes(), int(values["kept"])
 
     def _save(self, key: bytes, moved: bool) -> None:
         assert self.checkpoint is not None and self.base is not None
         before = self.kept
         if moved and (before is None or key != before[0]):
             self.kept = key, self.count
-            paths = self._paths(self.count)
-            dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
+            names = self._names(self.count)
+            dask.compute(
+                *(
+                    delayed(keep_state)(state, self.checkpoint, name)
+                    for state, name in zip(self.states[key], names, strict=True)
+                )
+            )
         assert self.kept is not None
         params, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
         self.checkpoint.save("state", arrays, kept=self.kept[1])
         if before is not None and before != self.kept:
-            for path in self._paths(before[1]):
-                path.unlink(missing_ok=True)
+            for name in self._names(before[1]):
+                (self.checkpoint.path / f"{name}.npz").unlink(missing_ok=True)
 
     def _kept_states(self, count: int) -> list:
-        return [delayed(kept_state)(path) for path in self._paths(count)]
+        return [delayed(kept_state)(self.checkpoint, name) for name in self._names(count)]
 
-    def _paths(self, count: int) -> Iterator[Path]:
-        assert self.checkpoint is not None
-        directory = self.checkpoint.path / "locals"
-        return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
+    def _names(self, count: int) -> list[str]:
+        return [f"{LOCALS}/{count}-{k}" for k in range(self.n_blocks)]
 
 
 class _Watched(Callback):

@@ -5,6 +5,7 @@
 
 import json
 import re
+import sys
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -31,7 +32,7 @@ WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxE
 
 # how the messages of the package name what is an option here
 OPTIONS = re.compile(
-    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|memory_limit_gb|decode_cf(?==False))\b"
+    r"\b((?:resume|trust)(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|memory_limit_gb|decode_cf(?==False))\b"
     r"(?:=True|=False)?"
 )
 
@@ -94,8 +95,8 @@ def _warn(message, category, *_, **__):
 
 
 def _failure(err, with_traceback=False) -> Failure:
+    from ..base.modules import is_installed
     from ..data.store import BadChunkError, MissingChunksError
-    from ..model.function import is_installed
     from ..solve.outcome import NotConvergedError
 
     if with_traceback:
@@ -289,10 +290,14 @@ def _write(result, out, report):
     click.argument("directory", type=PATH),
     click.option("--model", help="Where it cannot be imported by the name that the checkpoint has."),
     click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
+    click.option("--models", type=PATH, help="Directory whose modules the checkpoint may import."),
+    click.option("--trust", is_flag=True, help="Import whatever module and open whatever URL the checkpoint names."),
     *(*LIMIT, OUT, REPORT, LOG),
 )
-def resume(directory, model, x, scheduler, out, report, log, **limits):
+def resume(directory, model, x, models, trust, scheduler, out, report, log, **limits):
     """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
+
+    Prints what the checkpoint imports and opens.
 
     \b
     dask nlsq resume scan.ckpt --out result
@@ -303,9 +308,9 @@ def resume(directory, model, x, scheduler, out, report, log, **limits):
     from . import cli_values as words
 
     kept = read_fit(directory)["call"]
-    if model is None and kept["model"] is not None:
-        model = ":".join(kept["model"])
-    call = dict(limits, path=directory, f=model and words.model(model))
+    if models is not None or trust:
+        sys.path.insert(0, str((models or Path()).resolve()))
+    call = dict(limits, path=directory, f=model and words.model(model), trust=trust or models or False)
     if x and "path" not in (kept["data"]["ydata"] or {}):
         raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
     if x:

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..base.files import read_arrays
 from ..base.lazy import zarr
-from ..engine.checkpoint import FIT_FILE, read_fit
+from ..engine.checkpoint import FIT_FILE, read_fit, read_state
 from ..kernels.lanes import succeeded
 from ..maps.result import LOCAL_MAPS, status_counts
 from ..results.result import load
@@ -41,7 +40,7 @@ def describe(path: Path) -> str:
 
 def describe_checkpoint(path: Path) -> str:
     call = read_fit(path)["call"]
-    arrays, values = read_arrays(path / "state.npz") or ({}, {})
+    arrays, values = read_state(path)
     costs = arrays.get("costs", ())
     model, data = ".".join(call["model"] or ["a model without a name"]), call["data"]["ydata"] or {}
     lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]

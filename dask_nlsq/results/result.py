@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..base.files import well_formed
+from ..base.modules import Trust
 from ..base.text import several, table
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
@@ -520,10 +522,16 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def load(path: str | Path) -> FitResult:
+def load(path: str | Path, trust: Trust = False) -> FitResult:
     """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
 
     ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Parameters
+    ----------
+    path : path
+    trust : bool or path
+        Whose modules may be imported then, as in `dask_nlsq.resume`.
 
     Raises
     ------
@@ -531,5 +539,9 @@ def load(path: str | Path) -> FitResult:
         Where there is no result, one of another version, or a file that is not as it was written.
     """
     found = schema.load(Path(path))
-    model, loss, f_scale, origins = map(found.pop, ("model", "loss", "f_scale", "origins"))
-    return FitResult(**found, objective=Objective(model, loss, f_scale), data=None, _origins=origins)
+    with well_formed(Path(path) / schema.RESULT):
+        schema.check_types(FitResult, found)
+        model, loss, f_scale, origins = map(found.pop, ("model", "loss", "f_scale", "origins"))
+        schema.check_types(Objective, dict(loss=loss, f_scale=f_scale))
+        objective = Objective(model._replace(trust=trust), loss, f_scale)
+        return FitResult(**found, objective=objective, data=None, _origins=origins)
