@@ -4,7 +4,7 @@ BIN := .venv/bin
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-groups bench-long mutants mutants-draw docs lint clean
+.PHONY: demo test test-slow test-oldest notebooks wheel figures damage bench bench-groups bench-long mutants mutants-draw docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -34,6 +34,10 @@ test-oldest:               ## tests of the core with the oldest versions of what
 figures: .venv/ready       ## print every accuracy figure that the README quotes, and those of convergence
 	$(BIN)/python -m tests.accuracy
 	$(BIN)/python -m tests.convergence
+
+damage: .venv/ready        ## flip 500 bits in files of every kind that the package writes, and open hostile ones: two minutes
+	$(BIN)/python -m tests.damage
+	$(BIN)/python -m pytest -m hostile
 
 bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
 	$(BIN)/python -m pip install --quiet optimistix

@@ -50,6 +50,7 @@ def changed(path, version, **values):
 # results
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "name", ["../victim", "/victim", "victim", 5, ["victim"], "", "arrays-x.npz", "../arrays-" + "0" * 32 + ".npz"]
 )
@@ -66,6 +67,7 @@ def test_a_result_reads_and_removes_no_file_but_its_own(fitted, tmp_path, name):
     np.testing.assert_array_equal(load(tmp_path / "r").popt, fitted.popt)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("which", ["result.json", "arrays"])
 def test_links_out_of_a_result_are_not_followed(fitted, tmp_path, which):
     fitted.save(tmp_path / "r")
@@ -93,6 +95,7 @@ def test_a_damaged_old_result_never_prevents_saving_a_new_one(fitted, tmp_path, 
     np.testing.assert_array_equal(load(tmp_path).popt, fitted.popt)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "change", [dict(sweeps="<script>"), dict(message=5), dict(popt=[1.0]), dict(param_names={"tuple": [1]}), dict(cost=None)]
 )
@@ -105,6 +108,7 @@ def test_a_result_of_other_types_is_refused_at_the_door(fitted, tmp_path, change
         load(tmp_path)
 
 
+@pytest.mark.hostile
 def test_arrays_that_are_objects_are_never_loaded_nor_is_it_advised(fitted, tmp_path):
     class Evil:
         def __reduce__(self):
@@ -152,6 +156,7 @@ def test_a_file_of_another_fit_is_not_taken_for_one_of_this(checkpoint, store, t
         resume(checkpoint)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("name", ["locals", "state.npz", "fit.json"])
 def test_links_out_of_a_checkpoint_are_not_followed(checkpoint, tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
@@ -162,6 +167,7 @@ def test_links_out_of_a_checkpoint_are_not_followed(checkpoint, tmp_path, name):
     assert not [*(tmp_path / "elsewhere").iterdir()]
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize(
     "call",
     [
@@ -202,6 +208,7 @@ def decay(x, a, b, c):
     return folder / "trace"
 
 
+@pytest.mark.hostile
 def test_a_checkpoint_imports_modules_of_packages_alone_unless_it_is_trusted(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     trace = own_module(tmp_path, "own_of_trust")
@@ -219,6 +226,7 @@ def test_a_checkpoint_imports_modules_of_packages_alone_unless_it_is_trusted(che
     assert resume(checkpoint).success  # it is imported already
 
 
+@pytest.mark.hostile
 def test_a_package_is_judged_before_its_modules_run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_package").mkdir()
@@ -230,6 +238,7 @@ def test_a_package_is_judged_before_its_modules_run(checkpoint, tmp_path, monkey
             resume(checkpoint)
 
 
+@pytest.mark.hostile
 @pytest.mark.parametrize("place", ["http://127.0.0.1:9/y.zarr", "memory://y", "simplecache::/y", "file:///y"])
 def test_a_checkpoint_opens_no_address_unless_it_is_trusted(checkpoint, place):
     names(checkpoint, place=place)
@@ -237,6 +246,7 @@ def test_a_checkpoint_opens_no_address_unless_it_is_trusted(checkpoint, place):
         resume(checkpoint)
 
 
+@pytest.mark.hostile
 def test_resume_on_the_command_line_says_what_it_imports_and_asks_for_trust(checkpoint, tmp_path):
     trace = own_module(tmp_path, "own_of_line")
     names(checkpoint, model=["own_of_line", "decay"])
@@ -258,6 +268,7 @@ def test_help_of_resume_names_what_may_be_trusted():
     assert "--trust" in said and "--models" in said
 
 
+@pytest.mark.hostile
 def test_a_loaded_result_imports_its_model_under_the_same_rule(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     trace = own_module(tmp_path, "own_of_result")

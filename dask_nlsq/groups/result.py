@@ -29,7 +29,8 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import LOCAL_MAPS, MapResult, StoredMap
+from ..maps.result import LOCAL_MAPS, MapResult
+from ..maps.store import StoredMap
 from ..results import result as results
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report

@@ -334,13 +334,14 @@ def map_(scheduler, out, resume, axis, **given):
     dask nlsq map scan.zarr/counts --model gaussian+line --x 9:11:0.01 --out maps.zarr --resume
     """
     from ..maps.fit import fit_map
-    from .describe import describe_map, n_converged
+    from ..maps.store import StoredMap
+    from .describe import describe_map
 
     call = _call(axis=axis or (MAPS["axis"].default,), **given)
     with _cluster(scheduler):
-        group = fit_map(**call).to_zarr(out, resume=resume)
-    click.echo(describe_map(out, group))
-    if not n_converged(group):
+        fit_map(**call).to_zarr(out, resume=resume)
+    click.echo(describe_map(out))
+    if not StoredMap(out).success.any():
         raise Failure(f"no pixel converged; {out} says why in `status`", 3)
 
 
