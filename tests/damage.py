@@ -45,7 +45,7 @@ def of_result(path) -> list:
 
 
 def of_groups(path) -> list:
-    return [*of_result(path), load(path).shared.groups, of_stored(load(path).local)]
+    return [*of_result(path), repr(load(path).shared.groups), of_stored(load(path).local)]
 
 
 def of_checkpoint(path) -> list:

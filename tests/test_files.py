@@ -60,7 +60,7 @@ def test_a_result_reads_and_removes_no_file_but_its_own(fitted, tmp_path, name):
     for victim in victims:
         victim.write_text("precious")
     changed(tmp_path / "r" / "result.json", schema.VERSION, arrays=str(victims[0]) if name == "/victim" else name)
-    with pytest.raises(DamagedFileError, match=r"result\.json is damaged \(it names .* as the file of its arrays"):
+    with pytest.raises(DamagedFileError, match=r"result\.json is damaged \(it names .* as its arrays"):
         load(tmp_path / "r")
     fitted.save(tmp_path / "r")
     assert all(victim.read_text() == "precious" for victim in victims)

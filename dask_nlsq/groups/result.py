@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,13 +12,13 @@ from itertools import product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import scipy
 from dask import delayed
 
-from ..base.files import read_json, well_formed, write_json
 from ..base.lazy import da
 from ..base.modules import Trust
 from ..base.text import several
@@ -29,20 +29,20 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import LOCAL_MAPS, MapResult
-from ..maps.store import StoredMap
+from ..maps.result import MapResult
+from ..maps.store import StoredMap, remove
 from ..results import result as results
+from ..results import schema
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
 from ..results.result import FitResult
-from ..results.schema import RESULT, check_types
-from ..results.statistics import Totals
+from ..results.statistics import Groups, Totals
 from ..results.uncertainty import covariance
 from ..solve.trust_region import GRAM_CONDITION_LIMIT, Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
 
-FILE, VERSION = "groups.json", 1
+LOCAL_MAPS = "local.zarr"  # beside a result that is saved
 NO_CURVE = (
     "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) of "
     "result.local.compute(); result.local.plot() shows those of all"
@@ -69,23 +69,11 @@ class LocalMap(MapResult):
         return super().provenance | {"shared": self.shared}
 
 
-class About(NamedTuple):
-    """Of the groups of a fit, as it is saved."""
-
-    locals: tuple[str, ...]  # names
-    n_groups: int  # used
-    of_groups: int
-    local_distance: float
-    accuracy: float
-    largest: float  # share of the cost that one group has
-    interchangeable: tuple[tuple[str, str], ...]  # shared parameters, and nothing tells which is which
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class SharedResult(FitResult):
     """A `FitResult` of shared parameters: its degrees of freedom are those that the locals leave."""
 
-    groups: About = field(kw_only=True, repr=False)
+    groups: Groups = field(kw_only=True, repr=False)
 
     @property
     def dof(self) -> int:
@@ -174,16 +162,22 @@ class GroupResult:
         return self.shared.to_html()
 
     def save(self, path: str | Path) -> None:
-        """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back."""
+        """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back.
+
+        A result that is at ``path`` already is replaced. The maps are in ``local.zarr`` where there is nothing of that name.
+        """
         path = Path(path)
-        if (path / LOCAL_MAPS).exists():
-            raise FileExistsError(f"{path} has the groups of another result: give another path")
-        if isinstance(self.local, StoredMap):
-            shutil.copytree(self.local.path, path / LOCAL_MAPS)
+        before = schema.beside(path)["maps"]
+        name = f"local-{uuid4().hex}.zarr" if os.path.lexists(path / LOCAL_MAPS) else LOCAL_MAPS
+        if not isinstance(self.local, StoredMap):
+            self.local.to_zarr(path / name, progress=False)
+        elif before and self.local.path == path / before:
+            name = before
         else:
-            self.local.to_zarr(path / LOCAL_MAPS, progress=False)
-        self.shared.save(path)
-        write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
+            shutil.copytree(self.local.path, path / name)
+        schema.save(path, self.shared.to_file(), name)
+        if before and before != name:
+            remove(path / before)
 
     def report(self, path, **options) -> Path:
         """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""
@@ -207,23 +201,11 @@ def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult:
     ValueError
         Where there is no result, one of another version, or a file that is not as it was written.
     """
-    path, found = Path(path), results.load(path, trust)
-    try:
-        kept = read_json(path / FILE, VERSION)
-    except FileNotFoundError:
-        return found
-    if kept.get("result") != _sum(path):  # another result has been saved there since
-        return found
-    with well_formed(path / FILE):
-        about = About(**kept["groups"])
-        about = about._replace(locals=tuple(about.locals), interchangeable=tuple((a, b) for a, b in about.interchangeable))
-        check_types(About, about._asdict())
-    return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / LOCAL_MAPS))
-
-
-def _sum(path: Path) -> int:
-    """Of the result that is saved there."""
-    return zlib.crc32((path / RESULT).read_bytes())
+    found, maps = results.load(Path(path), trust)
+    if found["groups"] is None:
+        return FitResult(**{name: value for name, value in found.items() if name != "groups"})
+    shared = SharedResult(**found)
+    return shared if maps is None else GroupResult(shared, StoredMap(Path(path) / maps))
 
 
 def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str, float]) -> GroupResult:
@@ -240,7 +222,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
     worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
     n_points, n_groups = int(sums.n_points.sum()), int(sums.n_groups.sum())
     names = problem.fit.names
-    about = About(
+    about = Groups(
         locals=tuple(names[k] for k in spec.locals.free),
         n_groups=n_groups,
         of_groups=problem.plan.n_pixels,

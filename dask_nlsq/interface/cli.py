@@ -366,9 +366,10 @@ def info(path):
     \b
     dask nlsq info result
     """
+    from ..groups.result import load
     from .describe import describe
 
-    click.echo(describe(path))
+    click.echo(describe(path, load))
 
 
 @nlsq.command()

@@ -1,18 +1,18 @@
 """What a path holds that this package has written, in words: a result, a checkpoint, or maps."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from ..engine.checkpoint import FIT_FILE, read_fit, read_state
-from ..maps.result import LOCAL_MAPS, status_counts
+from ..maps.result import status_counts
 from ..maps.store import NoMapError, StoredMap, read_done
-from ..results.result import load
 from ..results.schema import RESULT
 
 
-def describe(path: Path) -> str:
-    """What is at ``path``.
+def describe(path: Path, load: Callable) -> str:
+    """What is at ``path``; ``load`` is `dask_nlsq.load`.
 
     Raises
     ------
@@ -22,8 +22,9 @@ def describe(path: Path) -> str:
     if (path / RESULT).exists():
         result = load(path)
         lines = [result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)]
-        maps = path / LOCAL_MAPS
-        return "\n".join([*lines, *([f"the parameters of each group: {maps}"] if maps.exists() else [])])
+        return "\n".join(
+            [*lines, *([f"the parameters of each group: {result.local.path}"] if hasattr(result, "local") else [])]
+        )
     if (path / FIT_FILE).exists():
         return describe_checkpoint(path)
     try:

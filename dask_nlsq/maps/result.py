@@ -31,7 +31,6 @@ from .blocks import MapProblem, Operand
 from .plan import MapPlan
 from .store import attributes, inner
 
-LOCAL_MAPS = "local.zarr"  # of the groups of a result that is saved, beside it
 PROGRESS_DELAY = 2.0  # seconds
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from

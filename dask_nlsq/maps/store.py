@@ -79,6 +79,16 @@ def create_done(path: Path, found: Any) -> None:
     write_whole(path / METADATA, lambda file: file.write(text))
 
 
+def remove(path: Path) -> None:
+    """Remove a map; what is something else, or damaged, stays."""
+    try:
+        whole = not path.is_symlink() and is_sealed(read_about(path))
+    except ValueError:
+        whole = False
+    if whole:
+        shutil.rmtree(path)
+
+
 def write_block(record, path, index, place) -> None:
     """The task: write a block's maps, then that it is done."""
     group: Any = zarr.open_group(path, mode="r+")

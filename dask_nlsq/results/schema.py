@@ -40,14 +40,17 @@ from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
 from .named_model import NamedModel
-from .statistics import Totals
+from .statistics import Groups, Totals
 
 FORMAT, VERSION, RESULT = "result of dask_nlsq", 4, "result.json"
-ARRAYS = re.compile(r"arrays-[0-9a-f]{32}\.npz")  # beside it
+BESIDE = {  # it, by what names them: its larger arrays; the maps of groups, which `groups.result` writes
+    "arrays": re.compile(r"arrays-[0-9a-f]{32}\.npz"),
+    "maps": re.compile(r"local(-[0-9a-f]{32})?\.zarr"),
+}
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
 FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
     jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
-    preparation origins"""
+    preparation origins groups"""
 
 
 class Kind(NamedTuple):
@@ -86,6 +89,7 @@ RECORDS = {
     ),
     "damaged chunk": Kind(BadChunkError, "array index key cause masked"),
     "noise": Kind(Noise, "loss absolute reweighted sigma"),
+    "groups": Kind(Groups, "locals n_groups of_groups local_distance accuracy largest interchangeable"),
     "totals": Kind(Totals, "cost n weight weighted squares"),
     "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
     "factor": Kind(Factor, "R projected gradient condition"),
@@ -182,31 +186,37 @@ def known(parts: Mapping, name: str, place: str):
 # the files
 
 
-def save(path: Path, fit: SimpleNamespace) -> None:
-    """Write what has the fields of `FIT`; what was there is replaced when all is written."""
+def save(path: Path, fit: SimpleNamespace, maps: str | None = None) -> None:
+    """Write what has the fields of `FIT`, with the name of the maps beside it; what was there is replaced at the end."""
     arrays: dict[str, np.ndarray] = {}
     text = encode(fit, "result", arrays)
     check_directory("path", path)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        before = _arrays(read_json(path / RESULT, VERSION))
-    except (OSError, ValueError):  # none, or none that can be read
-        before = None
+    before = beside(path)["arrays"]
     name = f"arrays-{uuid4().hex}.npz" if arrays else None
     if name:
         write_arrays(path / name, arrays, VERSION)
-    write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, result=text)
+    write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, maps=maps, result=text)
     if before and not (path / before).is_dir():
         (path / before).unlink(missing_ok=True)
-    remove_left(path, ARRAYS)
+    remove_left(path, BESIDE["arrays"])
 
 
-def _arrays(found: Mapping[str, Any]) -> str | None:
-    """The file of the arrays, a plain name beside the result; ValueError where it names another one."""
-    name = found.get("arrays", "")
-    if name is not None and not (isinstance(name, str) and ARRAYS.fullmatch(name)):
-        raise ValueError(f"it names {name!r} as the file of its arrays")
-    return name
+def beside(path: Path) -> dict[str, str | None]:
+    """What lies beside the result at ``path``, by `BESIDE`; nothing where there is no result, or none that can be read."""
+    try:
+        return _beside(read_json(path / RESULT, VERSION))
+    except (OSError, ValueError):
+        return dict.fromkeys(BESIDE)
+
+
+def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
+    """Plain names of our pattern; ValueError where it names something else."""
+    names = {what: found.get(what, "") for what in BESIDE}
+    for what, name in names.items():
+        if name is not None and not (isinstance(name, str) and BESIDE[what].fullmatch(name)):
+            raise ValueError(f"it names {name!r} as its {what}")
+    return names
 
 
 def _what_else(path: Path) -> str:
@@ -217,8 +227,8 @@ def _what_else(path: Path) -> str:
     return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The fields of `FIT`, as `save` has written them.
+def load(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The fields of `FIT` and the name of the maps, as `save` has written them.
 
     Raises
     ------
@@ -230,10 +240,10 @@ def load(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
     with well_formed(path / RESULT):
-        name = _arrays(found)
+        names = _beside(found)
     try:
-        arrays, _ = read_arrays(path / name, VERSION) if name else ({}, {})
+        arrays, _ = read_arrays(path / names["arrays"], VERSION) if names["arrays"] else ({}, {})
     except FileNotFoundError:
-        raise DamagedFileError(path / str(name), "it is not there") from None
+        raise DamagedFileError(path / str(names["arrays"]), "it is not there") from None
     with well_formed(path / RESULT):
-        return decode(found["result"], "result", arrays)
+        return decode(found["result"], "result", arrays), names["maps"]
