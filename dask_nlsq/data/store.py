@@ -302,7 +302,9 @@ class Stored:
         self.damaged: dict[tuple[int, ...], BadChunkError] = {}
         self.absent: set[tuple[int, ...]] = set()  # known to be, and read as fill values
         self.stamp = 0
-        self.times: tuple[int, int] | None = None  # of the first and the last change of a chunk, where they are known
+        self.times: tuple[int, int] | None = None  # of the first and the last change of a chunk, where it is a directory
+        self.sample: dict[tuple[int, ...], int] = {}  # sizes of some chunks there
+        self.sizes = 0  # sum of all
 
     @property
     def place(self) -> str:
@@ -323,16 +325,13 @@ class Stored:
 
     def _content(self) -> int | None:
         """Of the sizes of all chunks and the ends of some of them; None where the store is not a directory."""
-        if self.times is None:
-            return None
-        sizes = {index: size for index, size in _sizes(self).items() if isinstance(size, tuple)}
-        found = _stamp({index: size[0] for index, size in sizes.items()})
-        for index in [*sizes][:: -(-len(sizes) // SAMPLED)]:
+        found = self.sizes
+        for index, size in self.sample.items():
             with open(Path(self.array.store.root) / self.key(index), "rb") as file:  # type: ignore[attr-defined]
-                found = zlib.crc32(file.read(ENDS), found)
-                file.seek(max(0, sizes[index][0] - ENDS))
-                found = zlib.crc32(file.read(ENDS), found)
-        return found
+                for start in (0, max(0, size - ENDS)):
+                    file.seek(start)
+                    found = zlib.crc32(file.read(ENDS), found)
+        return None if self.times is None else found
 
     def grid(self):
         """Indices of all chunks."""
@@ -426,8 +425,11 @@ def scan_keys(stored: Stored) -> None:
     sizes = _sizes(stored)
     policy, missing = stored.policy, []
     stored.stamp = _stamp(sizes)
-    if times := [size[1] for size in sizes.values() if isinstance(size, tuple) and len(size) == 2]:
+    if files := {index: size for index, size in sizes.items() if isinstance(size, tuple) and len(size) == 2}:
+        times = [time for _, time in files.values()]
         stored.times = min(times), max(times)
+        stored.sizes = _stamp({index: nbytes for index, (nbytes, _) in files.items()})
+        stored.sample = {index: files[index][0] for index in [*files][:: -(-len(files) // SAMPLED)]}
     for index in stored.grid():
         size = sizes.get(index)
         if size is None:

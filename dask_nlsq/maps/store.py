@@ -20,7 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from ..base.files import DamagedFileError, check_links, check_version, checksum, content_of, well_formed, write_whole
+from ..base.files import (
+    DamagedFileError,
+    check_links,
+    check_version,
+    checksum,
+    content_of,
+    remove_left,
+    well_formed,
+    write_whole,
+)
 from ..base.lazy import zarr
 from ..kernels.lanes import MapStatus, succeeded
 
@@ -41,7 +50,9 @@ def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     for name in names:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
-    (path / METADATA).unlink(missing_ok=True)
+    if path.exists():
+        remove_left(path)
+        (path / METADATA).unlink(missing_ok=True)
     about = {"version": VERSION, **identity}
     group = zarr.create_group(path, attributes={OURS: about, **_plain(found.labels.get("attrs", {}))})
     for name in record.names:
