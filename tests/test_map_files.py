@@ -81,6 +81,26 @@ def test_other_metadata_that_are_damaged_name_the_map_to_remove(path, name, how)
             read(path)
 
 
+@pytest.mark.parametrize("word", ["nfev", "attributes", "dask_nlsq", "version", "checksum", "metadata", "zarr_format"])
+def test_a_changed_name_in_metadata_is_damage(path, word):
+    text = (path / METADATA).read_text()
+    for k in range(text.count(f'"{word}"')):
+        parts = text.split(f'"{word}"')
+        parts[k : k + 2] = [f'"{word[:-1]}_"'.join(parts[k : k + 2])]
+        (path / METADATA).write_text(f'"{word}"'.join(parts))
+        with pytest.raises(DamagedFileError, match=r"zarr\.json is damaged"):
+            StoredMap(path)
+
+
+def test_a_map_of_an_earlier_format_says_so(path):
+    metadata = json.loads((path / METADATA).read_text())
+    for name in ("version", "checksum", "sums", "attributes"):
+        del metadata["attributes"]["dask_nlsq"][name]
+    (path / METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="m has format None, and this release reads 1"):
+        lines_of(path)
+
+
 def test_a_chunk_that_is_damaged_is_named(path):
     chunk = next(each for each in (path / "popt" / "c").rglob("*") if each.is_file())
     chunk.write_bytes(b"x" + chunk.read_bytes()[1:])

@@ -35,6 +35,7 @@ from ..kernels.lanes import MapStatus, succeeded
 
 VERSION = 1  # of the attributes
 METADATA, OURS, DONE = "zarr.json", "dask_nlsq", "done"
+COPIES = "consolidated_metadata"  # of the arrays' metadata, in those of the group
 PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of metadata that it could not write
 
 
@@ -171,8 +172,12 @@ def read_about(path: Path) -> dict[str, Any]:
     own = metadata.get("attributes")
     about = own.get(OURS) if isinstance(own, dict) else None
     if not isinstance(about, dict):
+        if any(json.dumps(mark) in json.dumps(metadata) for mark in (OURS, "fit_axes")):
+            raise DamagedFileError(path / METADATA, "it does not describe a map", path)
         raise NoMapError(f"{path} is not a map that to_zarr has begun: give another path")
     check_links(path)
+    if not {"version", "checksum"} & about.keys():
+        check_version(path, None, VERSION)  # as of the first formats
     if is_sealed(about) or (path / DONE / "c").exists():
         _check(path, metadata)
     check_version(path, about.get("version"), VERSION)
@@ -186,15 +191,15 @@ def _check(path: Path, metadata: Mapping[str, Any]) -> None:
     """DamagedFileError where attributes or metadata are not those that were sealed."""
     about, name = metadata["attributes"][OURS], METADATA
     with well_formed(path / METADATA, path):
-        if "version" in about and about["checksum"] != seal(metadata["attributes"]):
+        if about.get("checksum") != seal(metadata["attributes"]):
             raise ValueError("its checksum does not match")
-        if (metadata["zarr_format"], metadata["node_type"]) != (3, "group"):
+        if (metadata["zarr_format"], metadata["node_type"], len(metadata.keys() - {COPIES})) != (3, "group", 3):
             raise ValueError("it is not that of a Zarr group")
-        copies = (metadata.get("consolidated_metadata") or {}).get("metadata", {})
-        changed = [name for name, known in about.get("sums", {}).items() if name in copies and _sum(copies[name]) != known]
+        copies = metadata.get(COPIES)
+        changed = [name for name, known in about["sums"].items() if copies and _sum(copies["metadata"].get(name)) != known]
         if changed:
             raise ValueError(f"its metadata of {changed[0]} are not those that were written")
-    for name, known in about.get("sums", {}).items():
+    for name, known in about["sums"].items():
         file = path / Path(name).name / METADATA
         if name == DONE and not file.parent.exists():
             continue  # which is made again
@@ -238,7 +243,8 @@ class StoredMap:
 
     def __init__(self, path: Path):
         self.path, self.about = path, read_about(path)
-        self._group: Any = zarr.open_group(path, mode="r")
+        with well_formed(path / METADATA, path):
+            self._group: Any = zarr.open_group(path, mode="r")
         self.param_names: tuple[str, ...] = tuple(self.about["parameters"])
 
     def __getattr__(self, name):
