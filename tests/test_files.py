@@ -167,18 +167,22 @@ def test_links_out_of_a_checkpoint_are_not_followed(checkpoint, tmp_path, name):
     assert not [*(tmp_path / "elsewhere").iterdir()]
 
 
+CALLS = [
+    dict(model=5),
+    dict(model=["a"]),
+    dict(data=[]),
+    dict(data=dict(xdata=1)),
+    dict(data=dict(ydata={"word": "http://127.0.0.1:9/y.zarr"})),
+    dict(data=dict(report={"path": "/tmp/x"})),
+    dict(options=dict(report="/tmp/x")),
+    dict(options=dict(mask="http://127.0.0.1:9/y.zarr")),
+    dict(options=dict(checkpoint="/tmp/x")),
+    dict(options=[]),
+]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.hostile
-@pytest.mark.parametrize(
-    "call",
-    [
-        dict(model=5),
-        dict(model=["a"]),
-        dict(data=[]),
-        dict(options=dict(report="/tmp/x")),
-        dict(options=[]),
-        dict(data=dict(xdata=1)),
-    ],
-)
 def test_a_call_that_is_none_is_damage(checkpoint, call):
     found = read_json(checkpoint / "fit.json", kept.VERSION)["call"]
     changed(checkpoint / "fit.json", kept.VERSION, call=found | call)

@@ -52,6 +52,8 @@ class Interrupted(Exception):
 VERSION = 6  # of the files
 FIT_FILE, LOCALS = "fit.json", "locals"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
+NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
 WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
@@ -157,10 +159,13 @@ def read_fit(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no {FIT_FILE}") from None
     match found:
-        case {"identity": dict(), "call": {"model": None | [str(), str()], "data": dict(), "options": dict(options)}}:
-            if unknown := options.keys() - {*SAME, *LIMITS, *GROUPS}:
-                raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not an option that it keeps")
-            return found
+        case {"identity": dict(), "call": {"model": None | [str(), str()], "data": dict(data), "options": dict(options)}}:
+            # what is not among these may name a file to be read or written
+            if not (
+                unknown := (data.keys() - DATA) | (options.keys() - {*SAME, *LIMITS, *GROUPS} | options.keys() & NOT_KEPT)
+            ):
+                return found
+            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not an argument that it keeps so")
     raise DamagedFileError(path / FIT_FILE, "it does not describe a fit")
 
 
@@ -286,8 +291,8 @@ def read_call(
         Where it names a module or an address that ``trust`` does not cover.
     """
     path = Path(path)
-    call = read_fit(path)["call"]
-    kept = _read(path / "data.npz", _name_of(read_fit(path)["identity"]))
+    found = read_fit(path)
+    call, kept = found["call"], _read(path / "data.npz", _name_of(found["identity"]))
     arrays, said = kept[0] if kept else {}, []
 
     def make(name, kept):
@@ -301,7 +306,7 @@ def read_call(
                 return None
             case {"tuple": list(parts)}:
                 return tuple(make(f"{name}[{k}]", each) for k, each in enumerate(parts))
-            case {"word": str(word)}:
+            case {"word": str(word)} if is_reweighted(word):
                 return word
             case {"path": str(place)}:
                 return opened(name, place)
