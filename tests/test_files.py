@@ -267,6 +267,18 @@ def test_resume_on_the_command_line_says_what_it_imports_and_asks_for_trust(chec
     assert f"imports own_of_line.decay ({tmp_path / 'own_of_line.py'}); opens" in found.stdout and trace.exists()
 
 
+@pytest.mark.hostile
+@pytest.mark.parametrize("command", ["info", "resume"])
+def test_a_terminal_gets_no_commands_from_a_file(checkpoint, command, tmp_path):
+    names(checkpoint, model=["own\x1b]0;title\x07", "decay"], place=f"{tmp_path}/\x1b[2J")
+    said = CliRunner().invoke(nlsq, [command, str(checkpoint)])
+    assert "title" in said.output and not {"\x1b", "\x07"} & {*said.output}
+    fitted = curve_fit(decay, X, Y, P0, param_names=["\x1b[2J", "b", "c"])
+    fitted.save(tmp_path / "r")
+    said = CliRunner().invoke(nlsq, ["info", str(tmp_path / "r")])
+    assert "\N{REPLACEMENT CHARACTER}[2J" in said.output and "\x1b" not in said.output
+
+
 def test_help_of_resume_names_what_may_be_trusted():
     said = CliRunner().invoke(nlsq, ["resume", "--help"]).output
     assert "--trust" in said and "--models" in said

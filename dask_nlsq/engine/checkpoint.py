@@ -28,6 +28,7 @@ from ..base.files import (
     write_json,
 )
 from ..base.modules import Trust, UntrustedError, import_by, import_name, origin
+from ..base.text import printable
 from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
 from ..data.store import is_address, is_stored, same_store
@@ -332,7 +333,7 @@ def read_call(
         if f is None:
             said.insert(0, f"imports {'.'.join(call['model'])} ({origin(call['model'][0], trust)})")
         if said:
-            print(f"{path}: {'; '.join(said)}", flush=True)
+            print(printable(f"{path}: {'; '.join(said)}"), flush=True)
         return f or import_by(call["model"], trust), data, call["options"]
     except UntrustedError as err:
         raise UntrustedError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 
+from ..base.text import printable
 from ..options import FITS, GROUPS, LIMITS, MAPS, WORKFLOWS
 
 PATH = click.Path(path_type=Path)
@@ -47,7 +48,7 @@ class Failure(click.ClickException):
 
     def __init__(self, text: str, exit_code: int):
         text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{_flag(found[1])}", text)
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 
 
@@ -259,7 +260,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
         elif result.status > 0 and not result.success:
             failed = failed or result.message
-        click.echo(result.summary())
+        click.echo(printable(result.summary()))
         if out is not None:
             _write(result, out, report and result.status != -3)  # who is told to leave reads nothing more
     if failed is not None:
@@ -369,7 +370,7 @@ def info(path):
     from ..groups.result import load
     from .describe import describe
 
-    click.echo(describe(path, load))
+    click.echo(printable(describe(path, load)))
 
 
 @nlsq.command()
