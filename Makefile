@@ -1,10 +1,11 @@
 # Everything is set up by the target that needs it: Python >= 3.11, git and make are enough.
 PYTHON ?= python3
 BIN := .venv/bin
+PINNED := --constraint tests/pinned.txt  # versions that are known to pass, whatever has been released since
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest notebooks wheel figures bench bench-groups bench-long mutants mutants-draw docs lint clean
+.PHONY: demo test test-slow test-oldest test-newest notebooks wheel figures damage bench bench-groups bench-long mutants mutants-draw docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -17,11 +18,16 @@ test-slow: .venv/ready     ## only the long ones
 notebooks: .venv/ready      ## run the notebooks from clean
 	$(BIN)/python -m pytest tests/test_notebooks.py --durations=0
 
-wheel:                     ## build sdist and wheel, install the wheel in a fresh environment, run tests of it there
+wheel: export SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1580601600)
+wheel: export PIP_CONSTRAINT = $(CURDIR)/tests/pinned.txt
+wheel:                     ## build sdist, and the wheel twice to the same bytes, install it in a fresh environment, run tests of it there
 	rm -rf dist
 	$(PYTHON) -m venv dist/fresh
 	dist/fresh/bin/python -m pip install --quiet build
 	dist/fresh/bin/python -m build --outdir dist
+	mkdir dist/copy && tar -x -m -f dist/*.tar.gz -C dist/copy --strip-components 1  # with other times
+	umask 077 && dist/fresh/bin/python -m build --wheel --outdir dist/again dist/copy
+	cmp dist/*.whl dist/again/*.whl
 	dist/fresh/bin/python -m pip install --quiet "$$(ls dist/*.whl)[test]"
 	cp -r tests pyproject.toml dist/fresh
 	cd dist/fresh && bin/python -m pytest -m "not slow" $(CORE)
@@ -31,9 +37,19 @@ test-oldest:               ## tests of the core with the oldest versions of what
 	.venv-oldest/bin/python -m pip install --quiet --editable ".[test]" --constraint tests/oldest.txt
 	.venv-oldest/bin/python -m pytest -m "not slow" $(CORE)
 
+test-newest:               ## tests of the core with the newest versions, which go to tests/pinned.txt when all tests pass
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --editable ".[test,docs]" build hatchling
+	.venv-newest/bin/python -m pytest -m "not slow" $(CORE)
+	.venv-newest/bin/python -m pip freeze --exclude-editable > .venv-newest/pinned.txt
+
 figures: .venv/ready       ## print every accuracy figure that the README quotes, and those of convergence
 	$(BIN)/python -m tests.accuracy
 	$(BIN)/python -m tests.convergence
+
+damage: .venv/ready        ## flip 500 bits in files of every kind that the package writes, and open hostile ones: two minutes
+	$(BIN)/python -m tests.damage
+	$(BIN)/python -m pytest -m hostile
 
 bench: .venv/ready          ## time everything against SciPy, optimistix and plain JAX
 	$(BIN)/python -m pip install --quiet optimistix
@@ -65,15 +81,15 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 
-.venv/ready: pyproject.toml
+.venv/ready: pyproject.toml tests/pinned.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test]" $(PINNED)
 	touch $@
 
 .venv/docs: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[docs]" $(PINNED)
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-mutants .venv-pyglotaran dist docs/_build docs/reference/generated
+	rm -rf .venv .venv-oldest .venv-newest .venv-mutants .venv-pyglotaran dist docs/_build docs/reference/generated

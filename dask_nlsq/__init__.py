@@ -8,6 +8,7 @@ from .base import config  # noqa: F401  (defaults of dask.config)
 _MODULES = {
     "BadChunkError": "data.store",
     "CheckpointError": "engine.checkpoint",
+    "DamagedFileError": "base.files",
     "FitResult": "results.result",
     "MapPlan": "maps.plan",
     "MapResult": "maps.result",
@@ -23,6 +24,7 @@ _MODULES = {
     "Plan": "memory.plan",
     "Record": "solve.trust_region",
     "StrategyDecision": "compat.homodyne",
+    "UntrustedError": "base.modules",
     "calculate_adaptive_tolerances": "compat.nlsq",
     "clear_memory_pool": "compat.memory_manager",
     "cluster_report": "memory.processes",

@@ -311,7 +311,15 @@ def fit(
 
 
 def resume(
-    path: str | Path, f: Callable | None = None, xdata=None, ydata=None, *, sigma=None, mask=None, **options
+    path: str | Path,
+    f: Callable | None = None,
+    xdata=None,
+    ydata=None,
+    *,
+    sigma=None,
+    mask=None,
+    trust: bool | str | Path = False,
+    **options,
 ) -> FitResult | Any:  # `GroupResult`, of a checkpoint of `fit_groups`
     """Go on with a fit that ``checkpoint=path`` has kept; the result has the bits of one that was never interrupted.
 
@@ -322,6 +330,10 @@ def resume(
     f, xdata, ydata, sigma, mask
         As in the call that is resumed. Needed only where the checkpoint does not hold them: a model that cannot be
         imported by its name, Dask arrays, open stores, arrays in memory above 64 MiB.
+    trust : bool or path
+        The checkpoint may be anybody's: what it imports and opens is printed, and it may import modules of installed
+        packages, and those that this process has imported, and open paths. A directory: the modules in it as well.
+        True: all modules, and URLs.
     **options
         Limits and what a fit tells may change: ``max_nfev``, ``memory_limit_gb``, ``callback``, ``progress``, ``verbose``.
 
@@ -329,8 +341,12 @@ def resume(
     ------
     CheckpointError
         No checkpoint, something that it does not hold, or another model, other data or options than it was made with.
+    UntrustedError
+        A module or URL that ``trust`` does not allow; a ValueError.
+    DamagedFileError
+        A file that is not as it was written; a ValueError.
     """
-    f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask))
+    f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask), trust)
     if "local" in kept:
         from .groups.fit import fit_groups
 

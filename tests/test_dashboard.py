@@ -20,7 +20,7 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
-from dask_nlsq.interface.live_page import _workers
+from dask_nlsq.interface.live_page import _progress, _recent, _workers
 
 from .clusters import command_line, local
 
@@ -55,6 +55,18 @@ def get(client, path):
 
 def fits(client):
     return client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins["nlsq-page"].fits.values()))
+
+
+@pytest.mark.hostile
+def test_what_fits_tell_the_page_is_text():
+    script = "<script>alert(1)</script>"
+    fit = dict(model=script, n_points=3, strategy=script, names=[script], status=script, began=0.0, n_chunks=1, sweeps=[])
+    for text in (
+        _progress(fit, None),
+        _recent([fit]),
+        _workers(fit | dict(n_partitions=1, sweep_bytes=1), {script: (1, 1.0)}),
+    ):
+        assert "<script" not in text and "&lt;script&gt;" in text
 
 
 def test_a_fit_brings_the_page_to_the_scheduler_once(client):

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from dask.sizeof import sizeof
 from distributed import Client
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from dask_nlsq import cluster_report, curve_fit
 from dask_nlsq.base import device_sizes as sizes
@@ -72,3 +74,17 @@ def test_jax_arrays_have_the_size_of_their_data():
     assert sizeof(jnp.zeros(10**6, np.float32)) == 4 * 10**6
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["dask.sizeof"]["dask_nlsq"] == f"dask_nlsq.base.device_sizes:{sizes.register.__name__}"
+
+
+@pytest.mark.parametrize("file", ["pinned", "oldest"])
+def test_versions_for_tests_are_exact_and_those_that_the_package_allows(file):
+    root = Path(__file__).parent.parent
+    lines = [line.partition("#")[0].strip() for line in (root / "tests" / f"{file}.txt").read_text().splitlines()]
+    versions = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines if line)}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [Requirement(each) for each in (*project["dependencies"], *extras["test"], *extras["plot"], *extras["docs"])]
+    for each in needed:
+        name = canonicalize_name(each.name)
+        assert name == "dask-nlsq" or name in versions or file == "oldest", each
+        assert name not in versions or each.specifier.contains(versions[name]), each

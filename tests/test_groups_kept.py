@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from distributed import Client
 import dask_nlsq
 from dask_nlsq import CheckpointError, GroupResult, NotConvergedError, fit_groups, load, plan_fit, resume
 from dask_nlsq.models import gaussian
+from dask_nlsq.results.schema import VERSION
 
 from .clusters import local
+from .test_files import changed
 from .test_groups import AMPLITUDE, LOCAL, P0, TIGHT, G, N, T, Y, decay, dense
 
 rng = np.random.default_rng(1)
@@ -342,14 +345,40 @@ def test_a_saved_result_comes_back_with_its_map(expected, tmp_path):
     assert found.local.to_xarray().popt.shape == local.popt.shape
     with pytest.raises(AttributeError, match="no 'residuals'"):
         found.local.residuals  # noqa: B018
-    with pytest.raises(FileExistsError, match="give another path"):
-        expected.save(tmp_path / "kept")
     found.save(tmp_path / "copy")
     for again in (load(tmp_path / "copy"), pickle.loads(pickle.dumps(found))):
         np.testing.assert_array_equal(again.local.compute().popt, local.popt)
     one = dask_nlsq.curve_fit(decay, T, Y[0], list(P0.values()))
     one.save(tmp_path / "kept")
     assert type(load(tmp_path / "kept")) is dask_nlsq.FitResult and load(tmp_path / "kept").dof == N - 4
+
+
+def test_a_result_takes_the_place_of_another_with_its_map_and_of_a_damaged_one(expected, tmp_path):
+    local = expected.local.compute(progress=False).popt
+
+    def keeps(*names):
+        np.testing.assert_array_equal(load(tmp_path).local.popt, local)
+        maps = sorted(path.name for path in tmp_path.glob("local*"))
+        assert [re.sub("[0-9a-f]{32}", "HEX", name) for name in maps] == sorted(names)
+
+    for names in (["local.zarr"], ["local-HEX.zarr"], ["local.zarr"]):
+        expected.save(tmp_path)
+        keeps(*names)
+    load(tmp_path).save(tmp_path)
+    keeps("local.zarr")
+    (tmp_path / "result.json").write_text("{")
+    expected.save(tmp_path)  # whose old map nobody knows
+    keeps("local.zarr", "local-HEX.zarr")
+    (tmp_path / "local.zarr" / "zarr.json").unlink()
+    (tmp_path / "local.zarr" / "notes.txt").write_text("precious")
+    changed(tmp_path / "result.json", VERSION, maps="local.zarr")
+    expected.save(tmp_path)
+    assert (tmp_path / "local.zarr" / "notes.txt").exists()
+
+
+def test_shared_parameters_are_loaded_as_such(expected, tmp_path):
+    expected.shared.save(tmp_path)
+    assert load(tmp_path).summary() == expected.summary() and load(tmp_path).dof == expected.dof
 
 
 def test_a_report_is_one_page(expected, tmp_path):

@@ -1,5 +1,6 @@
 """The page about a fit: what it says, in a browser too, and what it needs from elsewhere: nothing."""
 
+import copy
 import pickle
 import re
 import sys
@@ -11,9 +12,12 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+import zarr
 
-from dask_nlsq import curve_fit, load
+from dask_nlsq import DamagedFileError, curve_fit, fit_map, load, plots
+from dask_nlsq.base.files import read_json, write_json
 from dask_nlsq.results.report import _places, page
+from dask_nlsq.results.schema import VERSION
 
 from .spectra import counted
 from .test_dashboard import CHROMIUM, opened, wait
@@ -100,6 +104,62 @@ def test_what_users_name_is_text_and_not_markup(found):
     text = page(found)
     assert "<b>" not in text and "&lt;b&gt;rate&lt;/b&gt;" in text
     assert "t &lt; 10 &amp; more" in text
+
+
+def strings(value, place=()):
+    """Places of the strings in JSON, without those that say what kind of thing something is."""
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(each, str) and key not in ("record", "stored", "dtype", "float"):
+            yield (*place, key)
+        yield from strings(each, (*place, key))
+
+
+def put(value, place, text):
+    for key in place[:-1]:
+        value = value[key]
+    value[place[-1]] = text
+
+
+@pytest.mark.hostile
+def test_whatever_a_saved_result_says_is_text_on_a_page_and_in_pictures(found, tmp_path):
+    script, accepted = r"<script>alert('$\nope$')</script>", 0
+    found.save(tmp_path / "r")
+    file = tmp_path / "r" / "result.json"
+    kept = read_json(file, VERSION)
+    crafted = copy.deepcopy(kept)
+    for place in strings(kept["result"]):
+        tried = copy.deepcopy(crafted)
+        put(tried["result"], place, script)
+        write_json(file, **tried)
+        try:
+            load(tmp_path / "r")
+        except DamagedFileError:
+            continue
+        crafted, accepted = tried, accepted + 1
+    assert accepted > 10
+    write_json(file, **crafted)
+    again = load(tmp_path / "r")
+    assert again.param_names == (script,) * 3 and again.message == script
+    for text in (page(again), again.to_html()):
+        assert "<script" not in text and "&lt;script&gt;" in text
+
+
+@pytest.mark.hostile
+def test_a_picture_shows_names_as_they_are(tmp_path):
+    name = r"$\nope$<script>"
+    (tmp_path / name).mkdir()
+    t, y = data(300)
+    stored = zarr.create_array(tmp_path / name / "y", data=y)
+    found = curve_fit(decay, t, stored, p0=[1, 1, 0], param_names=[name, "b", "$x$"])
+    text = page(found)
+    assert "<script" not in text and "nope$&lt;script&gt;/y" in text  # the table of stores
+    (axes,) = (plots.correlation(found),)
+    axes.figure.canvas.draw()
+    assert [each.get_text() for each in axes.get_xticklabels()] == [name, "b", "$x$"]
+    assert not any(each.get_parse_math() for each in (*axes.get_xticklabels(), *axes.get_yticklabels()))
+    drawn = plots.maps(fit_map(decay, t, np.stack([y, y, y]), [1, 1, 0.1], param_names=[name, "b", "c"]))
+    assert not drawn[0].title.get_parse_math()
+    drawn[0].figure.savefig(tmp_path / "map.svg")
 
 
 def test_a_page_reads_the_data_once_and_names_the_store(tmp_path):

@@ -1,28 +1,89 @@
-"""What is kept on disk: whole files with a checksum, of JSON or of arrays; models by their names."""
+"""What is kept on disk: whole files with a version and a checksum, of JSON or of arrays."""
 
 import json
 import os
+import re
+import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import blake2b
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from zipfile import BadZipFile
 
 import numpy as np
 
 CHECKSUM_BYTES = 16
 PIECE = 2**16  # elements
 BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
+LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
+ABANDONED = 3600.0  # seconds since it was written, from which nobody writes a file any more
+MALFORMED = (  # what parsing raises where a file is not what its name says, however it came to be
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, OSError, RuntimeError, MemoryError,
+    BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 class DamagedFileError(ValueError):
-    """A file that is not as it was written."""
+    """A file that is not as it was written; ``whole`` is what to remove, if not the file."""
 
-    def __init__(self, path: Path, how: str):
-        super().__init__(f"{path} is damaged ({how}): restore it from a copy, or remove it and fit again")
+    def __init__(self, path: Path, how: str, whole: Path | None = None):
+        remove = f"remove {whole}" if whole else "remove it"
+        super().__init__(f"{path} is damaged ({how}): restore it from a copy, or {remove} and fit again")
+
+
+@contextmanager
+def well_formed(path: Path, whole: Path | None = None) -> Iterator[None]:
+    """Within, ``path`` is parsed: what it cannot be parsed for is a DamagedFileError, as `MALFORMED` lists it."""
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except MALFORMED as err:
+        kind = "" if type(err) is ValueError else f"{type(err).__name__}: "
+        raise DamagedFileError(path, f"{kind}{err}".partition("\n")[0], whole) from None
+
+
+def check_links(directory: Path) -> None:
+    """DamagedFileError where a link in a directory of ours leads out of it, so that nothing is read or written elsewhere."""
+    home, left = directory.resolve(), [directory]
+    while left:
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    _stay(Path(entry), home)
+                elif entry.is_dir():
+                    left.append(Path(entry))
+
+
+def _stay(path: Path, home: Path) -> None:
+    if not (target := path.resolve()).is_relative_to(home):
+        raise DamagedFileError(path, f"it is a link to {target}, outside of its directory")
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file of ours; FileNotFoundError where nothing is there."""
+    if path.is_symlink():
+        _stay(path, path.parent.resolve())
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise DamagedFileError(path, "it is a directory") from None
+
+
+def remove_left(directory: Path, *names: re.Pattern) -> None:
+    """Remove what killed writers have left in a directory, and old files of these names; what may be in use stays."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if any(each.fullmatch(entry.name) for each in (LEFT, *names)) and entry.is_file(follow_symlinks=False):
+                try:
+                    if time.time() - entry.stat().st_mtime > ABANDONED:
+                        os.unlink(entry)
+                except FileNotFoundError:  # another process has done it
+                    continue
 
 
 def checksum(content) -> bytes:
@@ -78,64 +139,57 @@ def read_json(path: Path, version: int, error: type[ValueError] = ValueError) ->
 
     Raises
     ------
+    FileNotFoundError
+        Where there is none.
     DamagedFileError
         Where a byte is not as it was written.
     error
         Where its ``version`` is another one.
     """
-    content = path.read_bytes()
-    try:
+    content = content_of(path)
+    with well_formed(path):
         found = json.loads(content)
-    except ValueError:
-        raise DamagedFileError(path, "it is not JSON") from None
     if not isinstance(found, dict) or "version" not in found:
         raise DamagedFileError(path, "it names no version")
-    if found["version"] != version:
-        way_out = "use the release that has written it, or fit again"
-        raise error(f"{path} has format {found['version']}, and this release reads {version}: {way_out}")
-    known = str(found.pop("checksum", ""))
-    if checksum(content.replace(known.encode(), BLANK.encode(), 1)).hex() != known:
+    known = found.pop("checksum", None)
+    if known is None:  # as of the first formats
+        check_version(path, found["version"], version, error)
+    if checksum(content.replace(str(known).encode(), BLANK.encode(), 1)).hex() != known:
         raise DamagedFileError(path, "its checksum does not match")
+    check_version(path, found["version"], version, error)
     return found
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], **values) -> None:
+def check_version(path: Path, found, version: int, error: type[ValueError] = ValueError) -> None:
+    if found != version:
+        way_out = "use the release that has written it, or fit again"
+        raise error(f"{path} has format {found}, and this release reads {version}: {way_out}")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], version: int, **values) -> None:
     """Write arrays and JSON values as one .npz file, with a checksum behind it."""
     file = BytesIO()
-    np.savez(file, __json__=np.frombuffer(json.dumps(values).encode(), np.uint8), **arrays)  # type: ignore[arg-type]
+    text = json.dumps({"version": version} | values).encode()
+    np.savez(file, __json__=np.frombuffer(text, np.uint8), **arrays)  # type: ignore[arg-type]
     content = file.getbuffer()
     write_whole(path, lambda file: file.writelines([content, checksum(content)]))
 
 
-def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """What `write_arrays` has written; None where there is no such file; DamagedFileError where a byte is another one."""
-    if not path.exists():
-        return None
-    content = memoryview(path.read_bytes())
+def read_arrays(
+    path: Path, version: int, error: type[ValueError] = ValueError
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What `write_arrays` has written; errors as those of `read_json`."""
+    content = memoryview(content_of(path))
     content, known = content[:-CHECKSUM_BYTES], content[-CHECKSUM_BYTES:]
     if checksum(content) != known:
         raise DamagedFileError(path, "its checksum does not match")
-    with np.load(BytesIO(content), allow_pickle=False) as found:
-        arrays = {name: found[name] for name in found.files}
-    return arrays, json.loads(arrays.pop("__json__").tobytes())
-
-
-def import_name(f) -> list[str] | None:
-    """Module and name by which another process can import ``f``; None where it cannot: a lambda, a notebook's function."""
-    module, qualname = getattr(f, "__module__", None), getattr(f, "__qualname__", "<>")
-    return None if module in (None, "__main__") or "<" in qualname else [module, qualname]
-
-
-def import_by(name: list[str]):
-    """What `import_name` has named.
-
-    Raises
-    ------
-    ImportError, AttributeError
-        Where it is not there any more.
-    """
-    module, qualname = name
-    found = import_module(module)
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
+    with well_formed(path):
+        try:
+            with np.load(BytesIO(content), allow_pickle=False) as found:
+                arrays = {name: found[name] for name in found.files}
+        except ValueError:  # its text advises to allow pickles
+            raise ValueError("it does not hold arrays of numbers alone") from None
+        values = json.loads(arrays.pop("__json__").tobytes())
+        written = values.pop("version")
+    check_version(path, written, version, error)
+    return arrays, values

@@ -19,6 +19,11 @@ def near(name: str, known: Iterable[str], before: str = ": ") -> str:
     return f"{before}did you mean {found[0]!r}?" if found else ""
 
 
+def printable(text: str) -> str:
+    """Without what a terminal takes for commands, in text that comes from a file."""
+    return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
+
+
 def table(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:
     """Lines with aligned columns, each flush with the side "<" (left, the default) or ">" that ``sides`` has for it."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

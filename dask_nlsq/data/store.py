@@ -20,7 +20,6 @@ from collections.abc import Awaitable, Callable
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from .cf import AS_STORED, Decoding
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
+SAMPLED, ENDS = 16, 2**15  # chunks that tell a copy from other data, and bytes at both of their ends
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
 TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 DECODING: tuple[type[Exception], ...] = (
@@ -132,6 +132,11 @@ def is_stored(data) -> bool:
     return isinstance(data, (str, PurePath, zarr.Array))
 
 
+def is_address(text: str) -> bool:
+    """Whether it is not a path: a URL, or several of fsspec's in a row."""
+    return "://" in text or "::" in text
+
+
 def _hint(name: str, source) -> str:
     """What a text may mean that is no path."""
     if name == "sigma":
@@ -175,7 +180,7 @@ def open_array(name: str, source) -> zarr.Array:
 def _store(name, source):
     """A store, or what Zarr makes one of, and the path in it."""
     text = str(source)
-    if urlsplit(text).scheme and not isinstance(source, PurePath) and "://" in text:
+    if is_address(text) and not isinstance(source, PurePath):
         return text, None
     file = next((parent for parent in (Path(text), *Path(text).parents) if parent.is_file()), None)
     if file is None:
@@ -297,6 +302,9 @@ class Stored:
         self.damaged: dict[tuple[int, ...], BadChunkError] = {}
         self.absent: set[tuple[int, ...]] = set()  # known to be, and read as fill values
         self.stamp = 0
+        self.times: tuple[int, int] | None = None  # of the first and the last change of a chunk, where it is a directory
+        self.sample: dict[tuple[int, ...], int] = {}  # sizes of some chunks there
+        self.sizes = 0  # sum of all
 
     @property
     def place(self) -> str:
@@ -309,12 +317,21 @@ class Stored:
         return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
 
     def describe(self) -> dict[str, Any]:
-        """What tells it from others, as far as that is cheap: place, layout, codecs, sizes and times of the chunks."""
+        """What tells it from others, as far as that is cheap, and a copy of it from other data: see `same_store`."""
         array = self.array
-        codecs = repr([*array.filters, *array.compressors])
-        return dict(
-            place=self.url, shape=self.shape, dtype=str(self.dtype), chunks=self.chunks, codecs=codecs, stamp=self.stamp
-        )
+        layout = dict(shape=self.shape, dtype=str(self.dtype), chunks=self.chunks)
+        layout |= dict(codecs=repr([*array.filters, *array.compressors]))
+        return layout | dict(place=self.url, stamp=self.stamp, times=self.times, content=self._content())
+
+    def _content(self) -> int | None:
+        """Of the sizes of all chunks and the ends of some of them; None where the store is not a directory."""
+        found = self.sizes
+        for index, size in self.sample.items():
+            with open(Path(self.array.store.root) / self.key(index), "rb") as file:  # type: ignore[attr-defined]
+                for start in (0, max(0, size - ENDS)):
+                    file.seek(start)
+                    found = zlib.crc32(file.read(ENDS), found)
+        return None if self.times is None else found
 
     def grid(self):
         """Indices of all chunks."""
@@ -408,6 +425,11 @@ def scan_keys(stored: Stored) -> None:
     sizes = _sizes(stored)
     policy, missing = stored.policy, []
     stored.stamp = _stamp(sizes)
+    if files := {index: size for index, size in sizes.items() if isinstance(size, tuple) and len(size) == 2}:
+        times = [time for _, time in files.values()]
+        stored.times = min(times), max(times)
+        stored.sizes = _stamp({index: nbytes for index, (nbytes, _) in files.items()})
+        stored.sample = {index: files[index][0] for index in [*files][:: -(-len(files) // SAMPLED)]}
     for index in stored.grid():
         size = sizes.get(index)
         if size is None:
@@ -445,6 +467,19 @@ def warn_if_changed(stored: Stored) -> None:
             f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
         )
     warn(text, RuntimeWarning)
+
+
+def same_store(then, now) -> bool:
+    """Whether two of `Stored.describe`, as JSON keeps them, are of the same bytes.
+
+    A copy has other times, another place, or both. Its content agrees, and all of its chunks are younger than those of
+    the original, unless they have kept their times: where only some are, the store was written to.
+    """
+    if not (isinstance(then, dict) and isinstance(now, dict) and then.keys() == now.keys() >= {"content", "times"}):
+        return False
+    if then["content"] is None or any(then[name] != now[name] for name in then.keys() - {"place", "stamp", "times"}):
+        return False
+    return then["stamp"] == now["stamp"] or now["times"][0] > then["times"][1]
 
 
 def _stamp(sizes):

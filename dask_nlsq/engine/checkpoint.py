@@ -16,21 +16,25 @@ from typing import Any
 import numpy as np
 
 from ..base.files import (
+    DamagedFileError,
     check_directory,
-    import_by,
-    import_name,
+    check_links,
+    checksum,
     read_arrays,
     read_json,
+    remove_left,
     sum_of_values,
     write_arrays,
     write_json,
 )
+from ..base.modules import Trust, UntrustedError, import_by, import_name, origin
+from ..base.text import printable
 from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
-from ..data.store import is_stored
+from ..data.store import is_address, is_stored, same_store
 from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model
-from ..options import LIMITS, SAME, is_reweighted
+from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
 
 class Interrupted(Exception):
@@ -46,9 +50,12 @@ class Interrupted(Exception):
         return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
 
 
-VERSION = 5  # of the files
-FIT_FILE = "fit.json"
+VERSION = 6  # of the files
+FIT_FILE, LOCALS = "fit.json", "locals"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
+NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
+WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
 
@@ -84,36 +91,60 @@ class Checkpoint:
         self.path = Path(path).absolute()
         check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        if (self.path / FIT_FILE).exists():
-            _compare(self.path, identity)
-        else:
+        check_links(self.path)
+        for directory in (self.path, *filter(Path.is_dir, [self.path / LOCALS])):
+            remove_left(directory)
+        begun = (self.path / FIT_FILE).exists()
+        if begun:
+            identity = _compare(self.path, identity)
+        self.fit = _name_of(identity)
+        if not begun:
             if arrays:
                 self.save("data", arrays)
             write_json(self.path / FIT_FILE, version=VERSION, identity=identity, call=call)
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
         """Write arrays and JSON values as ``name.npz``, all or nothing."""
-        write_arrays(self.path / f"{name}.npz", arrays, **values)
+        path = self.path / f"{name}.npz"
+        path.parent.mkdir(exist_ok=True)
+        write_arrays(path, arrays, VERSION, fit=self.fit, **values)
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """What `save` has written under ``name``; None where it has not."""
-        return read_arrays(self.path / f"{name}.npz")
+        return _read(self.path / f"{name}.npz", self.fit)
 
 
-def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] = ()) -> None:
-    """A CheckpointError where the checkpoint at ``path`` is of another fit, as far as that is not ``unknown`` yet."""
+def _name_of(identity: Mapping[str, Any]) -> str:
+    """In each file of a fit, so that none of another one is taken for it."""
+    return checksum(json.dumps(identity, sort_keys=True).encode()).hex()
+
+
+def _read(path: Path, fit: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    try:
+        arrays, values = read_arrays(path, VERSION, CheckpointError)
+    except FileNotFoundError:
+        return None
+    if values.pop("fit", None) != fit:
+        raise CheckpointError(f"{path} is of another fit than the {FIT_FILE} beside it: remove it, or give another path")
+    return arrays, values
+
+
+def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] = ()) -> dict[str, Any]:
+    """The identity of the checkpoint at ``path``; a CheckpointError where it is of another fit, as far as is known yet."""
     known = read_fit(path)["identity"]
     new = json.loads(json.dumps(identity))
     changed = [
         f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
         for name in sorted((known.keys() | new.keys()) - {*unknown})
         if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
+        and not same_store(known.get(name), new.get(name))
     ]
     if changed:
         raise CheckpointError(
             f"`checkpoint` {path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, or another "
             "path"
         )
+    return known
 
 
 def read_fit(path: Path) -> dict[str, Any]:
@@ -125,9 +156,23 @@ def read_fit(path: Path) -> dict[str, Any]:
         Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
-        return read_json(path / FIT_FILE, VERSION, CheckpointError)
+        found = read_json(path / FIT_FILE, VERSION, CheckpointError)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is not a checkpoint: it has no {FIT_FILE}") from None
+    match found:
+        case {"identity": dict(), "call": {"model": None | [str(), str()], "data": dict(data), "options": dict(options)}}:
+            # what is not among these may name a file to be read or written
+            if not (
+                unknown := (data.keys() - DATA) | (options.keys() - {*SAME, *LIMITS, *GROUPS} | options.keys() & NOT_KEPT)
+            ):
+                return found
+            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not an argument that it keeps so")
+    raise DamagedFileError(path / FIT_FILE, "it does not describe a fit")
+
+
+def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The sweeps that are kept at ``path``, of a fit in one piece or in groups; nothing where there are none."""
+    return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
 
 
 def _short(value):
@@ -234,39 +279,68 @@ def _plain(value):
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
-def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Model, data and options of a checkpoint; what is given (not None) wins.
+def read_call(
+    path: str | Path, f, data: Mapping[str, Any], trust: Trust = False
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Model, data and options of a checkpoint; what is given (not None) wins, and what it imports and opens is printed.
 
     Raises
     ------
     CheckpointError
         Where something was not kept and is not given.
+    UntrustedError
+        Where it names a module or an address that ``trust`` does not cover.
     """
     path = Path(path)
-    call = read_fit(path)["call"]
-    arrays, _ = read_arrays(path / "data.npz") or ({}, {})
+    found = read_fit(path)
+    call, kept = found["call"], _read(path / "data.npz", _name_of(found["identity"]))
+    arrays, said = kept[0] if kept else {}, []
 
     def make(name, kept):
-        if kept is None:
-            raise CheckpointError(
-                f"the checkpoint {path} does not keep `{name}` (a Dask array, an open array or a large one): pass it again, "
-                f"as in resume(path, {name.split('[')[0]}=...)"
-            )
         match kept:
-            case {"tuple": parts}:
+            case None:
+                raise CheckpointError(
+                    f"the checkpoint {path} does not keep `{name}` (a Dask array, an open array or a large one): pass it "
+                    f"again, as in resume(path, {name.split('[')[0]}=...)"
+                )
+            case {"none": True}:
+                return None
+            case {"tuple": list(parts)}:
                 return tuple(make(f"{name}[{k}]", each) for k, each in enumerate(parts))
-            case {"path": found} | {"paths": found} | {"word": found}:
-                return found
-            case {"array": key}:
+            case {"word": str(word)} if is_reweighted(word):
+                return word
+            case {"path": str(place)}:
+                return opened(name, place)
+            case {"paths": list(places)} if all(isinstance(each, str) for each in places):
+                return [opened(name, each) for each in places]
+            case {"array": str(key)} if key in arrays:
                 return arrays[key]
-        return None
+        raise DamagedFileError(path / FIT_FILE, f"it does not say where `{name}` is")
+
+    def opened(name, place):
+        if is_address(place) and trust is not True:
+            raise UntrustedError(
+                f"the checkpoint {path} opens {place} as `{name}`: pass {name.split('[')[0]} yourself, or trust=True where "
+                "you know who has written it"
+            )
+        said.append(f"opens {place}")
+        return place
 
     if f is None and call["model"] is None:
         raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
-    if f is None:
-        f = import_by(call["model"])
     data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
-    return f, data, call["options"]
+    try:
+        if f is None:
+            said.insert(0, f"imports {'.'.join(call['model'])} ({origin(call['model'][0], trust)})")
+        if said:
+            print(printable(f"{path}: {'; '.join(said)}"), flush=True)
+        return f or import_by(call["model"], trust), data, call["options"]
+    except UntrustedError as err:
+        raise UntrustedError(
+            f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True where you know who has written it"
+        ) from None
+    except (ImportError, AttributeError) as err:
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

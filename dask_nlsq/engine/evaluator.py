@@ -1,12 +1,13 @@
 """An objective on data, as the solver calls it: nothing is evaluated twice, and all of it goes through a checkpoint."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..base.config import setting
+from ..base.files import well_formed
 from ..data.chunks import Census, Fault
 from ..data.store import BadChunkError
 from ..kernels.blocks import JacMode, Reduction
@@ -132,12 +133,18 @@ class Evaluator:
         """Keep the fit in ``checkpoint``, and take up what is there; whether there was something."""
         self.checkpoint = checkpoint
         if (found := checkpoint.load("sample")) is not None:
-            self.sweep.take_sample(found[0]["values"], SampleSummary(**found[1]))
+            with well_formed(checkpoint.path / "sample.npz"):
+                self.sweep.take_sample(found[0]["values"], SampleSummary(**found[1]))
         else:
             self.save_sample()  # for a guess, which a fit that goes on no longer needs
         if (found := checkpoint.load("state")) is None:
             return False
-        arrays, values = found
+        with well_formed(checkpoint.path / "state.npz"):
+            self._take(*found)
+        return True
+
+    def _take(self, arrays: Mapping[str, np.ndarray], values: Mapping[str, Any]) -> None:
+        """The sweeps that `save` has written."""
         self.jac_mode = values["jac_mode"]
         self.sweep.census = None if values["census"] is None else _census(values["census"])
         for k, reduction in enumerate(values.get("reductions", [])):
@@ -154,7 +161,6 @@ class Evaluator:
             rows = arrays["nodes"], arrays["node_matrices"], arrays["node_costs"], parts
             for (k, level, node), matrix, cost, segments in zip(*rows, strict=True):
                 self.begun.trees[k].nodes[int(level), int(node)] = Sums(matrix, float(cost), segments)
-        return True
 
 
 def _same(begun: PartialSweep, requests: Sequence[Request], level: int) -> bool:

@@ -20,7 +20,7 @@ from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
-from ..engine.checkpoint import Checkpoint, Interrupted, StopOnSignal, describe_call
+from ..engine.checkpoint import NOT_KEPT, Checkpoint, Interrupted, StopOnSignal, describe_call
 from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
@@ -49,7 +49,6 @@ TILE = 2**12  # points of a group that are evaluated at once
 LARGEST_TABLE = 2**27  # bytes, in each process
 SAMPLED = 1000  # points of a group, at which the model is seen to be pointwise, and linear in the locals or not
 GUESSED = 64  # groups that are fitted one by one, where the start is guessed
-KEPT = [name for name in GROUPS if name not in ("sigma", "mask", "jac", "checkpoint", "callback", "progress", "verbose")]
 
 
 @dataclass(frozen=True)
@@ -321,7 +320,7 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     """The checkpoint of this fit."""
     call, given, problem = ready.call, ready.given, ready.problem
     data = {name: given[name] for name in ("xdata", "ydata", "sigma", "mask", "groups")}
-    options = {name: given[name] for name in KEPT if name not in data}
+    options = {name: given[name] for name in GROUPS if name not in NOT_KEPT}
     described, arrays = describe_call(problem.fit.model.f, data, options)
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,14 +12,15 @@ from itertools import product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import scipy
 from dask import delayed
 
-from ..base.files import read_json, write_json
 from ..base.lazy import da
+from ..base.modules import Trust
 from ..base.text import several
 from ..base.warn import warn
 from ..data.chunks import Preparation, ValuePolicy
@@ -28,19 +29,20 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapSpec, MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import LOCAL_MAPS, MapResult, StoredMap
+from ..maps.result import MapResult
+from ..maps.store import StoredMap, remove
 from ..results import result as results
+from ..results import schema
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
 from ..results.result import FitResult
-from ..results.schema import RESULT
-from ..results.statistics import Totals
+from ..results.statistics import Groups, Totals
 from ..results.uncertainty import covariance
 from ..solve.trust_region import Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
 
-FILE, VERSION = "groups.json", 1
+LOCAL_MAPS = "local.zarr"  # beside a result that is saved
 NO_CURVE = (
     "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) of "
     "result.local.compute(); result.local.plot() shows those of all"
@@ -67,23 +69,11 @@ class LocalMap(MapResult):
         return super().provenance | {"shared": self.shared}
 
 
-class About(NamedTuple):
-    """Of the groups of a fit, as it is saved."""
-
-    locals: tuple[str, ...]  # names
-    n_groups: int  # used
-    of_groups: int
-    local_distance: float
-    accuracy: float
-    largest: float  # share of the cost that one group has
-    interchangeable: tuple[tuple[str, str], ...]  # shared parameters, and nothing tells which is which
-
-
 @dataclass(frozen=True, repr=False, eq=False)
 class SharedResult(FitResult):
     """A `FitResult` of shared parameters: its degrees of freedom are those that the locals leave."""
 
-    groups: About = field(kw_only=True, repr=False)
+    groups: Groups = field(kw_only=True, repr=False)
 
     @property
     def dof(self) -> int:
@@ -172,46 +162,50 @@ class GroupResult:
         return self.shared.to_html()
 
     def save(self, path: str | Path) -> None:
-        """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back."""
+        """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back.
+
+        A result that is at ``path`` already is replaced. The maps are in ``local.zarr`` where there is nothing of that name.
+        """
         path = Path(path)
-        if (path / LOCAL_MAPS).exists():
-            raise FileExistsError(f"{path} has the groups of another result: give another path")
-        if isinstance(self.local, StoredMap):
-            shutil.copytree(self.local.path, path / LOCAL_MAPS)
+        before = schema.beside(path)["maps"]
+        name = f"local-{uuid4().hex}.zarr" if os.path.lexists(path / LOCAL_MAPS) else LOCAL_MAPS
+        if not isinstance(self.local, StoredMap):
+            self.local.to_zarr(path / name, progress=False)
+        elif before and self.local.path == path / before:
+            name = before
         else:
-            self.local.to_zarr(path / LOCAL_MAPS, progress=False)
-        self.shared.save(path)
-        write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
+            shutil.copytree(self.local.path, path / name)
+        schema.save(path, self.shared.to_file(), name)
+        if before and before != name:
+            remove(path / before)
 
     def report(self, path, **options) -> Path:
         """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""
         return report(self.shared, path, **options)
 
 
-def load(path: str | Path) -> FitResult | GroupResult:
+def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult:
     """The result that was saved at ``path``: all but the data, so that residuals need a new fit.
 
     ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+
+    Parameters
+    ----------
+    path : path
+    trust : bool or path
+        Whose modules may be imported then: of installed packages alone, and those that are imported already; True: all of
+        them; a directory: those in it as well.
 
     Raises
     ------
     ValueError
         Where there is no result, one of another version, or a file that is not as it was written.
     """
-    path, found = Path(path), results.load(path)
-    if not (path / FILE).exists():
-        return found
-    kept = read_json(path / FILE, VERSION)
-    if kept["result"] != _sum(path):  # another result has been saved there since
-        return found
-    about = About(**kept["groups"])
-    about = about._replace(locals=tuple(about.locals), interchangeable=tuple((a, b) for a, b in about.interchangeable))
-    return GroupResult(SharedResult(**vars(found), groups=about), StoredMap(path / LOCAL_MAPS))
-
-
-def _sum(path: Path) -> int:
-    """Of the result that is saved there."""
-    return zlib.crc32((path / RESULT).read_bytes())
+    found, maps = results.load(Path(path), trust)
+    if found["groups"] is None:
+        return FitResult(**{name: value for name, value in found.items() if name != "groups"})
+    shared = SharedResult(**found)
+    return shared if maps is None else GroupResult(shared, StoredMap(Path(path) / maps))
 
 
 def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str, float]) -> GroupResult:
@@ -228,7 +222,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
     worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
     n_points, n_groups = int(sums.n_points.sum()), int(sums.n_groups.sum())
     names = problem.fit.names
-    about = About(
+    about = Groups(
         locals=tuple(names[k] for k in spec.locals.free),
         n_groups=n_groups,
         of_groups=problem.plan.n_pixels,

@@ -8,12 +8,11 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -23,9 +22,9 @@ import numpy as np
 from dask import delayed
 from dask.callbacks import Callback
 
-from ..base.files import read_arrays, write_arrays
+from ..base.files import well_formed
 from ..base.x64 import float64
-from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
+from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError, Interrupted, StopOnSignal
 from ..engine.condensed import Condensed, factor, merge
 from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
@@ -145,18 +144,18 @@ def _table(fit: BlockFit, spec: GroupSpec, values: np.ndarray):
         return fit.kept[key]
 
 
-def keep_state(state: LocalState, path: Path) -> None:
+def keep_state(state: LocalState, checkpoint: Checkpoint, name: str) -> None:
     """The task: write the state of a block."""
-    path.parent.mkdir(exist_ok=True)
-    write_arrays(path, dict(zip(LEAVES, jax.tree.leaves(state), strict=True)))
+    checkpoint.save(name, dict(zip(LEAVES, jax.tree.leaves(state), strict=True)))
 
 
-def kept_state(path: Path) -> LocalState:
+def kept_state(checkpoint: Checkpoint, name: str) -> LocalState:
     """The task: what `keep_state` has written."""
-    found = read_arrays(path)
+    found, path = checkpoint.load(name), checkpoint.path / f"{name}.npz"
     if found is None:
         raise CheckpointError(f"the checkpoint has lost {path}: begin it anew, in another directory")
-    leaves = [found[0][name] for name in LEAVES]
+    with well_formed(path):
+        leaves = [found[0][name] for name in LEAVES]
     n = len(LocalState._fields) - 1
     own: dict[str, Any] = dict(zip(LocalState._fields, leaves[:n], strict=False))
     return LocalState(**own, fitted=Fitted(*leaves[n:]))
@@ -362,35 +361,39 @@ class GroupSweep:
         if (found := checkpoint.load("state")) is None:
             return
         arrays, values = found
-        sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
-        how = values["reductions"], sums, arrays["reads"].tolist()
-        self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
-        self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
-        self.kept = arrays["base"].tobytes(), values["kept"]
+        with well_formed(checkpoint.path / "state.npz"):
+            sums = [GroupSums(*each) for each in zip(*(arrays[name] for name in GroupSums._fields), strict=True)]
+            how = values["reductions"], sums, arrays["reads"].tolist()
+            self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
+            self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
+            self.kept = arrays["base"].tobytes(), int(values["kept"])
 
     def _save(self, key: bytes, moved: bool) -> None:
         assert self.checkpoint is not None and self.base is not None
         before = self.kept
         if moved and (before is None or key != before[0]):
             self.kept = key, self.count
-            paths = self._paths(self.count)
-            dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
+            names = self._names(self.count)
+            dask.compute(
+                *(
+                    delayed(keep_state)(state, self.checkpoint, name)
+                    for state, name in zip(self.states[key], names, strict=True)
+                )
+            )
         assert self.kept is not None
         params, reductions, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
         self.checkpoint.save("state", arrays, kept=self.kept[1], reductions=reductions)
         if before is not None and before != self.kept:
-            for path in self._paths(before[1]):
-                path.unlink(missing_ok=True)
+            for name in self._names(before[1]):
+                (self.checkpoint.path / f"{name}.npz").unlink(missing_ok=True)
 
     def _kept_states(self, count: int) -> list:
-        return [delayed(kept_state)(path) for path in self._paths(count)]
+        return [delayed(kept_state)(self.checkpoint, name) for name in self._names(count)]
 
-    def _paths(self, count: int) -> Iterator[Path]:
-        assert self.checkpoint is not None
-        directory = self.checkpoint.path / "locals"
-        return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
+    def _names(self, count: int) -> list[str]:
+        return [f"{LOCALS}/{count}-{k}" for k in range(self.n_blocks)]
 
 
 def _by_block(problem: MapProblem, band) -> list:

@@ -5,6 +5,7 @@
 
 import json
 import re
+import sys
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from typing import Any
 
 import click
 
+from ..base.text import printable
 from ..options import FITS, GROUPS, LIMITS, MAPS, WORKFLOWS
 
 PATH = click.Path(path_type=Path)
@@ -31,7 +33,7 @@ WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxE
 
 # how the messages of the package name what is an option here
 OPTIONS = re.compile(
-    r"\b(resume(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|memory_limit_gb|decode_cf(?==False))\b"
+    r"\b((?:resume|trust)(?==True)|max_nfev|n_starts|on_bad_chunk|missing_chunks|memory_limit_gb|decode_cf(?==False))\b"
     r"(?:=True|=False)?"
 )
 
@@ -46,7 +48,7 @@ class Failure(click.ClickException):
 
     def __init__(self, text: str, exit_code: int):
         text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{_flag(found[1])}", text)
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(" ".join(text.split())))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
 
 
@@ -94,8 +96,8 @@ def _warn(message, category, *_, **__):
 
 
 def _failure(err, with_traceback=False) -> Failure:
+    from ..base.modules import is_installed
     from ..data.store import BadChunkError, MissingChunksError
-    from ..model.function import is_installed
     from ..solve.outcome import NotConvergedError
 
     if with_traceback:
@@ -258,7 +260,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
         elif result.status > 0 and not result.success:
             failed = failed or result.message
-        click.echo(result.summary())
+        click.echo(printable(result.summary()))
         if out is not None:
             _write(result, out, report and result.status != -3)  # who is told to leave reads nothing more
     if failed is not None:
@@ -289,10 +291,14 @@ def _write(result, out, report):
     click.argument("directory", type=PATH),
     click.option("--model", help="Where it cannot be imported by the name that the checkpoint has."),
     click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
+    click.option("--models", type=PATH, help="Directory whose modules the checkpoint may import."),
+    click.option("--trust", is_flag=True, help="Import whatever module and open whatever URL the checkpoint names."),
     *(*LIMIT, OUT, REPORT, LOG),
 )
-def resume(directory, model, x, scheduler, out, report, log, **limits):
+def resume(directory, model, x, models, trust, scheduler, out, report, log, **limits):
     """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
+
+    Prints what the checkpoint imports and opens.
 
     \b
     dask nlsq resume scan.ckpt --out result
@@ -303,9 +309,9 @@ def resume(directory, model, x, scheduler, out, report, log, **limits):
     from . import cli_values as words
 
     kept = read_fit(directory)["call"]
-    if model is None and kept["model"] is not None:
-        model = ":".join(kept["model"])
-    call = dict(limits, path=directory, f=model and words.model(model))
+    if models is not None or trust:
+        sys.path.insert(0, str((models or Path()).resolve()))
+    call = dict(limits, path=directory, f=model and words.model(model), trust=trust or models or False)
     if x and "path" not in (kept["data"]["ydata"] or {}):
         raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
     if x:
@@ -329,13 +335,14 @@ def map_(scheduler, out, resume, axis, **given):
     dask nlsq map scan.zarr/counts --model gaussian+line --x 9:11:0.01 --out maps.zarr --resume
     """
     from ..maps.fit import fit_map
-    from .describe import describe_map, n_converged
+    from ..maps.store import StoredMap
+    from .describe import describe_map
 
     call = _call(axis=axis or (MAPS["axis"].default,), **given)
     with _cluster(scheduler):
-        group = fit_map(**call).to_zarr(out, resume=resume)
-    click.echo(describe_map(out, group))
-    if not n_converged(group):
+        fit_map(**call).to_zarr(out, resume=resume)
+    click.echo(describe_map(out))
+    if not StoredMap(out).success.any():
         raise Failure(f"no pixel converged; {out} says why in `status`", 3)
 
 
@@ -360,9 +367,10 @@ def info(path):
     \b
     dask nlsq info result
     """
+    from ..groups.result import load
     from .describe import describe
 
-    click.echo(describe(path))
+    click.echo(printable(describe(path, load)))
 
 
 @nlsq.command()

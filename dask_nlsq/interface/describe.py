@@ -1,22 +1,18 @@
 """What a path holds that this package has written, in words: a result, a checkpoint, or maps."""
 
-from math import prod
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..base.files import read_arrays
-from ..base.lazy import zarr
-from ..engine.checkpoint import FIT_FILE, read_fit
-from ..kernels.lanes import succeeded
-from ..maps.result import LOCAL_MAPS, status_counts
-from ..results.result import load
+from ..engine.checkpoint import FIT_FILE, read_fit, read_state
+from ..maps.result import status_counts
+from ..maps.store import NoMapError, StoredMap, read_done
 from ..results.schema import RESULT
 
 
-def describe(path: Path) -> str:
-    """What is at ``path``.
+def describe(path: Path, load: Callable) -> str:
+    """What is at ``path``; ``load`` is `dask_nlsq.load`.
 
     Raises
     ------
@@ -26,22 +22,20 @@ def describe(path: Path) -> str:
     if (path / RESULT).exists():
         result = load(path)
         lines = [result.summary(), "diagnostics:", *(f"  {line}" for line in result.diagnostics.lines)]
-        maps = path / LOCAL_MAPS
-        return "\n".join([*lines, *([f"the parameters of each group: {maps}"] if maps.exists() else [])])
+        return "\n".join(
+            [*lines, *([f"the parameters of each group: {result.local.path}"] if hasattr(result, "local") else [])]
+        )
     if (path / FIT_FILE).exists():
         return describe_checkpoint(path)
     try:
-        group = zarr.open_group(path, mode="r")
-    except (OSError, zarr.errors.GroupNotFoundError, zarr.errors.ContainsArrayError):
-        group = None
-    if group is None or "dask_nlsq" not in group.attrs:
-        raise ValueError(f"{path} is neither a result, nor a checkpoint, nor maps that fit_map has written")
-    return describe_map(path, group)
+        return describe_map(path)
+    except NoMapError:
+        raise ValueError(f"{path} is neither a result, nor a checkpoint, nor maps that fit_map has written") from None
 
 
 def describe_checkpoint(path: Path) -> str:
     call = read_fit(path)["call"]
-    arrays, values = read_arrays(path / "state.npz") or ({}, {})
+    arrays, values = read_state(path)
     costs = arrays.get("costs", ())
     model, data = ".".join(call["model"] or ["a model without a name"]), call["data"]["ydata"] or {}
     lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]
@@ -50,17 +44,12 @@ def describe_checkpoint(path: Path) -> str:
     return "\n".join([*lines, f"to go on: dask nlsq resume {path}"])
 
 
-def describe_map(path: Path, group: Any) -> str:
-    about, done = group.attrs["dask_nlsq"], group["done"][...]
-    shape, n = " x ".join(map(str, group["status"].shape)), prod(group["status"].shape)
-    lines = [f"{path}: {shape or 1} pixel{'s' * (n != 1)}, {', '.join(about['parameters'])} of {about['model']}"]
+def describe_map(path: Path) -> str:
+    found, done = StoredMap(path), read_done(path)
+    about, status = found.about, found.status
+    shape = " x ".join(map(str, status.shape))
+    lines = [f"{path}: {shape or 1} pixel{'s' * (status.size != 1)}, {', '.join(about['parameters'])} of {about['model']}"]
     if not np.all(done):
         return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume goes on"])
-    lines.append(f"{n_converged(group):,} of {n:,} converged")
-    return "\n".join([*lines, *status_counts(group["status"][...])])
-
-
-def n_converged(group: Any) -> int:
-    """Pixels of an open Zarr group of maps."""
-    status = group["status"][...]
-    return int(np.sum(succeeded(status)))
+    lines.append(f"{np.sum(found.success):,} of {status.size:,} converged")
+    return "\n".join([*lines, *status_counts(status)])

@@ -159,7 +159,8 @@ def _page(live: LivePage, scheduler):
 
 def _progress(fit, scheduler) -> str:
     """The fit and the sweep that is going on, in a line: its tasks are those of the newest group of that name."""
-    about = f"<b>{escape(fit['model'])}</b>: {fit['n_points']:,} points, {fit['strategy']}, {len(fit['names'])} parameters. "
+    about = f"{fit['n_points']:,} points, {escape(fit['strategy'])}, {len(fit['names'])} parameters. "
+    about = f"<b>{escape(fit['model'])}</b>: {about}"
     if "status" in fit:
         left_out = f", {fit['n_left_out']:,} points masked or omitted" if fit.get("n_left_out") else ""
         damaged = f", {fit['n_damaged']:,} chunks damaged or absent" if fit.get("n_damaged") else ""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from importlib.util import find_spec
 from itertools import product
-from math import gcd, isfinite
+from math import isfinite
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -23,15 +20,17 @@ from tqdm.dask import TqdmCallback
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
+from ..data.store import same_store
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import active_client, large_arrays_given_back
 from ..model.function import function_name
 from ..results.plots import maps
+from . import store
 from .blocks import MapProblem, Operand
 from .plan import MapPlan
+from .store import attributes, inner
 
-LOCAL_MAPS = "local.zarr"  # of the groups of a result that is saved, beside it
 PROGRESS_DELAY = 2.0  # seconds
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
@@ -132,13 +131,13 @@ class MapResult:
     def to_xarray(self):
         """An `xarray.Dataset` with the dimensions and coordinates of the data along the map, and ``param``."""
         variables = {
-            name: ((*self.map_dims, *_inner(name)), self.record[name], _attributes(name)) for name in self.record.dtype.names
+            name: ((*self.map_dims, *inner(name)), self.record[name], attributes(name)) for name in self.record.dtype.names
         }
         attrs = self.labels.get("attrs", {}) | {"model": function_name(self.problem.fit.model.f)}
-        return self._coordinates.assign(variables).assign_attrs(attrs)
+        return self.coordinates.assign(variables).assign_attrs(attrs)
 
     @property
-    def _coordinates(self):
+    def coordinates(self):
         import xarray as xr
 
         return xr.Dataset(coords={"param": list(self.param_names), **self.labels.get("coords", {})})
@@ -207,19 +206,22 @@ class MapResult:
                     f"the coordinate {name!r} of `ydata` is a MultiIndex, which a store cannot hold: fit "
                     f"ydata.reset_index({name!r}), which keeps its levels as coordinates"
                 )
-        path, identity = Path(path).absolute(), self.provenance
-        if path.exists() and any(path.iterdir() if path.is_dir() else [path]):
-            known = _identity_at(path)
+        path, identity = Path(path).resolve(), self.provenance  # where a link leads
+        about: dict[str, Any] = {}
+        if store.is_begun(path):
+            about = store.read_about(path)
             if not resume:
                 raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
-            _compare(path, known, identity)
-            blocks = tuple(map(tuple, known["blocks"]))
+            _compare(path, store.identity_of(about), identity)
+            blocks = tuple(map(tuple, about["blocks"]))
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 problem = self.problem.cut_as(blocks)
                 return self._of(problem).to_zarr(path, True, progress, **options)
-        if not (path / "done").exists():
-            self._create(path, identity)
-        done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
+        if not store.is_sealed(about):
+            store.create(path, self, identity)
+        elif not (path / store.DONE).exists():
+            store.create_done(path, self)
+        done = store.read_done(path)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
         with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
@@ -229,37 +231,9 @@ class MapResult:
                     place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))
                     if done[index] or (place and not band.start <= place[0].start < band.stop):
                         continue
-                    tasks.append(dask.delayed(_write, pure=False)(delayed[index], str(path), index, place))
+                    tasks.append(dask.delayed(store.write_block, pure=False)(delayed[index], str(path), index, place))
                 dask.compute(*tasks, **options)
         return zarr.open_group(path, mode="r")
-
-    def _create(self, path, identity):
-        record, blocks = self.record.dtype, self.problem.blocks
-        shape, dims = self.problem.shape, self.map_dims
-        chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
-        group = zarr.create_group(
-            path, overwrite=True, attributes={"dask_nlsq": identity, **_plain(self.labels.get("attrs", {}))}
-        )
-        for name in record.names:
-            base, inner = record[name].subdtype or (record[name], ())
-            group.create_array(
-                name, shape=(*shape, *inner), chunks=(*chunks, *inner), dtype=base, dimension_names=(*dims, *_inner(name)),
-                fill_value=np.nan if base.kind == "f" else 0, attributes=_attributes(name),
-            )  # fmt: skip
-        if find_spec("xarray"):
-            named = self._coordinates.assign_attrs(group.attrs)  # which it would else take away
-            texts = {name: each.astype(object) for name, each in named.coords.items() if each.dtype.kind == "U"}
-            # as objects they become Zarr's type of text, which has no fixed length, and a specification
-            named.assign_coords(texts).to_zarr(path, mode="a", consolidated=False, zarr_format=3)
-        numbers = tuple(map(len, blocks))
-        # the last that is made: a group without it was not begun
-        group.create_array(
-            "done", shape=numbers, chunks=(1,) * len(numbers), dtype="u1", fill_value=0,
-            dimension_names=[f"blocks_of_{dim}" for dim in dims],
-        )  # fmt: skip
-        with warnings.catch_warnings():  # zarr: not in the specification of format 3; xarray looks for it, and warns without
-            warnings.simplefilter("ignore")
-            zarr.consolidate_metadata(path)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -333,32 +307,10 @@ def status_counts(status) -> list[str]:
     return table(rows, "<>")
 
 
-def _inner(name):
-    return {"popt": ("param",), "perr": ("param",), "at_bound": ("param",), "pcov": ("param", "param_")}.get(name, ())
-
-
-def _attributes(name):
-    if name == "status":
-        return dict(flag_values=[s.value for s in MapStatus], flag_meanings=" ".join(s.name for s in MapStatus))
-    return {"units": "1"} if name in ("nfev", "n_points") else {}
-
-
 def _describe(array):
     if isinstance(array, da.Array):
         return [list(array.shape), str(array.dtype)]
     return [list(array.shape), str(array.dtype), sum_of_values(array)]
-
-
-def _plain(attrs):
-    return {str(name): value for name, value in attrs.items() if isinstance(value, (str, int, float, bool, list))}
-
-
-def _identity_at(path) -> dict[str, Any]:
-    """What the map that was begun at ``path`` is a result of; an error where there is none."""
-    try:
-        return dict(zarr.open_group(path, mode="r").attrs)["dask_nlsq"]  # type: ignore[return-value]
-    except (KeyError, OSError, zarr.errors.GroupNotFoundError):
-        raise ValueError(f"{path} is not a map that to_zarr has begun: give another path") from None
 
 
 ARGUMENTS = {  # of `fit_map`, by what an identity has of them
@@ -371,7 +323,8 @@ ARGUMENTS = {  # of `fit_map`, by what an identity has of them
 def _compare(path, known, identity) -> None:
     """An error where the map at ``path`` is of another fit, which names the arguments that differ."""
     then, now = by_name(known), by_name(identity)
-    differ = {name for name in then.keys() | now.keys() if then.get(name) != now.get(name)}
+    names = then.keys() | now.keys()
+    differ = {name for name in names if then.get(name) != now.get(name) and not same_store(then.get(name), now.get(name))}
     if "free" in differ:
         differ -= {"start", "lower", "upper", "max_nfev"}  # of fewer or more parameters
     if "coarse" in differ:
@@ -404,53 +357,9 @@ def by_name(identity) -> dict[str, Any]:
     } | nested
 
 
-def _write(record, path, index, place):
-    """Write a block's maps, then that it is done."""
-    group: Any = zarr.open_group(path, mode="r+")
-    for name in record.dtype.names:
-        group[name][(*place, ...)] = record[name]
-    group["done"][index] = 1
-
-
 def _bar(progress):
     """A progress bar over blocks; by default in a terminal or notebook, and not where Dask's dashboard shows it."""
     shown = sys.stderr.isatty() or "ipykernel" in sys.modules
     if not (progress or (progress is None and shown)) or active_client() is not None:
         return nullcontext()
     return TqdmCallback(desc="fit_map", unit=" tasks", delay=0 if progress else PROGRESS_DELAY)
-
-
-class StoredMap:
-    """Maps that `MapResult.to_zarr` has written; arrays by the names of those of a `MapResult`, read when they are used."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._group: Any = zarr.open_group(path, mode="r")
-        about: Any = self._group.attrs["dask_nlsq"]
-        self.param_names: tuple[str, ...] = tuple(about["parameters"])
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name not in self._group:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
-        return self._group[name][...]
-
-    @property
-    def success(self):
-        """Where the fit has converged to parameters that the data determine."""
-        return succeeded(self.status)
-
-    def compute(self, progress: bool | None = None, **options) -> StoredMap:
-        """The same: all is computed."""
-        return self
-
-    def to_xarray(self):
-        """The `xarray.Dataset` of the store."""
-        import xarray
-
-        return xarray.open_zarr(self.path)
-
-    def __repr__(self):
-        shape = " x ".join(map(str, self._group["status"].shape))
-        return f"<StoredMap {shape}, {', '.join(self.param_names)}, at {self.path}>"

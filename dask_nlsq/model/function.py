@@ -10,13 +10,11 @@ import hashlib
 import inspect
 import pickle
 import sys
-import sysconfig
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -27,6 +25,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ..base.config import compilation_cache
+from ..base.modules import is_installed
 
 HOISTED_FROM = 2**20  # bytes of a model, from which arrays that it closes over are arguments of what is compiled
 REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run hundreds
@@ -155,16 +154,6 @@ def _by_value(function):
         yield
     finally:
         cloudpickle.unregister_pickle_by_value(module)
-
-
-_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
-    str(Path(__file__).parent.parent)
-}
-
-
-def is_installed(file: str) -> bool:
-    """Whether it is of Python, of an installed package or of this one, and not the user's own."""
-    return any(Path(file).is_relative_to(root) for root in _INSTALLED)
 
 
 def _keep_compilations():

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from ..base.files import import_by, import_name
+from ..base.modules import Trust, UntrustedError, import_by, import_name
 from ..data.chunks import Preparation
 from ..kernels.blocks import Layouts
 from ..kernels.checks import fingerprint
@@ -17,6 +17,7 @@ class NamedModel(NamedTuple):
     n: int  # points that it can be evaluated on
     values: list[float]  # of all parameters, where some are held, else of none
     free: list[int]
+    trust: Trust = False  # whose modules may be imported: of who loads it, not of the file
 
     @classmethod
     def of(cls, model: Model, preparation: Preparation, n_params: int, n_points: int) -> "NamedModel":
@@ -35,14 +36,18 @@ class NamedModel(NamedTuple):
         Raises
         ------
         ValueError
-            Where it cannot be imported, or computes something else now.
+            Where it cannot be imported, or computes something else now; an `UntrustedError` where it may not be.
         """
         way_out = "call the function with popt: f(x, *result.popt)"
         if self.name is None:
             raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
         try:
-            f = import_by(self.name)
+            f = import_by(self.name, self.trust)
             model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
+        except UntrustedError as err:
+            raise UntrustedError(
+                f"{err}: {way_out}, or load it with trust=True, or trust= the directory of the module"
+            ) from None
         except (ImportError, AttributeError) as err:
             raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
         if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:

@@ -1,7 +1,8 @@
 """Pictures of a fit, and of maps. Each function draws on ``ax``, or on axes of a new figure, and returns them.
 
 However large the data are, what comes back for a picture are the sums in some bins: see `dask_nlsq.results.binning`.
-Nothing is shown and nothing saved: that is ``axes.figure.savefig(path)``, or the notebook's part. Needs the extra ``plot``.
+Nothing is shown and nothing saved: that is ``axes.figure.savefig(path)``, or the notebook's part. Names are drawn as they
+are: a dollar sign in them begins no mathematics. Needs the extra ``plot``.
 """
 
 import numpy as np
@@ -83,7 +84,7 @@ def fit(
     top.plot(*line, color=MODEL, linewidth=1.5, label="model", zorder=3)
     top.set_ylabel("y" if few is not None else f"mean of y in {len(seen.x)} bins")
     if not residuals:
-        top.set_xlabel(seen.name)
+        top.set_xlabel(seen.name, parse_math=False)
     if seen.log:
         top.set_xscale("log")
     top.legend(frameon=False)
@@ -151,8 +152,9 @@ def correlation(result, ax=None):
     axes = _axes(ax, figsize=(side + 0.8, side))
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     every = -(-p // 40) or 1  # else names would lie on each other
-    axes.set_xticks(range(0, p, every), names[::every], rotation=45 if p > 4 else 0, ha="right" if p > 4 else "center")
-    axes.set_yticks(range(0, p, every), names[::every])
+    turned = dict(rotation=45, ha="right") if p > 4 else {}
+    axes.set_xticks(range(0, p, every), names[::every], parse_math=False, **turned)
+    axes.set_yticks(range(0, p, every), names[::every], parse_math=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if p <= LABELLED:
@@ -206,9 +208,9 @@ def maps(found, names=None, axes=None):
             image = ax.imshow(values, vmin=low, vmax=high, interpolation="nearest", aspect="auto", cmap="viridis")
             ax.spines[:].set_visible(True)
             ax.figure.colorbar(image, ax=ax, extend="both")
-            ax.set_ylabel(dims[0])
-        ax.set_xlabel(dims[-1])
-        ax.set_title(name)
+            ax.set_ylabel(dims[0], parse_math=False)
+        ax.set_xlabel(dims[-1], parse_math=False)
+        ax.set_title(name, parse_math=False)
     return axes
 
 
@@ -262,4 +264,5 @@ def _draw_residuals(seen, ax):
         _points(ax, seen.x, seen.residual, seen.spread / np.sqrt(seen.n))
     if seen.log:
         ax.set_xscale("log")
-    ax.set(xlabel=seen.name, ylabel=seen.measure)
+    ax.set_xlabel(seen.name, parse_math=False)
+    ax.set_ylabel(seen.measure)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ..base.files import well_formed
+from ..base.modules import Trust
 from ..base.text import several, table
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
@@ -30,7 +32,7 @@ from . import plots, schema
 from .diagnostics import Diagnostics, diagnose
 from .named_model import NamedModel
 from .report import report
-from .statistics import Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
+from .statistics import Groups, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
 from .uncertainty import jackknife, sandwich, spread_out
 
 MOST_CORRELATIONS = 5  # in a summary
@@ -363,12 +365,16 @@ class FitResult:
         NotADirectoryError
             Where ``path`` is a file.
         """
+        schema.save(Path(path), self.to_file())
+
+    def to_file(self) -> SimpleNamespace:
+        """What `save` keeps, by the fields of `schema.FIT`."""
         model: Any = self.objective.model
         if not isinstance(model, NamedModel):
             n_points = self.n_points + self.n_masked + self.n_omitted
             model = NamedModel.of(model, self.preparation, len(self.free), n_points)  # in the place of one that has no file
         about = dict(model=model, loss=self.objective.loss, f_scale=self.objective.f_scale, origins=self._origins)
-        schema.save(Path(path), SimpleNamespace(**vars(self), **about))
+        return SimpleNamespace(**{"groups": None, **vars(self), **about})
 
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
@@ -520,16 +526,20 @@ def _jsonable(value):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def load(path: str | Path) -> FitResult:
-    """The result that `FitResult.save` has kept at ``path``: all but the data, so that residuals need a new fit.
-
-    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+def load(path: Path, trust: Trust) -> tuple[dict[str, Any], str | None]:
+    """Arguments of the `FitResult` that `FitResult.save` has kept, ``groups`` among them, and the name of their maps.
 
     Raises
     ------
     ValueError
-        Where there is no result, one of another version, or a file that is not as it was written.
+        As `dask_nlsq.load`.
     """
-    found = schema.load(Path(path))
-    model, loss, f_scale, origins = map(found.pop, ("model", "loss", "f_scale", "origins"))
-    return FitResult(**found, objective=Objective(model, loss, f_scale), data=None, _origins=origins)
+    found, maps = schema.load(path)
+    with well_formed(path / schema.RESULT):
+        schema.check_types(FitResult, found)
+        model, loss, f_scale, origins, groups = map(found.pop, ("model", "loss", "f_scale", "origins", "groups"))
+        schema.check_types(Objective, dict(loss=loss, f_scale=f_scale))
+        if not isinstance(groups, Groups | None):
+            raise TypeError("groups is not of Groups")
+        objective = Objective(model._replace(trust=trust), loss, f_scale)
+    return dict(found, objective=objective, data=None, _origins=origins, groups=groups), maps

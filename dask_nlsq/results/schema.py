@@ -5,18 +5,28 @@ or a module: who renames an attribute writes "field=attribute", and who changes 
 back with the same bits.
 """
 
-import json
+import re
 from collections.abc import Callable, Mapping
 from math import isfinite
 from operator import attrgetter
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from types import SimpleNamespace, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
 import numpy as np
 
-from ..base.files import DamagedFileError, check_directory, read_arrays, read_json, write_arrays, write_json
+from ..base.files import (
+    DamagedFileError,
+    check_directory,
+    read_arrays,
+    read_json,
+    remove_left,
+    well_formed,
+    write_arrays,
+    write_json,
+)
+from ..base.values import is_integer, is_number
 from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
 from ..engine.checkpoint import FIT_FILE
@@ -30,13 +40,17 @@ from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
 from .named_model import NamedModel
-from .statistics import Totals
+from .statistics import Groups, Totals
 
-FORMAT, VERSION, RESULT = "result of dask_nlsq", 3, "result.json"
+FORMAT, VERSION, RESULT = "result of dask_nlsq", 4, "result.json"
+BESIDE = {  # it, by what names them: its larger arrays; the maps of groups, which `groups.result` writes
+    "arrays": re.compile(r"arrays-[0-9a-f]{32}\.npz"),
+    "maps": re.compile(r"local(-[0-9a-f]{32})?\.zarr"),
+}
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
 FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
     jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
-    preparation origins"""
+    preparation origins groups"""
 
 
 class Kind(NamedTuple):
@@ -75,6 +89,7 @@ RECORDS = {
     ),
     "damaged chunk": Kind(BadChunkError, "array index key cause masked"),
     "noise": Kind(Noise, "loss absolute reweighted sigma"),
+    "groups": Kind(Groups, "locals n_groups of_groups local_distance accuracy largest interchangeable"),
     "totals": Kind(Totals, "cost n weight weighted squares"),
     "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
     "factor": Kind(Factor, "R projected gradient condition"),
@@ -128,6 +143,7 @@ def decode(found, place: str, arrays: Mapping[str, np.ndarray]):
             kind = RECORDS[name]
             places = {each: f"{place}.{each}" for each in fields(kind)}
             values = {each: decode(known(parts, each, where), where, arrays) for each, where in places.items()}
+            check_types(kind.cls, values)
             return (kind.make or kind.cls)(**values)
         case {"tuple": parts}:
             return tuple(decode(each, f"{place}[{k}]", arrays) for k, each in enumerate(parts))
@@ -136,10 +152,33 @@ def decode(found, place: str, arrays: Mapping[str, np.ndarray]):
     return found
 
 
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """TypeError where a value is not what the class has declared: what a file says is shown as numbers without a look."""
+    for name, hint in get_type_hints(cls).items():
+        if name in values and not _is_of(values[name], hint):
+            raise TypeError(f"{name} is not of {hint}")
+
+
+def _is_of(value, hint) -> bool:
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_is_of(value, each) for each in parts)
+    if kind is Literal:
+        return value in parts
+    if kind in (int, float) and is_number(value):
+        return kind is float or is_integer(value)
+    if kind in (tuple, list) and isinstance(value, kind) and parts:
+        each = parts[:1] * len(value) if kind is list or parts[-1] is Ellipsis else parts
+        return len(each) == len(value) and all(map(_is_of, value, each))
+    if kind is dict and isinstance(value, dict) and parts:
+        return all(_is_of(name, parts[0]) and _is_of(each, parts[1]) for name, each in value.items())
+    return kind is Any or isinstance(value, kind)
+
+
 def known(parts: Mapping, name: str, place: str):
-    """A part of a saved result, which may be of a release that has other parts."""
+    """A part of a saved result; ValueError with its place where it is missing."""
     if name not in parts:
-        raise ValueError(f"the saved result has no `{place}`: load it with the release that has written it, or fit again")
+        raise ValueError(f"it has no `{place}`")
     return parts[name]
 
 
@@ -147,34 +186,49 @@ def known(parts: Mapping, name: str, place: str):
 # the files
 
 
-def save(path: Path, fit: SimpleNamespace) -> None:
-    """Write what has the fields of `FIT`; what was there is replaced when all is written."""
+def save(path: Path, fit: SimpleNamespace, maps: str | None = None) -> None:
+    """Write what has the fields of `FIT`, with the name of the maps beside it; what was there is replaced at the end."""
     arrays: dict[str, np.ndarray] = {}
     text = encode(fit, "result", arrays)
     check_directory("path", path)
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        before = read_json(path / RESULT, VERSION)["arrays"]
-    except (FileNotFoundError, ValueError):  # none, or none that can be read
-        before = None
+    before = beside(path)["arrays"]
     name = f"arrays-{uuid4().hex}.npz" if arrays else None
     if name:
-        write_arrays(path / name, arrays)
-    write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, result=text)
-    if before:
+        write_arrays(path / name, arrays, VERSION)
+    write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, maps=maps, result=text)
+    if before and not (path / before).is_dir():
         (path / before).unlink(missing_ok=True)
+    remove_left(path, BESIDE["arrays"])
+
+
+def beside(path: Path) -> dict[str, str | None]:
+    """What lies beside the result at ``path``, by `BESIDE`; nothing where there is no result, or none that can be read."""
+    try:
+        return _beside(read_json(path / RESULT, VERSION))
+    except (OSError, ValueError):
+        return dict.fromkeys(BESIDE)
+
+
+def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
+    """Plain names of our pattern; ValueError where it names something else."""
+    names = {what: found.get(what, "") for what in BESIDE}
+    for what, name in names.items():
+        if name is not None and not (isinstance(name, str) and BESIDE[what].fullmatch(name)):
+            raise ValueError(f"it names {name!r} as its {what}")
+    return names
 
 
 def _what_else(path: Path) -> str:
     """What is there in the place of a result."""
     attributes = path / "zarr.json"
-    if attributes.exists() and "dask_nlsq" in json.loads(attributes.read_text()).get("attributes", {}):
+    if attributes.exists() and b'"dask_nlsq"' in attributes.read_bytes():
         return "it is a map, xarray.open_zarr(path) opens it"
     return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The fields of `FIT`, as `save` has written them.
+def load(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The fields of `FIT` and the name of the maps, as `save` has written them.
 
     Raises
     ------
@@ -185,7 +239,11 @@ def load(path: Path) -> dict[str, Any]:
         found = read_json(path / RESULT, VERSION)
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
-    kept = read_arrays(path / found["arrays"]) if found["arrays"] else ({}, {})
-    if kept is None:
-        raise DamagedFileError(path / found["arrays"], "it is not there")
-    return decode(found["result"], "result", kept[0])
+    with well_formed(path / RESULT):
+        names = _beside(found)
+    try:
+        arrays, _ = read_arrays(path / names["arrays"], VERSION) if names["arrays"] else ({}, {})
+    except FileNotFoundError:
+        raise DamagedFileError(path / str(names["arrays"]), "it is not there") from None
+    with well_formed(path / RESULT):
+        return decode(found["result"], "result", arrays), names["maps"]

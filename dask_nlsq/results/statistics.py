@@ -42,6 +42,18 @@ FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no 
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
 
+class Groups(NamedTuple):
+    """Of the groups of a fit that has any."""
+
+    locals: tuple[str, ...]  # names
+    n_groups: int  # used
+    of_groups: int
+    local_distance: float
+    accuracy: float
+    largest: float  # share of the cost that one group has
+    interchangeable: tuple[tuple[str, str], ...]  # shared parameters, and nothing tells which is which
+
+
 class Totals(NamedTuple):
     """Sums over all points of the last sweep; w = 1/sigma^2, 1 without sigma."""
 

@@ -1,0 +1,79 @@
+"""Functions by the names that files keep of them: which may be imported, since importing a module runs its code."""
+
+import site
+import sys
+import sysconfig
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+Trust = bool | str | Path  # whose modules may be imported: of packages alone, of all, or of a directory as well
+
+_INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")} | {
+    *site.getsitepackages(),
+    site.getusersitepackages(),
+    str(Path(__file__).parent.parent),
+}
+
+
+def is_installed(file: str) -> bool:
+    """Whether it is of Python, of an installed package or of this one, and not the user's own."""
+    return any(Path(file).is_relative_to(root) for root in _INSTALLED)
+
+
+class UntrustedError(ValueError):
+    """A file names code or an address that it takes the user's word to import or to open."""
+
+
+def import_name(f) -> list[str] | None:
+    """Module and name by which another process can import ``f``; None where it cannot: a lambda, a notebook's function."""
+    module, qualname = getattr(f, "__module__", None), getattr(f, "__qualname__", "<>")
+    return None if module in (None, "__main__") or "<" in qualname else [module, qualname]
+
+
+def origin(module: str, trust: Trust) -> str:
+    """Where a module comes from, before its code runs; that of its parents may, once they have passed.
+
+    A module that this process has imported already is there whatever a file says.
+
+    Raises
+    ------
+    UntrustedError
+        Where it is neither of Python, nor of an installed package, nor in the directory ``trust``.
+    ImportError
+        Where there is no such module.
+    """
+    names, found = module.split("."), ""
+    for name in (".".join(names[: k + 1]) for k in range(len(names))):
+        if name in sys.modules:
+            found = getattr(sys.modules[name], "__file__", None) or "built-in"
+            continue
+        spec: Any = find_spec(name) if all(name.split(".")) else None
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        found = spec.origin or ""
+        own = trust if isinstance(trust, bool) else Path(found).resolve().is_relative_to(Path(trust).resolve())
+        if spec.origin not in (None, "built-in", "frozen") and not (own or is_installed(found)):
+            raise UntrustedError(
+                f"the module {name} ({found}) is not of an installed package, and importing it runs its code"
+            )
+    return found
+
+
+def import_by(name: list[str], trust: Trust):
+    """What `import_name` has named.
+
+    Raises
+    ------
+    UntrustedError
+        As `origin`.
+    ImportError, AttributeError
+        Where it is not there any more.
+    """
+    module, qualname = name
+    origin(module, trust)
+    found = import_module(module)
+    for part in qualname.split("."):
+        found = getattr(found, part)
+    return found

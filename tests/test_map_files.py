@@ -1,0 +1,158 @@
+"""Maps on disk: broken off while they were made, damaged, linked, hostile; what goes on and what is refused."""
+
+import json
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+from dask_nlsq import DamagedFileError
+from dask_nlsq.maps.store import METADATA, StoredMap, seal
+from tests.damage import lines_of, of_map
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("maps") / "whole"
+    lines_of(path)
+    return path
+
+
+@pytest.fixture
+def path(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "m")
+
+
+def forget(path):
+    """Let a map be one whose creation was not finished."""
+    metadata = json.loads((path / METADATA).read_text())
+    about = metadata["attributes"]["dask_nlsq"]
+    for name in ("checksum", "sums", "attributes"):
+        del about[name]
+    (path / METADATA).write_text(json.dumps(metadata | {"consolidated_metadata": None}))
+    shutil.rmtree(path / "done" / "c")
+
+
+@pytest.mark.parametrize("limit", [100, 900, 3000], ids=["the group", "an array", "the last"])
+def test_a_map_that_a_full_disk_has_broken_off_goes_on(whole, tmp_path, limit):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # a real failure to write, as a quota
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            lines_of(tmp_path / "m")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert of_map(tmp_path / "m") == of_map(whole)
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+@pytest.mark.parametrize("which", ["done", "popt"])
+def test_a_map_whose_creation_was_interrupted_is_made_again(whole, path, which, how):
+    forget(path)
+    damage(path / which / METADATA, how)
+    assert of_map(path) == of_map(whole)
+
+
+def damage(file, how):
+    content = file.read_bytes()
+    file.unlink()
+    if how != "missing":
+        file.write_bytes(content[: len(content) // 2 if how == "cut" else 0])
+
+
+@pytest.mark.parametrize("how", ["missing", "empty", "cut"])
+def test_done_that_is_damaged_is_what_to_remove(whole, path, how):
+    damage(path / "done" / METADATA, how)
+    with pytest.raises(DamagedFileError, match=rf"done/zarr\.json is damaged .*or remove {path}/done and fit again"):
+        lines_of(path)
+    shutil.rmtree(path / "done")
+    assert of_map(path) == of_map(whole)
+
+
+@pytest.mark.parametrize("name", ["", "popt", "row"])
+@pytest.mark.parametrize("how", ["empty", "cut"])
+def test_other_metadata_that_are_damaged_name_the_map_to_remove(path, name, how):
+    damage(path / name / METADATA, how)
+    for read in (lines_of, StoredMap):
+        with pytest.raises(DamagedFileError, match=rf"zarr\.json is damaged .*or remove {path} and fit again"):
+            read(path)
+
+
+@pytest.mark.parametrize("word", ["nfev", "attributes", "dask_nlsq", "version", "checksum", "metadata", "zarr_format"])
+def test_a_changed_name_in_metadata_is_damage(path, word):
+    text = (path / METADATA).read_text()
+    for k in range(text.count(f'"{word}"')):
+        parts = text.split(f'"{word}"')
+        parts[k : k + 2] = [f'"{word[:-1]}_"'.join(parts[k : k + 2])]
+        (path / METADATA).write_text(f'"{word}"'.join(parts))
+        with pytest.raises(DamagedFileError, match=r"zarr\.json is damaged"):
+            StoredMap(path)
+
+
+def test_a_map_of_an_earlier_format_says_so(path):
+    metadata = json.loads((path / METADATA).read_text())
+    for name in ("version", "checksum", "sums", "attributes"):
+        del metadata["attributes"]["dask_nlsq"][name]
+    (path / METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(ValueError, match="m has format None, and this release reads 1"):
+        lines_of(path)
+
+
+def test_a_chunk_that_is_damaged_is_named(path):
+    chunk = next(each for each in (path / "popt" / "c").rglob("*") if each.is_file())
+    chunk.write_bytes(b"x" + chunk.read_bytes()[1:])
+    with pytest.raises(DamagedFileError, match=rf"m/popt is damaged .*remove {path} and fit again"):
+        StoredMap(path).popt  # noqa: B018
+    with pytest.raises(ValueError, match="checksum"):
+        xr.open_zarr(path).popt.load()
+
+
+def test_a_map_is_written_where_a_link_leads(whole, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "new"):
+        (tmp_path / f"to {name}").symlink_to(tmp_path / name)
+        lines_of(tmp_path / f"to {name}")
+        assert of_map(tmp_path / name) == of_map(whole) and (tmp_path / f"to {name}").is_symlink()
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("link", ["popt", "popt/c", "done", METADATA])
+def test_links_out_of_a_map_are_not_followed(path, tmp_path, link):
+    shutil.move(path / link, tmp_path / "elsewhere")
+    (path / link).symlink_to(tmp_path / "elsewhere")
+    for read in (lines_of, StoredMap):
+        with pytest.raises(DamagedFileError, match=rf"{link} is damaged \(it is a link to .*elsewhere"):
+            read(path)
+
+
+@pytest.mark.filterwarnings("ignore:Consolidated metadata is currently not part")  # of who adds
+def test_what_others_add_to_a_map_does_not_matter(whole, path):
+    group = zarr.open_group(path, mode="r+")
+    group.attrs["note"] = "mine"
+    group.create_array("mine", data=np.arange(3))
+    xr.Dataset(dict(yours=("row", np.arange(6))), attrs=group.attrs.asdict()).to_zarr(path, mode="a")
+    lines_of(path)
+    np.testing.assert_array_equal(StoredMap(path).popt, StoredMap(whole).popt)
+
+
+@pytest.mark.hostile
+def test_a_map_of_other_attributes_is_damage_even_if_they_are_sealed(path):
+    metadata = json.loads((path / METADATA).read_text())
+    del metadata["attributes"]["dask_nlsq"]["limits"]
+    metadata["attributes"]["dask_nlsq"]["checksum"] = seal(metadata["attributes"])
+    (path / METADATA).write_text(json.dumps(metadata))
+    with pytest.raises(DamagedFileError, match="it does not describe a map"):
+        lines_of(path)
+
+
+@pytest.mark.hostile
+@pytest.mark.filterwarnings("ignore:Object at notes is not recognized")  # which Zarr says of them
+def test_nothing_but_its_own_arrays_is_removed_where_a_map_is_made_again(path):
+    forget(path)
+    (path / "notes").mkdir()
+    (path / "notes" / "today.txt").write_text("precious")
+    lines_of(path)
+    assert (path / "notes" / "today.txt").read_text() == "precious"
