@@ -1,4 +1,6 @@
+import importlib.metadata
 import logging
+import sys
 import tomllib
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from distributed import Client
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import dask_nlsq
 from dask_nlsq import cluster_report, curve_fit
 from dask_nlsq.base import device_sizes as sizes
+from dask_nlsq.memory import machine
 from dask_nlsq.memory.processes import HERE, ProcessMemory, advice
 
 from .clusters import local
@@ -20,7 +24,7 @@ from .clusters import local
 
 @pytest.fixture(scope="module")
 def client():
-    with local(1, threads_per_worker=2) as cluster, Client(cluster, set_as_default=False) as client:
+    with local(1, threads_per_worker=2, env={"PJRT_NPROC": "1"}) as cluster, Client(cluster, set_as_default=False) as client:
         yield client
 
 
@@ -30,7 +34,7 @@ def test_the_report_is_a_table_of_this_process_and_the_workers(client):
     assert head.split() == ["process", "threads", "now", "limit", "dask_nlsq", "jax", "numpy", "python", "x64", "PJRT_NPROC"]
     assert here.startswith(HERE) and worker.startswith("tcp://")
     assert worker.split()[1] == "2"
-    assert [line for line in advice if "PJRT_NPROC=1" in line]
+    assert [line for line in advice if "2 threads, and JAX runs 1 kernels at once: set PJRT_NPROC=2" in line]
 
 
 def test_a_fit_warns_once_per_mismatch_with_what_mends_it(client, caplog):
@@ -39,7 +43,7 @@ def test_a_fit_warns_once_per_mismatch_with_what_mends_it(client, caplog):
         curve_fit(lambda x, a: a * x, x, 2 * x)
     warned = [record.message for record in caplog.records if record.name == "dask_nlsq"]
     assert len(warned) == 1
-    assert "PJRT_NPROC=1" in warned[0]
+    assert "PJRT_NPROC=2" in warned[0]
 
 
 def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
@@ -50,6 +54,23 @@ def test_a_mismatch_is_one_line_for_all_workers_that_have_it():
     assert len(found) == 2
     assert found[0].startswith("tcp://0 and 2 more: jax 0.9.0, here 0.10.2: `pip install jax==0.10.2`")
     assert "Python 3.12.1, here 3.11.7" in found[1]
+
+
+@pytest.mark.parametrize(
+    "threads, nproc, said", [(1, None, None), (4, "4", None), (4, "2", "PJRT_NPROC=4"), (4, None, "start 8 more")]
+)
+def test_jax_is_to_have_as_many_threads_as_a_worker(threads, nproc, said):
+    here = ProcessMemory(HERE, 1, 0, 0, 0, 0, "0.1.0", "0.10.2", "2.4.0", "3.11.7", "in each task", None, 8)
+    found = advice([here, here._replace(name="tcp://worker", n_threads=threads, pjrt_nproc=nproc)])
+    assert (said is None and not found) or said in found[0]
+
+
+def test_where_the_package_is_on_the_path_alone_it_has_a_version(monkeypatch):
+    """Without what an installation leaves."""
+    monkeypatch.setattr("sys.path", [p for p in sys.path if "site-packages" not in p])
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        machine.version("dask_nlsq")
+    assert machine.version_of("dask_nlsq") == dask_nlsq.__version__
 
 
 def test_memory_limits_that_are_missing_or_uneven_are_named():

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,9 +153,15 @@ def process_memory() -> tuple[int, int]:
     return info.rss, max(info.rss, peak)
 
 
+def version_of(package: str) -> str:
+    """Of a package that is installed, without importing it, or of this one, which may only be on the path."""
+    ours = __name__.partition(".")[0]
+    return sys.modules[ours].__version__ if package == ours else version(package)
+
+
 @cache
 def _versions() -> dict[str, str]:
-    return {each: version(each) for each in ("dask_nlsq", "jax", "numpy")} | {"python": python_version()}  # imports nothing
+    return {each: version_of(each) for each in ("dask_nlsq", "jax", "numpy")} | {"python": python_version()}
 
 
 def process_settings() -> dict:

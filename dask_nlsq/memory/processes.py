@@ -173,11 +173,10 @@ def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
             yield f"{package} {theirs}, here {version}: `pip install {package}=={version}` there, and restart the worker"
     if place.python.split(".")[:2] != ours.python.split(".")[:2]:
         yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or the other way"
-    if place.n_threads > 1 and place.pjrt_nproc != "1":
-        yield (
-            f"each of its {place.n_threads} threads may start {place.pjrt_nproc or place.cores} more: set PJRT_NPROC=1 in "
-            "its environment before it starts"
-        )
+    n, of_jax = place.n_threads, int(place.pjrt_nproc or place.cores)
+    if n > 1 and of_jax != n:
+        why = f"JAX runs {of_jax} kernels at once" if of_jax < n else f"each of them may start {of_jax} more"
+        yield f"it has {n} threads, and {why}: set PJRT_NPROC={n} in its environment before it starts"
     if place.x64 == NO_X64:
         yield "its device has no float64: set JAX_PLATFORMS=cpu in its environment before it starts"
     if not place.limited:

@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Iterable
 from datetime import datetime
 from html import escape
-from importlib.metadata import version
 from io import BytesIO
 from math import inf, isfinite, prod
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from ..base.files import write_whole
 from ..base.text import size
-from ..memory.machine import detect_total_system_memory, process_settings
+from ..memory.machine import detect_total_system_memory, process_settings, version_of
 from ..model.function import FixedParameters, function_name
 from . import plots
 from .binning import binned, data_of
@@ -294,6 +293,6 @@ def _provenance(result):
         ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
         ("memory", size(memory or inf)),
         ("Python", platform.python_version()),
-        *((package, version(package)) for package in PACKAGES),
+        *((package, version_of(package)) for package in PACKAGES),
     ]
     return _table([], rows, numbers=False)
