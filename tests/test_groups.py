@@ -258,7 +258,7 @@ def test_exact_data_have_the_exact_parameters_and_no_errors():
     result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0)
     assert result.success and (result.perr < 1e-6).all()
     np.testing.assert_allclose(result.popt, SHARED, rtol=1e-7)
-    with pytest.warns(scipy.optimize.OptimizeWarning, match="the model does not change with rate"):
+    with pytest.warns(scipy.optimize.OptimizeWarning, match="not change with rate|not depend on rate"):
         flat = fit_groups(decay, T, 0 * Y, P0, local=LOCAL, group_axes=0)
     assert flat.cost < 1e-20
 

@@ -1,6 +1,10 @@
 """`fit_map`: SciPy's answers, whatever the blocks and neighbours; statuses; how the data are read; errors at the door."""
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import dask
@@ -711,3 +715,55 @@ def test_absent_chunks_may_mean_fill_values(tmp_path):
     expected[4:, :, :20] = 0
     np.testing.assert_array_equal(found.popt[2:], fitted(expected, **TIGHT).popt[2:])
     assert (found.n_points[:2] == 20).all()
+
+
+def test_threads_of_maps_and_groups_compute_on_the_callers_device():
+    """With three devices in one process; the caller has chosen the last one."""
+    script = """
+import jax, numpy as np, dask.array as da, jax.numpy as jnp
+from dask_nlsq import fit_groups, fit_map
+from dask_nlsq.groups import sweep
+from dask_nlsq.maps import blocks
+
+seen = set()
+def spied(module, name):
+    build = getattr(module, name)
+    def kernel(*args):
+        run = build(*args)
+        def call(*args):
+            found = run(*args)
+            seen.update(*(each.devices() for each in jax.tree.leaves(found)))
+            return found
+        return call
+    setattr(module, name, kernel)
+spied(blocks, "map_kernel"), spied(sweep, "group_kernel")
+
+def decay(t, amplitude, rate):
+    return amplitude * jnp.exp(-rate * t)
+t = np.linspace(0, 3, 20)
+y = da.from_array(np.arange(1, 9)[:, None] * np.exp(-t), chunks=(2, 20))
+for device in jax.devices()[::2]:
+    with jax.default_device(device):
+        fit_map(decay, t, y, [1, 0.5], axis=1).compute(progress=False)
+        assert seen == {device}, seen
+        fit_groups(decay, t, y, [1, 0.5], local="amplitude", group_axes=0)
+        assert seen == {device}, seen
+    seen.clear()
+print("done")
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=root)
+    assert run.stdout.strip() == "done", run.stderr
+
+
+def test_chunks_of_a_pixel_are_joined_to_blocks():
+    y = np.random.default_rng(0).normal(size=(12, 9, 16))
+    x = np.linspace(0, 1, 16)
+
+    def line(x, a, b):
+        return a + b * x
+
+    one, many = (fit_map(line, x, da.from_array(y, chunks), [0, 1], axis=2) for chunks in ((12, 9, 16), (1, 1, 16)))
+    assert many.plan.n_blocks == 1
+    np.testing.assert_array_equal(one.compute(progress=False).popt, many.compute(progress=False).popt)

@@ -6,7 +6,7 @@ runs, so that its result is a node of the tree of the merge.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -50,13 +50,12 @@ class HeldHere:
         chunks: list[Chunk] = []
         runs, common = plan_loads(data)
         known = PassedOn(compute_shared(runs, common), runs)
-        with (
-            large_arrays_given_back(data.nbytes),
-            ExitStack() as on_error,
-            ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load") as pool,
-        ):
+        with large_arrays_given_back(data.nbytes), ExitStack() as pools, ExitStack() as on_error:
             on_error.callback(lambda: deque(map(release, chunks), 0))
-            chunks.extend(pool.map(lambda run: load_chunk(data.preparation, run, known), runs))
+            pooled: Callable = map
+            if len(runs) > 1:  # a single one is loaded in place
+                pooled = pools.enter_context(ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load")).map
+            chunks.extend(pooled(lambda run: load_chunk(data.preparation, run, known), runs))
             on_error.pop_all()
         if data.factor is not None:
             chunks = [with_factor(chunk, data.factor) for chunk in chunks]

@@ -26,7 +26,7 @@ from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
 from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
-from ..maps.blocks import MapProblem, Operand, build_map
+from ..maps.blocks import MapProblem, Operand, build_map, threads_on_device
 from ..maps.fit import align_map
 from ..maps.plan import AllBut
 from ..maps.result import MapResult, by_argument
@@ -290,6 +290,7 @@ def _run(ready: ReadyGroups):
     client = active_client() if ready.plan.strategy != "standard" else None
     about = function_name(problem.fit.model.f), options.names, ready.start, ready.plan, ready.noise.absolute
     with ExitStack() as stack:
+        stack.enter_context(threads_on_device())
         if client is None and active_client() is not None:
             stack.enter_context(dask.config.set(scheduler="threads"))
         live = stack.enter_context(Live(client, *about))

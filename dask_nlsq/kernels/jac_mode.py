@@ -11,7 +11,8 @@ from .blocks import MAX_TILE, Block, JacMode, KernelSpec, Layout, Layouts, tile_
 from .rows import build_sweep
 
 COLUMNS_UP_TO = 8  # parameters up to which "columns" is the better guess
-TIMING_RUNS = 5
+TIMING_RUNS = 15  # of each way, in turns
+TIMED_POINTS = 2**15  # some 0.2 ms of the fastest kernel: a call takes 0.01 ms by itself
 TIMING_PAYS = 5e7  # points x parameters from which the better guess is replaced by a measurement: two compilations
 
 
@@ -20,7 +21,8 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
 
     "columns" is one vectorised pass for all parameters, "arguments" one pass for each, without what does not depend on
     it. Which is faster depends on the model by factors of 2 to 8 either way, so where ``n`` points make it worth two
-    compilations both are timed on one tile, made of the coordinates in ``sample``, and the model remembers the winner.
+    compilations both are timed in turns on a few tiles, made of the coordinates in ``sample``, and the model remembers the
+    one whose shortest run, which nothing else has slowed down, is less.
     """
     p = len(params)
     guess: JacMode = "columns" if p <= COLUMNS_UP_TO else "arguments"
@@ -32,18 +34,17 @@ def choose_jac_mode(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
         dense = layouts._replace(
             y=Layout(True), sigma=Layout(False), mask=None, x=tuple(each._replace(dense=True) for each in layouts.x), ndim=1
         )
-        buffers = (np.zeros(tile), np.ones(1), *(np.resize(coordinate, tile) for coordinate in sample))
-        block = Block(np.array([tile, 0, *[0, 1] * len(buffers)]), np.array([float(tile)]), buffers)
-        seconds = {}
-        for mode in ("columns", "arguments"):
-            kernel = model.jit(build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile)))
-            times = []
-            for _ in range(1 + TIMING_RUNS):
-                begin = time.perf_counter()
-                jax.block_until_ready(kernel(params, 1.0, block))
-                times.append(time.perf_counter() - begin)
-            seconds[mode] = min(times[1:])  # the first compiles
-        return min(seconds, key=seconds.__getitem__)
+        n = max(tile, TIMED_POINTS)
+        buffers = (np.zeros(n), np.ones(1), *(np.resize(coordinate, n) for coordinate in sample))
+        block = jax.device_put(Block(np.array([n, 0, *[0, 1] * len(buffers)]), np.array([float(n)]), buffers))
+        modes: tuple[JacMode, ...] = "columns", "arguments"
+        kernels = [model.jit(build_sweep(model, KernelSpec(dense, "gram", mode, "linear", tile))) for mode in modes]
+        seconds = np.zeros((1 + TIMING_RUNS, len(modes)))
+        for run, k in np.ndindex(seconds.shape):
+            begin = time.perf_counter()
+            jax.block_until_ready(kernels[k](params, 1.0, block))
+            seconds[run, k] = time.perf_counter() - begin
+        return modes[int(np.argmin(seconds[1:].min(axis=0)))]  # the first run compiles
 
     key = ("jac_mode", layouts.x, p)
     if key not in model.choices:

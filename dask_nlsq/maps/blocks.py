@@ -8,20 +8,23 @@ read once, and else in as few *bands* of the map's first axis as memory allows, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
+import dask
 import jax
 import numpy as np
 from dask.layers import ArraySliceDep
+from dask.system import CPU_COUNT
 
 from ..base.lazy import da
 from ..base.warn import warn
-from ..base.x64 import float64
+from ..base.x64 import float64, inherit_device
 from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
@@ -203,6 +206,17 @@ class BlockFit:
             record["pcov"][failed] = np.nan
             record["pcov"][:, np.array(free)[:, None], free] = found.pcov
         return record
+
+
+@contextmanager
+def threads_on_device() -> Iterator[None]:
+    """Within, Dask's threads compute on the caller's ``jax.default_device``, if there is one."""
+    if jax.config.jax_default_device is None:  # type: ignore[attr-defined]  # as `base.x64`
+        yield
+        return
+    n = dask.config.get("num_workers", None) or CPU_COUNT
+    with ThreadPoolExecutor(n, "nlsq-device", inherit_device()) as pool, dask.config.set(pool=pool):
+        yield
 
 
 def record_dtype(n_params: int, full_covariance: bool) -> np.dtype:

@@ -16,6 +16,7 @@ from ..memory.plan import JoiningError, MemoryBudgetError, least_limit
 from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
+FEWEST_VALUES = 2**17  # of y in a task, to which chunks are joined: a task takes a millisecond by itself
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
@@ -132,7 +133,7 @@ class _Cut(NamedTuple):
 
 def _cut(job: _Map, strategy: str, rooms: Sequence[Room]) -> _Cut:
     most = _most_pixels(job.sizes, rooms, job.most, job.n)
-    blocks = _split(job.chunks, most)
+    blocks = _split(_join(job.chunks, min(most, FEWEST_VALUES // job.n)), most)
     working = _needed(job.sizes, rooms, blocks, job.n)
     joining = [JOINING * job.joined * share for share in _shares(rooms)]
     if not job.joined:
@@ -188,7 +189,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
         bands = tuple(slice(a, min(a + height, rows)) for a in range(0, rows, height))
         if cut.n_bands > 1:
             chunks[0] = tuple(band.stop - band.start for band in bands)
-        blocks = _split(chunks, cut.most)
+            blocks = _split(chunks, cut.most)
         working = _needed(sizes._replace(held=sizes.held + JOINING * joined / len(bands)), rooms, blocks, n)
     elif not cut.fits and (lazy or limit is not None):
         largest = prod(max(sizes) for sizes in blocks) * longest
@@ -250,6 +251,21 @@ def _needed(sizes: Sizes, rooms: Sequence[Room], blocks, n: int) -> list[float]:
     wanted = needs(sizes._replace(longest=longest, lanes=sizes.lanes * block / read))
     found = zip(rooms, _shares(rooms), strict=True)
     return [wanted.working(room.n_threads) + wanted.held * share for room, share in found]
+
+
+def _join(chunks, few: int) -> list[tuple[int, ...]]:
+    """Chunks along the map axes, joined while a block has at most ``few`` pixels, along the last axes first."""
+    found = [tuple(sizes) for sizes in chunks]
+    for k in reversed(range(len(found))):
+        longest = few // prod(max(sizes) for sizes in found[:k] + found[k + 1 :])
+        joined: list[int] = []
+        for n in found[k]:
+            if joined and joined[-1] + n <= longest:
+                joined[-1] += n
+            else:
+                joined.append(n)
+        found[k] = tuple(joined)
+    return found
 
 
 def _split(chunks, most: int) -> list[tuple[int, ...]]:

@@ -27,7 +27,7 @@ from ..memory.machine import active_client, large_arrays_given_back
 from ..model.function import function_name
 from ..results.plots import maps
 from . import store
-from .blocks import MapProblem, Operand
+from .blocks import MapProblem, Operand, threads_on_device
 from .plan import MapPlan
 from .store import attributes, inner
 
@@ -96,7 +96,7 @@ class MapResult:
         """
         if not self.lazy:
             return self
-        with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
+        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
             record = self._settled(options).record
             parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
         return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
@@ -223,7 +223,7 @@ class MapResult:
             store.create_done(path, self)
         done = store.read_done(path)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
-        with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
+        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
             for band in self.problem.bands:
                 tasks = []
