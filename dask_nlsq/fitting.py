@@ -361,6 +361,9 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that are damaged or absent.
     """
+    table, whose = (GROUPS, "fit_groups") if "local" in options else (FITS | WORKFLOWS, "curve_fit and fit")
+    for name in options.keys() - table.keys():
+        raise TypeError(f"`{name}` is not an argument of {whose}: plan_fit plans fit_groups where `local` is given")
     if "local" in options:
         from .groups.fit import prepare_groups
 
