@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import scipy
 
+from .base.disk import check_room
 from .base.warn import warn
 from .data.chunks import Census
 from .data.door import admit_data
@@ -20,7 +21,7 @@ from .data.sample import sample_size
 from .data.store import warn_if_changed
 from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.evaluator import Evaluator
+from .engine.evaluator import Evaluator, state_bytes
 from .engine.sweep import open_sweep
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
@@ -230,7 +231,7 @@ def curve_fit(
         the cost although the optimum of the quadratic model is far (status 11), or the model does not depend on a parameter
         (status 12).
     RuntimeWarning
-        Where a store was written to while its data were read anew in each sweep.
+        Where a store was written to while its data were read anew in each sweep, or the checkpoint could not be written.
 
     Notes
     -----
@@ -457,7 +458,9 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
 def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
     path = ready.call.checkpoint
-    kept = open_checkpoint(path() if callable(path) else path, *ready.described(start))
+    path = Path(path() if callable(path) else path)
+    check_room("checkpoint", path, state_bytes(len(ready.free)))
+    kept = open_checkpoint(path, *ready.described(start))
     return evaluator.resume_from(kept)
 
 
@@ -478,6 +481,8 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
+    if evaluator.checkpoint is not None:
+        evaluator.checkpoint.end()
     for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
         warn_if_changed(each)
     n_points, n_masked, n_omitted = run.counts

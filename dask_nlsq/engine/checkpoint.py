@@ -9,6 +9,7 @@ import json
 import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from ..base.files import (
     write_arrays,
     write_json,
 )
+from ..base.warn import warn
 from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
 from ..data.store import is_stored
@@ -81,7 +83,7 @@ class Checkpoint:
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
-        self.path = Path(path).absolute()
+        self.path, self.failed, self.warned = Path(path).absolute(), "", False
         check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         if (self.path / FIT_FILE).exists():
@@ -94,6 +96,31 @@ class Checkpoint:
     def save(self, name: str, arrays: Mapping[str, np.ndarray], **values) -> None:
         """Write arrays and JSON values as ``name.npz``, all or nothing."""
         write_arrays(self.path / f"{name}.npz", arrays, **values)
+
+    @contextmanager
+    def tolerant(self) -> Iterator[None]:
+        """Within, a disk that is full or fails does not end the fit: it is warned of once, and the next save tries again."""
+        try:
+            yield
+            self.failed = ""
+        except OSError as err:
+            self.failed = f"{type(err).__name__}: {err}"
+            if not self.warned:
+                self.warned = True
+                warn(
+                    f"the fit goes on, but its checkpoint {self.path} could not be written ({self.failed}): each later save "
+                    "tries it again",
+                    RuntimeWarning,
+                )
+
+    def end(self) -> None:
+        """Warn where the end of the fit is not kept."""
+        if self.failed:
+            warn(
+                f"the fit is not resumable from where it ended, since its checkpoint {self.path} could not be written "
+                f"({self.failed}): save the result elsewhere",
+                RuntimeWarning,
+            )
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """What `save` has written under ``name``; None where it has not."""

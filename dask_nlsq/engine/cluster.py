@@ -21,6 +21,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
 from ..base.plugins import install
+from ..base.warn import warn
 from ..data.loading import Load
 from ..memory.needs import partition_size
 from ..model.function import ModelMissing, is_known
@@ -217,6 +218,20 @@ def is_gone(client: Client, err: BaseException) -> bool:
 
 
 @contextmanager
+def _reported(path: str):
+    """Dask's performance report of what happens within; a disk that does not take it costs no result."""
+    done = False
+    try:
+        with performance_report(path):
+            yield
+            done = True
+    except OSError as err:
+        if not done:
+            raise
+        warn(f"`report` {path} could not be written: {err}", RuntimeWarning)
+
+
+@contextmanager
 def attached(client: Client | None, report: str | Path | None = None):
     """Within, a fit uses ``client``: a lost scheduler is said to be lost, and a task that fits leaves its thread to others.
 
@@ -231,7 +246,7 @@ def attached(client: Client | None, report: str | Path | None = None):
     if leaves:
         secede()
     try:
-        with nullcontext() if report is None else performance_report(str(report)), span("nlsq"):
+        with nullcontext() if report is None else _reported(str(report)), span("nlsq"):
             yield
     except (CancelledError, OSError) as err:
         if client is None or not is_gone(client, err):

@@ -10,12 +10,13 @@ from ..base.config import setting
 from ..data.chunks import Census, Fault
 from ..data.store import BadChunkError
 from ..kernels.blocks import JacMode, Reduction
-from ..kernels.rows import unpack
+from ..kernels.rows import segment_size, unpack
 from .checkpoint import Checkpoint, Interrupted, StopOnSignal
-from .condensed import Condensed, Read, Segmentation, Sums
+from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
 
+EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
 
 
@@ -122,11 +123,13 @@ class Evaluator:
             )
             values |= dict(begun=begun.requests[0].reduction, level=begun.level, own=_listed(begun.censuses[0]))
         assert self.checkpoint is not None
-        self.checkpoint.save("state", arrays, **values)
+        with self.checkpoint.tolerant():
+            self.checkpoint.save("state", arrays, **values)
 
     def save_sample(self) -> None:
         if self.checkpoint is not None and self.sweep.drawn is not None and self.sweep.values is not None:
-            self.checkpoint.save("sample", dict(values=self.sweep.values), **self.sweep.drawn._asdict())
+            with self.checkpoint.tolerant():  # without it, a fit that goes on draws the same sample again
+                self.checkpoint.save("sample", dict(values=self.sweep.values), **self.sweep.drawn._asdict())
 
     def resume_from(self, checkpoint: Checkpoint) -> bool:
         """Keep the fit in ``checkpoint``, and take up what is there; whether there was something."""
@@ -155,6 +158,11 @@ class Evaluator:
             for (k, level, node), matrix, cost, segments in zip(*rows, strict=True):
                 self.begun.trees[k].nodes[int(level), int(node)] = Sums(matrix, float(cost), segments)
         return True
+
+
+def state_bytes(n_params: int) -> int:
+    """What the state of a fit takes on disk, and the next one while it is written."""
+    return 2 * EXPECTED * min(8 * segment_size(n_params) * MOST_SEGMENTS, SEGMENTS_BYTES)
 
 
 def _same(begun: PartialSweep, requests: Sequence[Request], level: int) -> bool:

@@ -16,6 +16,7 @@ import dask
 import numpy as np
 import scipy
 
+from ..base.disk import check_room
 from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
@@ -71,6 +72,12 @@ class ReadyGroups:
     def n_points(self) -> int:
         """Of the data, without what fills rows up."""
         return self.problem.y.size if self.by_label is None else prod(self.by_label.shape)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the parameters of all groups take in a checkpoint, and the next ones while they are written."""
+        n_params, n_locals, n_shared = len(self.values), len(self.spec.locals.free), len(self.spec.shared)
+        return 2 * 8 * prod(self.problem.shape) * (3 * n_params + n_locals * (n_shared + 1) + 2 * n_locals**2)
 
     @property
     def decode_cf(self) -> bool:
@@ -297,6 +304,8 @@ def _run(ready: ReadyGroups):
         except Interrupted as stop:  # before there is a point to return
             raise stop.exit from stop
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
+        if sweep.checkpoint is not None:
+            sweep.checkpoint.end()
         result = group_result(ready, sweep, solution, seconds)
         live.ended(solution.message, result.n_masked, 0)
     return result, solution
@@ -315,7 +324,8 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
         identity["groups"] = [sum_of_values(each) for each in (ready.by_label.points, ready.by_label.behind)]
     del identity["max_nfev"]
     identity["bounds"] = [*identity["bounds"], ready.options.lower.tolist(), ready.options.upper.tolist()]
-    path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
+    path = Path(call.checkpoint() if callable(call.checkpoint) else call.checkpoint)
+    check_room("checkpoint", path, ready.state_bytes)
     return Checkpoint(path, identity, described, arrays)
 
 

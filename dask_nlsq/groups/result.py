@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -176,12 +177,15 @@ class GroupResult:
         path = Path(path)
         if (path / LOCAL_MAPS).exists():
             raise FileExistsError(f"{path} has the groups of another result: give another path")
-        if isinstance(self.local, StoredMap):
-            shutil.copytree(self.local.path, path / LOCAL_MAPS)
-        else:
-            self.local.to_zarr(path / LOCAL_MAPS, progress=False)
-        self.shared.save(path)
-        write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
+        with ExitStack() as on_error:
+            on_error.callback(shutil.rmtree, path / LOCAL_MAPS, ignore_errors=True)
+            if isinstance(self.local, StoredMap):
+                shutil.copytree(self.local.path, path / LOCAL_MAPS)
+            else:
+                self.local.to_zarr(path / LOCAL_MAPS, progress=False)
+            self.shared.save(path)
+            write_json(path / FILE, version=VERSION, result=_sum(path), groups=self.shared.groups._asdict())
+            on_error.pop_all()
 
     def report(self, path, **options) -> Path:
         """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""

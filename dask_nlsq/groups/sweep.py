@@ -7,7 +7,7 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -233,7 +233,6 @@ class GroupSweep:
     def settle(self, params: np.ndarray, distance: float) -> None:
         """Keep the state at the accepted point alone; the next sweep starts from it, and is as exact as it has to be."""
         key = params.tobytes()
-        moved = self.base is None or key != self.base.tobytes()
         self.base = params
         self.states = {key: self.states[key]} if key in self.states else {}
         self.sums = {key: self.sums[key]}
@@ -242,7 +241,8 @@ class GroupSweep:
             accuracy = float(np.clip(distance * np.sqrt(SHARE / n_groups), FINEST, INNER))
             self.limits = self.limits._replace(accuracy=accuracy)
         if self.checkpoint is not None and not self.recorded:
-            self._save(key, moved)
+            with self.checkpoint.tolerant():
+                self._save(key)
 
     def final(self, params: np.ndarray) -> Sequence:
         """The states of all blocks at a point that has been evaluated, lazily.
@@ -268,29 +268,31 @@ class GroupSweep:
         self.recorded = {params.tobytes(): (each, reads) for params, each, reads in self.swept}
         self.kept = arrays["base"].tobytes(), values["kept"]
 
-    def _save(self, key: bytes, moved: bool) -> None:
+    def _save(self, key: bytes) -> None:
         assert self.checkpoint is not None and self.base is not None
-        before = self.kept
-        if moved and (before is None or key != before[0]):
-            self.kept = key, self.count
-            paths = self._paths(self.count)
-            dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], paths, strict=True)))
-        assert self.kept is not None
+        before, kept = self.kept, self.kept
         params, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
-        self.checkpoint.save("state", arrays, kept=self.kept[1])
-        if before is not None and before != self.kept:
-            for path in self._paths(before[1]):
+        old: Iterable[Path] = ()
+        try:
+            if before is None or key != before[0]:
+                kept, old = (key, self.count), self._paths(self.count)
+                dask.compute(*(delayed(keep_state)(*each) for each in zip(self.states[key], old, strict=True)))
+            assert kept is not None
+            self.checkpoint.save("state", arrays, kept=kept[1])
+            self.kept, old = kept, () if before is None or before == kept else self._paths(before[1])
+        finally:  # those of the point before, or what a disk that is full has left of the new ones
+            for path in old:
                 path.unlink(missing_ok=True)
 
     def _kept_states(self, count: int) -> list:
         return [delayed(kept_state)(path) for path in self._paths(count)]
 
-    def _paths(self, count: int) -> Iterator[Path]:
+    def _paths(self, count: int) -> list[Path]:
         assert self.checkpoint is not None
         directory = self.checkpoint.path / "locals"
-        return (directory / f"{count}-{k}.npz" for k in range(self.n_blocks))
+        return [directory / f"{count}-{k}.npz" for k in range(self.n_blocks)]
 
 
 class _Watched(Callback):

@@ -20,6 +20,7 @@ import dask
 import numpy as np
 from tqdm.dask import TqdmCallback
 
+from ..base.disk import check_room, named_when_full
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
@@ -217,9 +218,14 @@ class MapResult:
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 problem = self.problem.cut_as(blocks)
                 return self._of(problem).to_zarr(path, True, progress, **options)
-        if not (path / "done").exists():
-            self._create(path, identity)
-        done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool)
+        pixels: Any = reduce(np.multiply.outer, map(np.array, self.problem.blocks), np.array(1))  # in each block
+        begun = (path / "done").exists()
+        done = np.asarray(zarr.open_array(path / "done", mode="r")[...], bool) if begun else np.zeros(pixels.shape, bool)
+        nbytes = self.record.dtype.itemsize * int(pixels[~done].sum())
+        check_room("path", path, nbytes)
+        if not begun:
+            with named_when_full(path, nbytes):
+                self._create(path, identity)
         ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
         with large_arrays_given_back(self.plan.read_bytes), _bar(progress):
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
@@ -407,9 +413,10 @@ def by_name(identity) -> dict[str, Any]:
 def _write(record, path, index, place):
     """Write a block's maps, then that it is done."""
     group: Any = zarr.open_group(path, mode="r+")
-    for name in record.dtype.names:
-        group[name][(*place, ...)] = record[name]
-    group["done"][index] = 1
+    with named_when_full(Path(path), record.nbytes):
+        for name in record.dtype.names:
+            group[name][(*place, ...)] = record[name]
+        group["done"][index] = 1
 
 
 def _bar(progress):
