@@ -19,10 +19,11 @@ from .data.door import admit_data
 from .data.labels import origins
 from .data.sample import sample_size
 from .data.store import warn_if_changed
-from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
+from .engine.checkpoint import open_checkpoint, read_call
 from .engine.cluster import attached
 from .engine.evaluator import Evaluator, state_bytes
 from .engine.sweep import open_sweep
+from .engine.waiting import StopOnSignal, ToldToLeave
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
@@ -37,7 +38,7 @@ from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import covariance, spread_out
 from .solve.multistart import Search, fit_again, polish, search
-from .solve.outcome import NotConvergedError, not_converged, not_finite_at_start
+from .solve.outcome import NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.trust_region import NotFiniteAtStart, Record, Solution, solve
 from .solve.warm_start import hybrid
@@ -223,6 +224,10 @@ def curve_fit(
         Chunks of a Zarr array that cannot be read, or that are absent.
     NotConvergedError
         No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
+    Interrupted
+        Ctrl-C in a fit without a checkpoint; a KeyboardInterrupt, whose ``result`` is the best so far.
+    NoWorkersError
+        No workers for as long as ``nlsq.worker-deadline`` allows; a RuntimeError.
 
     Warns
     -----
@@ -245,8 +250,7 @@ def curve_fit(
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
         warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
-    if result.status == -3:
-        logger.warning("%s", result.message)
+    interrupted(result, cast(StopOnSignal, run.evaluator.stop), run.evaluator.checkpoint)
     logger.info("%s", result.summary())
     if ready.call.verbose:
         print(result.summary())
@@ -407,11 +411,13 @@ def _run(ready: Prepared) -> _Run:
         live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
         start = _start(ready, evaluator, counts, live, stack)
+        if evaluator.stop is None:
+            evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
         try:
             with Observers(call.callback, call.progress, call.verbose, live) as observers:
                 solution, found = _solve(ready, evaluator, start[ready.free], observers)
-        except Interrupted as stop:  # before there is a point to return
+        except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
         except NotFiniteAtStart as err:
             raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
@@ -443,7 +449,7 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
     if not sweep.place.held:
         if call.checkpoint is not None:
             jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
-            evaluator.stop = stack.enter_context(StopOnSignal())
+            evaluator.stop = stack.enter_context(StopOnSignal(True))
         sweep.draw(n, needed=call.n_starts > 0)
         evaluator.save_sample()
         check()

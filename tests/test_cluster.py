@@ -107,7 +107,7 @@ def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
     "strategy, allowed, deaths",
     [
         ("chunked", 3, 3),
-        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("chunked", 1, 2), ("streaming", 20, 3)]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("chunked", 1, 3), ("streaming", 20, 3)]),
     ],
 )
 def test_a_chunk_that_kills_three_workers_is_named(strategy, allowed, deaths, tmp_path):

@@ -1,4 +1,4 @@
-"""What a fit has to keep on disk to go on after it was killed, and how it leaves when it is told to.
+"""What a fit has to keep on disk to go on after it was killed.
 
 A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
 ``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
@@ -6,8 +6,6 @@ the same sweeps it takes the same steps, so a resumed fit runs from its start, a
 """
 
 import json
-import signal
-import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -34,23 +32,8 @@ from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model
 from ..options import LIMITS, SAME, is_reweighted
 
-
-class Interrupted(Exception):
-    """A sweep that ends early, since the process has been told to leave."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.signal = number
-
-    @property
-    def exit(self) -> BaseException:
-        """With what the process leaves."""
-        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
-
-
 VERSION = 5  # of the files
 FIT_FILE = "fit.json"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
 
@@ -294,37 +277,6 @@ def read_call(path: str | Path, f, data: Mapping[str, Any]) -> tuple[Any, dict[s
         f = import_by(call["model"])
     data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
     return f, data, call["options"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# leaving
-
-
-class StopOnSignal:
-    """Within, SIGTERM and Ctrl-C only set ``signal``: who reads finishes what is begun. A second one works as always.
-
-    Outside of the main thread, which alone receives signals, it does nothing.
-    """
-
-    signal: int | None = None
-
-    def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exc):
-        self._restore()
-
-    def _received(self, number, frame):
-        self.signal = number
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:

@@ -11,10 +11,11 @@ from ..data.chunks import Census, Fault
 from ..data.store import BadChunkError
 from ..kernels.blocks import JacMode, Reduction
 from ..kernels.rows import segment_size, unpack
-from .checkpoint import Checkpoint, Interrupted, StopOnSignal
+from .checkpoint import Checkpoint
 from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
+from .waiting import StopOnSignal, calm
 
 EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
@@ -87,7 +88,7 @@ class Evaluator:
         if begun is None or not _same(begun, requests, place.level):
             begun = PartialSweep(requests, place.n_runs, place.level)
         after = None if place.held else _Reading(self, begun)
-        found = self.sweep.run(requests, begun, after)
+        found = self.sweep.run(requests, begun, after, calm if self.stop is None else self.stop.look)
         if not place.held:
             self.admit()
         if self.checkpoint is not None:
@@ -187,12 +188,13 @@ class _Reading:
         if evaluator.watch is not None:
             rate = self.left * evaluator.sweep.nbytes * share / (now - self.began)
             evaluator.watch(1 - (1 - share) * self.left, rate / 1e9, (now - self.began) * (1 / share - 1))
-        stop = evaluator.stop is not None and evaluator.stop.signal
-        if evaluator.checkpoint is not None and (stop or now - self.saved >= self.every):
+        stop = evaluator.stop
+        told = stop is not None and stop.signal is not None
+        if evaluator.checkpoint is not None and (told or now - self.saved >= self.every):
             evaluator.save(begun)
             self.saved = now
-        if stop:
-            raise Interrupted(stop)
+        if stop is not None:
+            stop.look()
 
 
 def _listed(census: Census) -> list:

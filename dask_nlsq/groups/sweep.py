@@ -22,15 +22,16 @@ from dask.callbacks import Callback
 
 from ..base.files import read_arrays, write_arrays
 from ..base.x64 import float64
-from ..engine.checkpoint import Checkpoint, CheckpointError, Interrupted, StopOnSignal
+from ..engine.checkpoint import Checkpoint, CheckpointError
+from ..engine.cluster import DEATHS, computed, give_back, given_up_after, workers_of
 from ..engine.condensed import Condensed, factor, merge
+from ..engine.waiting import Look, StopOnSignal, calm
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
 from ..kernels.lanes import Limits, MapStatus
 from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
 from ..maps.blocks import BlockFit, MapProblem, PixelBlock
-from ..memory.machine import active_client
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
@@ -109,7 +110,7 @@ class GroupSweep:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.spec, self.count, self.nbytes = spec, 0, problem.plan.read_bytes
+        self.problem, self.spec, self.count, self.nbytes = problem, spec, 0, problem.plan.read_bytes
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
@@ -133,7 +134,7 @@ class GroupSweep:
         ------
         ValueError
             Where no group can be fitted.
-        Interrupted
+        ToldToLeave
             Where a signal has come.
         """
         params = np.asarray(params, dtype=np.float64)
@@ -188,29 +189,42 @@ class GroupSweep:
     def _read(self, params, base, states, limits):
         """A sweep that starts from ``states`` at ``base``."""
         before = iter([None] * self.n_blocks if states is None else states)
-        at = delayed(At(params, base, limits), pure=True, traverse=False)
-        spec = delayed(self.spec, pure=True, traverse=False)
+        shared = self.spec, At(params, base, limits)
         self.count += 1
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
         sums: list[GroupSums] = []
-        with self._watched(name):
+        look = calm if self.stop is None else self.stop.look
+        numbered = enumerate(self.problem.places)
+
+        def task(shared, block, state, **key):
+            spec, at = shared
+            return delayed(sweep_block)(self.fit, spec, block, state, at, **key)
+
+        sent = [delayed(each, pure=False, traverse=False) for each in shared]  # once to each worker
+        with self._watched(name, look):
             for band in self.bands:
-                if self.stop is not None and self.stop.signal:
-                    raise Interrupted(self.stop.signal)
-                both = dask.persist(
-                    *(
-                        delayed(sweep_block)(self.fit, spec, block, next(before), at, dask_key_name=f"{name}-{k}")
-                        for k, block in enumerate(band, len(found))
-                    )
-                )
-                sums += dask.compute(*[each[0] for each in both])
+                look()
+                states = [next(before) for _ in band]
+                places = [next(numbered) for _ in band]
+                tasks = [
+                    task(sent, block, state, dask_key_name=f"{name}-{k}")
+                    for block, state, (k, _) in zip(band, states, places, strict=True)
+                ]
+                with given_up_after(DEATHS - 1):
+                    both = dask.persist(*tasks)
+
+                def again(k, band=band, states=states):
+                    return task([delayed(each, pure=False, traverse=False) for each in shared], band[k], states[k])[0]
+
+                names = [self.problem.named(*place) for _, place in places]
+                sums += computed([each[0] for each in both], names, look, again)
                 found += [each[1] for each in both]
         return found, GroupSums(*map(np.stack, zip(*sums, strict=True)))
 
-    def _watched(self, name: str):
+    def _watched(self, name: str, look: Look):
         """What is told of each block that is done; of those on workers the dashboard tells."""
-        return nullcontext() if self.watch is None or active_client() else _Watched(self, name)
+        return nullcontext() if self.watch is None or workers_of({}) else _Watched(self, name, look)
 
     def _condensed(self, sums: GroupSums) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
@@ -243,6 +257,11 @@ class GroupSweep:
         if self.checkpoint is not None and not self.recorded:
             with self.checkpoint.tolerant():
                 self._save(key)
+
+    def close(self) -> None:
+        """Give back what is held by workers."""
+        if client := workers_of({}):
+            give_back(client, [self.fit, self.bands, [*self.states.values()]])
 
     def final(self, params: np.ndarray) -> Sequence:
         """The states of all blocks at a point that has been evaluated, lazily.
@@ -298,11 +317,12 @@ class GroupSweep:
 class _Watched(Callback):
     """Tells of each block that this process has done."""
 
-    def __init__(self, sweep: GroupSweep, name: str):
-        self.sweep, self.task, self.done, self.began = sweep, name, 0, time.perf_counter()
+    def __init__(self, sweep: GroupSweep, name: str, look: Look):
+        self.sweep, self.task, self.look, self.done, self.began = sweep, name, look, 0, time.perf_counter()
         super().__init__(posttask=self._told)
 
     def _told(self, key, *_):
+        self.look()
         if self.sweep.watch is None or not str(key).startswith(self.task):
             return
         self.done += 1
