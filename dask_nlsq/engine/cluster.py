@@ -132,7 +132,12 @@ class Pieces:
     ) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
         left: dict[int, Any] = dict(zip(numbers, numbers if arguments is None else arguments, strict=True))
-        lost: Counter[int | None] = Counter()
+        lost: Counter = Counter()
+        one = [] if arguments is None else [[0]]  # the only run of a piece
+
+        def work(piece):
+            return self.client.submit(function, piece, *one, *map(self._on_the_way, objectives), **fixed, pure=False)
+
         try:
             while left:
                 columns = [] if arguments is None else [[*left.values()]]
@@ -143,10 +148,9 @@ class Pieces:
                         del left[number]
                         yield number, result
                 except (CancelledError, ModelMissing) as err:
-                    self._replace(err, lost)
+                    self._replace(err, lost, work, look)
                 except KilledWorker as err:
-                    one = [] if arguments is None else [[0]]  # the only run of a piece
-                    self._one_by_one(err, lost, lambda piece, one=one: (function, piece, one, objectives, fixed), look)
+                    self._one_by_one(err, lost, work, look)
         finally:
             self._give_back(self.running)
             self.running = []
@@ -184,7 +188,7 @@ class Pieces:
                 logger.info("data could not be sent to a worker, and are sent again: %s", err)
                 time.sleep(POLL)
 
-    def _replace(self, err: CancelledError | ModelMissing, lost: Counter[int | None]) -> None:
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter, work: Callable, look: Look) -> None:
         """Make again, or send again, what went with workers that died; an error where that has happened too often."""
         if isinstance(err, CancelledError) and is_gone(self.client, err):
             raise err
@@ -196,6 +200,7 @@ class Pieces:
             raise RuntimeError(_died([self.parts[k] for k in gone if lost[k] >= DEATHS])) from err
         self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it
         self._forget_sent()
+        self._read_alone([k for k in gone if lost[k] == DEATHS - 1], work, look)
         if gone:
             self._put(gone)
 
@@ -220,9 +225,13 @@ class Pieces:
         lost["killed"] += 1
         if not suspects or lost["killed"] >= DEATHS:
             raise RuntimeError(_died([self.parts[k] for k in suspects], err)) from err
-        for part in ([run] for k in suspects for run in self.parts[k]):
-            self._alone(part, work, look)
+        self._read_alone(suspects, work, look)
         self._put(broken)
+
+    def _read_alone(self, suspects: Sequence[int], work: Callable | None, look: Look) -> None:
+        for k in suspects:
+            for run in self.parts[k]:
+                self._alone([run], work, look)
 
     def _alone(self, part: list[list[Load]], work: Callable | None, look: Look) -> None:
         self._forget_sent()
@@ -231,15 +240,14 @@ class Pieces:
             for _ in coming(self.client, tasks, look, results=False):
                 pass
             if work is not None:
-                function, piece, one, objectives, fixed = work(tasks[0])
                 with given_up_after(1):
-                    tasks.append(
-                        self.client.submit(function, piece, *one, *map(self._on_the_way, objectives), **fixed, pure=False)
-                    )
+                    tasks.append(work(tasks[0]))
                 for _ in coming(self.client, tasks[1:], look):
                     pass
-        except KilledWorker as err:
-            raise RuntimeError(_died([part], err)) from err
+        except (KilledWorker, CancelledError) as err:  # or what was in memory is lost with its worker
+            if is_gone(self.client, err):
+                raise
+            raise RuntimeError(_died([part], err if isinstance(err, KilledWorker) else None)) from err
         finally:
             self._give_back(tasks)
 
