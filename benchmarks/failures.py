@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import dask
@@ -22,23 +23,31 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import psutil
-from distributed import Client
 
 import dask_nlsq
+import dask_nlsq.data.align
 from benchmarks.cluster import local
 from tests.clusters import command_line
 from tests.disks import small_disk
 
+dask_nlsq.data.align.JOINED_POINTS = 1  # small chunks stay apart
 SEED = int(os.environ.get("SEED") or random.randrange(10**6))
 X = np.linspace(0, 10, 40_000)
 Y = 200 * np.exp(-0.5 * X) + 30 + np.random.default_rng(3).normal(0, 3, X.size)
-T, ROWS = X[::200], np.exp(-0.5 * X[::200]) * np.arange(2, 42)[:, None] + np.random.default_rng(1).normal(0.3, 0.1, (40, 200))
+T, ROWS = (
+    X[::200],
+    np.exp(-0.5 * X[::200]) * np.arange(2, 42)[:, None] + np.random.default_rng(1).normal(0.3, 0.1, (40, 200)),
+)
 P0, START = [600.0, 2.0, -90.0], [4.0, 2.0, -1.0]
-TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, jac_mode="columns")
+TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, jac_mode="columns", p0=P0)
 
 
 def decay(x, a, b, c):
     return a * jnp.exp(-b * x) + c
+
+
+def scaled(scale, x, a, b, c):
+    return scale * decay(x, a, b, c)
 
 
 def lazy(values, n):
@@ -46,10 +55,10 @@ def lazy(values, n):
 
 
 FITS = {  # all may be called with further options; the first two take a checkpoint
-    "streaming": lambda **how: dask_nlsq.curve_fit(decay, X, lazy(Y, 1000), P0, strategy="streaming", **TIGHT, **how),
+    "streaming": lambda **how: dask_nlsq.curve_fit(decay, X, lazy(Y, 1000), strategy="streaming", **TIGHT, **how),
     "groups": lambda **how: dask_nlsq.fit_groups(decay, T, lazy(ROWS, 4), START, local="a", group_axes=0, **how),
-    "standard": lambda **how: dask_nlsq.curve_fit(decay, X, Y, P0, **TIGHT, **how),
-    "chunked": lambda **how: dask_nlsq.curve_fit(decay, lazy(X, 1000), lazy(Y, 1000), P0, strategy="chunked", **TIGHT, **how),
+    "standard": lambda **how: dask_nlsq.curve_fit(decay, X, Y, **TIGHT, **how),
+    "chunked": lambda **how: dask_nlsq.curve_fit(decay, lazy(X, 1000), lazy(Y, 1000), strategy="chunked", **TIGHT, **how),
 }
 KEPT, ON_WORKERS = ("streaming", "groups"), ("streaming", "groups", "chunked", "map")
 
@@ -68,7 +77,7 @@ def once(n, act):
 
 
 def full_disks(n=20):
-    """A disk fills up at a random sweep, or under a file that is saved: right end or resumable, and old files as they were."""
+    """A disk fills up at a random sweep, or under a file that is saved: right or resumable, and old files as they were."""
     good, rng = 0, random.Random(SEED)
     for k in range(n):
         kind = ("streaming", "groups", "save", "report", "map")[k % 5]
@@ -112,18 +121,27 @@ def ctrl_c(n=100):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with local() as (_, client):
         whole = {kind: bits(FITS[kind]()) for kind in FITS}
-        seconds = {}
+        seconds = {}  # before there is a point, and in all
         for kind in FITS:
-            began = time.perf_counter()
-            FITS[kind]()
-            seconds[kind] = time.perf_counter() - began
+            began, times = time.perf_counter(), []
+            FITS[kind](callback=lambda record, times=times: times.append(time.perf_counter()))
+            seconds[kind] = times[0] - began, time.perf_counter() - began
         for k in range(n):
             kind, points = list(FITS)[k % len(FITS)], []
-            timer = threading.Timer(rng.uniform(0, seconds[kind]), os.kill, [os.getpid(), signal.SIGINT])
+            first, last = seconds[kind]
+            moment = rng.uniform(0, last - first if k % 4 else first)  # one of four comes before there is a point
+            timer = threading.Timer(moment, os.kill, [os.getpid(), signal.SIGINT])
+
+            def callback(record, points=points, timer=timer, k=k):
+                points.append(record.params)
+                if k % 4 and len(points) == 1:
+                    timer.start()
+
             right = True
             try:
-                timer.start()
-                FITS[kind](callback=lambda record, points=points: points.append(record.params))
+                if k % 4 == 0:
+                    timer.start()
+                FITS[kind](callback=callback)
                 timer.join()
                 time.sleep(1)  # where the fit was quicker
             except dask_nlsq.Interrupted as stop:
@@ -131,10 +149,9 @@ def ctrl_c(n=100):
             except KeyboardInterrupt:  # before there was a point, or after the end
                 early += 1
                 right = not points or bits(FITS[kind]()) == whole[kind]
-            stop = None
             right &= signal.getsignal(signal.SIGINT) is signal.default_int_handler
             good += right and bits(FITS[kind]()) == whole[kind] and nothing_left(client)
-    print(f"Ctrl-C: {good} of {n} right, {early} of them before the first or after the last sweep (seed {SEED})")
+    print(f"Ctrl-C: {good} of {n} right, {early} of them before the first sweep or after the last one (seed {SEED})")
 
 
 def nothing_left(client) -> bool:
@@ -169,8 +186,9 @@ def kept_fit(kind: str, place: Path) -> bytes:
 
 
 def _process(kind, place, rng, whole) -> bool:
-    code = f"from pathlib import Path; from benchmarks.failures import kept_fit; print('on'); kept_fit({kind!r}, Path({str(place)!r}))"
+    code = f"from benchmarks.failures import *; print('on'); kept_fit({kind!r}, Path({str(place)!r}))"
     process = subprocess.Popen([sys.executable, "-uc", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
     process.stdout.readline()
     time.sleep(rng.uniform(0, 3))
     process.kill()
@@ -205,13 +223,13 @@ def usage() -> tuple[float, int, int]:
 
 def day(n=2000, n_models=50):
     """Fits of many models on one cluster: what grows from the second quarter to the last one."""
-    models = [(lambda k: lambda x, a, b, c: a * jnp.exp(-b * x) + c + 0.0 * k)(k) for k in range(n_models)]
+    models = [partial(scaled, scale) for scale in range(1, n_models + 1)]
     with local() as (_, client):
 
         def everywhere():
             gc.collect()
             workers = client.run(usage).items()
-            return {"client": usage(), "scheduler": client.run_on_scheduler(usage)} | {w: found for w, found in workers}
+            return {"client": usage(), "scheduler": client.run_on_scheduler(usage)} | dict(workers)
 
         seen, began = [], time.perf_counter()
         for k in range(n):
@@ -228,11 +246,6 @@ def day(n=2000, n_models=50):
 if __name__ == "__main__":
     import benchmarks.failures as this  # so that models have a module to be imported from
 
-    dask.config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
-    dask_nlsq.curve_fit  # noqa: B018
-    import dask_nlsq.data.align as align
-
-    align.JOINED_POINTS = 1  # small chunks stay apart
     names = [each for each in sys.argv[1:] if not each.isdigit()]
     numbers = [int(each) for each in sys.argv[1:] if each.isdigit()]
     for name in names or ("full_disks", "ctrl_c", "kills", "day"):

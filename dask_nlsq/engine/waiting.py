@@ -113,9 +113,10 @@ class Lookout:
 
     def _n_workers(self) -> int:
         try:
-            return len(self.client.scheduler_info(n_workers=1)["workers"])
-        except OSError:  # of a scheduler that goes away, which the futures know
-            return 1
+            known = self.client.scheduler_info(n_workers=1)
+        except OSError:
+            known = {}
+        return len(known.get("workers", [None]))  # of a scheduler that goes away, which the futures know, nothing is known
 
     def wait_for_a_worker(self) -> None:
         while not self._n_workers():
