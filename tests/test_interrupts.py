@@ -16,7 +16,7 @@ import pytest
 from distributed import Client
 
 from dask_nlsq import Interrupted, NoWorkersError, curve_fit, fit, fit_groups, fit_map, resume
-from dask_nlsq.engine.waiting import Lookout, StopOnSignal, ToldToLeave, calm
+from dask_nlsq.engine.waiting import StopOnSignal, ToldToLeave
 
 from .clusters import assert_nothing_left, at_sweep, command_line, local
 
@@ -54,7 +54,10 @@ def ctrl_c():
     signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("kind", FITS)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("fit", "chunked")]
+
+
+@pytest.mark.parametrize("kind", ["standard", "streaming", "groups", *SLOW])
 def test_ctrl_c_gives_back_the_best_point_so_far(kind):
     points = []
 
@@ -81,7 +84,7 @@ def released(client):
     assert_nothing_left(client)
 
 
-@pytest.mark.parametrize("kind", ["chunked", "streaming", "groups"])
+@pytest.mark.parametrize("kind", ["streaming", *(pytest.param(k, marks=pytest.mark.slow) for k in ("chunked", "groups"))])
 def test_ctrl_c_in_a_sweep_on_workers_leaves_nothing_behind(kind, workers, caplog):
     timer = threading.Timer(0.02, ctrl_c)
     with workers.as_current(), caplog.at_level(logging.ERROR, "asyncio"):
@@ -180,6 +183,7 @@ def test_a_fit_whose_workers_are_all_gone_says_so_and_ends_at_the_deadline(tmp_p
     np.testing.assert_array_equal(resume(kept, decay, *lazy()).popt, whole.popt)
 
 
+@pytest.mark.slow
 def test_without_a_deadline_a_fit_waits_for_workers_until_ctrl_c(tmp_path):
     with command_line(tmp_path, 1) as (client, _, workers), client.as_current():
         timer = threading.Timer(2, ctrl_c)
@@ -228,16 +232,10 @@ def test_a_block_that_kills_workers_is_named_and_no_other(allowed, kind, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_in_a_map_costs_time_and_no_digit(workers):
+def test_a_worker_that_is_killed_in_a_map_costs_time_and_no_digit():
     expected = fit_map(decay, X[::600], da.from_array(ROWS, (5, 100)), GROUPS["p0"]).compute()
     with local() as cluster, Client(cluster) as client:
         (pid, _) = client.run(os.getpid).values()
         threading.Timer(0.3, os.kill, [pid, signal.SIGKILL]).start()
         found = fit_map(decay, X[::600], da.from_array(ROWS, (5, 100)), GROUPS["p0"]).compute()
     np.testing.assert_array_equal(found.popt, expected.popt)
-
-
-def test_workers_are_looked_for_without_a_fit_that_hears_of_it(workers):
-    look = Lookout(workers, calm)
-    look.wait_for_a_worker()
-    look()
