@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from distributed import Client, Future, as_completed
@@ -113,7 +113,7 @@ class Lookout:
 
     def _n_workers(self) -> int:
         try:
-            known = self.client.scheduler_info(n_workers=1)
+            known: Mapping[str, Any] = self.client.scheduler_info(n_workers=1)
         except OSError:
             known = {}
         return len(known.get("workers", [None]))  # of a scheduler that goes away, which the futures know, nothing is known
