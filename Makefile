@@ -5,7 +5,7 @@ PINNED := --constraint tests/pinned.txt  # versions that are known to pass, what
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest test-newest notebooks wheel figures damage bench bench-groups bench-long mutants mutants-draw docs lint clean
+.PHONY: demo test test-slow test-oldest test-newest notebooks wheel figures damage failures bench bench-groups bench-long mutants mutants-draw docs lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -64,6 +64,9 @@ bench-long: .venv/ready     ## maps against xarray, peak memory against its pred
 	$(BIN)/python -m benchmarks.maps
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.streaming
+
+failures: .venv/ready      ## full disks, Ctrl-C, kill -9, 2000 fits on one cluster: what is lost? An hour
+	$(BIN)/python -m benchmarks.failures
 
 mutants: .venv/ready       ## does a test notice? 60 changes of one token in the core, two at a time: an hour at most
 	$(BIN)/python -m tests.mutants

@@ -18,6 +18,8 @@ _MODULES = {
     "MemoryBudgetError": "memory.plan",
     "MemoryManager": "compat.memory_manager",
     "MissingChunksError": "data.store",
+    "Interrupted": "solve.outcome",
+    "NoWorkersError": "engine.waiting",
     "NLSQStrategy": "compat.homodyne",
     "NotConvergedError": "solve.outcome",
     "OptimizationGoal": "presets",

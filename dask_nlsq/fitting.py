@@ -12,16 +12,18 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 import scipy
 
+from .base.disk import check_room
 from .base.warn import warn
 from .data.chunks import Census
 from .data.door import admit_data
 from .data.labels import origins
 from .data.sample import sample_size
 from .data.store import warn_if_changed
-from .engine.checkpoint import Interrupted, StopOnSignal, open_checkpoint, read_call
+from .engine.checkpoint import open_checkpoint, read_call
 from .engine.cluster import attached
-from .engine.evaluator import Evaluator
+from .engine.evaluator import Evaluator, state_bytes
 from .engine.sweep import open_sweep
+from .engine.waiting import StopOnSignal, ToldToLeave
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
@@ -36,7 +38,7 @@ from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import covariance, spread_out
 from .solve.multistart import Search, fit_again, polish, search
-from .solve.outcome import NotConvergedError, not_converged, not_finite_at_start
+from .solve.outcome import NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.trust_region import NotFiniteAtStart, Record, Solution, solve
 from .solve.warm_start import hybrid
@@ -222,6 +224,10 @@ def curve_fit(
         Chunks of a Zarr array that cannot be read, or that are absent.
     NotConvergedError
         No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
+    Interrupted
+        Ctrl-C in a fit without a checkpoint; a KeyboardInterrupt, whose ``result`` is the best so far.
+    NoWorkersError
+        No workers for as long as ``nlsq.worker-deadline`` allows; a RuntimeError.
 
     Warns
     -----
@@ -230,7 +236,7 @@ def curve_fit(
         the cost although the optimum of the quadratic model is far (status 11), or the model does not depend on a parameter
         (status 12).
     RuntimeWarning
-        Where a store was written to while its data were read anew in each sweep.
+        Where a store was written to while its data were read anew in each sweep, or the checkpoint could not be written.
 
     Notes
     -----
@@ -244,8 +250,7 @@ def curve_fit(
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
         warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
-    if result.status == -3:
-        logger.warning("%s", result.message)
+    interrupted(result, cast(StopOnSignal, run.evaluator.stop), run.evaluator.checkpoint)
     logger.info("%s", result.summary())
     if ready.call.verbose:
         print(result.summary())
@@ -377,6 +382,9 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
     BadChunkError, MissingChunksError
         Chunks of a Zarr array that are damaged or absent.
     """
+    table, whose = (GROUPS, "fit_groups") if "local" in options else (FITS | WORKFLOWS, "curve_fit and fit")
+    for name in options.keys() - table.keys():
+        raise TypeError(f"`{name}` is not an argument of {whose}: plan_fit plans fit_groups where `local` is given")
     if "local" in options:
         from .groups.fit import prepare_groups
 
@@ -419,11 +427,13 @@ def _run(ready: Prepared) -> _Run:
         live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
         start = _start(ready, evaluator, counts, live, stack)
+        if evaluator.stop is None:
+            evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
         try:
             with Observers(call.callback, call.progress, call.verbose, live) as observers:
                 solution, found = _solve(ready, evaluator, start[ready.free], observers)
-        except Interrupted as stop:  # before there is a point to return
+        except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
         except NotFiniteAtStart as err:
             raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
@@ -455,7 +465,7 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
     if not sweep.place.held:
         if call.checkpoint is not None:
             jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
-            evaluator.stop = stack.enter_context(StopOnSignal())
+            evaluator.stop = stack.enter_context(StopOnSignal(True))
         sweep.draw(n, needed=call.n_starts > 0)
         evaluator.save_sample()
         check()
@@ -470,7 +480,9 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
 def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     """Open the checkpoint, once all is checked; whether an earlier process has left there what the fit goes on with."""
     path = ready.call.checkpoint
-    kept = open_checkpoint(path() if callable(path) else path, *ready.described(start))
+    path = Path(path() if callable(path) else path)
+    check_room("checkpoint", path, state_bytes(len(ready.free)))
+    kept = open_checkpoint(path, *ready.described(start))
     return evaluator.resume_from(kept)
 
 
@@ -491,6 +503,8 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
+    if evaluator.checkpoint is not None:
+        evaluator.checkpoint.end()
     for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
         warn_if_changed(each)
     n_points, n_masked, n_omitted = run.counts

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 import numpy as np
 
 from .base.text import near
-from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, without_flags
+from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, takes, without_flags
 from .kernels.rules import ACCURACY
 from .presets import PRESETS, as_goal
 
@@ -64,16 +64,20 @@ def _are_names(value):
 
 
 def _plain(value):
-    return getattr(value, "item", lambda: value)()
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+
+
+def _is_vector(value):
+    return getattr(value, "ndim", 0) == 1 and not hasattr(value, "dask")  # whose length may be unknown
 
 
 def _are_numbers(value):
-    listed = isinstance(value, (list, tuple, set, frozenset, range)) or getattr(value, "ndim", 0) == 1
+    listed = isinstance(value, (list, tuple, set, frozenset, range)) or _is_vector(value)
     return listed and all(is_number(_plain(each)) for each in value)
 
 
 def _are_ends(value):
-    ends = list(value) if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1 else []
+    ends = list(value) if isinstance(value, (list, tuple)) or _is_vector(value) else []
     known = [_plain(each) for each in ends if each is not None]
     return len(ends) == 2 and _are_numbers(known) and known == sorted(known) and all(each == each for each in known)
 
@@ -121,8 +125,10 @@ def _is_most(value):
 
 _flag = _must(_is_flag, "True or False", bool, TypeError)
 _path = _must(_is_path, "a path", None, TypeError)
-_function = _must(callable, "a function", None, TypeError)
-_directory = _must(lambda value: _is_path(value) or callable(value), "a path", None, TypeError)  # or what makes one
+_callback = _must(lambda value: callable(value) and takes(value, 1), "a function of a record", None, TypeError)
+_directory = _must(  # or what makes one
+    lambda value: _is_path(value) or (callable(value) and takes(value, 0)), "a path", None, TypeError
+)
 _names = _must(_are_names, "different names in a list or tuple", tuple)
 _values = _must(_are_numbers, "a sequence of numbers")
 _range = _must(_are_ends, "a pair (low, high), in order, None for no limit")
@@ -216,7 +222,7 @@ FITS = {  # of `curve_fit`, without the model and its data
     "partitions_per_thread": Row(_optional(count), None, limit=True),
     "n_starts": Row(_starts, 0, same=True, option=Option("Look for the best of so many starts.", int)),
     "checkpoint": Row(_optional(_directory), None, option=Option("Directory from which a killed fit is resumed.", Path)),
-    "callback": Row(_optional(_function), None),
+    "callback": Row(_optional(_callback), None),
     "progress": Row(_optional(_flag), None),
     "verbose": Row(_choice(0, 1, 2), 0),
     "report": Row(_optional(_path), None),

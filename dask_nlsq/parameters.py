@@ -1,6 +1,5 @@
 """The parameters of a model: names, start, bounds, and values that are held; numbers, or in a map arrays of its shape."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 import scipy
 
 from .base.text import near
-from .base.values import is_number, without_flags
+from .base.values import is_number, takes, without_flags
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
 from .model.ready import ReadyModel
@@ -40,6 +39,8 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     guess = None
     if shape is not None:
         own = f.guess if guessed and p0 is None else p0
+        if callable(own) and not takes(own, 2):
+            raise TypeError(f"`p0` is the function {function_name(own)}, which does not take x and y: write it as p0(x, y)")
         p0, guess, guessed = (None, intern(own), ()) if callable(own) else (own, None, ())
     fixed = {} if call.fixed is None else call.fixed
     if not isinstance(fixed, Mapping):
@@ -97,8 +98,9 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
             "Unable to determine number of fit parameters. Give p0 or param_names: the model takes *params or none."
         )
     n = len(starts)
-    if signature is not None and len(signature) != n and not _takes(f, n):
-        raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(signature)} parameters: {signature}")
+    own = signature or []
+    if len(own) != n and not takes(f, 1 + n):
+        raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(own)} parameters: {own}")
     if param_names is None:
         param_names = signature if signature and len(signature) == n else [f"p{k}" for k in range(n)]
     names = tuple(param_names)
@@ -166,15 +168,6 @@ def _check_names(names, **mappings):
             raise ValueError(f"`{what}` names {name!r}, the parameters are {names}{hint}")
 
 
-def _takes(f, n):
-    """Whether f has defaults that let it be called with n parameters, as SciPy allows."""
-    try:
-        inspect.signature(f).bind(None, *range(n))
-    except TypeError:
-        return False
-    return True
-
-
 def _pair(bounds):
     try:
         if isinstance(bounds, (set, frozenset, Mapping, str, bytes)):
@@ -196,7 +189,9 @@ def _listed(name, values, shape, n=None) -> list:
             raise ValueError(f"`{name}` must be a vector with one value per parameter, not of shape {values.shape}")
     elif not isinstance(values, (list, tuple)) and np.ndim(values) == 0 and n is not None:
         values = [values]
-    elif getattr(values, "ndim", 1) == len(shape) + 1:
+    elif hasattr(values, "dask"):
+        values = plain_array(name, values)
+    if shape and getattr(values, "ndim", 1) == len(shape) + 1:
         values = [values[..., k] for k in range(values.shape[-1])]
     if isinstance(values, (set, frozenset, str, bytes)) or not hasattr(values, "__iter__"):
         raise ValueError(f"`{name}` must be a sequence of one value per parameter, or a dict by name, not {values!r}")

@@ -10,7 +10,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit, fit, fit_map, plan_fit
+from dask_nlsq import curve_fit, fit, fit_groups, fit_map, hold, plan_fit
 
 from .clusters import assert_nothing_left
 
@@ -441,3 +441,34 @@ def test_data_larger_than_the_limit_are_refused_before_they_are_read():
     y = da.zeros(10_000_000, chunks=1_000_000).map_blocks(read, dtype=float, meta=np.zeros(0))
     with pytest.raises(MemoryError, match=r"take 16\d\.\d\d MiB in memory.* it may take 10\.24 MiB \(memory_limit_gb\)"):
         curve_fit(decay, da.zeros(10_000_000, chunks=1_000_000), y, memory_limit_gb=0.01)
+
+
+ROWS, UNKNOWN = np.stack([Y, Y]), da.ones(3)[da.ones(3) > 0]
+NAMED = {  # what names the argument, where a model or a choice is called in another way than it can be
+    "jac of one argument": (curve_fit, "`jac` cannot be evaluated: .*jac.x, .params", dict(jac=lambda x: x)),
+    "jac of one argument, groups": (
+        fit_groups, "`jac` cannot be evaluated", dict(ydata=ROWS, local="a", group_axes=0, jac=lambda x: x),
+    ),
+    "a tuple for a model of one x": (curve_fit, "as `xdata` is a tuple .*pass an array", dict(xdata=(X,))),
+    "None for a model that uses x": (plan_fit, "as `xdata` is None .*pass xdata", dict(xdata=None)),
+    "text from a model": (plan_fit, "the model <lambda> returned str, which is not", dict(f=lambda x, a: "s")),
+    "a model of x alone": (fit_map, "`p0` has 1 values, but <lambda> takes 0", dict(f=lambda x: x, ydata=ROWS, p0=[1])),
+    "a guess of other arguments": (fit_map, "`p0` is the function decay, .*p0.x, y", dict(ydata=ROWS, p0=decay)),
+    "sigma of pieces": (hold, "`sigma` is not an array", dict(f=None, sigma=(X, None))),
+    "y of pieces": (plan_fit, "`ydata` is not an array", dict(ydata=(Y, None))),
+    "ends of no known length": (plan_fit, "`valid_range` must be a pair", dict(valid_range=UNKNOWN)),
+    "ends that are arrays": (plan_fit, "`valid_range` must be a pair", dict(valid_range=(X, Y))),
+    "p0 of no known length": (fit_map, "`p0` is a Dask array of unknown", dict(ydata=ROWS, p0=UNKNOWN)),
+    "a callback of two arguments": (curve_fit, "`callback` must be a function of a record", dict(callback=lambda a, b: 0)),
+    "groups without locals": (plan_fit, "`group_axes` is not an argument of curve_fit and fit.*`local`", dict(group_axes=0)),
+    "what groups do not have": (
+        plan_fit, "`method` is not an argument of fit_groups", dict(ydata=ROWS, local="a", group_axes=0, method="trf"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function, message, call", NAMED.values(), ids=NAMED)
+def test_an_error_names_the_argument_that_it_is_about(function, message, call):
+    call = dict(f=decay, xdata=X, ydata=Y) | call
+    with pytest.raises((ValueError, TypeError), match=message):
+        function(**{name: value for name, value in call.items() if value is not None or name == "xdata"})

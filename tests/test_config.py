@@ -109,6 +109,7 @@ def test_environment_variables_set_each_key_in_a_fresh_process(tmp_path):
         "read-deadline": "7.5",
         "read-retries": "0",
         "checkpoint-seconds": "1",
+        "worker-deadline": "600",
         "dashboard": "false",
     }
     assert set(given) == set(config.schema())
@@ -117,5 +118,6 @@ def test_environment_variables_set_each_key_in_a_fresh_process(tmp_path):
     said = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | variables, check=True, capture_output=True, text=True
     )
-    expected = given | {"threads": 2, "read-deadline": 7.5, "read-retries": 0, "checkpoint-seconds": 1, "dashboard": False}
+    expected = given | {"threads": 2, "read-deadline": 7.5, "read-retries": 0, "checkpoint-seconds": 1}
+    expected |= {"worker-deadline": 600, "dashboard": False}
     assert yaml.safe_load(said.stdout) == expected

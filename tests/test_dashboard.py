@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import dask
@@ -20,9 +21,9 @@ from tornado.ioloop import IOLoop
 from tornado.websocket import websocket_connect
 
 from dask_nlsq import curve_fit
-from dask_nlsq.interface.live_page import _progress, _recent, _workers
+from dask_nlsq.interface.live_page import FITS, _progress, _recent, _workers
 
-from .clusters import command_line, local
+from .clusters import at_sweep, command_line, local
 
 N = 60_000
 X = np.linspace(0, 10, N)
@@ -104,6 +105,55 @@ def test_the_page_knows_how_fast_each_worker_sweeps(client):
     text = _workers(fits(client)[-1], {address: (4, 2.0)})
     per_piece = N / found.plan.n_partitions / 1e6
     assert address in text and f">{2 * per_piece:.3g}<" in text
+
+
+def send(client, *messages):
+    client.run_on_scheduler(lambda dask_scheduler: [dask_scheduler.log_event("nlsq", message) for message in messages])
+
+
+def test_the_page_of_a_fit_stays_while_more_fits_begin_than_it_keeps(client):
+    with client.as_current():
+        others = at_sweep(2, lambda: [curve_fit(decay, *data(), p0=[2, 0.5, 0.3]) for _ in range(FITS + 1)])
+        found = curve_fit(decay, *data(), **TIGHT, callback=others)
+    assert "bokeh.min.js" in get(client, "nlsq")
+    kept = fits(client)
+    assert len(kept) == FITS
+    assert [len(fit["sweeps"]) for fit in kept if fit.get("status") == found.message][-1] == found.nfev
+
+
+def test_the_page_is_there_while_fifty_fits_run(client):
+    def one(k):
+        return curve_fit(decay, *data(), **TIGHT).popt
+
+    with client.as_current(), ThreadPoolExecutor(50) as pool:
+        running = [pool.submit(one, k) for k in range(50)]
+        while not all(each.done() for each in running):
+            assert "bokeh.min.js" in get(client, "nlsq")
+            time.sleep(0.1)
+    assert len({each.result().tobytes() for each in running}) == 1
+    assert len(fits(client)) == FITS
+
+
+def test_messages_that_no_fit_sends_change_nothing(client):
+    with client.as_current():
+        curve_fit(decay, *data(), **TIGHT)
+    before = fits(client)
+    begun = dict(fit="x", names=["a"], p0=[1.0], n_points=1, n_chunks=1, n_partitions=0, sweep_bytes=8)
+    begun |= dict(model="<script>alert(1)</script>" * 1000, strategy="<b>")
+    swept = dict(fit="x", nfev=1, cost=1.0, distance=1.0, points_per_s=1.0, gb_per_s=1.0, params=[1.0], errors=[0.1])
+    wrong = ["text", None, {}, {"fit": [1]}, {"fit": "y", "cost": 1.0}, {"fit": "y", "status": "ended"}]
+    wrong += [begun | {name: bad} for name in begun for bad in (None, object(), [None], 10**5000)]
+    wrong += [begun | dict(names=["a", "a"], p0=[1.0, 1.0]), begun | dict(names=["a", "b"])]
+    send(client, *wrong)
+    assert fits(client) == before
+    send(client, begun, *(swept | {name: bad} for name in [*swept][1:] for bad in (None, "1", [1.0, 2.0])), {"fit": "x"})
+    assert fits(client)[-1]["sweeps"] == []
+    send(client, swept, dict(fit="x", names=["q", "r"]), dict(fit="x", status="<i>" * 1000))
+    shown = fits(client)[-1]
+    assert (len(shown["model"]), len(shown["status"]), shown["names"]) == (200, 200, ("a",))
+    assert "bokeh.min.js" in get(client, "nlsq")
+    page = [_progress(shown, None), _recent([shown]), _progress({**shown, "status": "<i>"}, None)]
+    assert not any("<script" in text or "<i>" in text for text in page)
 
 
 def test_the_page_can_be_turned_off(tmp_path):

@@ -13,8 +13,8 @@ import pytest
 from scipy.optimize import least_squares
 
 from dask_nlsq.base.x64 import float64
-from dask_nlsq.engine.checkpoint import Interrupted
 from dask_nlsq.engine.condensed import Condensed
+from dask_nlsq.engine.waiting import ToldToLeave
 from dask_nlsq.solve.trust_region import NotFiniteAtStart, Options, solve
 
 
@@ -217,7 +217,7 @@ def test_a_signal_ends_a_fit_at_the_best_point_so_far():
     class Signalled(Dense):
         def __call__(self, params, reduction):
             if self.calls.total() == 5:
-                raise Interrupted(signal.SIGTERM)
+                raise ToldToLeave(signal.SIGTERM)
             return super().__call__(params, reduction)
 
     solution = solve(Signalled(rosenbrock), np.array([-1.2, 1.0]), options(2))

@@ -5,18 +5,21 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 
+from .disk import named_when_full
+
 CHECKSUM_BYTES = 16
+Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
 BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
 LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
@@ -108,12 +111,12 @@ def sum_of_values(array: np.ndarray) -> int:
     return found
 
 
-def write_whole(path: Path, write: Callable) -> None:
-    """Write a file, all or nothing: ``write(file)`` under another name, forced to disk, and renamed."""
+def write_whole(path: Path, pieces: Sequence[Buffer]) -> None:
+    """Write a file, all or nothing: ``pieces`` of bytes under another name, forced to disk, and renamed."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
+        with named_when_full(path, sum(memoryview(each).nbytes for each in pieces)), open(temporary, "wb") as file:
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -131,7 +134,7 @@ def write_json(path: Path, **values) -> None:
     """Write values as a JSON file with a checksum of all its bytes."""
     text = json.dumps({"checksum": BLANK} | values, indent=1).encode()
     text = text.replace(BLANK.encode(), checksum(text).hex().encode(), 1)
-    write_whole(path, lambda file: file.write(text))
+    write_whole(path, [text])
 
 
 def read_json(path: Path, version: int, error: type[ValueError] = ValueError) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], version: int, **v
     text = json.dumps({"version": version} | values).encode()
     np.savez(file, __json__=np.frombuffer(text, np.uint8), **arrays)  # type: ignore[arg-type]
     content = file.getbuffer()
-    write_whole(path, lambda file: file.writelines([content, checksum(content)]))
+    write_whole(path, [content, checksum(content)])
 
 
 def read_arrays(

@@ -1,5 +1,6 @@
 """Single values at the door: numbers, positive numbers, counts."""
 
+import inspect
 import math
 import sys
 from numbers import Integral, Real
@@ -26,6 +27,17 @@ def without_flags(value) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(without_flags, value))
     return not isinstance(value, (bool, np.bool_))
+
+
+def takes(function, n: int) -> bool:
+    """Whether a function can be called with ``n`` values, perhaps by its defaults."""
+    try:
+        inspect.signature(function).bind(*range(n))
+    except TypeError:
+        return False
+    except ValueError:  # builtins and ufuncs have no signature
+        return True
+    return True
 
 
 def real(name: str, value, unit: str = "") -> float:

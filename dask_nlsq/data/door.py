@@ -27,7 +27,7 @@ def count_points(ydata) -> int:
     if is_stored(ydata):
         return n_stored(ydata)
     ydata = stacked("ydata", ydata)
-    return ydata.size if hasattr(ydata, "size") else np.size(ydata)
+    return ydata.size if hasattr(ydata, "size") else as_array("ydata", ydata).size
 
 
 def open_data(data: dict[str, Any], call, masks: bool = False):
@@ -100,6 +100,8 @@ def align_data(data: dict[str, Any], strategy: str, values: dict[str, Any], whol
         What `build_data` raises.
     """
     ydata, sigma, y_size = data["ydata"], data["sigma"], count_points(data["ydata"])
+    if isinstance(sigma, (list, tuple)):
+        sigma = data["sigma"] = as_array("sigma", sigma)
     if sigma is not None and np.ndim(sigma) == 2 and np.shape(sigma) == (y_size, y_size) != np.shape(ydata) and y_size > 1:
         aligned = build_data(data["xdata"], ydata, None, data["mask"], **values, whole=True)
         return replace(aligned, covariance=as_array("sigma", sigma))
@@ -150,8 +152,13 @@ def try_model(model: Model, layouts: Layouts, n: int, n_params: int, shape: tupl
         taken = f"`xdata` of shape {(*lead, *shape)} was taken as {prod(lead)} coordinates of points of shape {shape}"
         raise ModelShapeError(f"{err}. {taken}, and the model gets them as an array of shape {(*lead, n)}") from None
     except (TypeError, AttributeError) as err:
-        if layouts.x_kind != "none" or isinstance(err, ModelError):
+        if isinstance(err, ModelError) or (layouts.x_kind != "none" and "'tuple'" not in str(err)):
             raise
+        if layouts.x_kind != "none":
+            raise ModelError(
+                f"the model {function_name(model.f)} gets a tuple of arrays for x, as `xdata` is a tuple ({err}): pass an "
+                "array, or unpack it in the model, as in `x, y = xy`"
+            ) from None
         raise ModelError(
             f"the model {function_name(model.f)} gets None for x, as `xdata` is None ({err}): pass xdata. None is for "
             "models that need no x; with an xarray `ydata` it stands for the coordinates"

@@ -1,4 +1,4 @@
-"""What a fit has to keep on disk to go on after it was killed, and how it leaves when it is told to.
+"""What a fit has to keep on disk to go on after it was killed.
 
 A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
 ``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
@@ -6,9 +6,8 @@ the same sweeps it takes the same steps, so a resumed fit runs from its start, a
 """
 
 import json
-import signal
-import threading
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ..base.files import (
 )
 from ..base.modules import Trust, UntrustedError, import_by, import_name, origin
 from ..base.text import printable
+from ..base.warn import warn
 from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
 from ..data.store import is_address, is_stored, same_store
@@ -36,23 +36,8 @@ from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
-
-class Interrupted(Exception):
-    """A sweep that ends early, since the process has been told to leave."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.signal = number
-
-    @property
-    def exit(self) -> BaseException:
-        """With what the process leaves."""
-        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
-
-
 VERSION = 6  # of the files
 FIT_FILE, LOCALS = "fit.json", "locals"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
 WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
@@ -88,7 +73,7 @@ class Checkpoint:
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
-        self.path = Path(path).absolute()
+        self.path, self.failed, self.warned = Path(path).absolute(), "", False
         check_directory("checkpoint", self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         check_links(self.path)
@@ -108,6 +93,31 @@ class Checkpoint:
         path = self.path / f"{name}.npz"
         path.parent.mkdir(exist_ok=True)
         write_arrays(path, arrays, VERSION, fit=self.fit, **values)
+
+    @contextmanager
+    def tolerant(self) -> Iterator[None]:
+        """Within, a disk that is full or fails does not end the fit: it is warned of once, and the next save tries again."""
+        try:
+            yield
+            self.failed = ""
+        except OSError as err:
+            self.failed = f"{type(err).__name__}: {err}"
+            if not self.warned:
+                self.warned = True
+                warn(
+                    f"the fit goes on, but its checkpoint {self.path} could not be written ({self.failed}): each later save "
+                    "tries it again",
+                    RuntimeWarning,
+                )
+
+    def end(self) -> None:
+        """Warn where the end of the fit is not kept."""
+        if self.failed:
+            warn(
+                f"the fit is not resumable from where it ended, since its checkpoint {self.path} could not be written "
+                f"({self.failed}): save the result elsewhere",
+                RuntimeWarning,
+            )
 
     def load(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
         """What `save` has written under ``name``; None where it has not."""
@@ -341,37 +351,6 @@ def read_call(
         ) from None
     except (ImportError, AttributeError) as err:
         raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# leaving
-
-
-class StopOnSignal:
-    """Within, SIGTERM and Ctrl-C only set ``signal``: who reads finishes what is begun. A second one works as always.
-
-    Outside of the main thread, which alone receives signals, it does nothing.
-    """
-
-    signal: int | None = None
-
-    def __enter__(self):
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._received) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exc):
-        self._restore()
-
-    def _received(self, number, frame):
-        self.signal = number
-        self._restore()
-
-    def _restore(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-        self.before = {}
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:

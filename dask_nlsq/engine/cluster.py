@@ -6,44 +6,54 @@ again. All that a fit has on the cluster are the futures of its pieces and of th
 back by hand, since the traceback of an error, which a notebook keeps, would hold on to them.
 """
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import dask
 from dask._task_spec import Task, TaskRef
-from distributed import Client, Future, KilledWorker, as_completed, performance_report, rejoin, secede, span
+from distributed import Client, Future, KilledWorker, futures_of, performance_report, rejoin, secede, span
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
 from ..base.plugins import install
+from ..base.warn import warn
 from ..data.loading import Load
 from ..memory.needs import partition_size
 from ..model.function import ModelMissing, is_known
+from .waiting import POLL, Look, Lookout, calm, coming
+
+logger = logging.getLogger("dask_nlsq")
 
 SENT_ALONG = 2**16  # bytes of a model up to which it goes along with each task; a larger one is sent to each worker once
-DEATHS = 3  # of workers that work on the same piece, until that is an error
+DEATHS = 3  # of workers that work on the same piece, the last time on nothing else, until that is an error
 NAMED = 3  # pieces that such an error names
 SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time fail together, and one of them is guilty
 
 
 class Deaths(SchedulerPlugin):
-    """Lets Dask give up a task of a fit after so many `DEATHS`, or fewer where its configuration wants that.
+    """Lets Dask give up tasks that are annotated so after so many deaths of workers which had them.
 
-    Dask's own limit holds for all tasks of a scheduler, and is one death more; tasks of a fit begin with deaths to go.
+    Dask's own limit, which counts the same deaths, holds for all tasks of a scheduler: they begin with some counted.
     """
 
     name, idempotent = "nlsq-deaths", True
 
-    def update_graph(self, scheduler, *, tasks, **others) -> None:
-        for key in tasks:
-            if str(key).startswith("nlsq-"):
-                state = scheduler.tasks[key]
-                state.suspicious = max(state.suspicious, scheduler.allowed_failures + 1 - DEATHS)
+    def update_graph(self, scheduler, *, annotations, **others) -> None:
+        for key, n in annotations.get("nlsq_deaths", {}).items():
+            if (state := scheduler.tasks.get(key)) is not None:
+                state.suspicious = max(state.suspicious, scheduler.allowed_failures + 1 - n)
+
+
+def given_up_after(n: int):
+    """Within, tasks that are sent are given up after so many deaths."""
+    return dask.annotate(nlsq_deaths=n)
 
 
 class Pieces:
@@ -70,64 +80,77 @@ class Pieces:
         self.futures: list[Any] = [None] * len(self.parts)
         self.sent: dict[Any, Any] = {}
         self.trusting = True  # of large objectives: futures, or names that workers are trusted to know
-        self.counted = install(client, Deaths())
+        install(client, Deaths())
         self._put(range(len(self.parts)))
 
     def __len__(self):
         return len(self.parts)
 
-    def _put(self, numbers: Sequence[int]) -> None:
+    def _made(self, parts: Sequence[list[list[Load]]], deaths: int) -> list[Future]:
+        """Pieces with these parts."""
         graph, names = dict(self.graph), []
-        parts = [self.parts[k] for k in numbers]
-        for part, sent in zip(parts, self.client.scatter(parts, hash=False) if self.send else parts, strict=True):
+        for part, sent in zip(parts, self._scattered(parts) if self.send else parts, strict=True):
             keys = list(dict.fromkeys(key for run in part for load in run for key in load.shared))
             names.append(f"nlsq-load-{uuid4().hex}")
             if self.send:
                 graph[sent.key] = sent
                 sent = TaskRef(sent.key)
             graph[names[-1]] = Task(names[-1], self.make, self.first, sent, keys, *map(TaskRef, keys))
-        with span("nlsq-load"):
-            futures = self.client.get(graph, names, sync=False)
-        for k, future in zip(numbers, futures, strict=True):
+        with span("nlsq-load"), given_up_after(deaths):
+            return self.client.get(graph, names, sync=False)
+
+    def _put(self, numbers: Sequence[int]) -> None:
+        for k, future in zip(numbers, self._made([self.parts[k] for k in numbers], DEATHS - 1), strict=True):
             self.futures[k] = future
 
     def wait(self) -> None:
         """Until all pieces are there; the first error ends it, not the last piece."""
-        with self._named():
-            for future in as_completed(self.futures):
-                if future.status == "error":
-                    future.result()
-
-    def gather(self, function: Callable, name: str, objectives: Sequence, **fixed) -> list:
-        """``function(piece, *objectives, **fixed)`` of all pieces, in order."""
         lost: Counter[int | None] = Counter()
         while True:
             try:
-                with self._named():
-                    self._start(function, name, range(len(self)), [], objectives, **fixed)
-                    results = self.client.gather(self.running)
-                self.running = []
-                return results
-            except (CancelledError, ModelMissing) as err:
-                self._replace(err, lost)
+                for _ in coming(self.client, self.futures, results=False):
+                    pass
+                return
+            except KilledWorker as err:
+                self._one_by_one(err, lost)
+
+    def gather(self, function: Callable, name: str, objectives: Sequence, look: Look = calm, **fixed) -> list:
+        """``function(piece, *objectives, **fixed)`` of all pieces, in order."""
+        every = range(len(self))
+        found = dict(self.each(function, name, every, None, objectives, look, **fixed))
+        return [found[k] for k in every]
 
     def each(
-        self, function: Callable, name: str, numbers: Sequence[int], arguments: Sequence, objectives: Sequence, **fixed
+        self,
+        function: Callable,
+        name: str,
+        numbers: Sequence[int],
+        arguments: Sequence | None,
+        objectives: Sequence,
+        look: Look = calm,
+        **fixed,
     ) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
-        left = dict(zip(numbers, arguments, strict=True))
-        lost: Counter[int | None] = Counter()
+        left: dict[int, Any] = dict(zip(numbers, numbers if arguments is None else arguments, strict=True))
+        lost: Counter = Counter()
+        one = [] if arguments is None else [[0]]  # the only run of a piece
+
+        def work(piece):
+            return self.client.submit(function, piece, *one, *map(self._on_the_way, objectives), **fixed, pure=False)
+
         try:
             while left:
+                columns = [] if arguments is None else [[*left.values()]]
                 try:
-                    self._start(function, name, [*left], [[*left.values()]], objectives, **fixed)
-                    with self._named():
-                        for future in as_completed(self.running):
-                            number, result = self.working[future.key], future.result()
-                            del left[number]
-                            yield number, result
+                    self._start(function, name, [*left], columns, objectives, **fixed)
+                    for future, result in coming(self.client, self.running, look):
+                        number = self.working[str(future.key)]
+                        del left[number]
+                        yield number, result
                 except (CancelledError, ModelMissing) as err:
-                    self._replace(err, lost)
+                    self._replace(err, lost, work, look)
+                except KilledWorker as err:
+                    self._one_by_one(err, lost, work, look)
         finally:
             self._give_back(self.running)
             self.running = []
@@ -135,7 +158,7 @@ class Pieces:
     def _start(self, function, name, numbers, columns, objectives, **fixed):
         futures, n = [self.futures[k] for k in numbers], len(numbers)
         columns = [*columns, *([each] * n for each in map(self._on_the_way, objectives))]
-        with span(name):
+        with span(name), given_up_after(DEATHS - 1):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
         self.working = dict(zip((str(future.key) for future in self.running), numbers, strict=True))
 
@@ -144,15 +167,28 @@ class Pieces:
         if objective.model.nbytes <= SENT_ALONG:
             return objective
         if objective not in self.sent:
-            self.client.wait_for_workers(1)
-            known = self.client.run(is_known, objective.model.token)
-            if self.trusting and all(known.values()):
+            Lookout(self.client, calm).wait_for_a_worker()
+            known = self.client.run(is_known, objective.model.token, on_error="return")
+            if self.trusting and all(each is True for each in known.values()):
                 self.sent[objective] = objective._replace(model=objective.model.token)
             else:
-                self.sent[objective] = self.client.scatter(objective, broadcast=True, hash=False)
+                self.sent[objective] = self._scattered(objective, broadcast=True)
         return self.sent[objective]
 
-    def _replace(self, err: CancelledError | ModelMissing, lost: Counter[int | None]) -> None:
+    def _scattered(self, values, **how):
+        """Values on workers; on others where those die meanwhile."""
+        lookout = Lookout(self.client, calm)
+        while True:
+            lookout.wait_for_a_worker()
+            try:
+                return self.client.scatter(values, hash=False, **how)
+            except OSError as err:  # a connection that is closed, no workers any more
+                if is_gone(self.client, err):
+                    raise
+                logger.info("data could not be sent to a worker, and are sent again: %s", err)
+                time.sleep(POLL)
+
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter, work: Callable, look: Look) -> None:
         """Make again, or send again, what went with workers that died; an error where that has happened too often."""
         if isinstance(err, CancelledError) and is_gone(self.client, err):
             raise err
@@ -161,47 +197,82 @@ class Pieces:
         lost.update(gone)
         lost[None] += not gone  # arrays that were in memory, with the workers that held them
         if max(lost.values()) >= DEATHS:
-            raise RuntimeError(self._died(DEATHS, [k for k in gone if lost[k] >= DEATHS])) from err
+            raise RuntimeError(_died([self.parts[k] for k in gone if lost[k] >= DEATHS])) from err
         self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it
-        self._give_back(self._futures_sent())
-        self.sent.clear()
+        self._forget_sent()
+        self._read_alone([k for k in gone if lost[k] == DEATHS - 1], work, look)
         if gone:
             self._put(gone)
+
+    def _forget_sent(self) -> None:
+        self._give_back(self._futures_sent())
+        self.sent.clear()
 
     def _futures_sent(self) -> list[Future]:
         return [each for each in self.sent.values() if isinstance(each, Future)]
 
-    @contextmanager
-    def _named(self):
-        """An error about a task that kills its workers says which data it works on."""
-        try:
-            yield
-        except KilledWorker as err:
-            time.sleep(SUSPECTS_COME)
-            number = {future.key: k for k, future in enumerate(self.futures)} | self.working
-            failed = {future.key for future in [*self.futures, *self.running] if future.status == "error"} | {err.task}
-            suspects = sorted({number[key] for key in failed & number.keys()})
-            deaths = err.allowed_failures + 1
-            if self.counted:
-                deaths = min(DEATHS, deaths)
-            raise RuntimeError(self._died(deaths, suspects, f", the last one {err.last_worker.address}")) from err
+    def _one_by_one(self, err: KilledWorker, lost: Counter, work: Callable | None = None, look: Look = calm) -> None:
+        """Read the suspects again, run by run, one at a time: the one with which a worker dies is guilty, which is an error.
 
-    def _died(self, n: int, suspects: Sequence[int], last: str = "") -> str:
-        blocks = [_blocks(self.parts[k]) for k in suspects[:NAMED]]
-        more = f", or one of {len(suspects) - NAMED} more tasks" if len(suspects) > NAMED else ""
-        return (
-            f"{n} workers died while they worked on {' or '.join(blocks) or 'the same task'}{more}{last}. Their logs say "
-            "why: if it was memory, start workers with more of it or with fewer threads, or rechunk the data into smaller "
-            "chunks; if these data make a library crash, leave them out"
-        )
+        Where none is, other things have killed the workers, and the fit goes on, unless that has happened too often.
+        """
+        time.sleep(SUSPECTS_COME)
+        number = {future.key: k for k, future in enumerate(self.futures)} | self.working
+        broken = [k for k, future in enumerate(self.futures) if future.status == "error"]
+        failed = {future.key for future in [*self.futures, *self.running] if future.status == "error"} | {err.task}
+        suspects = sorted({number[key] for key in failed & number.keys()})
+        self._give_back([*self.running, *(self.futures[k] for k in broken)])
+        lost["killed"] += 1
+        if not suspects or lost["killed"] >= DEATHS:
+            raise RuntimeError(_died([self.parts[k] for k in suspects], err)) from err
+        self._read_alone(suspects, work, look)
+        self._put(broken)
+
+    def _read_alone(self, suspects: Sequence[int], work: Callable | None, look: Look) -> None:
+        for k in suspects:
+            for run in self.parts[k]:
+                self._alone([run], work, look)
+
+    def _alone(self, part: list[list[Load]], work: Callable | None, look: Look) -> None:
+        self._forget_sent()
+        tasks = self._made([part], 1)
+        try:
+            for _ in coming(self.client, tasks, look, results=False):
+                pass
+            if work is not None:
+                with given_up_after(1):
+                    tasks.append(work(tasks[0]))
+                for _ in coming(self.client, tasks[1:], look):
+                    pass
+        except (KilledWorker, CancelledError) as err:  # or what was in memory is lost with its worker
+            if is_gone(self.client, err):
+                raise
+            raise RuntimeError(_died([part], err if isinstance(err, KilledWorker) else None)) from err
+        finally:
+            self._give_back(tasks)
 
     def close(self) -> None:
         self._give_back([*self.running, *self._futures_sent(), *(future for future in self.futures if future is not None)])
         self.futures, self.running, self.sent = [], [], {}
 
     def _give_back(self, futures):
-        if self.client.status == "running":  # else there is no scheduler to tell
-            self.client.cancel(futures)
+        give_back(self.client, futures)
+
+
+def _died(parts: Sequence[list[list[Load]]], err: KilledWorker | None = None) -> str:
+    named = " or ".join(map(_blocks, parts[:NAMED])) or "the same task"
+    more = f", or one of {len(parts) - NAMED} more tasks" if len(parts) > NAMED else ""
+    return died(f"{named}{more}", err)
+
+
+def died(what: str, err: KilledWorker | None = None) -> str:
+    """What is said of workers that died, one after the other, while they worked on something."""
+    last = "" if err is None else f", the last one {err.last_worker.address}"
+    return (
+        f"{DEATHS} workers died while they worked on {what}{last}. Their logs say why: if it was memory, start workers with "
+        "more of it or with fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
+        "leave them out"
+    )
 
 
 def _blocks(part: list[list[Load]]) -> str:
@@ -214,6 +285,104 @@ def _blocks(part: list[list[Load]]) -> str:
 def is_gone(client: Client, err: BaseException) -> bool:
     """Whether an error comes from a scheduler that went away."""
     return client.status != "running" or "scheduler-connection-lost" in str(err)
+
+
+def workers_of(options: Mapping[str, Any]) -> Client | None:
+    """The client whose workers `dask.compute` with these options would use."""
+    client = getattr(dask.base.get_scheduler(scheduler=options.get("scheduler")), "__self__", None)
+    return client if isinstance(client, Client) else None
+
+
+def computed(
+    tasks: Sequence,
+    names: Sequence[str],
+    look: Look = calm,
+    again: Callable[[int], Any] | None = None,
+    **options,
+) -> list:
+    """`dask.compute` of delayed ``tasks``; where workers die, those that may be why run one at a time, each alone.
+
+    Raises
+    ------
+    RuntimeError
+        Where a task kills its worker; ``names`` says which.
+
+    Tasks that are persisted already cannot run ``again`` as they are: what does then is given, and an error either way.
+    """
+    if (client := workers_of(options)) is None:
+        return [*dask.compute(*tasks, **options)]
+    found: dict[int, Any] = {}
+    install(client, Deaths())
+    with attached(client):
+        futures = _sent(client, tasks, DEATHS - 1, options)
+        number = {future.key: k for k, future in enumerate(futures)}
+        try:
+            for future, result in coming(client, futures, look):
+                found[number[future.key]] = result
+            return [found[k] for k in range(len(tasks))]
+        except KilledWorker as err:
+            time.sleep(SUSPECTS_COME)
+            suspects = [k for k, future in enumerate(futures) if future.status == "error"]
+            give_back(client, [*futures, *tasks])
+            for k in suspects:
+                task = anew(tasks[k]) if again is None else again(k)
+                found[k] = _alone(client, task, names[k], look, options)
+            if again is not None:
+                raise RuntimeError(died(" or ".join(names[k] for k in suspects[:NAMED]), err)) from err
+        except BaseException:  # such as a signal: what is persisted has no other use
+            give_back(client, tasks)
+            raise
+        finally:
+            give_back(client, futures)
+    left = [k for k in range(len(tasks)) if k not in found]
+    others = computed([anew(tasks[k]) for k in left], [names[k] for k in left], look, **options)
+    found |= dict(zip(left, others, strict=True))
+    return [found[k] for k in range(len(tasks))]
+
+
+def give_back(client: Client, values: Any) -> None:
+    """Cancel the futures that are in ``values``, whoever holds on to them."""
+    if client.status == "running":  # else there is no scheduler to tell
+        client.cancel(futures_of(values))
+
+
+def anew(task):
+    """The same task, by a key that was not cancelled."""
+    return dask.delayed(_itself, pure=False)(task)
+
+
+def _itself(value):
+    return value
+
+
+def _sent(client: Client, tasks: Sequence, deaths: int, options: Mapping[str, Any]) -> list[Future]:
+    with given_up_after(deaths):
+        return client.compute([*tasks], **{name: value for name, value in options.items() if name != "scheduler"})
+
+
+def _alone(client: Client, task, name: str, look: Look, options: Mapping[str, Any]):
+    futures = _sent(client, [task], 1, options)
+    try:
+        ((_, result),) = coming(client, futures, look)
+        return result
+    except KilledWorker as err:
+        raise RuntimeError(died(name, err)) from err
+    finally:
+        give_back(client, futures)
+
+
+@contextmanager
+def _reported(path: str):
+    """Dask's performance report of what happens within; a disk that does not take it costs no result."""
+    done = False
+    try:
+        with performance_report(path):
+            yield
+            done = True
+    except OSError as err:
+        if not done:
+            raise
+        warn(f"`report` {path} could not be written: {err}", RuntimeWarning)
 
 
 @contextmanager
@@ -231,7 +400,7 @@ def attached(client: Client | None, report: str | Path | None = None):
     if leaves:
         secede()
     try:
-        with nullcontext() if report is None else performance_report(str(report)), span("nlsq"):
+        with nullcontext() if report is None else _reported(str(report)), span("nlsq"):
             yield
     except (CancelledError, OSError) as err:
         if client is None or not is_gone(client, err):

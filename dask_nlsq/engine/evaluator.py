@@ -11,12 +11,14 @@ from ..base.files import well_formed
 from ..data.chunks import Census, Fault
 from ..data.store import BadChunkError
 from ..kernels.blocks import JacMode, Reduction
-from ..kernels.rows import unpack
-from .checkpoint import Checkpoint, Interrupted, StopOnSignal
-from .condensed import Condensed, Read, Segmentation, Sums
+from ..kernels.rows import segment_size, unpack
+from .checkpoint import Checkpoint
+from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
+from .waiting import StopOnSignal, calm
 
+EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
 
 
@@ -87,7 +89,7 @@ class Evaluator:
         if begun is None or not _same(begun, requests, place.level):
             begun = PartialSweep(requests, place.n_runs, place.level)
         after = None if place.held else _Reading(self, begun)
-        found = self.sweep.run(requests, begun, after)
+        found = self.sweep.run(requests, begun, after, calm if self.stop is None else self.stop.look)
         if not place.held:
             self.admit()
         if self.checkpoint is not None:
@@ -123,11 +125,13 @@ class Evaluator:
             )
             values |= dict(begun=begun.requests[0].reduction, level=begun.level, own=_listed(begun.censuses[0]))
         assert self.checkpoint is not None
-        self.checkpoint.save("state", arrays, **values)
+        with self.checkpoint.tolerant():
+            self.checkpoint.save("state", arrays, **values)
 
     def save_sample(self) -> None:
         if self.checkpoint is not None and self.sweep.drawn is not None and self.sweep.values is not None:
-            self.checkpoint.save("sample", dict(values=self.sweep.values), **self.sweep.drawn._asdict())
+            with self.checkpoint.tolerant():  # without it, a fit that goes on draws the same sample again
+                self.checkpoint.save("sample", dict(values=self.sweep.values), **self.sweep.drawn._asdict())
 
     def resume_from(self, checkpoint: Checkpoint) -> bool:
         """Keep the fit in ``checkpoint``, and take up what is there; whether there was something."""
@@ -163,6 +167,11 @@ class Evaluator:
                 self.begun.trees[k].nodes[int(level), int(node)] = Sums(matrix, float(cost), segments)
 
 
+def state_bytes(n_params: int) -> int:
+    """What the state of a fit takes on disk, and the next one while it is written."""
+    return 2 * EXPECTED * min(8 * segment_size(n_params) * MOST_SEGMENTS, SEGMENTS_BYTES)
+
+
 def _same(begun: PartialSweep, requests: Sequence[Request], level: int) -> bool:
     """Whether a sweep that was broken off had the same requests."""
     kept, asked = ([(each.params.tobytes(), each.reduction) for each in those] for those in (begun.requests, requests))
@@ -185,12 +194,13 @@ class _Reading:
         if evaluator.watch is not None:
             rate = self.left * evaluator.sweep.nbytes * share / (now - self.began)
             evaluator.watch(1 - (1 - share) * self.left, rate / 1e9, (now - self.began) * (1 / share - 1))
-        stop = evaluator.stop is not None and evaluator.stop.signal
-        if evaluator.checkpoint is not None and (stop or now - self.saved >= self.every):
+        stop = evaluator.stop
+        told = stop is not None and stop.signal is not None
+        if evaluator.checkpoint is not None and (told or now - self.saved >= self.every):
             evaluator.save(begun)
             self.saved = now
-        if stop:
-            raise Interrupted(stop)
+        if stop is not None:
+            stop.look()
 
 
 def _listed(census: Census) -> list:

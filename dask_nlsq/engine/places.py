@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
+from functools import partial
 from threading import Semaphore, local
 from typing import Any, NamedTuple, TypeAlias
 
@@ -26,6 +27,7 @@ from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
 from .partition import Partition, Work, load_chunk, load_partition, with_factor
 from .request import Objective, present
+from .waiting import Look, calm
 
 Runs: TypeAlias = Sequence[int] | None
 Results: TypeAlias = Generator[tuple[int, Any], None, None]
@@ -61,15 +63,19 @@ class HeldHere:
             chunks = [with_factor(chunk, data.factor) for chunk in chunks]
         return cls(Partition.of(data.preparation, chunks), n_threads)
 
-    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
-        yield 0, work.of(self.partition, objectives, *args, share=self._share)
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
+        yield 0, work.of(self.partition, objectives, *args, share=partial(self._share, look))
 
-    def _share(self, function, blocks):
+    def _share(self, look, function, blocks):
         if self.pool is None:
             return function(blocks)
         size = -(-len(blocks) // (self.n_threads * GROUPS_PER_THREAD))
         groups = [blocks[k : k + size] for k in range(0, len(blocks), size)]
-        return [each for found in self.pool.map(function, groups) for each in found]
+        done = []
+        for found in self.pool.map(function, groups):
+            done += found
+            look()
+        return done
 
     def close(self) -> None:
         if self.pool is not None:
@@ -98,8 +104,9 @@ class HeldByWorkers:
             self.pieces.wait()
             on_error.pop_all()
 
-    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
-        yield from enumerate(self.pieces.gather(work_on_partition, f"nlsq-{work.name}", objectives, work=work, args=args))
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
+        fixed: Any = dict(work=work, args=args)
+        yield from enumerate(self.pieces.gather(work_on_partition, f"nlsq-{work.name}", objectives, look, **fixed))
 
     def close(self) -> None:
         self.pieces.close()
@@ -166,7 +173,7 @@ class UnreadHere:
         self.nbytes, self.n_threads = data.nbytes, threads()
         self.pool = readers(self.n_threads)
 
-    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
         runs = range(self.n_runs) if runs is None else runs
         with large_arrays_given_back(self.nbytes):
             yield from zip(runs, self.lazy.each(work, runs, objectives, args, self.n_threads, self.pool), strict=True)
@@ -185,13 +192,14 @@ class UnreadByWorkers:
         self.pieces = Pieces(client, _lay_out, data.preparation, runs, graph, n_partitions, False)
         self.n_runs, self.level = len(runs), self.pieces.level
 
-    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args) -> Results:
+    def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
         """In the order in which units are ready."""
         places: dict[int, list[int]] = {}
         for run in range(self.n_runs) if runs is None else runs:
             places.setdefault(run >> self.level, []).append(run % (1 << self.level))
         name = f"nlsq-{work.name}"
-        yield from self.pieces.each(work_through, name, [*places], [*places.values()], objectives, work=work, args=args)
+        fixed: Any = dict(work=work, args=args)
+        yield from self.pieces.each(work_through, name, [*places], [*places.values()], objectives, look, **fixed)
 
     def close(self) -> None:
         self.pieces.close()

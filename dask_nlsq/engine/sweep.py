@@ -24,6 +24,7 @@ from .condensed import Condensed, Read, Sums, Tree
 from .partition import CONDENSE, COUNT, DESCRIBE, DRAW, PICK, Answers, longest
 from .places import HeldHere, Place, open_place
 from .request import Request
+from .waiting import Look, calm
 
 SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
 SAMPLE_RUNS = 64  # and no more than these, or two per parameter: enough to see all regions of the data
@@ -96,6 +97,7 @@ class Sweep:
         requests: Sequence[Request],
         begun: PartialSweep | None = None,
         after: Callable[[PartialSweep], None] | None = None,
+        look: Look = calm,
     ) -> list[Condensed]:
         """What the data are condensed to for each request, by one read.
 
@@ -106,6 +108,8 @@ class Sweep:
             The same requests to the same data, of which a part has been done.
         after : callable, optional
             Is told after each unit, and may raise.
+        look : callable, optional
+            Is called while the sweep waits, and may raise.
 
         Raises
         ------
@@ -117,7 +121,8 @@ class Sweep:
         objectives = [*dict.fromkeys(request.objective for request in requests)]
         numbered: Any = [request._replace(objective=cast(Any, objectives.index(request.objective))) for request in requests]
         runs = None if place.held else begun.left()
-        found = place.each(CONDENSE, runs, objectives, numbered)
+        look()
+        found = place.each(CONDENSE, runs, objectives, numbered, look=look)
         with closing(found):
             for unit, answers in found:
                 begun.add(unit, answers)

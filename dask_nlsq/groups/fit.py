@@ -16,11 +16,13 @@ import dask
 import numpy as np
 import scipy
 
+from ..base.disk import check_room
 from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
-from ..engine.checkpoint import NOT_KEPT, Checkpoint, Interrupted, StopOnSignal, describe_call
+from ..engine.checkpoint import NOT_KEPT, Checkpoint, describe_call
+from ..engine.waiting import StopOnSignal, ToldToLeave
 from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
@@ -35,8 +37,8 @@ from ..memory.plan import JoiningError, MemoryBudgetError, Plan
 from ..model.function import FixedParameters, Model, function_name, intern
 from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
-from ..solve.outcome import NotConvergedError, not_converged
-from ..solve.trust_region import Options, Record, solve
+from ..solve.outcome import NotConvergedError, interrupted, not_converged
+from ..solve.trust_region import INTERRUPTED, Options, Record, solve
 from .diagnostics import interchangeable
 from .labels import DIM, ByLabel, LabelledGroups
 from .plan import plan_groups
@@ -71,6 +73,12 @@ class ReadyGroups:
     def n_points(self) -> int:
         """Of the data, without what fills rows up."""
         return self.problem.y.size if self.by_label is None else prod(self.by_label.shape)
+
+    @property
+    def state_bytes(self) -> int:
+        """What the parameters of all groups take in a checkpoint, and the next ones while they are written."""
+        n_params, n_locals, n_shared = len(self.values), len(self.spec.locals.free), len(self.spec.shared)
+        return 2 * 8 * prod(self.problem.shape) * (3 * n_params + n_locals * (n_shared + 1) + 2 * n_locals**2)
 
     @property
     def decode_cf(self) -> bool:
@@ -189,6 +197,8 @@ def fit_groups(
         Arguments that do not fit together.
     MemoryBudgetError
         Groups that do not fit in memory.
+    Interrupted
+        Ctrl-C in a fit without a checkpoint; a KeyboardInterrupt, whose ``result`` is the best so far.
     NotConvergedError
         No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
     CheckpointError
@@ -221,9 +231,7 @@ def fit_groups(
     result, solution = _run(ready)
     if result.status == 0:
         raise NotConvergedError(not_converged(solution, ready.options.names), result)
-    if result.status == -3:
-        logger.warning("%s", result.message)
-    elif not result.success:
+    if not result.success and result.status != INTERRUPTED:
         warn(f"Not converged: {result.message}", scipy.optimize.OptimizeWarning)
     logger.info("%s", result.summary())
     if ready.call.verbose:
@@ -296,9 +304,11 @@ def _run(ready: ReadyGroups):
         live = stack.enter_context(Live(client, *about))
         sweep = GroupSweep(problem, ready.spec, ready.plan.strategy != "streaming")
         live.evaluator = sweep
+        on_error = stack.enter_context(ExitStack())
+        on_error.callback(sweep.close)  # a traceback holds on to all
         if call.checkpoint is not None:
             sweep.resume_from(_checkpoint(ready))
-            sweep.stop = stack.enter_context(StopOnSignal())
+        sweep.stop = told = stack.enter_context(StopOnSignal(call.checkpoint is not None))
         loaded = time.perf_counter()
         observers = stack.enter_context(Observers(call.callback, call.progress, call.verbose, live, "fit_groups"))
         sweep.watch = observers.reading
@@ -309,11 +319,16 @@ def _run(ready: ReadyGroups):
 
         try:
             solution = solve(sweep, ready.start, replace(options, callback=settle))
-        except Interrupted as stop:  # before there is a point to return
+        except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
+        sweep.stop = None  # what is left to do is short
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
+        if sweep.checkpoint is not None:
+            sweep.checkpoint.end()
         result = group_result(ready, sweep, solution, seconds)
         live.ended(solution.message, result.n_masked, 0)
+        on_error.pop_all()
+    interrupted(result, told, sweep.checkpoint)
     return result, solution
 
 
@@ -330,7 +345,8 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
         identity["groups"] = [sum_of_values(each) for each in (ready.by_label.points, ready.by_label.behind)]
     del identity["max_nfev"]
     identity["bounds"] = [*identity["bounds"], ready.options.lower.tolist(), ready.options.upper.tolist()]
-    path = call.checkpoint() if callable(call.checkpoint) else call.checkpoint
+    path = Path(call.checkpoint() if callable(call.checkpoint) else call.checkpoint)
+    check_room("checkpoint", path, ready.state_bytes)
     return Checkpoint(path, identity, described, arrays)
 
 

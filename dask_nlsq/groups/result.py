@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
@@ -169,13 +170,17 @@ class GroupResult:
         path = Path(path)
         before = schema.beside(path)["maps"]
         name = f"local-{uuid4().hex}.zarr" if os.path.lexists(path / LOCAL_MAPS) else LOCAL_MAPS
-        if not isinstance(self.local, StoredMap):
-            self.local.to_zarr(path / name, progress=False)
-        elif before and self.local.path == path / before:
-            name = before
-        else:
-            shutil.copytree(self.local.path, path / name)
-        schema.save(path, self.shared.to_file(), name)
+        with ExitStack() as on_error:
+            if before and isinstance(self.local, StoredMap) and self.local.path == path / before:
+                name = before
+            else:
+                on_error.callback(shutil.rmtree, path / name, ignore_errors=True)
+                if isinstance(self.local, StoredMap):
+                    shutil.copytree(self.local.path, path / name)
+                else:
+                    self.local.to_zarr(path / name, progress=False)
+            schema.save(path, self.shared.to_file(), name)
+            on_error.pop_all()
         if before and before != name:
             remove(path / before)
 

@@ -8,10 +8,9 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import count
 from math import prod
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -24,8 +23,10 @@ from dask.callbacks import Callback
 
 from ..base.files import well_formed
 from ..base.x64 import float64
-from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError, Interrupted, StopOnSignal
+from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError
+from ..engine.cluster import DEATHS, computed, give_back, given_up_after, workers_of
 from ..engine.condensed import Condensed, factor, merge
+from ..engine.waiting import Look, StopOnSignal, calm
 from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
@@ -35,7 +36,6 @@ from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
 from ..kernels.table import table, tabulated
 from ..maps.blocks import BlockFit, Kept, MapProblem, PixelBlock
-from ..memory.machine import active_client
 from ..memory.processes import room_here
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
@@ -180,7 +180,8 @@ class GroupSweep:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.spec, self.count, self.nbytes, self.in_pieces = spec, 0, problem.plan.read_bytes, problem.in_pieces
+        self.problem, self.spec, self.count, self.nbytes = problem, spec, 0, problem.plan.read_bytes
+        self.in_pieces = problem.in_pieces
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
         self.limits = problem.fit.limits._replace(max_nfev=most, accuracy=INNER, **tolerances)
@@ -205,7 +206,7 @@ class GroupSweep:
         ------
         ValueError
             Where no group can be fitted.
-        Interrupted
+        ToldToLeave
             Where a signal has come.
         """
         params = np.asarray(params, dtype=np.float64)
@@ -264,50 +265,72 @@ class GroupSweep:
     def _read(self, spec: GroupSpec, at: At, states):
         """A sweep that starts from ``states``, those of all blocks at the base."""
         before = iter([None] * self.n_blocks if states is None else states)
-        where, how = dask.persist(*(delayed(each, pure=True, traverse=False) for each in (at, spec)))
+        shared = spec, at
         self.count += 1
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
         sums: list[GroupSums] = []
-        with self._watched(name):
+        look = calm if self.stop is None else self.stop.look
+        numbered = enumerate(self.problem.places)
+
+        def task(shared, block, state, **key):
+            spec, at = shared
+            return delayed(sweep_block)(self.fit, spec, block, state, at, **key)
+
+        sent = [delayed(each, pure=False, traverse=False) for each in shared]  # once to each worker
+        with self._watched(name, look):
             for band in self.bands:
-                self._check_signal()
-                mine = [(self.fit, how, block, next(before), where) for block in band]
-                if self.in_pieces:
-                    pieces = self._pieces(mine, name)  # which live until they are joined
-                    tasks = [delayed(join_pieces)(how, where, each) for each in pieces]
-                else:
-                    names = (f"{name}-{k}" for k in count(len(found)))
-                    tasks = [delayed(sweep_block)(*each, dask_key_name=next(names)) for each in mine]
-                both = dask.persist(*tasks)
-                sums += dask.compute(*[each[0] for each in both])
+                look()
+                states = [next(before) for _ in band]
+                places = [next(numbered) for _ in band]
+                names = [f"{name}-{k}" for k, _ in places]
+                with given_up_after(DEATHS - 1):
+                    if self.in_pieces:
+                        ready = self._pieces(sent, band, states, names, look)
+                        tasks = [delayed(join_pieces)(*sent, each) for each in ready]
+                    else:
+                        each = zip(band, states, names, strict=True)
+                        tasks = [self._task(sent, block, state, dask_key_name=key) for block, state, key in each]
+                    both = dask.persist(*tasks)
+
+                def again(k, band=band, states=states):
+                    return self._task([delayed(each, pure=False, traverse=False) for each in shared], band[k], states[k])[0]
+
+                sums += computed(
+                    [each[0] for each in both], [self.problem.named(*place) for _, place in places], look, again
+                )
                 found += [each[1] for each in both]
         return found, GroupSums(*map(np.stack, zip(*sums, strict=True)))
 
-    def _pieces(self, blocks, name: str) -> list[list]:
+    def _task(self, shared, block, state, **key):
+        """The sums and the state of a block, lazily."""
+        spec, at = shared
+        if not self.in_pieces:
+            return delayed(sweep_block)(self.fit, spec, block, state, at, **key)
+        pieces = [delayed(sweep_piece)(self.fit, spec, each, state, at, k == 0) for k, each in enumerate(block)]
+        return delayed(join_pieces)(spec, at, pieces, **key)
+
+    def _pieces(self, shared, band, states, names, look: Look) -> list[list]:
         """What the pieces of each block add. The same points of all groups are read together, and few of them at once."""
+        spec, at = shared
         tasks = [
             [
-                delayed(sweep_piece)(fit, spec, each, before, at, k == 0, dask_key_name=f"{name}-{j}-{k}")
-                for k, each in enumerate(pieces)
+                delayed(sweep_piece)(self.fit, spec, each, state, at, k == 0, dask_key_name=f"{name}-{k}")
+                for k, each in enumerate(block)
             ]
-            for j, (fit, spec, pieces, before, at) in enumerate(blocks)
+            for block, state, name in zip(band, states, names, strict=True)
         ]
         order = [(j, k) for k in range(len(tasks[0])) for j in range(len(tasks))]
         most = 2 * room_here(None).n_threads
         for some in (order[k : k + most] for k in range(0, len(order), most)):
-            self._check_signal()
+            look()
             for (j, k), done in zip(some, dask.persist(*(tasks[j][k] for j, k in some)), strict=True):
                 tasks[j][k] = done
         return tasks
 
-    def _check_signal(self) -> None:
-        if self.stop is not None and self.stop.signal:
-            raise Interrupted(self.stop.signal)
-
-    def _watched(self, name: str):
+    def _watched(self, name: str, look: Look):
         """What is told of each block that is done; of those on workers the dashboard tells."""
-        return nullcontext() if self.watch is None or active_client() else _Watched(self, name)
+        return nullcontext() if self.watch is None or workers_of({}) else _Watched(self, name, look)
 
     def _condensed(self, sums: GroupSums, reduction: Reduction) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
@@ -331,7 +354,6 @@ class GroupSweep:
     def settle(self, params: np.ndarray, distance: float) -> None:
         """Keep the state at the accepted point alone; the next sweep starts from it, and is as exact as it has to be."""
         key = params.tobytes()
-        moved = self.base is None or key != self.base.tobytes()
         self.base = params
         self.states = {key: self.states[key]} if key in self.states else {}
         self.sums = {key: self.sums[key]}
@@ -340,7 +362,13 @@ class GroupSweep:
             accuracy = float(np.clip(distance * np.sqrt(SHARE / n_groups), FINEST, INNER))
             self.limits = self.limits._replace(accuracy=accuracy)
         if self.checkpoint is not None and not self.recorded:
-            self._save(key, moved)
+            with self.checkpoint.tolerant():
+                self._save(key)
+
+    def close(self) -> None:
+        """Give back what is held by workers."""
+        if client := workers_of({}):
+            give_back(client, [self.fit, self.bands, [*self.states.values()]])
 
     def final(self, params: np.ndarray) -> Sequence:
         """The states of all blocks at a point that has been evaluated, lazily.
@@ -368,25 +396,23 @@ class GroupSweep:
             self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
             self.kept = arrays["base"].tobytes(), int(values["kept"])
 
-    def _save(self, key: bytes, moved: bool) -> None:
+    def _save(self, key: bytes) -> None:
         assert self.checkpoint is not None and self.base is not None
-        before = self.kept
-        if moved and (before is None or key != before[0]):
-            self.kept = key, self.count
-            names = self._names(self.count)
-            dask.compute(
-                *(
-                    delayed(keep_state)(state, self.checkpoint, name)
-                    for state, name in zip(self.states[key], names, strict=True)
-                )
-            )
-        assert self.kept is not None
+        before, kept = self.kept, self.kept
         params, reductions, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
-        self.checkpoint.save("state", arrays, kept=self.kept[1], reductions=reductions)
-        if before is not None and before != self.kept:
-            for name in self._names(before[1]):
+        old: Iterable[str] = ()
+        try:
+            if before is None or key != before[0]:
+                kept, old = (key, self.count), self._names(self.count)
+                states = zip(self.states[key], old, strict=True)
+                dask.compute(*(delayed(keep_state)(state, self.checkpoint, name) for state, name in states))
+            assert kept is not None
+            self.checkpoint.save("state", arrays, kept=kept[1], reductions=reductions)
+            self.kept, old = kept, () if before is None or before == kept else self._names(before[1])
+        finally:  # those of the point before, or what a disk that is full has left of the new ones
+            for name in old:
                 (self.checkpoint.path / f"{name}.npz").unlink(missing_ok=True)
 
     def _kept_states(self, count: int) -> list:
@@ -409,11 +435,12 @@ def _by_block(problem: MapProblem, band) -> list:
 class _Watched(Callback):
     """Tells of each block that this process has done."""
 
-    def __init__(self, sweep: GroupSweep, name: str):
-        self.sweep, self.task, self.done, self.began = sweep, name, 0, time.perf_counter()
+    def __init__(self, sweep: GroupSweep, name: str, look: Look):
+        self.sweep, self.task, self.look, self.done, self.began = sweep, name, look, 0, time.perf_counter()
         super().__init__(posttask=self._told)
 
     def _told(self, key, *_):
+        self.look()
         if self.sweep.watch is None or not str(key).startswith(self.task):
             return
         self.done += 1

@@ -273,7 +273,7 @@ def _write(result, out, report):
     verb = "replaced in" if (out / "result.json").exists() else "written to"
     result.save(out)
     text = json.dumps(result.to_dict(), indent=1)
-    write_whole(out / "summary.json", lambda file: file.write(text.encode()))
+    write_whole(out / "summary.json", [text.encode()])
     (out / "report.html").unlink(missing_ok=True)  # of an earlier result
     written = ["result.json", "summary.json"]
     if report and find_spec("matplotlib") is None:

@@ -21,10 +21,52 @@ logger = logging.getLogger("dask_nlsq")
 TOPIC = "nlsq"
 PAGES = ("/nlsq", "/individual-nlsq")  # the second one is what JupyterLab's extension lists
 FITS, SWEEPS = 20, 1000  # kept: fits, and sweeps of each
+LONGEST, MOST = 200, 10_000  # kept: characters of a text, parameters of a fit
 SLOWEST = 10  # workers that are listed
 REFRESH = 500  # ms
 HEIGHT = 240  # pixels of a plot
 CELL = "style='padding: 2px 2em 2px 0; white-space: nowrap; text-align: left; border-bottom: 1px solid #ddd'"
+
+
+def _text(value):
+    return value[:LONGEST] if isinstance(value, str) else None
+
+
+def _count(value):
+    return value if isinstance(value, int) and 0 <= value < 2**63 else None
+
+
+def _number(value):
+    return float(value) if isinstance(value, float) or _count(value) is not None else None
+
+
+def _several(check, value):
+    """A list of texts or numbers; None where one of them is something else."""
+    found = [check(each) for each in value] if isinstance(value, (list, tuple)) and len(value) <= MOST else [None]
+    return None if None in found else tuple(found)
+
+
+def _names(value):
+    found = _several(_text, value)
+    return found if found and len({*found}) == len(found) else None
+
+
+_numbers = partial(_several, _number)
+# Messages that fits send, by what they have. Anybody with a Client may send others: those are not kept.
+BEGUN = dict(model=_text, names=_names, p0=_numbers, n_points=_count, n_chunks=_count, n_partitions=_count,
+             sweep_bytes=_count, strategy=_text)  # fmt: skip
+SWEPT = dict(nfev=_count, cost=_number, distance=_number, points_per_s=_number, gb_per_s=_number, params=_numbers,
+             errors=_numbers)  # fmt: skip
+LATER = (SWEPT, dict(p0=_numbers), dict(status=_text, n_left_out=_count, n_damaged=_count), dict(status=_text))
+
+
+def _understood(msg, kinds):
+    """The values of a message of one of these kinds; None where it is not."""
+    for kind in kinds:
+        found = {name: check(msg.get(name)) for name, check in kind.items()}
+        if None not in found.values():
+            return found
+    return None
 
 
 class LivePage(SchedulerPlugin):
@@ -47,17 +89,23 @@ class LivePage(SchedulerPlugin):
             logger.warning("no live page of fits at /nlsq: %s: %s", type(err).__name__, err)
 
     def log_event(self, topic, msg) -> None:
-        if topic != TOPIC:
+        if topic != TOPIC or not isinstance(msg, dict) or not isinstance(msg.get("fit"), str):
             return
-        if msg["fit"] not in self.fits:
-            self.fits[msg["fit"]], self.workers = {"began": time.time(), "sweeps": []}, {}
-        fit = self.fits[msg["fit"]]
-        if "cost" in msg:
-            fit["sweeps"] = [*fit["sweeps"][1 - SWEEPS :], msg]
+        fit = self.fits.get(msg["fit"])
+        told = _understood(msg, [BEGUN] if fit is None else LATER)
+        n = len((fit or told or {}).get("names", ()))
+        if told is None or any(name in told and len(told[name]) != n for name in ("p0", "params", "errors")):
+            return
+        if fit is None:
+            self.fits[msg["fit"]], self.workers = {"began": time.time(), "sweeps": [], **told}, {}
+        elif "cost" in told:
+            for row in fit["sweeps"][-1:]:  # parameters are shown of the last sweep alone
+                del row["params"], row["errors"]
+            fit["sweeps"] = [*fit["sweeps"][1 - SWEEPS :], told]
         else:
-            fit.update(msg)
-        while len(self.fits) > FITS:
-            del self.fits[next(iter(self.fits))]
+            fit.update(told)
+        while len(self.fits) > FITS:  # one that has ended goes first
+            del self.fits[next((each for each, fit in self.fits.items() if "status" in fit), next(iter(self.fits)))]
 
     def transition(self, key, start, finish, *args, worker=None, startstops=(), **others) -> None:
         if finish == "memory" and worker is not None and str(key).startswith("nlsq-sweep"):
@@ -159,8 +207,8 @@ def _page(live: LivePage, scheduler):
 
 def _progress(fit, scheduler) -> str:
     """The fit and the sweep that is going on, in a line: its tasks are those of the newest group of that name."""
-    about = f"{fit['n_points']:,} points, {escape(fit['strategy'])}, {len(fit['names'])} parameters. "
-    about = f"<b>{escape(fit['model'])}</b>: {about}"
+    model, strategy = escape(fit["model"]), escape(fit["strategy"])
+    about = f"<b>{model}</b>: {fit['n_points']:,} points, {strategy}, {len(fit['names'])} parameters. "
     if "status" in fit:
         left_out = f", {fit['n_left_out']:,} points masked or omitted" if fit.get("n_left_out") else ""
         damaged = f", {fit['n_damaged']:,} chunks damaged or absent" if fit.get("n_damaged") else ""
@@ -182,7 +230,7 @@ def _progress(fit, scheduler) -> str:
 
 def _workers(fit, workers) -> str:
     """The workers with the lowest speed: of what they have swept, while they were busy with it."""
-    points, gigabytes = (fit[name] / fit["n_partitions"] for name in ("n_points", "sweep_bytes"))
+    points, gigabytes = (fit[name] / max(fit["n_partitions"], 1) for name in ("n_points", "sweep_bytes"))
     speed = sorted((n / seconds, address, n) for address, (n, seconds) in workers.items() if seconds > 0)
     rows = [
         (address, f"{n:,}", f"{rate * points / 1e6:.3g}", f"{rate * gigabytes / 1e9:.3g}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
 
@@ -249,6 +249,19 @@ class MapProblem:
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(sum(sizes) for sizes in self.blocks)
+
+    @property
+    def places(self) -> list[tuple[tuple[int, ...], tuple[slice, ...]]]:
+        """Number and place of each block."""
+        ends = [np.concatenate([[0], np.cumsum(sizes)]).tolist() for sizes in self.blocks]
+        return [
+            (index, tuple(slice(e[k], e[k + 1]) for e, k in zip(ends, index, strict=True)))
+            for index in product(*(range(len(sizes)) for sizes in self.blocks))
+        ]
+
+    def named(self, index: tuple[int, ...], place: tuple[slice, ...]) -> str:
+        """Words for a block."""
+        return f"block {index}, {self.fit.word}s {', '.join(f'{each.start} to {each.stop - 1}' for each in place)}"
 
     def with_operands(self, **arrays) -> MapProblem:
         return replace(self, operands=self.operands | arrays)

@@ -7,7 +7,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import product
+from functools import reduce
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -17,10 +17,12 @@ import dask
 import numpy as np
 from tqdm.dask import TqdmCallback
 
+from ..base.disk import check_room, named_when_full
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
 from ..data.store import same_store
+from ..engine.cluster import computed
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import active_client, large_arrays_given_back
@@ -97,9 +99,15 @@ class MapResult:
         if not self.lazy:
             return self
         with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
-            record = self._settled(options).record
-            parts = [dask.compute(record[band] if record.ndim else record, **options)[0] for band in self.problem.bands]
-        return replace(self, record=np.concatenate(parts) if len(parts) > 1 else np.asarray(parts[0]))
+            delayed: Any = self._settled(options).record.to_delayed()
+            record = np.empty(self.record.shape, self.record.dtype)
+            for band in self.problem.bands:
+                places = [(index, place) for index, place in self.problem.places if _within(place, band)]
+                tasks = [delayed[index] for index, _ in places]
+                found = computed(tasks, [self.problem.named(*each) for each in places], **options)
+                for (_, place), block in zip(places, found, strict=True):
+                    record[place] = block
+        return replace(self, record=record)
 
     def _settled(self, options) -> MapResult:
         """The same with starts computed, where there are several bands, each of which would compute all of them."""
@@ -217,22 +225,23 @@ class MapResult:
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 problem = self.problem.cut_as(blocks)
                 return self._of(problem).to_zarr(path, True, progress, **options)
-        if not store.is_sealed(about):
-            store.create(path, self, identity)
-        elif not (path / store.DONE).exists():
-            store.create_done(path, self)
-        done = store.read_done(path)
-        ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.problem.blocks]
+        pixels: Any = reduce(np.multiply.outer, map(np.array, self.problem.blocks), np.array(1))  # in each block
+        done = store.read_done(path) if store.is_sealed(about) and (path / store.DONE).exists() else None
+        nbytes = self.record.dtype.itemsize * int((pixels if done is None else pixels[~done]).sum())
+        check_room("path", path, nbytes)
+        with named_when_full(path, nbytes):
+            if not store.is_sealed(about):
+                store.create(path, self, identity)
+            elif done is None:
+                store.create_done(path, self)
+        done = store.read_done(path) if done is None else done
         with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
             for band in self.problem.bands:
-                tasks = []
-                for index in product(*(range(len(sizes)) for sizes in self.problem.blocks)):
-                    place = tuple(slice(int(e[k]), int(e[k + 1])) for e, k in zip(ends, index, strict=True))
-                    if done[index] or (place and not band.start <= place[0].start < band.stop):
-                        continue
-                    tasks.append(dask.delayed(store.write_block, pure=False)(delayed[index], str(path), index, place))
-                dask.compute(*tasks, **options)
+                places = [each for each in self.problem.places if not done[each[0]] and _within(each[1], band)]
+                write = dask.delayed(store.write_block, pure=False)
+                tasks = [write(delayed[index], str(path), index, place) for index, place in places]
+                computed(tasks, [self.problem.named(*each) for each in places], **options)
         return zarr.open_group(path, mode="r")
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -270,13 +279,8 @@ class MapResult:
             start=Operand(starts.reshape(*mapped, starts.shape[-1]), 1)
         )
         again, record = problem.records(), before.record.copy()
-        ends = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in problem.blocks]
-        places = []
-        for index in product(*(range(len(sizes)) for sizes in problem.blocks)):
-            place = tuple(slice(e[k], e[k + 1]) for e, k in zip(ends, index, strict=True))
-            if failed[place].any():
-                places.append((place, again.blocks[index]))
-        for (place, _), new in zip(places, dask.compute(*(block for _, block in places)), strict=True):
+        places = [(index, place) for index, place in problem.places if failed[place].any()]
+        for (_, place), new in zip(places, dask.compute(*(again.blocks[index] for index, _ in places)), strict=True):
             better = failed[place] & succeeded(new["status"])
             record[place] = np.where(better, new, record[place])
         return replace(before, record=record)
@@ -355,6 +359,10 @@ def by_name(identity) -> dict[str, Any]:
     return {
         name: value for name, value in identity.items() if name not in ("blocks", "limits", "operands", "stores")
     } | nested
+
+
+def _within(place: tuple[slice, ...], band: slice) -> bool:
+    return not place or band.start <= place[0].start < band.stop
 
 
 def _bar(progress):

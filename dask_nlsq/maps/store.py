@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.disk import named_when_full
 from ..base.files import (
     DamagedFileError,
     check_links,
@@ -88,7 +89,7 @@ def create_done(path: Path, found: Any) -> None:
     about |= dict(sums={each.parent.name: _sum(_parsed(each, path)) for each in sorted(path.glob(f"*/{METADATA}"))})
     about |= dict(checksum=seal(metadata["attributes"]))
     text = json.dumps(metadata, indent=2).encode()
-    write_whole(path / METADATA, lambda file: file.write(text))
+    write_whole(path / METADATA, [text])
 
 
 def remove(path: Path) -> None:
@@ -104,9 +105,10 @@ def remove(path: Path) -> None:
 def write_block(record, path, index, place) -> None:
     """The task: write a block's maps, then that it is done."""
     group: Any = zarr.open_group(path, mode="r+")
-    for name in record.dtype.names:
-        group[name][(*place, ...)] = record[name]
-    group[DONE][index] = 1
+    with named_when_full(Path(path), record.nbytes):
+        for name in record.dtype.names:
+            group[name][(*place, ...)] = record[name]
+        group[DONE][index] = 1
 
 
 def inner(name) -> tuple[str, ...]:

@@ -271,7 +271,10 @@ def evaluate_jac(model: Model, x, params):
 def _real(value, name):
     if value is None:
         raise ModelError(f"{name} returned None: does it lack a return statement?")
-    value = jnp.asarray(value)
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError) as err:
+        raise ModelError(f"{name} returned {type(value).__name__}, which is not an array of numbers: {err}") from None
     if jnp.iscomplexobj(value):
         raise ModelError(f"{name} returned complex values: return real ones, such as jnp.abs or jnp.real of them")
     return value.astype(jnp.float64)
@@ -299,7 +302,9 @@ def advice(model: Model, is_jac: bool = False):
         place = _place(err, function)
     except _CONCRETE as err:
         if not isinstance(err, jax.errors.JAXTypeError) and "scalar arrays" not in str(err):
-            raise
+            if isinstance(err, ModelError) or not is_jac:  # of a model, others may know more
+                raise
+            raise ModelError(f"`jac` cannot be evaluated: {err}. It must be jac(x, *params) -> (n, p)") from None
         reason, change, place = "needs concrete values, as NumPy and math functions do", NUMPY_ADVICE, _place(err, function)
     else:
         return

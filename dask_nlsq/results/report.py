@@ -95,7 +95,7 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
         raise FileNotFoundError(f"no directory {path.parent} for the report {path.name}: create it, or give another path")
     plots.need_matplotlib()
     text = page(result, coordinate, log).encode()
-    write_whole(path, lambda file: file.write(text))
+    write_whole(path, [text])
     return path
 
 

@@ -28,10 +28,10 @@ from numpy.linalg import lstsq
 from ..base.text import several, table
 from ..base.x64 import float64
 from ..data.sample import NoSample, Sample, sample_size
-from ..engine.checkpoint import Interrupted
 from ..engine.condensed import Condensed, factor
 from ..engine.evaluator import Evaluator
 from ..engine.request import Objective
+from ..engine.waiting import ToldToLeave
 from ..kernels.blocks import KernelSpec
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
 from ..kernels.rules import STUCK, UNDETERMINED
@@ -196,7 +196,7 @@ def fit_again(first: Solution, evaluator: Evaluator, p0: np.ndarray, options: Op
         second = fit(evaluator, start, replace(options, callback=callback, max_nfev=left))
     except NotFiniteAtStart:
         return first
-    except Interrupted:
+    except ToldToLeave:
         return first._replace(status=-3, message=MESSAGES[-3])
     start_of_it = "from p0 with its linear parameters solved for"
     since = f", since the fit from p0 itself had not converged in {several(first.nfev, 'evaluation')}."

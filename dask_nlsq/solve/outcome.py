@@ -1,9 +1,15 @@
 """What is said where a fit does not converge, or cannot begin."""
 
+import logging
+
 from ..data.chunks import LARGEST
+from ..engine.checkpoint import Checkpoint
 from ..engine.evaluator import Evaluator
+from ..engine.waiting import StopOnSignal
 from ..model.function import function_name
-from .trust_region import Solution
+from .trust_region import INTERRUPTED, Solution
+
+logger = logging.getLogger("dask_nlsq")
 
 
 class NotConvergedError(RuntimeError):
@@ -15,6 +21,22 @@ class NotConvergedError(RuntimeError):
 
     def __str__(self):
         return self.args[0]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; ``result`` is the best result so far, with status -3, or that of a fit that had just ended."""
+
+    def __init__(self, result):
+        super().__init__("Ctrl-C: the best point so far is in the `result` of this exception")
+        self.result = result
+
+
+def interrupted(result, stop: StopOnSignal, checkpoint: Checkpoint | None) -> None:
+    """Where a signal has come, `Interrupted`; of a fit with a checkpoint, what becomes of it."""
+    if checkpoint is None and stop.signal is not None:
+        raise Interrupted(result)
+    if checkpoint is not None and result.status == INTERRUPTED:
+        logger.warning("%s Completed sweeps are in %s, for `resume`", result.message, checkpoint.path)
 
 
 def not_converged(solution: Solution, names):

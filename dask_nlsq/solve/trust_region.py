@@ -27,8 +27,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.linalg import norm
 
-from ..engine.checkpoint import Interrupted
 from ..engine.condensed import Condensed, Factor, Read, factor
+from ..engine.waiting import ToldToLeave
 from ..kernels import rules
 from ..kernels.blocks import Reduction
 from ..kernels.rules import EVALUATIONS, OFF_BOUND, ROUNDING, RUNNING, STUCK, UNDETERMINED, Course
@@ -40,7 +40,7 @@ GRAM_CONDITION_LIMIT = 1e4  # eps * 1e4^2 = 2e-8: the digits of the covariance t
 INTERRUPTED, STOPPED = -3, -2  # statuses
 
 MESSAGES = {
-    INTERRUPTED: "Stopped by a signal, at the best point so far; finished sweeps are kept in the checkpoint, for `resume`.",
+    INTERRUPTED: "Stopped by a signal, at the best point so far.",
     STOPPED: "Stopped by `callback`.",
     EVALUATIONS: "The maximum number of function evaluations, {max_nfev}, is exceeded.",
     1: "`gtol` termination condition is satisfied: scaled gradient {optimality:.2e} < {gtol:.2e}.",
@@ -163,10 +163,10 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
             course = follow(tried, trial, equations, options)
             history.append(_record(course, equations.read, started))
             stopped = _stopped(options.callback, history[-1])
-    except Interrupted:
+    except ToldToLeave:
         status = INTERRUPTED
     if _wants_qr(course.here, options) and status != INTERRUPTED:
-        with suppress(Interrupted):  # what the gram matrix says is there
+        with suppress(ToldToLeave):  # what the gram matrix says is there
             course = course._replace(here=_by_qr(course.here, sweep, options))
     return _solution(course, status, history, options)
 

@@ -1,0 +1,41 @@
+"""Disks that are full, or about to be: a look at the room before hours of work, and what an error of them says."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .text import size
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, a quota, a limit of the size of files
+
+
+def free_bytes(path: Path) -> int:
+    """What is left on the disk on which ``path`` is, or will be."""
+    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+
+
+def check_room(name: str, path: Path, nbytes: int) -> None:
+    """OSError where the argument ``name`` is a path on a disk that has less than ``nbytes`` left."""
+    if nbytes > (free := free_bytes(path)):
+        raise OSError(
+            errno.ENOSPC,
+            f"`{name}` {path} takes up to {size(nbytes)}, and its disk has {size(free)} left: free some, or give a path on "
+            "another disk",
+        )
+
+
+@contextmanager
+def named_when_full(path: Path, nbytes: int) -> Iterator[None]:
+    """Within, an error of a full disk says what is written, and what it takes."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in FULL:
+            raise
+        raise OSError(
+            err.errno,
+            f"{path} could not be written ({err.strerror}): it takes {size(nbytes)}, and its disk has "
+            f"{size(free_bytes(path))} left. Free some, or give a path on another disk",
+        ) from err

@@ -1,0 +1,149 @@
+"""How a fit waits for others, and leaves when it is told to.
+
+Ctrl-C raises nothing where it arrives: that could be within a callback of the garbage collector, which would swallow it, or
+leave a coroutine of the Client behind. It is noted, and whoever waits looks whether there was one. Where workers are waited
+for, it is also looked whether there are any.
+"""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from distributed import Client, Future, as_completed
+
+from ..base.config import setting
+
+logger = logging.getLogger("dask_nlsq")
+
+POLL = 0.1  # seconds between two looks
+WORKERS_EVERY = 1.0  # seconds between two looks for workers, which ask the scheduler
+PATIENCE = 10.0  # seconds without workers, until that is said
+Look: TypeAlias = Callable[[], None]
+
+
+def calm() -> None:
+    """Look for nothing."""
+
+
+class ToldToLeave(Exception):
+    """A sweep that ends early, since the process has been told to leave."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = number
+
+    @property
+    def exit(self) -> BaseException:
+        """With what the process leaves."""
+        return KeyboardInterrupt() if self.signal == signal.SIGINT else SystemExit(128 + self.signal)
+
+
+class StopOnSignal:
+    """Within, Ctrl-C only sets ``signal``: who reads finishes what is begun. A second one works as always.
+
+    SIGTERM too, where a checkpoint is ``kept``; without one Ctrl-C is left alone where somebody else has taken it. Outside
+    of the main thread, which alone receives signals, it does nothing.
+    """
+
+    def __init__(self, kept: bool):
+        self.signal: int | None = None
+        free = kept or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self.numbers = [signal.SIGINT] * free + [signal.SIGTERM] * kept
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._received) for number in self.numbers}
+        return self
+
+    def __exit__(self, *exc):
+        self._restore()
+
+    def _received(self, number, frame):
+        self.signal = number
+        self._restore()
+
+    def _restore(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def look(self) -> None:
+        """Raise `ToldToLeave` where a signal has come."""
+        if self.signal is not None:
+            raise ToldToLeave(self.signal)
+
+
+class NoWorkersError(RuntimeError):
+    """No worker has been there for as long as ``nlsq.worker-deadline`` allows."""
+
+
+class Lookout:
+    """What is looked at while a fit waits for workers of ``client``."""
+
+    def __init__(self, client: Client, look: Look):
+        self.client, self.look, self.said = client, look, False
+        self.asked = self.seen = time.monotonic()
+
+    def __call__(self) -> None:
+        self.look()
+        if time.monotonic() - self.asked < WORKERS_EVERY:
+            return
+        n_workers, self.asked = self._n_workers(), time.monotonic()
+        if n_workers:
+            self.seen, self.said = self.asked, False
+            return
+        waited, deadline = self.asked - self.seen, setting("worker-deadline")
+        if deadline is not None and waited > deadline:
+            raise NoWorkersError(
+                f"the cluster has had no workers for {waited:.0f} s, and `nlsq.worker-deadline` is {deadline:g}: start "
+                "some, and fit again. A fit with checkpoint= goes on where it was, by the same call or by resume(path)"
+            )
+        if waited > PATIENCE and not self.said:
+            self.said = True
+            until = "" if deadline is None else f" for {deadline - waited:.0f} s more"
+            logger.warning(
+                "the cluster has had no workers for %.0f s: the fit waits for some%s (`nlsq.worker-deadline` ends that)",
+                waited,
+                until,
+            )
+
+    def _n_workers(self) -> int:
+        try:
+            known: Mapping[str, Any] = self.client.scheduler_info(n_workers=1)
+        except OSError:
+            known = {}
+        return len(known.get("workers", [None]))  # of a scheduler that goes away, which the futures know, nothing is known
+
+    def wait_for_a_worker(self) -> None:
+        while not self._n_workers():
+            time.sleep(POLL)
+            self()
+
+
+def coming(
+    client: Client, futures: Iterable[Future], look: Look = calm, results: bool = True
+) -> Iterator[tuple[Future, Any]]:
+    """Futures and their ``results``, or None, as they come.
+
+    Raises
+    ------
+    Exception
+        That of the first future which fails, a CancelledError where one was lost; what ``look`` raises.
+    NoWorkersError
+        Where there are no workers for too long.
+    """
+    those, lookout = as_completed(futures, with_results=results, raise_errors=False), Lookout(client, look)
+    while those.count():
+        with those.thread_condition:
+            if not those.has_ready():
+                those.thread_condition.wait(POLL)
+        for each in those.next_batch(block=False):
+            future, result = each if results else (each, None)
+            if future.status in ("error", "cancelled"):
+                future.result()  # raises
+            yield future, result
+        lookout()
