@@ -368,7 +368,8 @@ class GroupSweep:
     def close(self) -> None:
         """Give back what is held by workers."""
         if client := workers_of({}):
-            give_back(client, [self.fit, self.bands, [*self.states.values()]])
+            for each in ([*self.states.values()], self.bands, self.fit):  # what depends on others first
+                give_back(client, each)
 
     def final(self, params: np.ndarray) -> Sequence:
         """The states of all blocks at a point that has been evaluated, lazily.
