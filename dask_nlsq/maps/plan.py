@@ -9,13 +9,14 @@ from ..base.lazy import da
 from ..base.text import several, size, table
 from ..base.values import is_integer
 from ..data.arrays import made_bytes
-from ..kernels.lanes import LANE_POINTS, n_lanes
+from ..kernels.lanes import LANE_POINTS
 from ..memory.machine import active_client
 from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
 from ..memory.plan import JoiningError, MemoryBudgetError, least_limit
 from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
+FEWEST_VALUES = 2**16  # of y in a task, up to which chunks are joined: a millisecond of work, as much as a task costs
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
@@ -132,7 +133,7 @@ class _Cut(NamedTuple):
 
 def _cut(job: _Map, strategy: str, rooms: Sequence[Room]) -> _Cut:
     most = _most_pixels(job.sizes, rooms, job.most, job.n)
-    blocks = _split(_join(job.chunks, min(most, n_lanes(job.n))), most)
+    blocks = _split(_join(job.chunks, min(most, FEWEST_VALUES // job.n)), most)
     working = _needed(job.sizes, rooms, blocks, job.n)
     joining = [JOINING * job.joined * share for share in _shares(rooms)]
     if not job.joined:
@@ -253,7 +254,7 @@ def _needed(sizes: Sizes, rooms: Sequence[Room], blocks, n: int) -> list[float]:
 
 
 def _join(chunks, few: int) -> list[tuple[int, ...]]:
-    """Chunks along the map axes, joined up to ``few`` pixels, which fill the lanes; along the last axes first."""
+    """Chunks along the map axes, joined up to ``few`` pixels, along the last axes first."""
     found = [tuple(sizes) for sizes in chunks]
     for k in reversed(range(len(found))):
         longest = few // prod(max(sizes) for sizes in found[:k] + found[k + 1 :])
