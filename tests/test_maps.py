@@ -758,12 +758,12 @@ print("done")
 
 
 def test_chunks_of_a_pixel_are_joined_to_blocks():
-    y = np.random.default_rng(0).normal(size=(12, 9, 16))
+    y = np.random.default_rng(0).normal(size=(20, 15, 16))
     x = np.linspace(0, 1, 16)
 
     def line(x, a, b):
         return a + b * x
 
-    one, many = (fit_map(line, x, da.from_array(y, chunks), [0, 1], axis=2) for chunks in ((12, 9, 16), (1, 1, 16)))
+    one, many = (fit_map(line, x, da.from_array(y, chunks), [0, 1], axis=2) for chunks in ((20, 15, 16), (1, 1, 16)))
     assert many.plan.n_blocks == 1
     np.testing.assert_array_equal(one.compute(progress=False).popt, many.compute(progress=False).popt)

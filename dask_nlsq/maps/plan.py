@@ -17,6 +17,7 @@ from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 FEWEST_VALUES = 2**16  # of y in a task, up to which chunks are joined: a millisecond of work, as much as a task costs
+MANY_BLOCKS = 256  # the tasks of so many cost a few tenths of a second by themselves
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
@@ -254,8 +255,10 @@ def _needed(sizes: Sizes, rooms: Sequence[Room], blocks, n: int) -> list[float]:
 
 
 def _join(chunks, few: int) -> list[tuple[int, ...]]:
-    """Chunks along the map axes, joined up to ``few`` pixels, along the last axes first."""
+    """Chunks along the map axes, if they are many joined up to ``few`` pixels, along the last axes first."""
     found = [tuple(sizes) for sizes in chunks]
+    if prod(map(len, found)) <= MANY_BLOCKS:
+        return found
     for k in reversed(range(len(found))):
         longest = few // prod(max(sizes) for sizes in found[:k] + found[k + 1 :])
         joined: list[int] = []
