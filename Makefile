@@ -68,7 +68,7 @@ bench-long: .venv/ready     ## maps against xarray, peak memory against its pred
 failures: .venv/ready      ## full disks, Ctrl-C, kill -9, 2000 fits on one cluster: what is lost? An hour
 	$(BIN)/python -m benchmarks.failures
 
-mutants: .venv/ready       ## does a test notice? 60 changes of one token in the core, two at a time: an hour at most
+mutants: .venv/ready       ## does a test notice? 66 changes of one token in the core, two at a time: an hour at most
 	$(BIN)/python -m tests.mutants
 
 mutants-draw:              ## other changes in place of those whose line is not in the code any more

@@ -574,3 +574,16 @@ def test_pieces_have_the_fit_of_whole_groups(x, options, monkeypatch, workers):
             there = fit_groups(decay, x, y, P0, local=LOCAL, group_axes=0, **options, **TIGHT)
         np.testing.assert_array_equal(there.popt, cut.popt)
         del there
+
+
+def test_pieces_of_groups_are_joined_by_qr_too(monkeypatch):
+    rng, x = np.random.default_rng(0), np.linspace(1000, 1010, 200)
+    y = cubic(x, rng.uniform(1, 5, (4, 1)), rng.uniform(1, 5, (4, 1)), 0.3, 0.2, -0.1) + rng.normal(0, 0.01, (4, 200))
+    start = dict(a=1, b=1, s0=0.1, s1=0.1, s2=0.1)
+    whole = fit_groups(cubic, x, np.asarray(y), start, local=("a", "b"), group_axes=0)
+    prepared = groups_fit._prepared
+    monkeypatch.setattr(groups_fit, "_prepared", lambda given: prepared(given, JoiningError("as if they were too large")))
+    cut = fit_groups(cubic, x, da.from_array(np.asarray(y), (3, 60)), start, local=("a", "b"), group_axes=0)
+    assert cut.success and whole.shared.reduction == cut.shared.reduction == "qr"
+    assert np.max(np.abs(cut.popt - whole.popt) / whole.perr) < 1e-4
+    np.testing.assert_allclose(cut.perr, whole.perr, rtol=1e-6)

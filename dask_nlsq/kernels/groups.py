@@ -46,7 +46,7 @@ class GroupSpec(NamedTuple):
 
     locals: MapSpec  # of their fit; its ``free`` are the places of the locals
     shared: tuple[int, ...]  # places of the shared parameters that are fitted
-    linear: bool = False  # the model is linear in the locals, and the loss is least squares: no fit of them is needed
+    linear: bool  # the model is linear in the locals, and the loss is least squares: no fit of them is needed
     reduction: Reduction = "gram"
     tabulated: bool = False  # the model is linear in the locals, and all groups share x: one table of it serves them all
 
