@@ -3,6 +3,7 @@
 import warnings
 
 import dask.array as da
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -587,3 +588,100 @@ def test_pieces_of_groups_are_joined_by_qr_too(monkeypatch):
     assert cut.success and whole.shared.reduction == cut.shared.reduction == "qr"
     assert np.max(np.abs(cut.popt - whole.popt) / whole.perr) < 1e-4
     np.testing.assert_allclose(cut.perr, whole.perr, rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models that look linear, and are not; locals that the data do not determine
+
+
+def narrow(x, amplitude, width, centre):
+    return amplitude * jnp.exp(-0.5 * ((x - centre) / width) ** 2)
+
+
+def saturated(x, amplitude, rate):
+    return jnp.minimum(amplitude * jnp.exp(-rate * x), 1500.0)
+
+
+def on_an_offset(x, offset, amplitude, frequency, phase):
+    return offset + amplitude * jnp.cos(frequency * x + phase)
+
+
+def shares(x, one, other, rate):
+    total = one + other
+    share = one / total
+    return total * (share * jnp.exp(-rate * x) + (1 - share))
+
+
+def guarded(x, amplitude, rate):
+    return jnp.where(amplitude == 0, 0.0, amplitude * jnp.exp(-rate * x))
+
+
+LATER = np.linspace(0, 5, 60)
+LOOK_LINEAR = {  # where the locals are tried, or at 0
+    "nanometres": (narrow, 1e-9 * 2 * LATER, dict(amplitude=8, width=1.2e-9), dict(centre=np.linspace(3e-9, 7e-9, 5))),
+    "saturation": (saturated, LATER, dict(rate=0.8), dict(amplitude=np.linspace(2000, 4600, 5))),
+    "an offset": (on_an_offset, 2 * LATER, dict(offset=1e10, amplitude=5, frequency=2), dict(phase=np.linspace(0.5, 1, 5))),
+    "not finite at 0": (shares, LATER, dict(rate=0.8), dict(one=np.linspace(1, 3, 5), other=np.full(5, 2.0))),
+    "a guard at 0": (guarded, LATER, dict(rate=0.8), dict(amplitude=np.linspace(1, 3, 5))),
+}
+
+
+@pytest.mark.parametrize("case", LOOK_LINEAR)
+def test_what_only_looks_linear_in_the_locals_has_the_same_fit_by_any_x(case):
+    f, x, shared, local = LOOK_LINEAR[case]
+    names = f.__code__.co_varnames[1 : f.__code__.co_argcount]
+    truth = {name: value * (1 if name == "offset" else 0.98) for name, value in shared.items()} | {
+        name: v[:, None] for name, v in local.items()
+    }
+    with jax.enable_x64(True):
+        y = np.asarray(f(x, *(truth[name] for name in names)))
+    y = y + np.random.default_rng(0).normal(0, 1e-2 * np.ptp(y, axis=1).max(), y.shape)
+    start = shared | {name: 0.97 * value for name, value in local.items()}
+    fits = [fit_groups(f, each, y, start, local=[*local], group_axes=0) for each in (x, np.broadcast_to(x, y.shape))]
+    assert all(each.success for each in fits)
+    assert np.max(np.abs(fits[0].popt - fits[1].popt) / fits[1].perr) < 0.02
+    np.testing.assert_allclose(fits[0].cost, fits[1].cost, rtol=1e-6)
+
+
+def test_models_without_x_have_groups_too():
+    y = np.array([[1.0, 1.2, 0.8], [2.0, 2.1, 1.9]])
+    with pytest.warns(scipy.optimize.OptimizeWarning, match="does not depend on b|not change with b"):
+        result = fit_groups(lambda x, a, b: a + b, None, y, dict(a=1, b=0.5), local="a", group_axes=0)
+    np.testing.assert_allclose(result.local.compute(progress=False).popt.sum(axis=1), [1, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("order", ["undetermined first", "undetermined last"])
+def test_locals_that_a_group_does_not_determine_take_nothing_from_the_others_by_qr(order):
+    """The points of the first group are masked where its step is; the reference leaves that local out."""
+    rng, x = np.random.default_rng(1), np.linspace(0.2, 1.2, 60)
+    late = x > 0.7
+    y = (
+        rng.uniform(1, 2, (3, 1)) * late
+        + rng.uniform(1, 2, (3, 1)) * np.exp(-x)
+        + 2 * np.exp(-0.5 * x)
+        + rng.normal(0, 1e-6, (3, 60))
+    )
+    mask = np.zeros((3, 60), bool)
+    mask[0] = late
+
+    def step(x, a, b, s, t):
+        return a * jnp.where(x > 0.7, 1.0, 0.0) + b * jnp.exp(-x) + s * jnp.exp(-0.5 * x) + t * jnp.exp(-0.5001 * x)
+
+    def other(x, b, a, s, t):
+        return step(x, a, b, s, t)
+
+    f = step if order == "undetermined first" else other
+    columns = np.zeros((3, 60, 8))
+    for g in range(3):
+        columns[g, :, 2 * g], columns[g, :, 2 * g + 1] = late, np.exp(-x)
+    columns[..., 6], columns[..., 7] = np.exp(-0.5 * x), np.exp(-0.5001 * x)
+    J, known = np.delete(columns[~mask], 0, axis=1), y[~mask]
+    U, s, Vt = np.linalg.svd(J / np.linalg.norm(J, axis=0), full_matrices=False)
+    best = (Vt.T / s) @ (U.T @ known) / np.linalg.norm(J, axis=0)
+    perr = np.sqrt(np.sum((Vt.T / s) ** 2, axis=1)) / np.linalg.norm(J, axis=0) * 1e-6
+    result = fit_groups(
+        f, x, y, dict(a=1, b=1, s=1, t=1), local=("a", "b"), group_axes=0, mask=mask, sigma=1e-6, absolute_sigma=True
+    )
+    assert result.shared.reduction == "qr" and result.success
+    np.testing.assert_allclose(result.perr, perr[-2:], rtol=1e-3)
+    assert np.max(np.abs(result.popt - best[-2:]) / perr[-2:]) < 0.05

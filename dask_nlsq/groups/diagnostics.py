@@ -44,7 +44,7 @@ def interchangeable(
     model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...] | None, start, shared, own
 ) -> list[tuple[int, int]]:
     """Pairs of shared parameters that the model lets change places, if locals do too; by its values at a few points."""
-    if sample is None or len(own) > MOST_LOCALS:
+    if not sample or len(own) > MOST_LOCALS:
         return []
     params = np.asarray(start, float) * (1 + 0.1 * np.random.default_rng(1).standard_normal(len(start)))
     params = np.where(params == 0, 0.1 * np.arange(1, len(params) + 1), params)

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
 
 from ..base.x64 import float64
 from ..model.function import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
@@ -96,11 +97,24 @@ def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
             )
 
 
+CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "custom_jvp_call",
+    "custom_vjp_call",
+}  # of programs
 LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
 
 
 def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], start: np.ndarray, places) -> bool:
-    """Whether the model is linear in the parameters at ``places``: at a few points, for values of either sign.
+    """Whether the model is linear in the parameters at ``places``: derivatives by them are computed without their values.
+
+    That is a proof, but for models that change in steps, of which no derivative tells. So it is tried at a few points, too,
+    for values of either sign.
 
     Parameters
     ----------
@@ -109,6 +123,8 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
     start : (p,) array
         Values of all parameters; those that are not asked for are varied a little, since a power may be 1 there.
     """
+    if not sample or not _is_linear_by_structure(model, layouts, sample, start, places):
+        return False
     rng, places = np.random.default_rng(0), list(places)
     one = np.where(start == 0, 0.1, start) * (1 + 0.1 * rng.standard_normal((TRIED, len(start))))
     other = one.copy()
@@ -125,6 +141,43 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
         a, b, between = (np.asarray(run(each)) for each in (one, other, share * one + (1 - share) * other))
     size = np.max([abs(a), abs(b)], axis=(0, 2))
     return bool(np.all(abs(share * a + (1 - share) * b - between) <= LINEAR * size[:, None]))
+
+
+def _is_linear_by_structure(model: Model, layouts: Layouts, sample, start: np.ndarray, places) -> bool:
+    def derivative(values, direction):
+        def f(values):
+            every = list(start)
+            for k, place in enumerate(places):
+                every[place] = values[k]
+            return jnp.broadcast_to(evaluate(model, assemble_x(layouts, list(sample)), tuple(every)), sample[0].shape)
+
+        return jax.jvp(f, (values,), (direction,))[1]
+
+    values = jnp.ones(len(places))
+    try:
+        with float64():
+            traced = jax.make_jaxpr(derivative)(values, values)
+    except (TypeError, ValueError, NotImplementedError):  # no derivative, as of a callback: `jac` has them
+        return False
+    return not any(_depend(traced.jaxpr, [True, False]))
+
+
+def _depend(jaxpr, inputs: list[bool]) -> list[bool]:
+    """Which results of a program depend on the inputs for which that is asked, or may."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def depends(each) -> bool:
+        return not isinstance(each, Literal) and known.get(each, False)
+
+    for equation in jaxpr.eqns:
+        given = [*map(depends, equation.invars)]
+        inner = next((each for each in equation.params.values() if isinstance(each, ClosedJaxpr)), None)
+        if inner is not None and equation.primitive.name in CALLS and len(inner.jaxpr.invars) == len(given):
+            found = _depend(inner.jaxpr, given)
+        else:
+            found = [any(given)] * len(equation.outvars)
+        known |= dict(zip(equation.outvars, found, strict=True))
+    return [*map(depends, jaxpr.outvars)]
 
 
 SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared

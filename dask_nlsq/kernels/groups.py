@@ -373,15 +373,26 @@ def eliminate_by_qr(factor, stiff):
     """Triangular factor without the locals, (s + 1, s + 1, lanes), of one of ``[J_l J_s r]``, (l + s + 1, l + s + 1, lanes).
 
     It is the last block of the factor of the same rows with those of sqrt(C) below, C what bounds add: ``stiff`` (l, lanes).
-    A row of a local that the data do not determine explains nothing, and stays.
+    Locals that the data do not determine explain nothing: they are put last and left out, and their rows stay.
     """
     n, factor, stiff = len(stiff), factor.transpose(2, 0, 1), stiff.T
     lengths = jnp.linalg.norm(factor, axis=1)
     bounded = jnp.concatenate([jnp.eye(n) * jnp.sqrt(stiff)[:, :, None], jnp.zeros_like(factor[:, :n, n:])], axis=2)
-    rows = jnp.linalg.qr(jnp.concatenate([factor[:, :n], bounded], axis=1), mode="r")
-    pivots = jnp.diagonal(rows[:, :n, :n], axis1=1, axis2=2)
-    unknown = pivots**2 <= PIVOT * (lengths[:, :n] ** 2 + stiff)
-    left = jnp.where(unknown[:, :, None], rows[:, :n, n:], 0.0)
+    whole, squares = jnp.concatenate([factor[:, :n], bounded], axis=1), lengths[:, :n] ** 2 + stiff
+
+    def without(unknown):
+        """Rows from which those locals are left out, and which others nothing determines then."""
+        order = jnp.argsort(unknown, axis=1, stable=True)
+        own = jnp.where(unknown[:, None], 0.0, whole[:, :, :n])
+        own = jnp.take_along_axis(own, order[:, None], axis=2)
+        rows = jnp.linalg.qr(jnp.concatenate([own, whole[:, :, n:]], axis=2), mode="r")
+        pivots = jnp.diagonal(rows[:, :n, :n], axis1=1, axis2=2)
+        lost = pivots**2 <= PIVOT * jnp.take_along_axis(squares, order, axis=1)
+        return rows, jnp.zeros_like(lost).at[jnp.arange(len(lost))[:, None], order].set(lost), lost
+
+    _, unknown, _ = without(squares == 0)
+    rows, _, lost = without(unknown | (squares == 0))
+    left = jnp.where(lost[:, :, None], rows[:, :n, n:], 0.0)
     found = jnp.linalg.qr(jnp.concatenate([left, rows[:, n:, n:], factor[:, n:, n:]], axis=1), mode="r")
     rounding = jnp.linalg.norm(found, axis=1) <= PIVOT * lengths[:, n:]  # shared parameters that the locals stand in for
     rounding = rounding.at[:, -1].set(False)
