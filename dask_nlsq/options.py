@@ -20,6 +20,7 @@ import numpy as np
 from .base.text import near
 from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, without_flags
 from .kernels.rules import ACCURACY
+from .model.params import Parameter
 from .presets import PRESETS, as_goal
 
 MOST_COUNT = 2**62  # evaluations, which kernels count in 64 bits
@@ -32,6 +33,17 @@ LOSSES = ("linear", "soft_l1", "huber", "cauchy", "arctan", "poisson")  # of `mo
 
 def _as_given(name, value):
     return value
+
+
+def _plain_records(attribute: str):
+    """A check that puts ``attribute`` in the place of each `Parameter`, so that a result gives starts, bounds and values."""
+
+    def plain(value):
+        if isinstance(value, Mapping):
+            return {name: plain(each) for name, each in value.items()}
+        return getattr(value, attribute) if isinstance(value, Parameter) else value
+
+    return lambda name, value: plain(value)
 
 
 def _must(test: Callable[[Any], Any], be: str, convert=None, error: type[Exception] = ValueError):
@@ -171,14 +183,15 @@ class Row(NamedTuple):
 
 
 FITS = {  # of `curve_fit`, without the model and its data
-    "p0": Row(_as_given, None, same=True, maps=True, option=Option(
+    "p0": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
         "Start: a=1,b=2; or guess, which ready models do by themselves.", many=True)),
     "sigma": Row(_sigma, None, maps=True, option=Option(
         "Standard deviation of y: a number, the path of a Zarr array, or poisson.")),
     "absolute_sigma": Row(_flag, False, same=True, maps=True, option=Option(
         "Sigma is known, and the errors are not scaled by the fit.", bool)),
     "check_finite": Row(_optional(_flag), None, same=True),
-    "bounds": Row(_as_given, (-np.inf, np.inf), same=True, maps=True, option=Option("a=0: or b=:3,c=0:1", many=True)),
+    "bounds": Row(_plain_records("bounds"), (-np.inf, np.inf), same=True, maps=True, option=Option(
+        "a=0: or b=:3,c=0:1", many=True)),
     "method": Row(_choice(None, "auto", "trf", "lm", "dogbox"), None, same=True),
     "jac": Row(_jacobian, None),
     "full_output": Row(_flag, False),
@@ -205,7 +218,8 @@ FITS = {  # of `curve_fit`, without the model and its data
     "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
         "Fit values as they are stored: scale_factor, _FillValue and such are left.", bool)),
     "param_names": Row(_optional(_names), None, same=True, maps=True),
-    "fixed": Row(_as_given, None, same=True, maps=True, option=Option("Values that are not fitted: c=0.5", many=True)),
+    "fixed": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
+        "Values that are not fitted: c=0.5", many=True)),
     "strategy": Row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
         "auto, standard, chunked, streaming: where the data are held.")),
     "reduction": Row(_choice("auto", "gram", "qr"), "auto", same=True),

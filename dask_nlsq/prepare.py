@@ -80,6 +80,7 @@ class Prepared:
         """What a checkpoint knows the fit by, with the ``start`` of all parameters: arguments of `describe_fit`."""
         known = dict(p0=start, bounds=(self.params.lower, self.params.upper), param_names=self.params.names)
         source = self.source
+        known |= dict(fixed=self.call.fixed)
         return self.objective.model, source.arrays, source.data, source.stored, {**self.given, **known}
 
     def read_covariance(self) -> "Prepared":

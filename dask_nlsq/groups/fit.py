@@ -324,6 +324,7 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     described, arrays = describe_call(problem.fit.model.f, data, options)
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
+    options |= {name: getattr(call, name) for name in ("p0", "bounds", "fixed")}
     identity["p0"] = [*identity["p0"], ready.start.tolist()]
     if ready.by_label is not None:
         identity["groups"] = [sum_of_values(each) for each in (ready.by_label.points, ready.by_label.behind)]

@@ -153,7 +153,8 @@ class GroupResult:
         return 2
 
     def __getitem__(self, item):
-        return (self.popt, self.pcov)[item]
+        """``result["rate"]``: the `Parameter`, of each group where it is a local one."""
+        return self.local[item] if isinstance(item, str) and item not in self.shared_names else self.shared[item]
 
     def __repr__(self) -> str:
         return f"<GroupResult>\n{self.summary()}"

@@ -7,6 +7,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import product
 from math import isfinite
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import active_client, large_arrays_given_back
 from ..model.function import function_name
+from ..model.params import Parameter, of_map
 from ..results.plots import maps
 from . import store
 from .blocks import MapProblem, Operand
@@ -79,6 +81,10 @@ class MapResult:
             return self.record[name]
         hint = ": ask for it with full_covariance=True" if name == "pcov" else ""
         raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+    def __getitem__(self, name: str) -> Parameter:
+        """Values and errors of a parameter, of the map's shape: ``fits["rate"].value``; DataArrays where it has labels."""
+        return of_map(self, name, labelled=bool(self.labels) and find_spec("xarray") is not None)
 
     @property
     def success(self):

@@ -32,6 +32,7 @@ from ..base.files import (
 )
 from ..base.lazy import zarr
 from ..kernels.lanes import MapStatus, succeeded
+from ..model.params import Parameter, of_map
 
 VERSION = 1  # of the attributes
 METADATA, OURS, DONE = "zarr.json", "dask_nlsq", "done"
@@ -254,6 +255,10 @@ class StoredMap:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
         with well_formed(self.path / name, self.path):
             return self._group[name][...]
+
+    def __getitem__(self, name: str) -> Parameter:
+        """Values and errors of a parameter, of the map's shape."""
+        return of_map(self, name)
 
     @property
     def success(self):

@@ -168,10 +168,7 @@ def _parameters(result):
     }
     if np.isfinite(result.bounds).any():
         columns |= {f"{side} bound": values for side, values in zip(("lower", "upper"), result.bounds, strict=True)}
-    sides = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
-    notes = [
-        "held" if n in result.fixed else sides[int(at)] for n, at in zip(result.param_names, result.at_bound, strict=True)
-    ]
+    notes = [each.remark for each in result.params.values()]
     if any(notes):
         columns[""] = notes
     return _table(columns, zip(*columns.values(), strict=True))

@@ -25,6 +25,7 @@ from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
+from ..model.params import Parameter, Params
 from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
@@ -227,7 +228,18 @@ class FitResult:
         return 2
 
     def __getitem__(self, item):
-        return (self.popt, self.pcov)[item]
+        return self.params[item] if isinstance(item, str) else (self.popt, self.pcov)[item]
+
+    @property
+    def params(self) -> Params:
+        """The parameters by name, with value, error, bounds, ``at_bound`` and ``fixed``; ``result["rate"]`` is one."""
+        columns = zip(self.param_names, self.popt, self.perr, self.at_bound, self.bounds.T, strict=True)
+        return Params(
+            *(
+                Parameter(name, float(value), float(error), int(place), tuple(ends.tolist()), name in self.fixed)
+                for name, value, error, place, ends in columns
+            )
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # at the points of the data, and elsewhere
@@ -379,12 +391,16 @@ class FitResult:
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
         ends = self.confidence_intervals()
-        columns = zip(self.param_names, self.popt, self.perr, ends, self.bounds.T, self.at_bound, strict=True)
         parameters = {
-            name: dict(
-                value=value, error=error, interval_95=interval, bounds=bounds, at_bound=place, fixed=name in self.fixed
+            each.name: dict(
+                value=each.value,
+                error=each.error,
+                interval_95=interval,
+                bounds=each.bounds,
+                at_bound=each.at_bound,
+                fixed=each.fixed,
             )
-            for name, value, error, interval, bounds, place in columns
+            for each, interval in zip(self.params.values(), ends, strict=True)
         }
         names: tuple[str, ...] = (
             "status",
@@ -440,7 +456,7 @@ class FitResult:
             lines.append(f"{self.n_filled} absent chunks read as fill values")
         if known := self._known_statistics():
             lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
-        lines += ["  " + line.rstrip() for line in table(self._rows())]
+        lines += ["  " + line.rstrip() for line in table(self.params.rows())]
         pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
         if pairs:
             names = self.param_names
@@ -465,18 +481,6 @@ class FitResult:
         }
         return {name: f"{value:.6g}" for name, value in values.items() if not np.isnan(value)}
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Of a table of the parameters: name, value, error, relative error, remark."""
-        remarks = {-1: "at its lower bound", 1: "at its upper bound", 0: ""}
-        rows = []
-        for name, value, error, place in zip(self.param_names, self.popt, self.perr, self.at_bound, strict=True):
-            if name in self.fixed:
-                rows.append((name, f"{value: .9g}", "", "", "fixed"))
-                continue
-            relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
-            rows.append((name, f"{value: .9g}", f"+- {error:.3g}", relative, remarks[int(place)]))
-        return rows
-
     def __repr__(self):
         return f"<FitResult>\n{self.summary()}"
 
@@ -485,12 +489,10 @@ class FitResult:
 
     def to_html(self) -> str:
         """A table of the parameters, with the statistics below, as notebooks show it."""
-        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self._rows())
         known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
         verdict = "converged" if self.success else "NOT CONVERGED"
         return (
-            f"<p>{verdict}: {escape(self.message)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{verdict}: {escape(self.message)}</p>{self.params.to_html()}"
             f"<p>{self.n_points:,} points; {escape(known)}</p>"
         )
 
