@@ -71,6 +71,7 @@ def curve_fit(
     mask=None,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
@@ -158,6 +159,10 @@ def curve_fit(
     valid_range : pair, optional
         Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
         values.
+    xrange : pair, list of pairs, or dict of them by name or place of a coordinate, optional
+        Fit range: points whose x lies in none of the intervals (low, high) count as masked. Ends belong to them, None is no
+        limit. Of several coordinates ``{0: (1, 2)}`` is by place in ``xdata``, ``{"energy": (8.9, 9.6)}`` by name of
+        xarray's.
     on_bad_chunk : {"raise", "mask"}
         What becomes of chunks of Zarr arrays that cannot be read: an error that says which, or their points are left out
         and the chunks listed in the result's ``damage``.

@@ -90,6 +90,24 @@ def _are_ends(value):
     return len(ends) == 2 and _are_numbers(known) and known == sorted(known) and all(each == each for each in known)
 
 
+def _intervals(name, value):
+    """Intervals by place or name of a coordinate; None is the only one."""
+    found = {}
+    for key, given in value.items() if isinstance(value, Mapping) else [(None, value)]:
+        pairs = [given] if _are_ends(given) else [*given] if np.ndim(given) or isinstance(given, (list, tuple)) else []
+        known = key is None or isinstance(key, str) or (is_integer(key) and key >= 0)
+        if not known or not pairs or not all(map(_are_ends, pairs)):
+            raise ValueError(
+                f"`{name}` must be a pair of numbers (low, high), in order, None for no limit; a list of pairs; or a dict "
+                f"of them by name or place of a coordinate, not {value!r}. Limits of dates: seconds since the earliest"
+            )
+        place = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has no other keys than text
+        found[place] = tuple(
+            (-np.inf if low is None else float(low), np.inf if high is None else float(high)) for low, high in pairs
+        )
+    return found
+
+
 def _sigma(name, value):
     """What is no data."""
     array = value
@@ -211,6 +229,8 @@ FITS = {  # of `curve_fit`, without the model and its data
         "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers.")),
     "valid_range": Row(_optional(_range), None, same=True, maps=True, option=Option(
         "Lowest and highest value of y that counts: 0:1000 or 0:")),
+    "xrange": Row(_optional(_intervals), None, same=True, maps=True, option=Option(
+        "Fit range of x, whose ends count: 8.9:9.6; several: 1:2,4:5; of coordinate 0 of several: 0=8.9:9.6", many=True)),
     "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
         "raise, or mask: leave out chunks that cannot be read.")),
     "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(

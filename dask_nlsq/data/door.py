@@ -198,7 +198,8 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
             "leave points out, and give counts before any background is subtracted"
         )
     if census.n_used == 0:
-        raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
+        left_out = "masked, outside `xrange` or omitted (mask: true leaves a point out)"
+        raise ValueError(f"no data: all {problem.n_points} points are {left_out}")
     if census.n_used < n_params:
         raise TypeError(too_few(n_params, census.n_used, census.n_masked + problem.n_dropped + census.n_omitted))
     return census.n_used, census.n_masked + problem.n_dropped, census.n_omitted

@@ -20,6 +20,7 @@ from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
+from ..data.ranges import by_place
 from ..engine.checkpoint import NOT_KEPT, Checkpoint, Interrupted, StopOnSignal, describe_call
 from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
@@ -128,6 +129,7 @@ def fit_groups(
     fixed=None,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
@@ -276,6 +278,7 @@ def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], La
     if call.decode_cf:
         warn_if_packed(ydata)
     if labelled(ydata):
+        call.xrange = by_place(call.xrange, xdata, ydata)
         xdata, call.sigma, call.mask, _ = by_name(xdata, ydata, call.sigma, call.mask)
         ydata = ydata.data
     call.axis = 1
@@ -321,10 +324,10 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     call, given, problem = ready.call, ready.given, ready.problem
     data = {name: given[name] for name in ("xdata", "ydata", "sigma", "mask", "groups")}
     options = {name: given[name] for name in GROUPS if name not in NOT_KEPT}
+    options |= {name: getattr(call, name) for name in ("p0", "bounds", "fixed")}
     described, arrays = describe_call(problem.fit.model.f, data, options)
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
-    options |= {name: getattr(call, name) for name in ("p0", "bounds", "fixed")}
     identity["p0"] = [*identity["p0"], ready.start.tolist()]
     if ready.by_label is not None:
         identity["groups"] = [sum_of_values(each) for each in (ready.by_label.points, ready.by_label.behind)]

@@ -136,6 +136,19 @@ def valid_range(text: str) -> tuple[float | None, float | None]:
     return _ends("--valid-range", "", text)
 
 
+def xrange(texts) -> dict[int | None, list]:
+    """``("8.9:9.6", "1:2,4:5")``, ``("0=8.9:9.6",)``: pairs by place of a coordinate, None of the only one."""
+    found: dict[int | None, list] = {}
+    for part in ",".join(texts).split(","):
+        place, equals, ends = part.rpartition("=")
+        if equals and not place.strip().isdecimal():
+            raise ValueError(f"--xrange {part}: the place of a coordinate among --x, counted from 0, as in 0=8.9:9.6")
+        found.setdefault(int(place) if equals else None, []).append(_ends("--xrange", place + equals, ends))
+    if None in found and len(found) > 1:
+        raise ValueError(f"--xrange {','.join(texts)}: give the place of the coordinate of each range, as in 0=8.9:9.6")
+    return found
+
+
 def mask_values(text: str) -> list[float]:
     """``"65535,0"``: numbers; of ``"none"`` no numbers, which differs from None."""
     return [] if text == "none" else [_number("--mask-values", "", each) for each in text.split(",")]
@@ -183,6 +196,7 @@ READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
     "mask": absolute,
     "mask_values": mask_values,
     "valid_range": valid_range,
+    "xrange": xrange,
     "local": names,
     "groups": absolute,
 }

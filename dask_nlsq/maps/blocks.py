@@ -28,6 +28,7 @@ from ..data.cf import Decoding
 from ..data.chunks import check_integers
 from ..data.door import open_data, refuse_scaled, try_model
 from ..data.labels import coordinates_of, labelled
+from ..data.ranges import by_place
 from ..data.store import Policy, Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
@@ -321,7 +322,9 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     if noise.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: use loss='poisson' here, which has the same parameters")
     if labelled(ydata):
-        xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
+        axes = axes_of(call.axis, dims, len(dims))
+        call.xrange = by_place(call.xrange, xdata, ydata, axes)
+        xdata = coordinates_of(xdata, ydata, axes)
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
     data = data if arrange is None else arrange(data)
@@ -333,7 +336,8 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(call.axis, dims, y.ndim)
     params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
-    coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes), getattr(call, "in_pieces", False)
+    xrange = by_place(call.xrange, xdata, ydata)
+    coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes, xrange), getattr(call, "in_pieces", False)
     model, shared = intern(f, getattr(call, "jac", None)), coordinates.shared(fit_axes)
     if in_pieces:
         coordinates = coordinates._replace(arrays=[along("xdata", c, y.shape, fit_axes) for c in coordinates.arrays])
@@ -363,6 +367,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raises=call.nan_policy == "raise",
         names=params.names,
     )
+    counting |= {} if xrange is None else dict(xrange=str(xrange))
     counting |= {name: getattr(call, name) for name in ("nan_policy", *(Policy._fields if stored else ()))}
     return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored), counting, in_pieces)
 

@@ -51,6 +51,7 @@ def fit_map(
     full_covariance: bool = False,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
@@ -99,7 +100,7 @@ def fit_map(
         several passes ("auto", "streaming").
     on_bad_chunk : {"raise", "mask"}
         As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, \
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, xrange, \
     missing_chunks, decode_cf, jac_mode
         As in `dask_nlsq.curve_fit`.
     memory_limit_gb : float, optional
