@@ -90,11 +90,27 @@ def _are_ends(value):
     return len(ends) == 2 and _are_numbers(known) and known == sorted(known) and all(each == each for each in known)
 
 
+def _rules(name, value):
+    """Expressions and functions by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in value):
+        raise TypeError(
+            f"`{name}` must be a dict of expressions by name, such as {{'area': 'height * width'}}, not {value!r}"
+        )
+    for key, rule in value.items():
+        if isinstance(rule, Mapping):  # as a checkpoint has it
+            kept = f"`{name}` for {key!r} is the function {rule.get('function')}, which a checkpoint does not keep"
+            raise ValueError(f"{kept}: pass `{name}` again, as in resume(path, {name}=...)")
+        if not isinstance(rule, str) and not callable(rule):
+            raise TypeError(f"`{name}` for {key!r} must be an expression or a function, not {rule!r}")
+    return dict(value)
+
+
 def _intervals(name, value):
     """Intervals by place or name of a coordinate; None is the only one."""
     found = {}
     for key, given in value.items() if isinstance(value, Mapping) else [(None, value)]:
-        pairs = [given] if _are_ends(given) else [*given] if np.ndim(given) or isinstance(given, (list, tuple)) else []
+        listed = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) > 0
+        pairs = [given] if _are_ends(given) else [*given] if listed else []
         known = key is None or isinstance(key, str) or (is_integer(key) and key >= 0)
         if not known or not pairs or not all(map(_are_ends, pairs)):
             raise ValueError(
@@ -240,6 +256,8 @@ FITS = {  # of `curve_fit`, without the model and its data
     "param_names": Row(_optional(_names), None, same=True, maps=True),
     "fixed": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
         "Values that are not fitted: c=0.5", many=True)),
+    "expr": Row(_optional(_rules), None, same=True, maps=True, option=Option(
+        "Parameters that follow others: width2=width1; and derived quantities: area=height*width", many=True)),
     "strategy": Row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
         "auto, standard, chunked, streaming: where the data are held.")),
     "reduction": Row(_choice("auto", "gram", "qr"), "auto", same=True),

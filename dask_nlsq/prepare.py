@@ -80,7 +80,7 @@ class Prepared:
     def described(self, start: np.ndarray) -> tuple[Any, ...]:
         """What a checkpoint knows the fit by, with the ``start`` of all parameters: arguments of `describe_fit`."""
         known = dict(p0=start, bounds=(self.params.lower, self.params.upper), param_names=self.params.names)
-        known |= dict(fixed=self.call.fixed)
+        known |= dict(fixed=self.call.fixed, expr=self.call.expr)
         source = self.source
         return self.objective.model, source.arrays, source.data, source.stored, {**self.given, **known}
 
@@ -108,7 +108,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
     noise, params = noise_of(call), read_parameters(f, call)
     options, n = _solver_options(call, noise, params), len(params.free)
-    model = intern(*held(f, call.jac, params.start, params.free))
+    model = intern(*held(f, call.jac, params.start, params.free, params.ties))
     objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
         source = xdata.source_for(call, ydata, objective, n)

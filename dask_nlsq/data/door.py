@@ -10,7 +10,7 @@ import numpy as np
 from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
-from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
+from ..model.function import Model, ModelError, ModelShapeError, function_name, not_of_any_length, own_function
 from ..model.ready import ReadyModel
 from .align import Data, build_data
 from .arrays import as_array, decoded, stacked
@@ -120,7 +120,7 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
     if data.n_points < n_params:
         raise TypeError(too_few(n_params, data.n_points))
     layouts, whole = data.preparation.layouts, data.preparation.whole
-    ready = isinstance(model.f.f if isinstance(model.f, FixedParameters) else model.f, ReadyModel)
+    ready = isinstance(own_function(model.f), ReadyModel)
     if ready and layouts.x_kind != "single":
         raise ValueError(f"`xdata` must be one array for the model {function_name(model.f)}, which has one coordinate")
     if not whole:

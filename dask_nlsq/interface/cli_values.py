@@ -136,6 +136,17 @@ def valid_range(text: str) -> tuple[float | None, float | None]:
     return _ends("--valid-range", "", text)
 
 
+def expressions(texts) -> dict[str, str]:
+    """``("width2=width1", "area=height*width")``: expressions by name."""
+    found = {}
+    for text in texts:
+        name, equals, rule = (each.strip() for each in text.partition("="))
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"--expr {text}: one name, and what it is, as in --expr width2=width1")
+        found[name] = rule
+    return found
+
+
 def xrange(texts) -> dict[int | None, list]:
     """``("8.9:9.6", "1:2,4:5")``, ``("0=8.9:9.6",)``: pairs by place of a coordinate, None of the only one."""
     found: dict[int | None, list] = {}
@@ -197,6 +208,7 @@ READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
     "mask_values": mask_values,
     "valid_range": valid_range,
     "xrange": xrange,
+    "expr": expressions,
     "local": names,
     "groups": absolute,
 }

@@ -57,6 +57,8 @@ class MapResult:
         Points that counted, and evaluations of the model.
     status : array of uint8
         A `MapStatus`; from 1 to 6 the fit has converged.
+    derived, derived_error : array, shape (*map, d)
+        Quantities that ``expr`` derives, which ``derived_names`` names, and their errors; with such alone.
     at_bound : array of int8, shape (*map, p)
         -1 where a parameter is at its lower bound, 1 at its upper one, else 0.
     param_names : tuple of str
@@ -70,6 +72,11 @@ class MapResult:
     @property
     def param_names(self) -> tuple[str, ...]:
         return self.problem.fit.names
+
+    @property
+    def derived_names(self) -> tuple[str, ...]:
+        """Of the quantities that ``expr`` derives."""
+        return () if self.problem.fit.ties is None else self.problem.fit.ties.derived
 
     @property
     def plan(self) -> MapPlan:
@@ -146,7 +153,8 @@ class MapResult:
     def coordinates(self):
         import xarray as xr
 
-        return xr.Dataset(coords={"param": list(self.param_names), **self.labels.get("coords", {})})
+        named = {"param": list(self.param_names)} | ({"quantity": list(self.derived_names)} if self.derived_names else {})
+        return xr.Dataset(coords={**named, **self.labels.get("coords", {})})
 
     @property
     def map_dims(self):
@@ -178,6 +186,8 @@ class MapResult:
             decoded=list(self.plan.decoded),
             stores={each.name: each.describe() for each in self.problem.sources},
         )
+        if fit.ties is not None:
+            identity |= dict(expr=fit.ties.texts, derived=list(self.derived_names))
         return json.loads(json.dumps(identity))
 
     def to_zarr(self, path: str | Path, resume: bool = False, progress: bool | None = None, **options) -> zarr.Group:

@@ -48,7 +48,7 @@ def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it."""
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
-    names = (*record.names, *found.labels.get("coords", {}), "param", DONE)
+    names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
     for name in names:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
@@ -112,6 +112,8 @@ def write_block(record, path, index, place) -> None:
 
 def inner(name) -> tuple[str, ...]:
     """Names of the axes behind those of the map."""
+    if name.startswith("derived"):
+        return ("quantity",)
     return {"popt": ("param",), "perr": ("param",), "at_bound": ("param",), "pcov": ("param", "param_")}.get(name, ())
 
 
@@ -247,6 +249,7 @@ class StoredMap:
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names: tuple[str, ...] = tuple(self.about["parameters"])
+        self.derived_names: tuple[str, ...] = tuple(self.about.get("derived", ()))
 
     def __getattr__(self, name):
         if name.startswith("_"):

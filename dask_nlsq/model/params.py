@@ -29,6 +29,8 @@ class Parameter:
         Lower and upper bound; None of a map.
     fixed : bool or None
         Whether it was held; None of a map.
+    expr : str or None
+        What it is a function of, where it was tied, or is a derived quantity.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Parameter:
     at_bound: Any
     bounds: tuple[float, float] | None = None
     fixed: bool | None = None
+    expr: str | None = None
 
     def __float__(self):
         return float(self.value)
@@ -46,8 +49,8 @@ class Parameter:
 
     @property
     def remark(self) -> str:
-        """That it was held, or is at a bound; empty of any other."""
-        return "fixed" if self.fixed else SIDES[int(self.at_bound)]
+        """That it was held, or tied, or is at a bound; empty of any other."""
+        return "fixed" if self.fixed else f"= {self.expr}" if self.expr else SIDES[int(self.at_bound)]
 
     def row(self) -> tuple[str, str, str, str, str]:
         """Of a table: name, value, error, relative error, remark."""
@@ -82,6 +85,10 @@ class Params(Mapping[str, Parameter]):
     def __len__(self):
         return len(self._by_name)
 
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(self._by_name.values())
+
     def valuesdict(self) -> dict[str, float]:
         """The values by name, under the name that lmfit has for it: ``f(x, **result.params.valuesdict())``."""
         return {name: each.value for name, each in self.items()}
@@ -107,12 +114,15 @@ def unknown(name, names) -> KeyError:
 
 def of_map(maps, name: str, labelled: bool = False) -> Parameter:
     """A parameter of a `MapResult` or of stored maps, ``labelled`` as `to_xarray` does."""
-    names = maps.param_names
+    names, axis = maps.param_names, "param"
+    fields: tuple[str, ...] = ("popt", "perr", "at_bound")
+    if name in maps.derived_names:
+        names, fields, axis = maps.derived_names, ("derived", "derived_error"), "quantity"
     if name not in names:
-        raise unknown(name, names)
+        raise unknown(name, (*names, *maps.derived_names))
     if labelled:
         found = maps.to_xarray()
-        values = (found[each].sel(param=name, drop=True) for each in ("popt", "perr", "at_bound"))
+        values = [found[each].sel({axis: name}, drop=True) for each in fields]
     else:
-        values = (each[..., names.index(name)] for each in (maps.popt, maps.perr, maps.at_bound))
-    return Parameter(name, *values)
+        values = [getattr(maps, each)[..., names.index(name)] for each in fields]
+    return Parameter(name, *values, *[0] * (3 - len(values)))

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..base.text import near
 from ..base.x64 import float64
-from .function import FixedParameters, Model
+from .function import Model, own_function
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
@@ -117,7 +117,7 @@ def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     Where some of its parameters are held, of the others: as if none were.
     """
     f: Any
-    f, free = (model.f.f, model.f.free) if isinstance(model.f, FixedParameters) else (model.f, slice(None))
+    f, free = own_function(model.f), getattr(model.f, "free", slice(None))
     guess = model.get("guess", lambda: jax.jit(f.guess))
     with float64():
         return np.asarray(guess(x, y))[free]

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ..engine.condensed import Factor
-from .statistics import correlation
 from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
@@ -95,7 +94,7 @@ def diagnose(result, residuals: np.ndarray | None = None) -> Diagnostics:
     blocks = Blocks(n, squares / n, residual / n)
     norms = np.linalg.norm(factor.R, axis=0)
     values = np.linalg.svd(factor.R / np.where(norms > 0, norms, 1.0), compute_uv=False)
-    pairs = correlation(result.pcov)
+    pairs = result.correlation
     near = [(i, j, float(pairs[i, j])) for i in range(len(pairs)) for j in range(i) if abs(pairs[i, j]) >= NEAR_ONE]
     near.sort(key=lambda each: -abs(each[2]))
     correlated = tuple((result.param_names[j], result.param_names[i], value) for i, j, value in near)

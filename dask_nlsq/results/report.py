@@ -18,7 +18,7 @@ import numpy as np
 from ..base.files import write_whole
 from ..base.text import size
 from ..memory.machine import detect_total_system_memory, process_settings
-from ..model.function import FixedParameters, function_name
+from ..model.function import function_name, own_function
 from . import plots
 from .binning import binned, data_of
 
@@ -171,7 +171,8 @@ def _parameters(result):
     notes = [each.remark for each in result.params.values()]
     if any(notes):
         columns[""] = notes
-    return _table(columns, zip(*columns.values(), strict=True))
+    derived = _table(["derived", "value", "error", "relative", ""], result.derived.rows()) if result.derived else ""
+    return _table(columns, zip(*columns.values(), strict=True)) + derived
 
 
 def _statistics(result):
@@ -242,8 +243,7 @@ def _history(result):
 def _model(result):
     if not hasattr(result.objective.model, "f"):
         return ""
-    f = result.objective.model.f
-    f = f.f if isinstance(f, FixedParameters) else f
+    f = own_function(result.objective.model.f)
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
     except (OSError, TypeError):  # not in a file, or an object

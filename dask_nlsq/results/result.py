@@ -86,6 +86,12 @@ class FitResult:
         Chunks that were absent and were read as fill values.
     fixed : dict
         Name and value of the parameters that were held; their error is 0.
+    tied : dict
+        Name and text of the parameters that ``expr`` has tied; they count neither as fitted nor as held.
+    derived : Params
+        Quantities that ``expr`` has derived, by name, with errors; ``result["area"]`` is one of them.
+    spread : ndarray, shape (p, fitted)
+        Derivatives of all parameters by those that were fitted, at popt.
     bounds : ndarray, shape (2, p)
         Lower and upper bounds of the parameters.
     noise : Noise
@@ -121,6 +127,9 @@ class FitResult:
     damage: tuple[BadChunkError, ...]
     n_filled: int
     fixed: dict[str, float]
+    tied: dict[str, str]
+    derived: Params
+    spread: np.ndarray = field(repr=False)
     bounds: np.ndarray
     noise: Noise
     totals: Totals
@@ -152,7 +161,7 @@ class FitResult:
     @property
     def dof(self) -> int:
         """Degrees of freedom: points used less parameters that were fitted."""
-        return self.n_points - len(self.popt) + len(self.fixed)
+        return self.n_points - len(self.free)
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -171,7 +180,7 @@ class FitResult:
     @property
     def free(self) -> tuple[int, ...]:
         """Places of the parameters that were fitted."""
-        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed)
+        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed | self.tied)
 
     @property
     def sandwich(self) -> np.ndarray:
@@ -179,7 +188,7 @@ class FitResult:
 
         From sums of the last sweep. Nan where the data do not determine the parameters, and for few points.
         """
-        return spread_out(sandwich(self.factor, self.parts), self.free, len(self.popt))
+        return spread_out(sandwich(self.factor, self.parts), self.spread)
 
     @property
     def jackknife(self) -> np.ndarray:
@@ -187,7 +196,7 @@ class FitResult:
 
         From sums of the last sweep. Nan where one part alone determines a parameter, and for few points.
         """
-        return spread_out(jackknife(self.factor, self.parts), self.free, len(self.popt))
+        return spread_out(jackknife(self.factor, self.parts), self.spread)
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
@@ -198,8 +207,10 @@ class FitResult:
 
     @property
     def correlation(self) -> np.ndarray:
-        """Correlation of the parameters (p, p); nan for those held, and those that the data do not determine."""
-        return correlation(self.pcov)
+        """Correlation of the parameters (p, p); nan for those held or tied, and those that the data do not determine."""
+        fitted = np.zeros(len(self.popt))
+        fitted[list(self.free)] = 1.0
+        return correlation(np.where(np.outer(fitted, fitted), self.pcov, 0.0))
 
     @property
     def at_bound(self) -> np.ndarray:
@@ -228,7 +239,9 @@ class FitResult:
         return 2
 
     def __getitem__(self, item):
-        return self.params[item] if isinstance(item, str) else (self.popt, self.pcov)[item]
+        if not isinstance(item, str):
+            return (self.popt, self.pcov)[item]
+        return self.derived[item] if item in self.derived else self.params[item]
 
     @property
     def params(self) -> Params:
@@ -236,7 +249,15 @@ class FitResult:
         columns = zip(self.param_names, self.popt, self.perr, self.at_bound, self.bounds.T, strict=True)
         return Params(
             *(
-                Parameter(name, float(value), float(error), int(place), tuple(ends.tolist()), name in self.fixed)
+                Parameter(
+                    name,
+                    float(value),
+                    float(error),
+                    int(place),
+                    tuple(ends.tolist()),
+                    name in self.fixed,
+                    self.tied.get(name),
+                )
                 for name, value, error, place, ends in columns
             )
         )
@@ -416,8 +437,9 @@ class FitResult:
             "distance",
         )
         names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
+        derived = {each.name: dict(value=each.value, error=each.error, expr=each.expr) for each in self.derived.values()}
         return _jsonable(
-            dict(parameters=parameters, statistics=self.statistics._asdict(), noise=self.noise._asdict())
+            dict(parameters=parameters, derived=derived, statistics=self.statistics._asdict(), noise=self.noise._asdict())
             | dict(covariance=self.pcov, correlation=self.correlation)
             | {name: getattr(self, name) for name in names}
             | dict(damage=[str(each) for each in self.damage])
@@ -456,7 +478,7 @@ class FitResult:
             lines.append(f"{self.n_filled} absent chunks read as fill values")
         if known := self._known_statistics():
             lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
-        lines += ["  " + line.rstrip() for line in table(self.params.rows())]
+        lines += ["  " + line.rstrip() for line in table(self.params.rows() + self.derived.rows())]
         pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
         if pairs:
             names = self.param_names
@@ -492,7 +514,7 @@ class FitResult:
         known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
         verdict = "converged" if self.success else "NOT CONVERGED"
         return (
-            f"<p>{verdict}: {escape(self.message)}</p>{self.params.to_html()}"
+            f"<p>{verdict}: {escape(self.message)}</p>{Params(*self.params.values(), *self.derived.values()).to_html()}"
             f"<p>{self.n_points:,} points; {escape(known)}</p>"
         )
 
