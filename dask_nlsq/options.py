@@ -298,7 +298,32 @@ LIMITS = [name for name, row in FITS.items() if row.limit]
 
 def checked(table: Mapping[str, Row], given: Mapping[str, Any]) -> SimpleNamespace:
     """The arguments of a call as the fit takes them."""
-    return SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
+    call = SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
+    if "p0" in table and isinstance(call.p0, Mapping) and call.p0 and all(map(_is_of_lmfit, call.p0.values())):
+        _apart(call)
+    return call
+
+
+def _is_of_lmfit(value) -> bool:
+    """Whether it is a Parameter of lmfit, which need not be installed."""
+    return all(hasattr(value, each) for each in ("value", "vary", "min", "max", "expr"))
+
+
+def are_endless(bounds) -> bool:
+    """Whether they are those by default."""
+    return isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == (-np.inf, np.inf)
+
+
+def _apart(call) -> None:
+    """What lmfit's Parameters as ``p0`` say of bounds, values that are held, and ties; what the call says besides wins."""
+    given = call.p0
+    rules = {name: each.expr for name, each in given.items() if each.expr}
+    ends = {name: (each.min, each.max) for name, each in given.items() if name not in rules}
+    held = {name: each.value for name, each in given.items() if not each.vary and name not in rules}
+    call.p0 = {name: each.value for name, each in given.items() if name not in rules}
+    if isinstance(call.bounds, Mapping) or are_endless(call.bounds):
+        call.bounds = ends | (dict(call.bounds) if isinstance(call.bounds, Mapping) else {})
+    call.fixed, call.expr = held | dict(call.fixed or {}), rules | (call.expr or {}) or None
 
 
 F = TypeVar("F", bound=Callable)
@@ -338,6 +363,12 @@ def model_first(f, xdata, ydata, caller="curve_fit"):
         return f, xdata, ydata
     if callable(ydata):
         return ydata, f, xdata
+    for each in (f, ydata):
+        if hasattr(each, "make_params") and hasattr(each, "eval"):
+            raise TypeError(
+                f"{each!r} is a Model of lmfit: give {caller} a function written with jax.numpy, or a model of "
+                "dask_nlsq.models, and p0=model.make_params(...)"
+            )
     raise TypeError(
         f"{caller} needs a model: pass {caller}(f, xdata, ydata) or {caller}(xdata, ydata, f), got "
         f"{type(f).__name__}, {type(xdata).__name__}, {type(ydata).__name__}"

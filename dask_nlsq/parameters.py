@@ -13,6 +13,7 @@ from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
 from .model.ready import ReadyModel
 from .model.ties import Ties
+from .options import are_endless
 
 ENDLESS = (-np.inf, np.inf)
 
@@ -82,7 +83,7 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
     own = dict(zip(names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
         bounds = own | dict(bounds)
-    elif isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == ENDLESS:
+    elif are_endless(bounds):
         bounds = bounds if getattr(call, "method", None) == "lm" else own  # "lm" knows no bounds
     if p0 is None or isinstance(p0, str):
         return None, bounds, tuple(names)
