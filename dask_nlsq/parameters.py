@@ -72,7 +72,7 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
     p0, bounds = call.p0, call.bounds
     if isinstance(p0, str) and p0 != "guess":
         raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
-    if isinstance(p0, str) and not isinstance(f, ReadyModel):
+    if isinstance(p0, str) and not getattr(f, "can_guess", False):
         raise ValueError(
             f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is none. Give p0 as numbers, or take "
             "a model, or a sum of models, of dask_nlsq.models"
@@ -86,8 +86,8 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
     elif are_endless(bounds):
         bounds = bounds if getattr(call, "method", None) == "lm" else own  # "lm" knows no bounds
     if p0 is None or isinstance(p0, str):
-        return None, bounds, tuple(names)
-    return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) else ()
+        return None, bounds, tuple(names) if f.can_guess else ()
+    return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) and f.can_guess else ()
 
 
 def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Mapping[str, Any]]:

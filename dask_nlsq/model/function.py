@@ -266,9 +266,10 @@ def own_function(f: Any) -> Any:
 
 
 def _rules(f) -> list[Callable]:
-    """The user's functions that tie parameters."""
+    """The user's functions that a model is made of, and that tie its parameters."""
     ties = f.ties if isinstance(f, FixedParameters) else None
-    return [] if ties is None else [rule for rule in ties.expr.values() if callable(rule)]
+    own = [*getattr(own_function(f), "own_functions", ())]
+    return own if ties is None else own + [rule for rule in ties.expr.values() if callable(rule)]
 
 
 def function_name(f: Callable) -> str:

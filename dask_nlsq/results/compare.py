@@ -178,9 +178,9 @@ def _compared(name: str, fits: dict[str, Any], nested: bool | None) -> Compared:
 def _is_within(small, large) -> bool:
     """Whether a model is a special case of another, as far as names tell."""
     models = [own_function(getattr(each.objective.model, "f", None)) for each in (small, large)]
-    if all(isinstance(each, ReadyModel) for each in models) and models[0] is not models[1]:
+    if all(isinstance(each, ReadyModel) for each in models):
         terms = [Counter(term.recipe for term in each.terms) for each in models]
-        if terms[0] != terms[1]:
-            return terms[0] <= terms[1]
+        if terms[0] != terms[1] or models[0].tree != models[1].tree:
+            return all(each.is_sum for each in models) and terms[0] <= terms[1]
     fitted = [{each.param_names[k] for k in each.free} for each in (small, large)]
     return fitted[0] <= fitted[1]

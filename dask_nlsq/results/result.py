@@ -25,7 +25,9 @@ from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
+from ..model.function import function_name, held, intern, own_function
 from ..model.params import Parameter, Params
+from ..model.ready import ReadyModel
 from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
@@ -283,6 +285,29 @@ class FitResult:
         points, labels = self._points(x)
         return label(self._values(points, "model"), labels)
 
+    def components(self, x=None) -> dict[str, Any]:
+        """What a sum of models has at ``x``, as in `predict`, summand by summand: values by name, which add up to it.
+
+        Raises
+        ------
+        ValueError
+            Where the model is not a sum of `dask_nlsq.models`, of functions added to them, or of products of these.
+        """
+        model: Any = self.objective.model
+        if isinstance(model, NamedModel):
+            model = model.find(self.preparation.layouts, len(self.free))
+        f = own_function(model.f)
+        if not isinstance(f, ReadyModel):
+            raise ValueError(
+                f"{function_name(f)} is not a sum of models: add a function to one of dask_nlsq.models, as in gaussian + f"
+            )
+        points, labels = self._points(x)
+        parts = {
+            name: intern(held(part, None, self.popt.tolist(), self.free, getattr(model.f, "ties", None))[0])
+            for name, part in f.components.items()
+        }
+        return {name: label(self._values(points, "model", model=part), labels) for name, part in parts.items()}
+
     def confidence_band(self, x=None, level: float = 0.95):
         """Lower and upper end of an interval for the mean of y at each point: ``f -+ q sqrt(J pcov J^T)``.
 
@@ -371,8 +396,8 @@ class FitResult:
             raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
         return self.data, self._labels
 
-    def _values(self, points, what, *spread):
-        model = self.objective.model
+    def _values(self, points, what, *spread, model: Any = None):
+        model = self.objective.model if model is None else model
         if isinstance(model, NamedModel):
             model = model.find(self.preparation.layouts, len(self.free))
         params = self.popt[list(self.free)]
