@@ -1,5 +1,6 @@
 """Parameters that follow others, and derived quantities: `expr` in fits, maps and groups."""
 
+import dask.array as da
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -143,6 +144,21 @@ def test_a_map_has_ties_and_derived_quantities_as_each_of_its_fits(tied, tmp_pat
         fit_map(peaks, X, np.stack([Y, Y, Y * np.nan]), P0, expr=EXPR | {"area": "h1"}).to_zarr(
             tmp_path / "maps.zarr", resume=True
         )
+
+
+@pytest.mark.slow
+def test_functions_of_ties_and_of_sums_work_on_workers_as_they_do_here(workers):
+    expr, x, y = {"w2": twice, "area": lambda h1, w1: h1 * w1}, *(da.from_array(each, chunks=100) for each in (X, Y))
+    here = curve_fit(peaks, X, Y, P0, expr=expr, xrange=(1, 9))
+    whole = models.gaussian + (lambda x, h, c: models.gaussian(x, h, c, 1.0))
+    with workers.as_current():
+        there = curve_fit(peaks, x, y, P0, expr=expr, xrange=(1, 9), strategy="chunked")
+        fits = fit_map(peaks, X, da.from_array(np.stack([Y, Y]), chunks=(1, -1)), P0, expr=expr, xrange=(1, 9)).compute()
+        parts = curve_fit(whole, x, y, [2, 3, 0.6, 1, 6], strategy="chunked").components()
+        np.testing.assert_allclose(np.asarray(parts["own"]).max(), 2, atol=0.1)
+    np.testing.assert_allclose(there.popt, here.popt, rtol=1e-9)
+    assert there["area"].error == pytest.approx(here["area"].error) and there.n_masked == here.n_masked
+    np.testing.assert_allclose(fits["w2"].error, here["w2"].error, rtol=1e-3)
 
 
 def decay(x, amplitude, rate, slower, base):
