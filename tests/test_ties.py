@@ -230,6 +230,7 @@ def test_what_is_more_than_arithmetic_is_refused(text):
         ({"a": "a + 1"}, "`expr` goes in a circle: a -> a"),
         ({"a": lambda b, z: b}, "is a function of b, z: its arguments must be called like parameters"),
         ({"a": lambda p: p["z"]}, "which fails .KeyError: 'z'.: it must return a number"),
+        ({"b": "c", "a": lambda p: p["b"]}, "which fails .KeyError: 'b'"),
         ({"a": lambda b: np.sin(b)}, "by jax.numpy"),
         ({"a": lambda b: jnp.stack([b, b])}, r"returned shape \(2,\): it must be one number"),
     ],

@@ -89,11 +89,11 @@ class Ties:
 
     def every(self, params: Sequence) -> dict[str, Any]:
         """Values of all names, from those of the parameters of the model, of which tied ones do not matter."""
-        values: dict[str, Any] = dict(zip(self.names, params, strict=True))
-        for name in self.tied:
-            del values[name]  # so that no function sees what does not count
+        given = zip(self.names, params, strict=True)
+        untied = {name: value for name, value in given if name not in self.tied}  # what a function of a dict sees
+        values: dict[str, Any] = dict(untied)
         for name, rule in self.expr.items():
-            values[name] = _value(name, rule, values)
+            values[name] = _value(name, rule, values, untied)
         return values
 
     def complete(self, params: Sequence) -> list:
@@ -141,13 +141,13 @@ def _needs(name: str, rule: Rule, known: Sequence[str], untied: Sequence[str]) -
     )
 
 
-def _value(name: str, rule: Rule, values: Mapping[str, Any]):
+def _value(name: str, rule: Rule, values: Mapping[str, Any], untied: Mapping[str, Any]):
     if isinstance(rule, str):
         return parsed(rule)[0]({**CONSTANTS, **values})
     arguments = [*inspect.signature(rule).parameters]
     try:
         by_name = all(each in values for each in arguments)
-        found = jnp.asarray(rule(*(values[each] for each in arguments)) if by_name else rule(dict(values)), jnp.float64)
+        found = jnp.asarray(rule(*(values[each] for each in arguments)) if by_name else rule(dict(untied)), jnp.float64)
     except (TypeError, KeyError, jax.errors.JAXTypeError) as err:
         raise ValueError(
             f"`expr` for {name!r} is {_called(rule)}, which fails ({type(err).__name__}: {str(err).splitlines()[0]}): it "
