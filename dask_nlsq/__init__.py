@@ -30,6 +30,7 @@ _MODULES = {
     "calculate_adaptive_tolerances": "compat.nlsq",
     "clear_memory_pool": "compat.memory_manager",
     "cluster_report": "memory.processes",
+    "compare": "results.compare",
     "create_checkpoint_directory": "engine.checkpoint",
     "curve_fit": "fitting",
     "curve_fit_large": "fitting",

@@ -27,16 +27,18 @@ from .engine.waiting import StopOnSignal, ToldToLeave
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
-from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
+from .kernels.rules import ACCURACY, STUCK
 from .memory.plan import Plan
 from .model.function import function_name
+from .model.params import Params
 from .options import FITS, GROUPS, WORKFLOWS, with_known_names
+from .parameters import Parameters
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
-from .results.diagnostics import combinations
+from .results.diagnostics import scaled_covariance
 from .results.result import FitResult
 from .results.statistics import Totals
-from .results.uncertainty import covariance, spread_out
+from .results.uncertainty import followers, spread_out
 from .solve.multistart import Search, fit_again, polish, search
 from .solve.outcome import NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
@@ -73,11 +75,13 @@ def curve_fit(
     mask=None,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
     param_names=None,
     fixed: Mapping[str, float] | None = None,
+    expr: Mapping[str, str | Callable] | None = None,
     strategy: Literal["auto", "standard", "chunked", "streaming"] = "auto",
     reduction: Literal["auto", "gram", "qr"] = "auto",
     jac_mode: Literal["auto", "columns", "arguments"] = "auto",
@@ -113,7 +117,8 @@ def curve_fit(
         Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
         Start. "guess", or None: what a model of `dask_nlsq.models` guesses from a sample of the data, as well as what a dict
-        does not name. None with any other model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
+        does not name. Parameters of a result, or of lmfit with what they say of bounds, values held and ties. None with any
+        other model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
     sigma : scalar, array_like, (M, M) array or "poisson", optional
         Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
         y (strategy "standard" only). "poisson": the root of the model, reweighted until it settles, which is at the
@@ -160,6 +165,10 @@ def curve_fit(
     valid_range : pair, optional
         Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
         values.
+    xrange : pair, list of pairs, or dict of them by name or place of a coordinate, optional
+        Fit range: points whose x lies in none of the intervals (low, high) count as masked. Ends belong to them, None is no
+        limit. Of several coordinates ``{0: (1, 2)}`` is by place in ``xdata``, ``{"energy": (8.9, 9.6)}`` by name of
+        xarray's.
     on_bad_chunk : {"raise", "mask"}
         What becomes of chunks of Zarr arrays that cannot be read: an error that says which, or their points are left out
         and the chunks listed in the result's ``damage``.
@@ -173,6 +182,11 @@ def curve_fit(
         Names for messages and tables; from the signature of ``f`` by default.
     fixed : dict, optional
         Values of parameters, by name, that are not fitted. They are in the result, with error 0.
+    expr : dict, optional
+        What a parameter is a function of, by name: ``{"width2": "width1"}``. Names that are no parameter are derived
+        quantities, ``{"area": "height * width"}``, in the result's ``derived``, with errors by the delta method. Text may
+        have names, numbers, ``+ - * / **`` and functions such as ``exp``; else a function, written with `jax.numpy`, whose
+        arguments are called like parameters, or which takes a dict of those that are not tied.
     strategy : {"auto", "standard", "chunked", "streaming"}
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
         in this process where there is none. "streaming": nothing is held, each sweep reads the data anew, here or on the
@@ -510,16 +524,18 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     n_points, n_masked, n_omitted = run.counts
     equations = solution.equations
     cost = equations.pearson / 2 if noise.reweighted else equations.cost
-    pcov = _scaled_covariance(solution, None if noise.absolute else cost, n_points, ready.names)
+    pcov = scaled_covariance(solution, None if noise.absolute else cost, n_points, ready.names)
     popt = run.start.copy()
     popt[ready.free] = solution.params
+    popt, pcov, spread, following = _followed(params, popt, pcov)
+    tied = () if params.ties is None else params.ties.tied
     whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
     assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
     sums = [np.nan] * 3 if whitened else evaluator.weights.sum(axis=0).tolist()
     return FitResult(
         popt=popt,
-        pcov=spread_out(pcov, ready.free, len(popt)),
+        pcov=pcov,
         param_names=params.names,
         cost=cost,
         n_points=n_points,
@@ -540,7 +556,10 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         sample=evaluator.drawn or evaluator.sweep.drawn,
         damage=evaluator.sweep.damage,
         n_filled=sum(len(each.absent) for each in ready.source.stored),
-        fixed={name: float(popt[k]) for k, name in enumerate(params.names) if k not in params.free},
+        fixed={name: float(popt[k]) for k, name in enumerate(params.names) if name not in (*ready.names, *tied)},
+        tied={name: str(following[name].expr) for name in tied},
+        derived=Params(*(each for name, each in following.items() if name not in tied)),
+        spread=spread,
         bounds=np.stack([params.lower, params.upper]),
         noise=noise._replace(sigma=one_sigma),
         totals=Totals(cost, n_points, *sums),
@@ -554,22 +573,12 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     )
 
 
-CHANGE = {
-    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
-    "it with `fixed`. A model with steps has no derivatives",
-    False: "Hold one of them with `fixed`, or start components that are alike from different values",
-}
-
-
-def _scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
-    """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
-    p = len(solution.params)
-    pcov = covariance(solution.factor) if solution.status != UNDETERMINED else None
-    if pcov is not None and cost is None:
-        return pcov
-    if pcov is not None and cost is not None and n_points > p:
-        return pcov * (2 * cost / (n_points - p))
-    reasons = combinations(solution.factor, names)
-    why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warn(f"Covariance of the parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
-    return np.full((p, p), np.inf)
+def _followed(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
+    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; and what ``expr`` gives."""
+    p, ties = len(popt), params.ties
+    if ties is None:
+        spread = np.eye(p)[:, list(params.free)]
+        return popt, spread_out(pcov, spread), spread, Params()
+    values, spread = ties.at(popt, params.free)
+    every = spread_out(pcov, spread)
+    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, [*ties.expr])

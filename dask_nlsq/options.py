@@ -20,6 +20,7 @@ import numpy as np
 from .base.text import near
 from .base.values import FLOAT_MAX, count, is_integer, is_number, positive, takes, without_flags
 from .kernels.rules import ACCURACY
+from .model.params import Parameter
 from .presets import PRESETS, as_goal
 
 MOST_COUNT = 2**62  # evaluations, which kernels count in 64 bits
@@ -32,6 +33,17 @@ LOSSES = ("linear", "soft_l1", "huber", "cauchy", "arctan", "poisson")  # of `mo
 
 def _as_given(name, value):
     return value
+
+
+def _plain_records(attribute: str):
+    """A check that puts ``attribute`` in the place of each `Parameter`, so that a result gives starts, bounds and values."""
+
+    def plain(value):
+        if isinstance(value, Mapping):
+            return {name: plain(each) for name, each in value.items()}
+        return getattr(value, attribute) if isinstance(value, Parameter) else value
+
+    return lambda name, value: plain(value)
 
 
 def _must(test: Callable[[Any], Any], be: str, convert=None, error: type[Exception] = ValueError):
@@ -80,6 +92,40 @@ def _are_ends(value):
     ends = list(value) if isinstance(value, (list, tuple)) or _is_vector(value) else []
     known = [_plain(each) for each in ends if each is not None]
     return len(ends) == 2 and _are_numbers(known) and known == sorted(known) and all(each == each for each in known)
+
+
+def _rules(name, value):
+    """Expressions and functions by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in value):
+        raise TypeError(
+            f"`{name}` must be a dict of expressions by name, such as {{'area': 'height * width'}}, not {value!r}"
+        )
+    for key, rule in value.items():
+        if isinstance(rule, Mapping):  # as a checkpoint has it
+            kept = f"`{name}` for {key!r} is the function {rule.get('function')}, which a checkpoint does not keep"
+            raise ValueError(f"{kept}: pass `{name}` again, as in resume(path, {name}=...)")
+        if not isinstance(rule, str) and not callable(rule):
+            raise TypeError(f"`{name}` for {key!r} must be an expression or a function, not {rule!r}")
+    return dict(value)
+
+
+def _intervals(name, value):
+    """Intervals by place or name of a coordinate; None is the only one."""
+    found = {}
+    for key, given in value.items() if isinstance(value, Mapping) else [(None, value)]:
+        listed = isinstance(given, (list, tuple)) or getattr(given, "ndim", 0) > 0
+        pairs = [given] if _are_ends(given) else [*given] if listed else []
+        known = key is None or isinstance(key, str) or (is_integer(key) and key >= 0)
+        if not known or not pairs or not all(map(_are_ends, pairs)):
+            raise ValueError(
+                f"`{name}` must be a pair of numbers (low, high), in order, None for no limit; a list of pairs; or a dict "
+                f"of them by name or place of a coordinate, not {value!r}. Limits of dates: seconds since the earliest"
+            )
+        place = int(key) if isinstance(key, str) and key.isdecimal() else key  # JSON has no other keys than text
+        found[place] = tuple(
+            (-np.inf if low is None else float(low), np.inf if high is None else float(high)) for low, high in pairs
+        )
+    return found
 
 
 def _sigma(name, value):
@@ -177,14 +223,15 @@ class Row(NamedTuple):
 
 
 FITS = {  # of `curve_fit`, without the model and its data
-    "p0": Row(_as_given, None, same=True, maps=True, option=Option(
+    "p0": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
         "Start: a=1,b=2; or guess, which ready models do by themselves.", many=True)),
     "sigma": Row(_sigma, None, maps=True, option=Option(
         "Standard deviation of y: a number, the path of a Zarr array, or poisson.")),
     "absolute_sigma": Row(_flag, False, same=True, maps=True, option=Option(
         "Sigma is known, and the errors are not scaled by the fit.", bool)),
     "check_finite": Row(_optional(_flag), None, same=True),
-    "bounds": Row(_as_given, (-np.inf, np.inf), same=True, maps=True, option=Option("a=0: or b=:3,c=0:1", many=True)),
+    "bounds": Row(_plain_records("bounds"), (-np.inf, np.inf), same=True, maps=True, option=Option(
+        "a=0: or b=:3,c=0:1", many=True)),
     "method": Row(_choice(None, "auto", "trf", "lm", "dogbox"), None, same=True),
     "jac": Row(_jacobian, None),
     "full_output": Row(_flag, False),
@@ -204,6 +251,8 @@ FITS = {  # of `curve_fit`, without the model and its data
         "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers.")),
     "valid_range": Row(_optional(_range), None, same=True, maps=True, option=Option(
         "Lowest and highest value of y that counts: 0:1000 or 0:")),
+    "xrange": Row(_optional(_intervals), None, same=True, maps=True, option=Option(
+        "Fit range of x, whose ends count: 8.9:9.6; several: 1:2,4:5; of coordinate 0 of several: 0=8.9:9.6", many=True)),
     "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
         "raise, or mask: leave out chunks that cannot be read.")),
     "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
@@ -211,7 +260,10 @@ FITS = {  # of `curve_fit`, without the model and its data
     "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
         "Fit values as they are stored: scale_factor, _FillValue and such are left.", bool)),
     "param_names": Row(_optional(_names), None, same=True, maps=True),
-    "fixed": Row(_as_given, None, same=True, maps=True, option=Option("Values that are not fitted: c=0.5", many=True)),
+    "fixed": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
+        "Values that are not fitted: c=0.5", many=True)),
+    "expr": Row(_optional(_rules), None, same=True, maps=True, option=Option(
+        "Parameters that follow others: width2=width1; and derived quantities: area=height*width", many=True)),
     "strategy": Row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
         "auto, standard, chunked, streaming: where the data are held.")),
     "reduction": Row(_choice("auto", "gram", "qr"), "auto", same=True),
@@ -252,7 +304,32 @@ LIMITS = [name for name, row in FITS.items() if row.limit]
 
 def checked(table: Mapping[str, Row], given: Mapping[str, Any]) -> SimpleNamespace:
     """The arguments of a call as the fit takes them."""
-    return SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
+    call = SimpleNamespace(**{name: row.check(name, given[name]) for name, row in table.items()})
+    if "p0" in table and isinstance(call.p0, Mapping) and call.p0 and all(map(_is_of_lmfit, call.p0.values())):
+        _apart(call)
+    return call
+
+
+def _is_of_lmfit(value) -> bool:
+    """Whether it is a Parameter of lmfit, which need not be installed."""
+    return all(hasattr(value, each) for each in ("value", "vary", "min", "max", "expr"))
+
+
+def are_endless(bounds) -> bool:
+    """Whether they are those by default."""
+    return isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == (-np.inf, np.inf)
+
+
+def _apart(call) -> None:
+    """What lmfit's Parameters as ``p0`` say of bounds, values that are held, and ties; what the call says besides wins."""
+    given = call.p0
+    rules = {name: each.expr for name, each in given.items() if each.expr}
+    ends = {name: (each.min, each.max) for name, each in given.items() if name not in rules}
+    held = {name: each.value for name, each in given.items() if not each.vary and name not in rules}
+    call.p0 = {name: each.value for name, each in given.items() if name not in rules}
+    if isinstance(call.bounds, Mapping) or are_endless(call.bounds):
+        call.bounds = ends | (dict(call.bounds) if isinstance(call.bounds, Mapping) else {})
+    call.fixed, call.expr = held | dict(call.fixed or {}), rules | (call.expr or {}) or None
 
 
 F = TypeVar("F", bound=Callable)
@@ -292,6 +369,12 @@ def model_first(f, xdata, ydata, caller="curve_fit"):
         return f, xdata, ydata
     if callable(ydata):
         return ydata, f, xdata
+    for each in (f, ydata):
+        if hasattr(each, "make_params") and hasattr(each, "eval"):
+            raise TypeError(
+                f"{each!r} is a Model of lmfit: give {caller} a function written with jax.numpy, or a model of "
+                "dask_nlsq.models, and p0=model.make_params(...)"
+            )
     raise TypeError(
         f"{caller} needs a model: pass {caller}(f, xdata, ydata) or {caller}(xdata, ydata, f), got "
         f"{type(f).__name__}, {type(xdata).__name__}, {type(ydata).__name__}"

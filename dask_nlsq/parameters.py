@@ -1,4 +1,4 @@
-"""The parameters of a model: names, start, bounds, and values that are held; numbers, or in a map arrays of its shape."""
+"""The parameters of a model: names, start, bounds, values that are held, ties; numbers, or in a map arrays of its shape."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,12 +11,14 @@ from .base.values import is_number, takes, without_flags
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
 from .model.ready import ReadyModel
+from .model.ties import Ties
+from .options import are_endless
 
 ENDLESS = (-np.inf, np.inf)
 
 
 class Parameters(NamedTuple):
-    """All parameters of a model, those that are held among them. Values are (p,), or p numbers and arrays of a map."""
+    """All parameters of a model, those held and tied among them. Values are (p,), or p numbers and arrays of a map."""
 
     names: tuple[str, ...]
     free: tuple[int, ...]  # places of those that are fitted
@@ -25,10 +27,11 @@ class Parameters(NamedTuple):
     upper: Any
     guessed: tuple[str, ...]  # whose start is to be guessed from the data; until then it is within the bounds
     guess: Model | None  # p0(x, y) of one spectrum of a map
+    ties: Ties | None  # and derived quantities
 
 
 def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters:
-    """``p0``, ``bounds``, ``param_names`` and ``fixed`` of a call; ``shape`` is that of a map, None for one fit.
+    """``p0``, ``bounds``, ``param_names``, ``fixed`` and ``expr`` of a call; ``shape`` is that of a map, None for one fit.
 
     Raises
     ------
@@ -46,16 +49,23 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     if not isinstance(fixed, Mapping):
         raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
     names, starts = _named_starts(f, p0, call.param_names, fixed, shape)
+    ties = None if not call.expr else Ties(names, call.expr)
+    tied = () if ties is None else ties.tied
     pairs = _pairs(names, bounds, shape)
+    _check_tied(tied, fixed, _pairs(names, call.bounds, shape))
+    pairs |= dict.fromkeys(tied, ENDLESS)
     _check_names(names, p0=starts, fixed=fixed, bounds=pairs)
-    free = tuple(k for k, name in enumerate(names) if name not in fixed)
+    free = tuple(k for k, name in enumerate(names) if name not in fixed and name not in tied)
     if not free:
-        raise ValueError("`fixed` holds all parameters: there is nothing to fit")
-    if isinstance(p0, Mapping) and (missing := [n for n in names if not (n in starts or n in fixed or n in guessed)]):
-        raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed, {names}")
+        raise ValueError(f"`fixed` holds {'and `expr` ties ' if tied else ''}all parameters: there is nothing to fit")
+    if isinstance(p0, Mapping) and (
+        missing := [n for n in names if not any(n in each for each in (starts, fixed, tied, guessed))]
+    ):
+        raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed or tied, {names}")
+    starts = {**starts, **dict.fromkeys(tied, 0.0)}  # which does not matter
     values = [_start_and_bounds(name, starts, pairs.get(name, (None, None)), fixed, shape) for name in names]
     start, lower, upper = (list(each) if shape else np.array(each, dtype=float) for each in zip(*values, strict=True))
-    return Parameters(names, free, start, lower, upper, guessed, guess)
+    return Parameters(names, free, start, lower, upper, guessed, guess, ties)
 
 
 def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
@@ -63,7 +73,7 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
     p0, bounds = call.p0, call.bounds
     if isinstance(p0, str) and p0 != "guess":
         raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
-    if isinstance(p0, str) and not isinstance(f, ReadyModel):
+    if isinstance(p0, str) and not getattr(f, "can_guess", False):
         raise ValueError(
             f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is none. Give p0 as numbers, or take "
             "a model, or a sum of models, of dask_nlsq.models"
@@ -74,11 +84,11 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
     own = dict(zip(names, f.bounds.values(), strict=False))
     if isinstance(bounds, Mapping):
         bounds = own | dict(bounds)
-    elif isinstance(bounds, tuple) and all(isinstance(each, float) for each in bounds) and bounds == ENDLESS:
+    elif are_endless(bounds):
         bounds = bounds if getattr(call, "method", None) == "lm" else own  # "lm" knows no bounds
     if p0 is None or isinstance(p0, str):
-        return None, bounds, tuple(names)
-    return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) else ()
+        return None, bounds, tuple(names) if f.can_guess else ()
+    return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) and f.can_guess else ()
 
 
 def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Mapping[str, Any]]:
@@ -107,6 +117,18 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
     if len(names) != n or len(set(names)) != n or not all(isinstance(name, str) for name in names):
         raise ValueError(f"`param_names` must be {n} different names, got {len(names)}: {names}")
     return names, p0 if isinstance(p0, Mapping) else {} if p0 is None else dict(zip(names, starts, strict=True))
+
+
+def _check_tied(tied, fixed, pairs) -> None:
+    """A tie is all that a parameter has: it is not held, and has no bounds of its own."""
+    for name in tied:
+        if name in fixed:
+            raise ValueError(f"`fixed` and `expr` both name {name!r}: give one of them")
+        ends = pairs.get(name, ENDLESS)
+        if any(each is not None and not np.all(np.isinf(each)) for each in ends):
+            raise ValueError(
+                f"`bounds` has {ends} for {name}, which `expr` ties: bound the parameters that it depends on, by name"
+            )
 
 
 def _pairs(names, bounds, shape) -> dict[str, tuple[Any, Any]]:

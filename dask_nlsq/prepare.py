@@ -13,6 +13,7 @@ from .data.align import Data, whitened
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
 from .data.labels import Labels, by_name, warn_if_packed
+from .data.ranges import by_place
 from .data.sizes import sizes_of
 from .data.store import Stored
 from .engine.checkpoint import check_checkpoint, create_checkpoint_directory
@@ -79,6 +80,7 @@ class Prepared:
     def described(self, start: np.ndarray) -> tuple[Any, ...]:
         """What a checkpoint knows the fit by, with the ``start`` of all parameters: arguments of `describe_fit`."""
         known = dict(p0=start, bounds=(self.params.lower, self.params.upper), param_names=self.params.names)
+        known |= dict(fixed=self.call.fixed, expr=self.call.expr)
         source = self.source
         return self.objective.model, source.arrays, source.data, source.stored, {**self.given, **known}
 
@@ -106,7 +108,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
     noise, params = noise_of(call), read_parameters(f, call)
     options, n = _solver_options(call, noise, params), len(params.free)
-    model = intern(*held(f, call.jac, params.start, params.free))
+    model = intern(*held(f, call.jac, params.start, params.free, params.ties))
     objective = Objective(model, noise.loss, call.f_scale)
     if isinstance(xdata, HeldData):
         source = xdata.source_for(call, ydata, objective, n)
@@ -130,11 +132,13 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     """
     if call.decode_cf:
         warn_if_packed(ydata)
+    xrange = by_place(call.xrange, xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     reweighted = is_reweighted(sigma)
     opened, stored, values = open_data(arrays | (dict(sigma=None) if reweighted else {}), call)
     values["check"] = call.nan_policy is not None or call.check_finite is not False
+    values["xrange"] = xrange
     values["omit"] = call.nan_policy == "omit" and not call.check_finite
     strategy: Any = call.strategy if getattr(call, "checkpoint", None) is None else "streaming"
     data = align_data(opened, strategy, values)
@@ -169,8 +173,8 @@ def _admitted(objective: Objective, n_params: int, data: Data) -> bool:
 # data for several fits
 
 HELD = (  # arguments that belong to the data
-    "sigma", "mask", "check_finite", "nan_policy", "mask_values", "valid_range", "on_bad_chunk", "missing_chunks",
-    "decode_cf", "strategy", "memory_limit_gb", "partitions_per_thread",
+    "sigma", "mask", "check_finite", "nan_policy", "mask_values", "valid_range", "xrange", "on_bad_chunk",
+    "missing_chunks", "decode_cf", "strategy", "memory_limit_gb", "partitions_per_thread",
 )  # fmt: skip
 
 
@@ -257,6 +261,7 @@ def hold(
     nan_policy: Literal["raise", "omit"] | None = None,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,

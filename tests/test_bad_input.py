@@ -138,6 +138,8 @@ RIGHT = {  # by argument; those that are not here take none of them
     "mask": FLAG | {"None", "text", "['1', '2']", "[1]", "[True, 1]"},
     "mask_values": {"None", "()", "[1]", "array", "set"},
     "valid_range": {"None", "[None, 1]"},
+    "xrange": {"None", "{}", "[None, 1]"},
+    "expr": {"None", "{}", "{a: '1'}"},
     "param_names": {"None", "['1', '2']"},
     "fixed": {"None", "{}"},
     "decode_cf": FLAG,

@@ -507,7 +507,7 @@ def test_bad_values_are_an_error_when_they_are_met(changed, message):
 
 def test_bounds_over_the_map_have_a_start_within():
     bounds = dict(area=(0, None), center=(-2, TRUTH[..., 0]), width=(None, da.from_array(TRUTH[..., 2])))
-    call = SimpleNamespace(p0=None, bounds=bounds, param_names=None, fixed=None)
+    call = SimpleNamespace(expr=None, p0=None, bounds=bounds, param_names=None, fixed=None)
     start = read_parameters(peak, call, BLOCK).start
     assert start[0] == 1
     np.testing.assert_allclose(start[1], (TRUTH[..., 0] - 2) / 2)

@@ -378,7 +378,9 @@ def test_a_warning_points_at_the_line_that_called(category, call):
 
 @pytest.mark.parametrize("shape", [None, (2, 3)])
 def test_numbers_mean_the_same_to_a_fit_and_to_a_map(shape):
-    call = SimpleNamespace(p0={"a": 3, "c": 1}, bounds={"a": (0, 5), "c": (None, 2)}, param_names=None, fixed={"b": 0.5})
+    call = SimpleNamespace(
+        p0={"a": 3, "c": 1}, bounds={"a": (0, 5), "c": (None, 2)}, param_names=None, fixed={"b": 0.5}, expr=None
+    )
     found = read_parameters(decay, call, shape)
     assert (found.names, found.free, found.guess) == (("a", "b", "c"), (0, 2), None)
     assert [*found.start] == [3, 0.5, 1]

@@ -21,6 +21,7 @@ from ..memory.needs import JOINED_POINTS
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
+from .ranges import Ranges, of_each, parted_within
 
 MOST_SHARED = 2**24  # points of a spectrum, up to which coordinates that all pixels share are held
 SENT_BYTES = 2**25  # of y, up to which an array in memory goes to a worker in one piece
@@ -122,6 +123,7 @@ def build_data(
     split: bool = False,
     hides: bool = False,
     sentinels=((), None),
+    xrange: Ranges | None = None,
     decoding: Decoding = AS_STORED,
     decoded: tuple[str, ...] = (),
     scaled: str = "",
@@ -143,6 +145,8 @@ def build_data(
         Whether chunks that cannot be read are left out.
     sentinels : tuple
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
+    xrange : dict, optional
+        Intervals by place of a coordinate, outside of which points are left out.
     decoding : Decoding
         What the stored values of y mean.
     decoded, scaled, decode_cf
@@ -157,7 +161,7 @@ def build_data(
     """
     y, hidden = apart("ydata", ydata)
     x_kind, x_lead, coordinates = _coordinates(xdata, y.shape)
-    parts = [parted(c) for c in coordinates]
+    parts = [parted_within(c, each) for c, each in zip(coordinates, of_each(xrange, len(coordinates)), strict=True)]
     coordinates = [c for c, _ in parts]
     if y.size == 1 and coordinates and x_kind != "tuple":  # SciPy broadcasts a single y
         y = np.broadcast_to(np.asarray(y), coordinates[0].shape)
@@ -283,7 +287,7 @@ class Coordinates(NamedTuple):
     hidden: list  # what masks of x leave out, with y's axes
 
     @classmethod
-    def of(cls, xdata, shape, fit_axes) -> "Coordinates":
+    def of(cls, xdata, shape, fit_axes, xrange: Ranges | None = None) -> "Coordinates":
         fit_shape = tuple(shape[k] for k in fit_axes)
         fitted = tuple(n if k in fit_axes else 1 for k, n in enumerate(shape))
 
@@ -294,13 +298,15 @@ class Coordinates(NamedTuple):
         if not any(map(own, given)):
             kind, lead, given = _coordinates(tuple(given) if kind == "tuple" else given[0] if given else None, fit_shape)
         arrays, hidden = [], []
-        for c in given:
+        for c, intervals in zip(given, of_each(xrange, len(given)), strict=True):
             if own(c):
-                c, mask = (each if each is None else _broadcastable("xdata", each, shape) for each in parted(c))
+                parts = parted_within(c, intervals)
+                c, mask = (each if each is None else _broadcastable("xdata", each, shape) for each in parts)
             else:
                 lazy = isinstance(c, da.Array) and c.size > MOST_SHARED
                 c = c.compute() if isinstance(c, da.Array) and not lazy else c
-                c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parted(c))
+                parts = parted_within(c, intervals)
+                c, mask = (each if each is None else _broadcastable("xdata", each, fit_shape) for each in parts)
                 c = da.broadcast_to(c, fit_shape).reshape(fitted) if lazy else np.broadcast_to(np.asarray(c), fit_shape)
                 mask = mask if mask is None else np.broadcast_to(mask, fit_shape).reshape(fitted)
             arrays.append(c)

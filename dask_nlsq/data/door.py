@@ -10,7 +10,7 @@ import numpy as np
 from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
-from ..model.function import FixedParameters, Model, ModelError, ModelShapeError, function_name, not_of_any_length
+from ..model.function import Model, ModelError, ModelShapeError, function_name, not_of_any_length, own_function
 from ..model.ready import ReadyModel
 from .align import Data, build_data
 from .arrays import as_array, decoded, stacked
@@ -122,7 +122,7 @@ def needs_all_points(model: Model, n_params: int, data: Data) -> bool:
     if data.n_points < n_params:
         raise TypeError(too_few(n_params, data.n_points))
     layouts, whole = data.preparation.layouts, data.preparation.whole
-    ready = isinstance(model.f.f if isinstance(model.f, FixedParameters) else model.f, ReadyModel)
+    ready = isinstance(own_function(model.f), ReadyModel)
     if ready and layouts.x_kind != "single":
         raise ValueError(f"`xdata` must be one array for the model {function_name(model.f)}, which has one coordinate")
     if not whole:
@@ -205,7 +205,8 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
             "leave points out, and give counts before any background is subtracted"
         )
     if census.n_used == 0:
-        raise ValueError(f"no data: all {problem.n_points} points are masked or omitted (mask: true leaves a point out)")
+        left_out = "masked, outside `xrange` or omitted (mask: true leaves a point out)"
+        raise ValueError(f"no data: all {problem.n_points} points are {left_out}")
     if census.n_used < n_params:
         raise TypeError(too_few(n_params, census.n_used, census.n_masked + problem.n_dropped + census.n_omitted))
     return census.n_used, census.n_masked + problem.n_dropped, census.n_omitted

@@ -33,7 +33,7 @@ from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
 from ..data.store import is_address, is_stored, same_store
 from ..kernels.checks import fingerprint
-from ..model.function import FixedParameters, Model
+from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
 VERSION = 6  # of the files
@@ -211,10 +211,9 @@ def describe_fit(model: Model, data: Mapping[str, Any], problem: Data, stored, o
 
     What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
     """
-    f = model.f.f if isinstance(model.f, FixedParameters) else model.f
-    call, arrays = describe_call(f, data, {name: options[name] for name in (*SAME, *LIMITS)})
+    call, arrays = describe_call(own_function(model.f), data, {name: options[name] for name in (*SAME, *LIMITS)})
     identity = {name: call["options"][name] for name in SAME}
-    n_free = len(options["p0"]) - len(options["fixed"] or ())
+    n_free = len(getattr(model.f, "free", options["p0"]))
     identity["model"] = fingerprint(model, problem.preparation.layouts, n_free)
     identity["chunks"] = [[len(sizes), *sizes[:1], *sizes[-1:]] for sizes in problem.chunks]
     identity["operands"] = [[operand.shape, str(operand.dtype)] for operand in problem.operands]
@@ -286,6 +285,8 @@ def _plain(value):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple, range, set, frozenset)):
         return [_plain(each) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if callable(value):
+        return {"function": function_name(value)}  # of a tie, to be given again
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 

@@ -21,6 +21,7 @@ from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
+from ..data.ranges import by_place
 from ..engine.checkpoint import NOT_KEPT, Checkpoint, describe_call
 from ..engine.waiting import StopOnSignal, ToldToLeave
 from ..interface.progress import Live, Observers
@@ -34,7 +35,7 @@ from ..maps.plan import AllBut
 from ..maps.result import MapResult, by_argument
 from ..memory.machine import active_client
 from ..memory.plan import JoiningError, MemoryBudgetError, Plan
-from ..model.function import FixedParameters, Model, function_name, intern
+from ..model.function import Model, function_name, held, intern, own_function
 from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
 from ..solve.outcome import NotConvergedError, interrupted, not_converged
@@ -94,7 +95,8 @@ class ReadyGroups:
     @property
     def typical_model(self) -> Model:
         """The model as a function of the shared parameters, the locals held where they start."""
-        return intern(FixedParameters(self.problem.fit.model.f, self.values.tolist(), self.spec.shared))
+        fit = self.problem.fit
+        return intern(*held(own_function(fit.model.f), None, self.values.tolist(), self.spec.shared, fit.ties))
 
     @property
     def interchangeable(self) -> tuple[tuple[str, str], ...]:
@@ -134,8 +136,10 @@ def fit_groups(
     max_nfev: int | None = None,
     param_names=None,
     fixed=None,
+    expr: Mapping[str, str | Callable] | None = None,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
@@ -161,6 +165,9 @@ def fit_groups(
     xdata, ydata, sigma, mask
         As in `dask_nlsq.fit_map`, where the groups are the pixels: ``xdata`` has the shape of the other axes, or broadcasts
         against ``ydata``.
+    expr : dict, optional
+        As in `dask_nlsq.curve_fit`. ``result.derived`` has those, tied parameters and derived quantities, that are functions
+        of shared parameters; ``result.local`` has all.
     p0, bounds, fixed
         As in `dask_nlsq.fit_map`: numbers, or, of locals, arrays of the shape of the groups, by name.
     local : str or sequence of str
@@ -284,6 +291,7 @@ def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], La
     if call.decode_cf:
         warn_if_packed(ydata)
     if labelled(ydata):
+        call.xrange = by_place(call.xrange, xdata, ydata)
         xdata, call.sigma, call.mask, _ = by_name(xdata, ydata, call.sigma, call.mask)
         ydata = ydata.data
     call.axis = 1
@@ -337,7 +345,8 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     call, given, problem = ready.call, ready.given, ready.problem
     data = {name: given[name] for name in ("xdata", "ydata", "sigma", "mask", "groups")}
     options = {name: given[name] for name in GROUPS if name not in NOT_KEPT}
-    described, arrays = describe_call(problem.fit.model.f, data, options)
+    options |= {name: getattr(call, name) for name in ("p0", "bounds", "fixed", "expr")}
+    described, arrays = describe_call(own_function(problem.fit.model.f), data, options)
     identity = by_argument(MapResult(None, problem, {}).provenance)
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
     identity["p0"] = [*identity["p0"], ready.start.tolist()]

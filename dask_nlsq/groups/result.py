@@ -32,13 +32,14 @@ from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
 from ..maps.result import MapResult
 from ..maps.store import StoredMap, remove
+from ..model.params import Params
 from ..results import result as results
 from ..results import schema
 from ..results.diagnostics import Diagnostics, combinations, diagnose
 from ..results.report import report
 from ..results.result import FitResult
 from ..results.statistics import Groups, Totals
-from ..results.uncertainty import covariance
+from ..results.uncertainty import covariance, followers, spread_out
 from ..solve.trust_region import Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
@@ -154,7 +155,12 @@ class GroupResult:
         return 2
 
     def __getitem__(self, item):
-        return (self.popt, self.pcov)[item]
+        """``result["rate"]``: the `Parameter`, of each group where it is a local one."""
+        return (
+            self.local[item]
+            if isinstance(item, str) and item not in {*self.shared_names, *self.derived}
+            else self.shared[item]
+        )
 
     def __repr__(self) -> str:
         return f"<GroupResult>\n{self.summary()}"
@@ -260,6 +266,9 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
         damage=(),
         n_filled=sum(len(each.absent) for each in problem.sources),
         fixed={},
+        tied={},
+        derived=_derived(ready, solution.params, pcov),
+        spread=np.eye(s),
         bounds=np.stack([options.lower, options.upper]),
         noise=noise,
         totals=Totals(equations.cost, n_points, *sums.weights.sum(axis=0).tolist()),
@@ -287,6 +296,17 @@ def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
         warn(f"Covariance of the shared parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
         return np.full((s, s), np.inf)
     return pcov * variance
+
+
+def _derived(ready, shared: np.ndarray, pcov: np.ndarray) -> Params:
+    """Tied parameters and derived quantities that are functions of what is not local."""
+    ties, names, params = ready.problem.fit.ties, ready.problem.fit.names, ready.values.copy()
+    if ties is None:
+        return Params()
+    params[list(ready.spec.shared)] = shared
+    own = [names[k] for k in ready.spec.locals.free]
+    values, spread = ties.at(params, ready.spec.shared)
+    return followers(ties, values, spread_out(pcov, spread), ties.of_only([name for name in names if name not in own]))
 
 
 def _of_locals(worst: float, accuracy: float) -> str:
@@ -331,4 +351,8 @@ def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, share
         record["pcov"][:, shared[:, None], shared] = np.where(used[:, None, None], pcov, np.nan)
         record["pcov"][:, own[:, None], shared] = cross
         record["pcov"][:, shared[:, None], own] = cross.swapaxes(1, 2)
+    if fit.ties is not None:
+        cross, among = -T @ pcov, np.broadcast_to(pcov, (n, s, s))
+        every = np.block([[C, cross], [cross.swapaxes(1, 2), among]])
+        fit.follow(record, found.popt, every, (*spec.locals.free, *spec.shared))
     return record.reshape(shape)

@@ -136,6 +136,30 @@ def valid_range(text: str) -> tuple[float | None, float | None]:
     return _ends("--valid-range", "", text)
 
 
+def expressions(texts) -> dict[str, str]:
+    """``("width2=width1", "area=height*width")``: expressions by name."""
+    found = {}
+    for text in texts:
+        name, equals, rule = (each.strip() for each in text.partition("="))
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"--expr {text}: one name, and what it is, as in --expr width2=width1")
+        found[name] = rule
+    return found
+
+
+def xrange(texts) -> dict[int | None, list]:
+    """``("8.9:9.6", "1:2,4:5")``, ``("0=8.9:9.6",)``: pairs by place of a coordinate, None of the only one."""
+    found: dict[int | None, list] = {}
+    for part in ",".join(texts).split(","):
+        place, equals, ends = part.rpartition("=")
+        if equals and not place.strip().isdecimal():
+            raise ValueError(f"--xrange {part}: the place of a coordinate among --x, counted from 0, as in 0=8.9:9.6")
+        found.setdefault(int(place) if equals else None, []).append(_ends("--xrange", place + equals, ends))
+    if None in found and len(found) > 1:
+        raise ValueError(f"--xrange {','.join(texts)}: give the place of the coordinate of each range, as in 0=8.9:9.6")
+    return found
+
+
 def mask_values(text: str) -> list[float]:
     """``"65535,0"``: numbers; of ``"none"`` no numbers, which differs from None."""
     return [] if text == "none" else [_number("--mask-values", "", each) for each in text.split(",")]
@@ -183,6 +207,8 @@ READ: dict[str, Callable] = {  # by argument; what is not here is taken as it is
     "mask": absolute,
     "mask_values": mask_values,
     "valid_range": valid_range,
+    "xrange": xrange,
+    "expr": expressions,
     "local": names,
     "groups": absolute,
 }

@@ -31,16 +31,21 @@ from ..data.cf import Decoding
 from ..data.chunks import check_integers
 from ..data.door import open_data, refuse_scaled, try_model
 from ..data.labels import coordinates_of, labelled
+from ..data.ranges import by_place
 from ..data.store import Policy, Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
 from ..kernels.lane_loop import Fitted, Pixels, map_kernel
 from ..kernels.lanes import Limits, MapSpec
-from ..model.function import Model, advice, function_name, intern
+from ..model.function import Model, advice, function_name, held, intern
+from ..model.ties import Ties
 from ..options import Noise, noise_of
 from ..parameters import Parameters, read_parameters
+from ..results.uncertainty import spread_out
 from .plan import MapPlan, axes_of, capacity, plan_blocks
+
+DERIVED = ("derived", "derived_error")  # of what a pixel gets: quantities that ``expr`` derives
 
 _first_call = threading.Lock()
 
@@ -96,6 +101,7 @@ class BlockFit:
     dtype: np.dtype
     raises: bool  # where values are not finite
     names: tuple[str, ...]  # of all parameters
+    ties: Ties | None = None
     word: str = "pixel"  # for what each fit is of
     kept: Kept = field(default_factory=Kept, compare=False)
 
@@ -205,7 +211,27 @@ class BlockFit:
         if "pcov" in (self.dtype.names or ()):
             record["pcov"][failed] = np.nan
             record["pcov"][:, np.array(free)[:, None], free] = found.pcov
+        self.follow(record, found.popt, found.pcov, self.spec.free)
         return record
+
+    def follow(self, record, popt, pcov, free: tuple[int, ...]) -> None:
+        """Enter what follows by ``expr`` from the parameters (pixels, p), with the covariance of those at ``free``."""
+        ties, p = getattr(self.model.f, "ties", None) or self.ties, len(self.names)  # of the model: one in each process
+        if ties is None:
+            return
+        with float64():
+            each = self.model.get(("ties", ties, free), lambda: jax.jit(jax.vmap(lambda params: ties.spread(params, free))))
+            values, spread = map(np.asarray, each(popt))
+        every = spread_out(pcov, spread)
+        with np.errstate(invalid="ignore"):
+            errors = np.sqrt(np.diagonal(every, axis1=1, axis2=2))
+        failed = np.isnan(popt).any(axis=1)
+        errors[failed] = every[failed] = np.nan
+        record["popt"], record["perr"] = np.where(failed[:, None], np.nan, values[:, :p]), errors[:, :p]
+        if ties.derived:
+            record["derived"], record["derived_error"] = values[:, p:], errors[:, p:]
+        if "pcov" in (self.dtype.names or ()):
+            record["pcov"] = every[:, :p, :p]
 
 
 @contextmanager
@@ -219,11 +245,12 @@ def threads_on_device() -> Iterator[None]:
         yield
 
 
-def record_dtype(n_params: int, full_covariance: bool) -> np.dtype:
+def record_dtype(n_params: int, full_covariance: bool, n_derived: int = 0) -> np.dtype:
     """Of what a pixel gets, in one array, so that reading, fitting and returning are one task."""
     p = (n_params,)
     fields = [("popt", "f8", p), ("perr", "f8", p), ("chi2", "f8"), ("n_points", "i4"), ("nfev", "i4")]
     fields += [("distance", "f8"), ("status", "u1"), ("at_bound", "i1", p)]
+    fields += [(name, "f8", (n_derived,)) for name in DERIVED] * bool(n_derived)
     return np.dtype(fields + [("pcov", "f8", 2 * p)] * full_covariance)
 
 
@@ -348,7 +375,9 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     if noise.reweighted:
         raise ValueError("sigma='poisson' is for `curve_fit`: use loss='poisson' here, which has the same parameters")
     if labelled(ydata):
-        xdata = coordinates_of(xdata, ydata, axes_of(call.axis, dims, len(dims)))
+        axes = axes_of(call.axis, dims, len(dims))
+        call.xrange = by_place(call.xrange, xdata, ydata, axes)
+        xdata = coordinates_of(xdata, ydata, axes)
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
     data = data if arrange is None else arrange(data)
@@ -360,8 +389,11 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(call.axis, dims, y.ndim)
     params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
-    coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes), getattr(call, "in_pieces", False)
-    model, shared = intern(f, getattr(call, "jac", None)), coordinates.shared(fit_axes)
+    xrange = by_place(call.xrange, xdata, ydata)
+    coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes, xrange), getattr(call, "in_pieces", False)
+    p, ties = len(params.names), params.ties
+    model = intern(*held(f, getattr(call, "jac", None), [0.0] * p, range(p), ties))  # the lanes know what is fixed
+    shared = coordinates.shared(fit_axes)
     if in_pieces:
         coordinates = coordinates._replace(arrays=[along("xdata", c, y.shape, fit_axes) for c in coordinates.arrays])
         shared = (None,) * len(shared)
@@ -374,7 +406,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     operands = _operands(data, y.shape, fit_axes, [hidden, *coordinates.hidden], params)
     _check_shared(shared, operands["mask"].array, fit_axes, call.nan_policy)
     operands |= {f"x{k}": Operand(c) for k, (c, s) in enumerate(zip(coordinates.arrays, shared, strict=True)) if s is None}
-    dtype = record_dtype(len(params.names), call.full_covariance)
+    dtype = record_dtype(p, call.full_covariance, 0 if ties is None else len(ties.derived))
     dense = [each.array for each in operands.values() if each.array.shape == y.shape]
     bands, blocks, plan = plan_blocks([y, *dense], fit_axes, len(params.names), dtype.itemsize, call)
     plan = replace(plan, decoded=rules["decoded"], read_bytes=plan.read_bytes * stored_size // y.itemsize)
@@ -389,7 +421,9 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         dtype=dtype,
         raises=call.nan_policy == "raise",
         names=params.names,
+        ties=ties,
     )
+    counting |= {} if xrange is None else dict(xrange=str(xrange))
     counting |= {name: getattr(call, name) for name in ("nan_policy", *(Policy._fields if stored else ()))}
     return MapProblem(fit, y, operands, bands, blocks, plan, tuple(stored), counting, in_pieces)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -47,10 +47,12 @@ def fit_map(
     max_nfev: int | None = None,
     param_names=None,
     fixed=None,
+    expr: Mapping[str, str | Callable] | None = None,
     guess: Literal["coarse-to-fine"] | None = None,
     full_covariance: bool = False,
     mask_values=None,
     valid_range=None,
+    xrange=None,
     on_bad_chunk: Literal["raise", "mask"] = "raise",
     missing_chunks: Literal["error", "mask", "fill"] = "error",
     decode_cf: bool = True,
@@ -99,8 +101,8 @@ def fit_map(
         several passes ("auto", "streaming").
     on_bad_chunk : {"raise", "mask"}
         As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, mask_values, valid_range, \
-    missing_chunks, decode_cf, jac_mode
+    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, expr, mask_values, valid_range, \
+    xrange, missing_chunks, decode_cf, jac_mode
         As in `dask_nlsq.curve_fit`.
     memory_limit_gb : float, optional
         GiB that may be taken for data; by default 75 % of what is available.

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from types import NoneType
@@ -27,6 +28,7 @@ from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import active_client, large_arrays_given_back
 from ..model.function import function_name
+from ..model.params import Parameter, of_map
 from ..results.plots import maps
 from . import store
 from .blocks import MapProblem, Operand, threads_on_device
@@ -57,6 +59,8 @@ class MapResult:
         Points that counted, and evaluations of the model.
     status : array of uint8
         A `MapStatus`; from 1 to 6 the fit has converged.
+    derived, derived_error : array, shape (*map, d)
+        Quantities that ``expr`` derives, which ``derived_names`` names, and their errors; with such alone.
     at_bound : array of int8, shape (*map, p)
         -1 where a parameter is at its lower bound, 1 at its upper one, else 0.
     param_names : tuple of str
@@ -72,6 +76,11 @@ class MapResult:
         return self.problem.fit.names
 
     @property
+    def derived_names(self) -> tuple[str, ...]:
+        """Of the quantities that ``expr`` derives."""
+        return () if self.problem.fit.ties is None else self.problem.fit.ties.derived
+
+    @property
     def plan(self) -> MapPlan:
         return self.problem.plan
 
@@ -81,6 +90,10 @@ class MapResult:
             return self.record[name]
         hint = ": ask for it with full_covariance=True" if name == "pcov" else ""
         raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
+    def __getitem__(self, name: str) -> Parameter:
+        """Values and errors of a parameter, of the map's shape: ``fits["rate"].value``; DataArrays where it has labels."""
+        return of_map(self, name, labelled=bool(self.labels) and find_spec("xarray") is not None)
 
     @property
     def success(self):
@@ -148,7 +161,8 @@ class MapResult:
     def coordinates(self):
         import xarray as xr
 
-        return xr.Dataset(coords={"param": list(self.param_names), **self.labels.get("coords", {})})
+        named = {"param": list(self.param_names)} | ({"quantity": list(self.derived_names)} if self.derived_names else {})
+        return xr.Dataset(coords={**named, **self.labels.get("coords", {})})
 
     @property
     def map_dims(self):
@@ -180,6 +194,8 @@ class MapResult:
             decoded=list(self.plan.decoded),
             stores={each.name: each.describe() for each in self.problem.sources},
         )
+        if fit.ties is not None:
+            identity |= dict(expr=fit.ties.texts, derived=list(self.derived_names))
         return json.loads(json.dumps(identity))
 
     def to_zarr(self, path: str | Path, resume: bool = False, progress: bool | None = None, **options) -> zarr.Group:

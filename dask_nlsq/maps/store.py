@@ -33,6 +33,7 @@ from ..base.files import (
 )
 from ..base.lazy import zarr
 from ..kernels.lanes import MapStatus, succeeded
+from ..model.params import Parameter, of_map
 
 VERSION = 1  # of the attributes
 METADATA, OURS, DONE = "zarr.json", "dask_nlsq", "done"
@@ -48,7 +49,7 @@ def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it."""
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
-    names = (*record.names, *found.labels.get("coords", {}), "param", DONE)
+    names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
     for name in names:
         if (path / name).is_dir():
             shutil.rmtree(path / name)
@@ -113,6 +114,8 @@ def write_block(record, path, index, place) -> None:
 
 def inner(name) -> tuple[str, ...]:
     """Names of the axes behind those of the map."""
+    if name.startswith("derived"):
+        return ("quantity",)
     return {"popt": ("param",), "perr": ("param",), "at_bound": ("param",), "pcov": ("param", "param_")}.get(name, ())
 
 
@@ -248,6 +251,7 @@ class StoredMap:
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names: tuple[str, ...] = tuple(self.about["parameters"])
+        self.derived_names: tuple[str, ...] = tuple(self.about.get("derived", ()))
 
     def __getattr__(self, name):
         if name.startswith("_"):
@@ -256,6 +260,10 @@ class StoredMap:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
         with well_formed(self.path / name, self.path):
             return self._group[name][...]
+
+    def __getitem__(self, name: str) -> Parameter:
+        """Values and errors of a parameter, of the map's shape."""
+        return of_map(self, name)
 
     @property
     def success(self):

@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import cloudpickle
@@ -26,6 +26,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ..base.config import compilation_cache
 from ..base.modules import is_installed
+from .ties import Ties
 
 HOISTED_FROM = 2**20  # bytes of a model, from which arrays that it closes over are arguments of what is compiled
 REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run hundreds
@@ -118,7 +119,9 @@ def intern(f: Callable, jac: Callable | None = None) -> Model:
     """
     buffers: list[pickle.PickleBuffer] = []
     try:
-        with _by_value(f), _by_value(jac):
+        with ExitStack() as stack:
+            for each in (own_function(f), own_function(jac), *_rules(f)):
+                stack.enter_context(_by_value(each))
             payload = cloudpickle.dumps((f, jac), protocol=5, buffer_callback=buffers.append)
     except (pickle.PicklingError, TypeError, AttributeError, ValueError) as err:
         raise TypeError(
@@ -138,7 +141,6 @@ def _by_value(function):
 
     Installed packages are pickled by name, as everywhere.
     """
-    function = function.f if isinstance(function, FixedParameters) else function
     module = sys.modules.get(getattr(function, "__module__", None) or "")
     file = getattr(module, "__file__", None)
     if (
@@ -212,33 +214,62 @@ def _store(model):
 
 
 class FixedParameters:
-    """``f(x, *params)`` as a function of some of its parameters, with numbers for the others; of a Jacobian its columns."""
+    """``f(x, *params)`` as a function of some of its parameters, with numbers for the others; of a Jacobian its columns.
 
-    def __init__(self, f: Callable, values: Sequence[float], free: Sequence[int], jacobian: bool = False):
-        self.f, self.free, self.jacobian = f, [*free], jacobian
+    ``ties`` give others their values.
+    """
+
+    def __init__(
+        self,
+        f: Callable,
+        values: Sequence[float],
+        free: Sequence[int],
+        jacobian: bool = False,
+        ties: Ties | None = None,
+    ):
+        self.f, self.free, self.jacobian, self.ties = f, [*free], jacobian, ties
         self.values = [0.0 if k in self.free else float(value) for k, value in enumerate(values)]
         self.__name__ = function_name(f)
 
-    def __call__(self, x, *params):
-        every = [*self.values]
+    def every(self, params: Sequence) -> list:
+        """All parameters of ``f``."""
+        every: list = [*self.values]
         for k, value in zip(self.free, params, strict=True):
             every[k] = value
-        found = self.f(x, *every)
+        return every if self.ties is None else self.ties.complete(every)
+
+    def __call__(self, x, *params):
+        found = self.f(x, *self.every(params))
         if not self.jacobian or found is None:
             return found
-        if jnp.shape(found)[1:] != (len(every),):  # JAX would take what there is for the columns that there are not
+        if jnp.shape(found)[1:] != (len(self.values),):  # JAX would take what there is for the columns that there are not
             raise ModelShapeError(
-                f"jac returned an array of shape {jnp.shape(found)}: it must have a column for each of {len(every)} "
+                f"jac returned an array of shape {jnp.shape(found)}: it must have a column for each of {len(self.values)} "
                 "parameters, those held among them"
             )
-        return found[:, np.array(self.free)]
+        if self.ties is None:
+            return found[:, np.array(self.free)]
+        return found @ jax.jacfwd(lambda params: jnp.stack(self.every(params)))(jnp.stack(params))
 
 
-def held(f: Callable, jac: Callable | None, values: Sequence[float], free: Sequence[int]):
-    """The model and its Jacobian as functions of the parameters at the places ``free``."""
-    if len(free) == len(values):
+def held(f: Callable, jac: Callable | None, values: Sequence[float], free: Sequence[int], ties: Ties | None = None):
+    """The model and its Jacobian as functions of the parameters at the places ``free``; those that are tied follow."""
+    ties = ties if ties is not None and ties.tied else None
+    if len(free) == len(values) and ties is None:
         return f, jac
-    return FixedParameters(f, values, free), jac and FixedParameters(jac, values, free, jacobian=True)
+    return FixedParameters(f, values, free, ties=ties), jac and FixedParameters(jac, values, free, True, ties)
+
+
+def own_function(f: Any) -> Any:
+    """The user's function, whatever is held or tied of it."""
+    return f.f if isinstance(f, FixedParameters) else f
+
+
+def _rules(f) -> list[Callable]:
+    """The user's functions that a model is made of, and that tie its parameters."""
+    ties = f.ties if isinstance(f, FixedParameters) else None
+    own = [*getattr(own_function(f), "own_functions", ())]
+    return own if ties is None else own + [rule for rule in ties.expr.values() if callable(rule)]
 
 
 def function_name(f: Callable) -> str:
@@ -317,7 +348,7 @@ _CONCRETE = (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTyp
 
 def _place(err, function):
     """The line of the user's file at which an error was raised, as text."""
-    function = function.f if isinstance(function, FixedParameters) else function
+    function = own_function(function)
     code = getattr(function, "__code__", None)
     frames = [frame for frame in traceback.extract_tb(err.__traceback__) if code and frame.filename == code.co_filename]
     return f" (line {frames[-1].lineno}: {frames[-1].line})" if frames else ""

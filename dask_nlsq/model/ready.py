@@ -1,9 +1,10 @@
-"""Ready-made models: formula, names, bounds and a guess of the start; sums of them with ``+``.
+"""Ready-made models: formula, names, bounds, a guess of the start; sums and products of them and of the user's functions.
 
 ``curve_fit(gaussian + line, x, y)`` needs no p0: without one, and with ``p0="guess"``, the start is guessed from a small
 sample of the data (`dask_nlsq.model.guesses`), and the bounds of the model hold where the user gives none. The names in a
 sum have that of their part before them, ``gaussian_center``, with numbers where there are several of a kind,
-``gaussian1_center``.
+``gaussian1_center``. A function of the user's own takes part in a sum or product, ``gaussian * efficiency + line``; its
+parameters are called ``efficiency_slope``, and p0 is needed then, as well as for products.
 
 Every model is a function of one coordinate x, and of parameters in the units that its docstring says, [x] and [y] being
 those of the data.
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from functools import reduce
 from math import inf, pi
 from numbers import Integral
-from operator import add
+from operator import add, mul
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ import numpy as np
 
 from ..base.text import near
 from ..base.x64 import float64
-from .function import FixedParameters, Model
+from .function import Model, function_name, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
@@ -37,13 +38,16 @@ PUBLIC = "dask_nlsq.models"  # the path of these models that stays
 STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
 
 
-class Term(NamedTuple):
-    """A model that is not a sum."""
+Tree = int | tuple[str, "Tree", "Tree"]  # the place of a term, or "+" or "*" of two trees
 
-    recipe: tuple  # its name here, and the arguments that make it
+
+class Term(NamedTuple):
+    """A model that is neither a sum nor a product."""
+
+    recipe: tuple  # its name here, and the arguments that make it; of the user's function its name and itself
     function: Callable
     bounds: dict[str, tuple[float, float]]
-    part: Part  # that its guess needs
+    part: Part | None  # that its guess needs; None of the user's functions
 
     @property
     def name(self) -> str:
@@ -51,11 +55,20 @@ class Term(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.name + "".join(f"({argument})" for argument in self.recipe[1:])
+        return self.name + "".join(f"({argument})" for argument in self.recipe[1:] if self.part is not None)
+
+    @classmethod
+    def of_user(cls, function: Callable) -> "Term":
+        """Of a function ``f(x, *params)``, whose signature names its parameters."""
+        name, names = function_name(function), parameter_names(function)
+        if names is None:
+            raise TypeError(f"{name} has no names for its parameters: write f(x, a, b), to add it to a model or multiply it")
+        name = name if name.isidentifier() else "own"
+        return cls((name, function), function, dict.fromkeys(names, (-inf, inf)), None)
 
 
 class ReadyModel:
-    """A model ``f(x, *params)`` that knows its parameters, or a sum of such models.
+    """A model ``f(x, *params)`` that knows its parameters, or sums and products of such models and of the user's functions.
 
     Attributes
     ----------
@@ -64,8 +77,9 @@ class ReadyModel:
         ``(lower, upper)`` by name of the parameter.
     """
 
-    def __init__(self, *terms: Term):
+    def __init__(self, *terms: Term, tree: Tree | None = None):
         self.terms = terms
+        self.tree: Tree = _sum_of(len(terms)) if tree is None else tree
         kinds = Counter(term.name for term in terms)
         seen: Counter[str] = Counter()
         names: list[str] = []
@@ -79,36 +93,133 @@ class ReadyModel:
         self.param_names = tuple(names)
         positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
         self.__signature__ = inspect.Signature([inspect.Parameter(name, positional) for name in ("x", *names)])
-        self.__name__ = " + ".join(term.label for term in terms)
+        self.__name__ = self._label(self.tree)
         self.__doc__ = "\n\n".join(inspect.cleandoc(term.function.__doc__ or "") for term in terms)
-        self.__module__, self.__qualname__ = PUBLIC, self.__name__  # by which saved files import it
+        # by which saved files import it
+        self.__module__, self.__qualname__ = PUBLIC, self.__name__ if self.can_guess else f"<{self.__name__}>"
 
     def __call__(self, *arguments, **named):
         x, *params = self.__signature__.bind(*arguments, **named).args
-        values, begin = [], 0
-        for term in self.terms:
-            end = begin + len(term.bounds)
-            values.append(term.function(x, *params[begin:end]))
-            begin = end
-        return sum(values[1:], values[0])
+        return self.value(self.tree, x, params)
+
+    def value(self, tree: Tree, x, params):
+        """Of a part of it, with the parameters of all."""
+        if isinstance(tree, int):
+            begin = sum(len(term.bounds) for term in self.terms[:tree])
+            term = self.terms[tree]
+            return term.function(x, *params[begin : begin + len(term.bounds)])
+        how, one, other = tree
+        return OPERATORS[how](self.value(one, x, params), self.value(other, x, params))
+
+    def _label(self, tree: Tree) -> str:
+        if isinstance(tree, int):
+            return self.terms[tree].label
+        how, one, other = tree
+        sides = []
+        for each in (one, other):
+            is_sum = not isinstance(each, int) and each[0] == "+"
+            sides.append(f"({self._label(each)})" if how == "*" and is_sum else self._label(each))
+        return f" {how} ".join(sides)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether nothing in it is multiplied."""
+        return len(_summands(self.tree)) == len(self.terms)
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether it is a sum of ready models."""
+        return self.is_sum and all(term.part is not None for term in self.terms)
+
+    @property
+    def own_functions(self) -> list[Callable]:
+        """Those of the user."""
+        return [term.function for term in self.terms if term.part is None]
+
+    @property
+    def components(self) -> dict[str, "Component"]:
+        """What it is the sum of, by name: functions of x and of all parameters."""
+        trees = _summands(self.tree)
+        labels = [self._label(tree) for tree in trees]
+        kinds, seen, found = Counter(labels), Counter[str](), {}
+        for label, tree in zip(labels, trees, strict=True):
+            seen[label] += 1
+            found[f"{label}{seen[label]}" if kinds[label] > 1 else label] = Component(self, tree)
+        return found
 
     def guess(self, x, y):
         """Parameters (p,) from x (n,) and y (n,), to start a fit from; points that are not finite do not count.
 
         Written with `jax.numpy`, for one data set; `jax.vmap` makes it one for many.
         """
-        return guess([term.part for term in self.terms], x, y)
+        return guess([term.part for term in self.terms if term.part is not None], x, y)
 
     guess.leaves_out_nan = True  # type: ignore[attr-defined]  # a map need not fill the points that do not count
 
     def __add__(self, other):
-        return ReadyModel(*self.terms, *other.terms) if isinstance(other, ReadyModel) else NotImplemented
+        return _combined("+", self, other)
+
+    def __radd__(self, other):
+        return _combined("+", other, self)
+
+    def __mul__(self, other):
+        return _combined("*", self, other)
+
+    def __rmul__(self, other):
+        return _combined("*", other, self)
 
     def __repr__(self):
         return f"{self.__name__}: {', '.join(self.param_names)}"
 
     def __reduce__(self):  # the same bytes in every process, so that it is compiled once
-        return _again, tuple(term.recipe for term in self.terms)
+        recipes = tuple(term.recipe for term in self.terms)
+        return (_again, recipes) if self.can_guess else (_composed, (self.tree, *recipes))
+
+
+class Component:
+    """A part of a `ReadyModel` as a function of x and of all its parameters."""
+
+    def __init__(self, model: ReadyModel, tree: Tree):
+        self.model, self.tree = model, tree
+        self.own_functions = model.own_functions
+
+    def __call__(self, x, *params):
+        return self.model.value(self.tree, x, params)
+
+
+OPERATORS = {"+": add, "*": mul}
+
+
+def _sum_of(n: int) -> Tree:
+    tree: Tree = 0
+    for k in range(1, n):
+        tree = "+", tree, k
+    return tree
+
+
+def _summands(tree: Tree) -> list[Tree]:
+    return [tree] if isinstance(tree, int) or tree[0] == "*" else [*_summands(tree[1]), *_summands(tree[2])]
+
+
+def _moved(tree: Tree, by: int) -> Tree:
+    """With the places of terms behind others."""
+    return tree + by if isinstance(tree, int) else (tree[0], _moved(tree[1], by), _moved(tree[2], by))
+
+
+def _combined(how: str, one: Any, other: Any) -> ReadyModel:
+    for each in (one, other):
+        if not callable(each):
+            raise TypeError(
+                f"{each!r} is neither a model nor a function f(x, a, b, ...): only these are added and multiplied"
+            )
+    one, other = (each if isinstance(each, ReadyModel) else ReadyModel(Term.of_user(each)) for each in (one, other))
+    made = ReadyModel(*one.terms, *other.terms, tree=(how, one.tree, _moved(other.tree, len(one.terms))))
+    return ReadyModel(*made.terms) if made.is_sum else made
+
+
+def _composed(tree: Tree, *recipes) -> ReadyModel:
+    terms = (Term.of_user(each[1]) if callable(each[-1]) else _again(each).terms[0] for each in recipes)
+    return ReadyModel(*terms, tree=tree)
 
 
 def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -117,7 +228,7 @@ def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     Where some of its parameters are held, of the others: as if none were.
     """
     f: Any
-    f, free = (model.f.f, model.f.free) if isinstance(model.f, FixedParameters) else (model.f, slice(None))
+    f, free = own_function(model.f), getattr(model.f, "free", slice(None))
     guess = model.get("guess", lambda: jax.jit(f.guess))
     with float64():
         return np.asarray(guess(x, y))[free]

@@ -23,7 +23,7 @@ from ..engine.sweep import open_sweep
 from ..kernels.blocks import Block
 from ..kernels.values import value_kernel
 from ..memory.machine import active_client
-from ..model.function import FixedParameters
+from ..model.function import own_function
 from ..model.losses import MODEL_FLOOR
 
 FINE = 2048  # bins while data are merged; then neighbours are joined until there are as many as asked for
@@ -164,7 +164,7 @@ def data_of(result) -> tuple[Data, Objective]:
 def _name(f, layouts, coordinate, shape):
     if coordinate is None:
         return "point" if len(shape) == 1 else "place along axis 0"
-    f = f.f if isinstance(f, FixedParameters) else f
+    f = own_function(f)
     try:
         name = next(iter(inspect.signature(f).parameters.values())).name
     except (TypeError, ValueError):  # builtins have no signature

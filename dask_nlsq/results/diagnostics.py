@@ -20,9 +20,12 @@ References
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import OptimizeWarning
 
+from ..base.warn import warn
 from ..engine.condensed import Factor
-from .statistics import correlation
+from ..kernels.rules import UNDETERMINED
+from ..solve.trust_region import Solution
 from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
@@ -95,7 +98,7 @@ def diagnose(result, residuals: np.ndarray | None = None) -> Diagnostics:
     blocks = Blocks(n, squares / n, residual / n)
     norms = np.linalg.norm(factor.R, axis=0)
     values = np.linalg.svd(factor.R / np.where(norms > 0, norms, 1.0), compute_uv=False)
-    pairs = correlation(result.pcov)
+    pairs = result.correlation
     near = [(i, j, float(pairs[i, j])) for i in range(len(pairs)) for j in range(i) if abs(pairs[i, j]) >= NEAR_ONE]
     near.sort(key=lambda each: -abs(each[2]))
     correlated = tuple((result.param_names[j], result.param_names[i], value) for i, j, value in near)
@@ -269,3 +272,24 @@ def _compared(result, names):
         f"the residuals scatter so that errors are up to {ratio[k]:.2g} times as large ({names[k]}): `result.sandwich` "
         "has the covariance for noise that is not alike everywhere"
     ]
+
+
+CHANGE = {
+    True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
+    "it with `fixed`. A model with steps has no derivatives",
+    False: "Hold one of them with `fixed`, or start components that are alike from different values",
+}
+
+
+def scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
+    """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
+    p = len(solution.params)
+    pcov = covariance(solution.factor) if solution.status != UNDETERMINED else None
+    if pcov is not None and cost is None:
+        return pcov
+    if pcov is not None and cost is not None and n_points > p:
+        return pcov * (2 * cost / (n_points - p))
+    reasons = combinations(solution.factor, names)
+    why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
+    warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning)
+    return np.full((p, p), np.inf)

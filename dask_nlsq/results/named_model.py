@@ -7,6 +7,7 @@ from ..data.chunks import Preparation
 from ..kernels.blocks import Layouts
 from ..kernels.checks import fingerprint
 from ..model.function import FixedParameters, Model, intern
+from ..model.ties import Ties
 
 
 class NamedModel(NamedTuple):
@@ -15,8 +16,10 @@ class NamedModel(NamedTuple):
     name: list[str] | None  # module and name, where it can be imported
     fingerprint: str  # of what it computes
     n: int  # points that it can be evaluated on
-    values: list[float]  # of all parameters, where some are held, else of none
+    values: list[float]  # of all parameters, where some are held or tied, else of none
     free: list[int]
+    names: list[str]  # of all parameters, where some are tied
+    expr: dict[str, str]  # by which
     trust: Trust = False  # whose modules may be imported: of who loads it, not of the file
 
     @classmethod
@@ -25,10 +28,15 @@ class NamedModel(NamedTuple):
         f: Any = model.f
         values: list[float] = []
         free: list[int] = []
+        names: list[str] = []
+        expr: dict[str, Any] = {}
         found = fingerprint(intern(f), preparation.layouts, n_params, n)
         if isinstance(f, FixedParameters):
+            if f.ties is not None:
+                names, expr = [*f.ties.names], f.ties.expr
             f, values, free = f.f, f.values, f.free
-        return cls(import_name(f), found, n, values, free)
+        kept = all(isinstance(rule, str) for rule in expr.values())
+        return cls(import_name(f) if kept else None, found, n, values, free, names, expr if kept else {})
 
     def find(self, layouts: Layouts, n_params: int) -> Model:
         """Import it.
@@ -40,10 +48,12 @@ class NamedModel(NamedTuple):
         """
         way_out = "call the function with popt: f(x, *result.popt)"
         if self.name is None:
-            raise ValueError(f"the model of this result has no name to import it by (a lambda, or of a notebook): {way_out}")
+            why = "a lambda, of a notebook, or tied by a function"
+            raise ValueError(f"the model of this result has no name to import it by ({why}): {way_out}")
         try:
             f = import_by(self.name, self.trust)
-            model = intern(FixedParameters(f, self.values, self.free) if self.values else f)
+            ties = Ties(self.names, self.expr) if self.expr else None
+            model = intern(FixedParameters(f, self.values, self.free, ties=ties) if self.values else f)
         except UntrustedError as err:
             raise UntrustedError(
                 f"{err}: {way_out}, or load it with trust=True, or trust= the directory of the module"

@@ -17,7 +17,7 @@ import numpy as np
 from ..base.files import write_whole
 from ..base.text import size
 from ..memory.machine import detect_total_system_memory, process_settings, version_of
-from ..model.function import FixedParameters, function_name
+from ..model.function import function_name, own_function
 from . import plots
 from .binning import binned, data_of
 
@@ -167,13 +167,11 @@ def _parameters(result):
     }
     if np.isfinite(result.bounds).any():
         columns |= {f"{side} bound": values for side, values in zip(("lower", "upper"), result.bounds, strict=True)}
-    sides = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
-    notes = [
-        "held" if n in result.fixed else sides[int(at)] for n, at in zip(result.param_names, result.at_bound, strict=True)
-    ]
+    notes = [each.remark for each in result.params.values()]
     if any(notes):
         columns[""] = notes
-    return _table(columns, zip(*columns.values(), strict=True))
+    derived = _table(["derived", "value", "error", "relative", ""], result.derived.rows()) if result.derived else ""
+    return _table(columns, zip(*columns.values(), strict=True)) + derived
 
 
 def _statistics(result):
@@ -244,8 +242,7 @@ def _history(result):
 def _model(result):
     if not hasattr(result.objective.model, "f"):
         return ""
-    f = result.objective.model.f
-    f = f.f if isinstance(f, FixedParameters) else f
+    f = own_function(result.objective.model.f)
     try:
         return f"<pre>{escape(textwrap.dedent(inspect.getsource(f)))}</pre>"
     except (OSError, TypeError):  # not in a file, or an object

@@ -25,6 +25,9 @@ from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
 from ..kernels.rules import TO_ROUNDING, at_bounds
 from ..memory.plan import Plan
+from ..model.function import function_name, held, intern, own_function
+from ..model.params import Parameter, Params
+from ..model.ready import ReadyModel
 from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
@@ -85,6 +88,12 @@ class FitResult:
         Chunks that were absent and were read as fill values.
     fixed : dict
         Name and value of the parameters that were held; their error is 0.
+    tied : dict
+        Name and text of the parameters that ``expr`` has tied; they count neither as fitted nor as held.
+    derived : Params
+        Quantities that ``expr`` has derived, by name, with errors; ``result["area"]`` is one of them.
+    spread : ndarray, shape (p, fitted)
+        Derivatives of all parameters by those that were fitted, at popt.
     bounds : ndarray, shape (2, p)
         Lower and upper bounds of the parameters.
     noise : Noise
@@ -120,6 +129,9 @@ class FitResult:
     damage: tuple[BadChunkError, ...]
     n_filled: int
     fixed: dict[str, float]
+    tied: dict[str, str]
+    derived: Params
+    spread: np.ndarray = field(repr=False)
     bounds: np.ndarray
     noise: Noise
     totals: Totals
@@ -151,7 +163,7 @@ class FitResult:
     @property
     def dof(self) -> int:
         """Degrees of freedom: points used less parameters that were fitted."""
-        return self.n_points - len(self.popt) + len(self.fixed)
+        return self.n_points - len(self.free)
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -170,7 +182,7 @@ class FitResult:
     @property
     def free(self) -> tuple[int, ...]:
         """Places of the parameters that were fitted."""
-        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed)
+        return tuple(k for k, name in enumerate(self.param_names) if name not in self.fixed | self.tied)
 
     @property
     def sandwich(self) -> np.ndarray:
@@ -178,7 +190,7 @@ class FitResult:
 
         From sums of the last sweep. Nan where the data do not determine the parameters, and for few points.
         """
-        return spread_out(sandwich(self.factor, self.parts), self.free, len(self.popt))
+        return spread_out(sandwich(self.factor, self.parts), self.spread)
 
     @property
     def jackknife(self) -> np.ndarray:
@@ -186,7 +198,7 @@ class FitResult:
 
         From sums of the last sweep. Nan where one part alone determines a parameter, and for few points.
         """
-        return spread_out(jackknife(self.factor, self.parts), self.free, len(self.popt))
+        return spread_out(jackknife(self.factor, self.parts), self.spread)
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
@@ -197,8 +209,10 @@ class FitResult:
 
     @property
     def correlation(self) -> np.ndarray:
-        """Correlation of the parameters (p, p); nan for those held, and those that the data do not determine."""
-        return correlation(self.pcov)
+        """Correlation of the parameters (p, p); nan for those held or tied, and those that the data do not determine."""
+        fitted = np.zeros(len(self.popt))
+        fitted[list(self.free)] = 1.0
+        return correlation(np.where(np.outer(fitted, fitted), self.pcov, 0.0))
 
     @property
     def at_bound(self) -> np.ndarray:
@@ -227,7 +241,28 @@ class FitResult:
         return 2
 
     def __getitem__(self, item):
-        return (self.popt, self.pcov)[item]
+        if not isinstance(item, str):
+            return (self.popt, self.pcov)[item]
+        return self.derived[item] if item in self.derived else self.params[item]
+
+    @property
+    def params(self) -> Params:
+        """The parameters by name, with value, error, bounds, ``at_bound`` and ``fixed``; ``result["rate"]`` is one."""
+        columns = zip(self.param_names, self.popt, self.perr, self.at_bound, self.bounds.T, strict=True)
+        return Params(
+            *(
+                Parameter(
+                    name,
+                    float(value),
+                    float(error),
+                    int(place),
+                    tuple(ends.tolist()),
+                    name in self.fixed,
+                    self.tied.get(name),
+                )
+                for name, value, error, place, ends in columns
+            )
+        )
 
     # -----------------------------------------------------------------------------------------------------------------
     # at the points of the data, and elsewhere
@@ -249,6 +284,29 @@ class FitResult:
         """
         points, labels = self._points(x)
         return label(self._values(points, "model"), labels)
+
+    def components(self, x=None) -> dict[str, Any]:
+        """What a sum of models has at ``x``, as in `predict`, summand by summand: values by name, which add up to it.
+
+        Raises
+        ------
+        ValueError
+            Where the model is not a sum of `dask_nlsq.models`, of functions added to them, or of products of these.
+        """
+        model: Any = self.objective.model
+        if isinstance(model, NamedModel):
+            model = model.find(self.preparation.layouts, len(self.free))
+        f = own_function(model.f)
+        if not isinstance(f, ReadyModel):
+            raise ValueError(
+                f"{function_name(f)} is not a sum of models: add a function to one of dask_nlsq.models, as in gaussian + f"
+            )
+        points, labels = self._points(x)
+        parts = {
+            name: intern(held(part, None, self.popt.tolist(), self.free, getattr(model.f, "ties", None))[0])
+            for name, part in f.components.items()
+        }
+        return {name: label(self._values(points, "model", model=part), labels) for name, part in parts.items()}
 
     def confidence_band(self, x=None, level: float = 0.95):
         """Lower and upper end of an interval for the mean of y at each point: ``f -+ q sqrt(J pcov J^T)``.
@@ -338,8 +396,8 @@ class FitResult:
             raise ValueError("a result that was pickled or loaded does not hold the data: use predict(x), or give x")
         return self.data, self._labels
 
-    def _values(self, points, what, *spread):
-        model = self.objective.model
+    def _values(self, points, what, *spread, model: Any = None):
+        model = self.objective.model if model is None else model
         if isinstance(model, NamedModel):
             model = model.find(self.preparation.layouts, len(self.free))
         params = self.popt[list(self.free)]
@@ -379,12 +437,16 @@ class FitResult:
     def to_dict(self) -> dict[str, Any]:
         """Parameters, statistics and how the solver got there, as JSON can hold them; None for what is not finite."""
         ends = self.confidence_intervals()
-        columns = zip(self.param_names, self.popt, self.perr, ends, self.bounds.T, self.at_bound, strict=True)
         parameters = {
-            name: dict(
-                value=value, error=error, interval_95=interval, bounds=bounds, at_bound=place, fixed=name in self.fixed
+            each.name: dict(
+                value=each.value,
+                error=each.error,
+                interval_95=interval,
+                bounds=each.bounds,
+                at_bound=each.at_bound,
+                fixed=each.fixed,
             )
-            for name, value, error, interval, bounds, place in columns
+            for each, interval in zip(self.params.values(), ends, strict=True)
         }
         names: tuple[str, ...] = (
             "status",
@@ -400,8 +462,9 @@ class FitResult:
             "distance",
         )
         names += ("strategy", "reduction", "jac_mode", "condition", "seconds", "n_filled")
+        derived = {each.name: dict(value=each.value, error=each.error, expr=each.expr) for each in self.derived.values()}
         return _jsonable(
-            dict(parameters=parameters, statistics=self.statistics._asdict(), noise=self.noise._asdict())
+            dict(parameters=parameters, derived=derived, statistics=self.statistics._asdict(), noise=self.noise._asdict())
             | dict(covariance=self.pcov, correlation=self.correlation)
             | {name: getattr(self, name) for name in names}
             | dict(damage=[str(each) for each in self.damage])
@@ -440,7 +503,7 @@ class FitResult:
             lines.append(f"{self.n_filled} absent chunks read as fill values")
         if known := self._known_statistics():
             lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
-        lines += ["  " + line.rstrip() for line in table(self._rows())]
+        lines += ["  " + line.rstrip() for line in table(self.params.rows() + self.derived.rows())]
         pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
         if pairs:
             names = self.param_names
@@ -465,18 +528,6 @@ class FitResult:
         }
         return {name: f"{value:.6g}" for name, value in values.items() if not np.isnan(value)}
 
-    def _rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Of a table of the parameters: name, value, error, relative error, remark."""
-        remarks = {-1: "at its lower bound", 1: "at its upper bound", 0: ""}
-        rows = []
-        for name, value, error, place in zip(self.param_names, self.popt, self.perr, self.at_bound, strict=True):
-            if name in self.fixed:
-                rows.append((name, f"{value: .9g}", "", "", "fixed"))
-                continue
-            relative = f"({abs(error / value):.2%})" if value and np.isfinite(error) else ""
-            rows.append((name, f"{value: .9g}", f"+- {error:.3g}", relative, remarks[int(place)]))
-        return rows
-
     def __repr__(self):
         return f"<FitResult>\n{self.summary()}"
 
@@ -485,12 +536,10 @@ class FitResult:
 
     def to_html(self) -> str:
         """A table of the parameters, with the statistics below, as notebooks show it."""
-        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self._rows())
         known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
         verdict = "converged" if self.success else "NOT CONVERGED"
         return (
-            f"<p>{verdict}: {escape(self.message)}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+            f"<p>{verdict}: {escape(self.message)}</p>{Params(*self.params.values(), *self.derived.values()).to_html()}"
             f"<p>{self.n_points:,} points; {escape(known)}</p>"
         )
 

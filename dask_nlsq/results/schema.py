@@ -36,21 +36,22 @@ from ..kernels.blocks import Layout, Layouts
 from ..kernels.rows import SegmentSums
 from ..memory.plan import Plan
 from ..memory.processes import ProcessMemory
+from ..model.params import Parameter, Params
 from ..options import Noise
 from ..solve.multistart import Search
 from ..solve.trust_region import Record
 from .named_model import NamedModel
 from .statistics import Groups, Totals
 
-FORMAT, VERSION, RESULT = "result of dask_nlsq", 4, "result.json"
+FORMAT, VERSION, RESULT = "result of dask_nlsq", 5, "result.json"
 BESIDE = {  # it, by what names them: its larger arrays; the maps of groups, which `groups.result` writes
     "arrays": re.compile(r"arrays-[0-9a-f]{32}\.npz"),
     "maps": re.compile(r"local(-[0-9a-f]{32})?\.zarr"),
 }
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
 FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
-    jac_mode history seconds starts sample damage n_filled fixed bounds noise totals parts factor model loss f_scale
-    preparation origins groups"""
+    jac_mode history seconds starts sample damage n_filled fixed tied derived spread bounds noise
+    totals parts factor model loss f_scale preparation origins groups"""
 
 
 class Kind(NamedTuple):
@@ -93,7 +94,9 @@ RECORDS = {
     "totals": Kind(Totals, "cost n weight weighted squares"),
     "parts": Kind(SegmentSums, "gram spread cost residual squares n n_tiles floored weights"),
     "factor": Kind(Factor, "R projected gradient condition"),
-    "model": Kind(NamedModel, "name fingerprint n values free"),
+    "model": Kind(NamedModel, "name fingerprint n values free names expr"),
+    "parameter": Kind(Parameter, "name value error at_bound bounds fixed expr"),
+    "params": Kind(Params, "parameters", lambda parameters: Params(*parameters)),
     "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
     "coordinates": Kind(Layouts, "x kind=x_kind lead=x_lead", _layouts),
     "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", _preparation),

@@ -17,10 +17,14 @@ References
        and other resampling methods in regression analysis", Ann. Statist. 14 (1986) 1261-1295.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..engine.condensed import Factor
 from ..kernels.rows import SegmentSums
+from ..model.params import Parameter, Params
+from ..model.ties import Ties
 
 STEEPEST = 1e6  # condition number beyond which the gradient of a part has lost its digits along the weakest direction
 WHOLE = 1e-10  # share of the information on a direction, next to 1, above which one part has all of it
@@ -41,11 +45,28 @@ def _root(factor):
     return Vt.T / s / norms[:, None]
 
 
-def spread_out(matrix: np.ndarray, free, n: int) -> np.ndarray:
-    """(n, n) with the rows and columns of ``matrix`` at the places ``free``, and 0 elsewhere."""
-    found = np.zeros((n, n))
-    found[np.ix_(free, free)] = matrix
-    return found
+def spread_out(matrix: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """``G C G^T`` (..., n, n) of covariances C (..., p, p) and derivatives G (..., n, p); what C does not know stays so.
+
+    Parameters that are held have rows of zeros in G, those that are fitted rows of the unit matrix.
+    """
+    known, turned = np.isfinite(matrix), np.swapaxes(spread, -1, -2)
+    some = spread != 0
+    lost = some.astype(float) @ ~known @ np.swapaxes(some, -1, -2) > 0
+    unknown = np.where(np.isnan(matrix).any(axis=(-1, -2), keepdims=True), np.nan, np.inf)
+    return np.where(lost, unknown, spread @ np.where(known, matrix, 0.0) @ turned)
+
+
+def followers(ties: Ties, values: np.ndarray, matrix: np.ndarray, names: Sequence[str]) -> Params:
+    """Tied parameters and derived quantities of these ``names``, of values and covariance of all that `Ties.spread` has."""
+    place = {name: k for k, name in enumerate((*ties.names, *ties.derived))}
+    errors, texts = np.sqrt(np.diag(matrix)), ties.texts
+    return Params(
+        *(
+            Parameter(each, float(values[place[each]]), float(errors[place[each]]), 0, (-np.inf, np.inf), False, texts[each])
+            for each in names
+        )
+    )
 
 
 def sandwich(factor: Factor, parts: SegmentSums) -> np.ndarray:

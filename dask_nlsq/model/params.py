@@ -1,0 +1,128 @@
+"""The parameters of a result by name: records of value, error and bounds, and the mapping of them, a table in print."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from ..base.text import near, table
+
+SIDES = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Parameter:
+    """A parameter of a result; of a map its fields are arrays of its shape, DataArrays where it has labels.
+
+    ``p0``, ``bounds`` and ``fixed`` of other fits take it in the place of numbers, NumPy takes it for its value.
+
+    Attributes
+    ----------
+    name : str
+    value, error : float or array
+        With its standard error, 0 where it was held.
+    at_bound : int or array
+        -1 where it is at its lower bound, 1 at its upper one, else 0.
+    bounds : tuple of float or None
+        Lower and upper bound; None of a map.
+    fixed : bool or None
+        Whether it was held; None of a map.
+    expr : str or None
+        What it is a function of, where it was tied, or is a derived quantity.
+    """
+
+    name: str
+    value: Any
+    error: Any
+    at_bound: Any
+    bounds: tuple[float, float] | None = None
+    fixed: bool | None = None
+    expr: str | None = None
+
+    def __float__(self):
+        return float(self.value)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.value, dtype)
+
+    @property
+    def remark(self) -> str:
+        """That it was held, or tied, or is at a bound; empty of any other."""
+        return "fixed" if self.fixed else f"= {self.expr}" if self.expr else SIDES[int(self.at_bound)]
+
+    def row(self) -> tuple[str, str, str, str, str]:
+        """Of a table: name, value, error, relative error, remark."""
+        if self.fixed:
+            return self.name, f"{self.value: .9g}", "", "", self.remark
+        relative = f"({abs(self.error / self.value):.2%})" if self.value and np.isfinite(self.error) else ""
+        return self.name, f"{self.value: .9g}", f"+- {self.error:.3g}", relative, self.remark
+
+    def __repr__(self):
+        if np.ndim(self.value):
+            return f"<Parameter {self.name}: {' x '.join(map(str, self.value.shape))} values and errors>"
+        low, high = self.bounds or (-np.inf, np.inf)
+        within = f"from {low:g} to {high:g}" if np.isfinite([low, high]).any() else ""
+        said = "; ".join(filter(None, (self.remark, within)))
+        return f"<Parameter {' '.join(filter(None, map(str.strip, self.row()[:3])))}{f' ({said})' * bool(said)}>"
+
+
+class Params(Mapping[str, Parameter]):
+    """`Parameter` by name, in the order of the model."""
+
+    def __init__(self, *parameters: Parameter):
+        self._by_name = {each.name: each for each in parameters}
+
+    def __getitem__(self, name: str) -> Parameter:
+        if name not in self._by_name:
+            raise unknown(name, self._by_name)
+        return self._by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self):
+        return len(self._by_name)
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(self._by_name.values())
+
+    def valuesdict(self) -> dict[str, float]:
+        """The values by name, under the name that lmfit has for it: ``f(x, **result.params.valuesdict())``."""
+        return {name: each.value for name, each in self.items()}
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        return [each.row() for each in self.values()]
+
+    def __repr__(self):
+        return "\n".join(table(self.rows())) if self else "<Params: none>"
+
+    def to_html(self) -> str:
+        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
+        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self.rows())
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    _repr_html_ = to_html
+
+
+def unknown(name, names) -> KeyError:
+    """The error for what is no parameter."""
+    return KeyError(f"there is no parameter {name!r}, only {', '.join(names)}{near(str(name), names, '; ')}")
+
+
+def of_map(maps, name: str, labelled: bool = False) -> Parameter:
+    """A parameter of a `MapResult` or of stored maps, ``labelled`` as `to_xarray` does."""
+    names, axis = maps.param_names, "param"
+    fields: tuple[str, ...] = ("popt", "perr", "at_bound")
+    if name in maps.derived_names:
+        names, fields, axis = maps.derived_names, ("derived", "derived_error"), "quantity"
+    if name not in names:
+        raise unknown(name, (*names, *maps.derived_names))
+    if labelled:
+        found = maps.to_xarray()
+        values = [found[each].sel({axis: name}, drop=True) for each in fields]
+    else:
+        values = [getattr(maps, each)[..., names.index(name)] for each in fields]
+    return Parameter(name, *values, *[0] * (3 - len(values)))
