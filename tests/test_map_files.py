@@ -4,11 +4,14 @@ import json
 import resource
 import shutil
 
+import dask.array as da
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
 import zarr
 
+import dask_nlsq
 from dask_nlsq import DamagedFileError
 from dask_nlsq.maps.store import METADATA, StoredMap, seal
 from tests.damage import lines_of, of_map
@@ -156,3 +159,16 @@ def test_nothing_but_its_own_arrays_is_removed_where_a_map_is_made_again(path):
     (path / "notes" / "today.txt").write_text("precious")
     lines_of(path)
     assert (path / "notes" / "today.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["popt", "status", "chi2"])
+def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
+    y = np.stack([np.zeros(20), *(np.exp(-k * np.linspace(0, 1, 20)) for k in (1, 2, 3))])
+    y[0] = np.nan  # nothing but fill values
+    maps = dask_nlsq.fit_map(lambda x, a, b: a * jnp.exp(-b * x), np.linspace(0, 1, 20), da.from_array(y, (1, 20)), [1, 1])
+    maps.to_zarr(tmp_path / "maps", progress=False)
+    stored = StoredMap(tmp_path / "maps")
+    assert np.isnan(stored.popt[0]).all() and np.isfinite(stored.popt[1:]).all()
+    next(each for each in sorted((tmp_path / "maps" / name / "c").rglob("*")) if each.is_file()).unlink()
+    with pytest.raises(dask_nlsq.DamagedFileError, match="chunks of blocks that are done are missing"):
+        getattr(StoredMap(tmp_path / "maps"), name)

@@ -45,6 +45,9 @@ PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of me
 # written
 
 
+FIELDS = {"popt", "perr", "pcov", "chi2", "n_points", "nfev", "distance", "status", "at_bound"}  # of each block
+
+
 def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it."""
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
@@ -108,7 +111,8 @@ def write_block(record, path, index, place) -> None:
     group: Any = zarr.open_group(path, mode="r+")
     with named_when_full(Path(path), record.nbytes):
         for name in record.dtype.names:
-            group[name][(*place, ...)] = record[name]
+            # a chunk of the fill value is written as well, so that one that is absent has been lost
+            group[name].with_config({"write_empty_chunks": True})[(*place, ...)] = record[name]
         group[DONE][index] = 1
 
 
@@ -258,8 +262,16 @@ class StoredMap:
             raise AttributeError(name)
         if name not in self._group:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
+        array = self._group[name]
         with well_formed(self.path / name, self.path):
-            return self._group[name][...]
+            if (name in FIELDS or name.startswith("derived")) and array.nchunks_initialized < self._n_chunks(array.chunks):
+                raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
+            return array[...]
+
+    def _n_chunks(self, chunks: tuple[int, ...]) -> int:
+        """Of the blocks that are done."""
+        along = [-(-np.array(sizes) // chunk) for sizes, chunk in zip(self.about["blocks"], chunks, strict=False)]
+        return int(reduce(np.multiply.outer, along, np.array(1))[read_done(self.path)].sum())
 
     def __getitem__(self, name: str) -> Parameter:
         """Values and errors of a parameter, of the map's shape."""
