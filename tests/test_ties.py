@@ -54,7 +54,11 @@ def full_jacobian(x, *params):
     return jnp.stack(jax.jacfwd(lambda *p: peaks(x, *p), argnums=tuple(range(6)))(*params), axis=1)
 
 
-@pytest.mark.parametrize("how", [{}, {"jac": full_jacobian}, {"strategy": "streaming"}, {"n_starts": 3}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"jac": full_jacobian}, {"strategy": "streaming"}, {"n_starts": 3}],
+    ids=["plain", "jac", "streaming", "starts"],
+)
 def test_a_tied_fit_is_the_fit_of_the_model_with_the_tie_written_into_it(expected, how):
     found = curve_fit(peaks, X, Y, P0, expr={"w2": "2 * w1"}, **how)
     assert_like(found, expected)
