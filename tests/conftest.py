@@ -4,7 +4,9 @@ A kernel that several processes of a run need is compiled by the first of them: 
 workers and commands that tests start find in their environment.
 """
 
+import gc
 import os
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import dask
@@ -43,3 +45,16 @@ def workers():
     """
     with local() as cluster, Client(cluster, set_as_default=False) as client:
         yield client
+
+
+MOST_MAPPED = 20_000  # pieces of memory in a process; Linux allows 65,530, and each compiled program takes several
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_that_no_test_needs_any_more():
+    """Compiled programs of one module are given up before there are too many: LLVM ends the process then."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPED:
+        jax.clear_caches()
+        gc.collect()
