@@ -20,7 +20,7 @@ References
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import OptimizeWarning
+import scipy
 
 from ..base.warn import warn
 from ..engine.condensed import Factor
@@ -291,5 +291,5 @@ def scaled_covariance(solution: Solution, cost: float | None, n_points: int, nam
         return pcov * (2 * cost / (n_points - p))
     reasons = combinations(solution.factor, names)
     why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warn(f"Covariance of the parameters could not be estimated{why}", OptimizeWarning)
+    warn(f"Covariance of the parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
     return np.full((p, p), np.inf)
