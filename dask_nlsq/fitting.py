@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 
 from .base.disk import check_room
+from .base.text import near
 from .base.warn import warn
 from .data.chunks import Census
 from .data.door import admit_data
@@ -264,7 +265,7 @@ def curve_fit(
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
         warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
-    interrupted(result, cast(StopOnSignal, run.evaluator.stop), run.evaluator.checkpoint)
+    interrupted(result, run.evaluator.stop, run.evaluator.checkpoint)
     logger.info("%s", result.summary())
     if ready.call.verbose:
         print(result.summary())
@@ -397,8 +398,9 @@ def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> 
         Chunks of a Zarr array that are damaged or absent.
     """
     table, whose = (GROUPS, "fit_groups") if "local" in options else (FITS | WORKFLOWS, "curve_fit and fit")
-    for name in options.keys() - table.keys():
-        raise TypeError(f"`{name}` is not an argument of {whose}: plan_fit plans fit_groups where `local` is given")
+    if unknown := sorted(options.keys() - table.keys()):
+        what = f"an argument of {whose}: plan_fit plans fit_groups where `local` is given"
+        raise TypeError(f"`{unknown[0]}` is not {what}{near(unknown[0], table, '; ')}")
     if "local" in options:
         from .groups.fit import prepare_groups
 
@@ -441,7 +443,7 @@ def _run(ready: Prepared) -> _Run:
         live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
         start = _start(ready, evaluator, counts, live, stack)
-        if evaluator.stop is None:
+        if evaluator.checkpoint is None:
             evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
         try:
@@ -479,10 +481,11 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, 
     if not sweep.place.held:
         if call.checkpoint is not None:
             jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
-            evaluator.stop = stack.enter_context(StopOnSignal(True))
         sweep.draw(n, needed=call.n_starts > 0)
         evaluator.save_sample()
         check()
+        if evaluator.checkpoint is not None:
+            evaluator.stop = stack.enter_context(StopOnSignal(True))
         evaluator.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
     if jac_mode == "auto":
         layouts, n_points = ready.data.preparation.layouts, ready.data.n_points
@@ -524,11 +527,13 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     n_points, n_masked, n_omitted = run.counts
     equations = solution.equations
     cost = equations.pearson / 2 if noise.reweighted else equations.cost
-    pcov = scaled_covariance(solution, None if noise.absolute else cost, n_points, ready.names)
+    dof = n_points - len(ready.free)
+    variance = 1.0 if noise.absolute else 2 * cost / dof if dof > 0 else np.nan
+    pcov = scaled_covariance(solution, variance, ready.names)
     popt = run.start.copy()
     popt[ready.free] = solution.params
-    popt, pcov, spread, following = _followed(params, popt, pcov)
-    tied = () if params.ties is None else params.ties.tied
+    popt, pcov, spread, derived = _followed(params, popt, pcov)
+    tied = {} if params.ties is None else {name: params.ties.texts[name] for name in params.ties.tied}
     whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
     assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
@@ -557,8 +562,8 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         damage=evaluator.sweep.damage,
         n_filled=sum(len(each.absent) for each in ready.source.stored),
         fixed={name: float(popt[k]) for k, name in enumerate(params.names) if name not in (*ready.names, *tied)},
-        tied={name: str(following[name].expr) for name in tied},
-        derived=Params(*(each for name, each in following.items() if name not in tied)),
+        tied=tied,
+        derived=derived,
         spread=spread,
         bounds=np.stack([params.lower, params.upper]),
         noise=noise._replace(sigma=one_sigma),
@@ -574,11 +579,11 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
 
 
 def _followed(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
-    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; and what ``expr`` gives."""
+    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; what ``expr`` derives."""
     p, ties = len(popt), params.ties
     if ties is None:
         spread = np.eye(p)[:, list(params.free)]
         return popt, spread_out(pcov, spread), spread, Params()
     values, spread = ties.at(popt, params.free)
     every = spread_out(pcov, spread)
-    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, [*ties.expr])
+    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, ties.derived)

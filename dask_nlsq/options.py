@@ -322,14 +322,14 @@ def are_endless(bounds) -> bool:
 
 def _apart(call) -> None:
     """What lmfit's Parameters as ``p0`` say of bounds, values that are held, and ties; what the call says besides wins."""
-    given = call.p0
-    rules = {name: each.expr for name, each in given.items() if each.expr}
+    given, fixed, ties = call.p0, dict(call.fixed or {}), dict(call.expr or {})
+    rules = {name: each.expr for name, each in given.items() if each.expr and name not in fixed} | ties
     ends = {name: (each.min, each.max) for name, each in given.items() if name not in rules}
     held = {name: each.value for name, each in given.items() if not each.vary and name not in rules}
     call.p0 = {name: each.value for name, each in given.items() if name not in rules}
     if isinstance(call.bounds, Mapping) or are_endless(call.bounds):
         call.bounds = ends | (dict(call.bounds) if isinstance(call.bounds, Mapping) else {})
-    call.fixed, call.expr = held | dict(call.fixed or {}), rules | (call.expr or {}) or None
+    call.fixed, call.expr = held | fixed, rules or None
 
 
 F = TypeVar("F", bound=Callable)

@@ -52,7 +52,8 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     ties = None if not call.expr else Ties(names, call.expr)
     tied = () if ties is None else ties.tied
     pairs = _pairs(names, bounds, shape)
-    _check_tied(tied, fixed, _pairs(names, call.bounds, shape))
+    if tied:
+        _check_tied(tied, fixed, _pairs(names, call.bounds, shape))
     pairs |= dict.fromkeys(tied, ENDLESS)
     _check_names(names, p0=starts, fixed=fixed, bounds=pairs)
     free = tuple(k for k, name in enumerate(names) if name not in fixed and name not in tied)

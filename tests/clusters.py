@@ -55,13 +55,18 @@ def command_line(tmp_path, n_workers, *options):
 
 
 def assert_nothing_left(client):
-    """No futures of the client, and no tasks on the scheduler; releasing them is asynchronous."""
-    assert not client.futures
-    for _ in range(50):
-        if not client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.tasks)):
+    """Neither futures nor data, as soon as tasks that were running have ended."""
+
+    def held(dask_scheduler):
+        return {state.key for state in dask_scheduler.tasks.values()}
+
+    for _ in range(200):
+        left = client.run_on_scheduler(held), {key for keys in client.run(lambda dask_worker: [*dask_worker.data]).values()
+                                              for key in keys}  # fmt: skip
+        if not any(left) and not [key for key, state in client.futures.items() if state.status != "cancelled"]:
             return
         time.sleep(0.1)
-    raise AssertionError("tasks are left on the scheduler")
+    raise AssertionError(f"left on the cluster: {left}, {client.futures}")
 
 
 def at_sweep(n, act):

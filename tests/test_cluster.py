@@ -17,7 +17,7 @@ from distributed import Client, get_client, worker_client
 from dask_nlsq import curve_fit, plan_fit, resume
 from dask_nlsq.kernels.blocks import BLOCK_POINTS, tile_size
 
-from .clusters import at_sweep, command_line, local, started, wait_for
+from .clusters import assert_nothing_left, at_sweep, command_line, local, started, wait_for
 
 N, CHUNK = 60_000, 4_000
 X = np.linspace(0, 10, N)
@@ -63,21 +63,6 @@ def client():
 def assert_same(one, other):
     np.testing.assert_array_equal(one.popt, other.popt)
     np.testing.assert_array_equal(one.pcov, other.pcov)
-
-
-def assert_nothing_left(client):
-    """Neither futures nor data, as soon as tasks that were running have ended."""
-
-    def held(dask_scheduler):
-        return {state.key for state in dask_scheduler.tasks.values()}
-
-    for _ in range(200):
-        left = client.run_on_scheduler(held), {key for keys in client.run(lambda dask_worker: [*dask_worker.data]).values()
-                                              for key in keys}  # fmt: skip
-        if not any(left) and not [key for key, state in client.futures.items() if state.status != "cancelled"]:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"left on the cluster: {left}, {client.futures}")
 
 
 @pytest.mark.parametrize("kind", ["chunked", pytest.param("in_memory", marks=pytest.mark.slow), "streaming"])

@@ -116,3 +116,10 @@ def test_grouped_fits_are_compared_with_one_fit_of_all():
 
     grouped = fit_groups(scaled, X, y, [1, 1], local="a", group_axes=0)
     assert compare(together=curve_fit(scaled, X, y, [1, 1]), apart=grouped).best() == "apart"
+
+
+def test_a_model_that_holds_what_the_other_does_not_is_no_larger_one():
+    one, other = (curve_fit(sloped, X, Y, [1, 1, 0, 0], fixed={"c": value}) for value in (0.2, 0.3))
+    assert [row.within for row in compare(one, other).rows] == ["", ""]
+    free, held = curve_fit(sloped, X, Y, [1, 1, 0, 0]), curve_fit(sloped, X, Y, [1, 1, 0, 0], fixed={"c": 0.3})
+    assert [row.within for row in compare(free=free, held=held).rows] == ["held", ""]

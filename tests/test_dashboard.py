@@ -125,7 +125,8 @@ def test_the_page_is_there_while_fifty_fits_run(client):
     def one(k):
         return curve_fit(decay, *data(), **TIGHT).popt
 
-    with client.as_current(), ThreadPoolExecutor(50) as pool:
+    patient = dask.config.set({"nlsq.worker-deadline": 60})  # without workers threads would wait for ever
+    with patient, client.as_current(), ThreadPoolExecutor(50) as pool:
         running = [pool.submit(one, k) for k in range(50)]
         while not all(each.done() for each in running):
             assert "bokeh.min.js" in get(client, "nlsq")

@@ -64,3 +64,10 @@ def test_a_model_of_lmfit_is_refused_in_a_sentence():
     for arguments in ((model, X, Y), (X, Y, model)):
         with pytest.raises(TypeError, match=r"is a Model of lmfit: give curve_fit a function written with jax\.numpy"):
             curve_fit(*arguments)
+
+
+def test_ties_bounds_and_values_of_the_call_win_over_those_of_the_parameters(params):
+    tied = next(name for name, each in params.items() if each.expr)
+    assert curve_fit(decay, X, Y, params, fixed={tied: 0.5}).fixed[tied] == 0.5
+    held = next(name for name, each in params.items() if not each.vary and not each.expr)
+    assert curve_fit(decay, X, Y, params, expr={held: "0.1*amplitude"}).tied[held] == "0.1*amplitude"

@@ -118,3 +118,14 @@ def test_groups_have_shared_and_local_parameters_by_name(grouped, tmp_path):
 def test_a_shared_parameter_is_held_in_another_fit_of_groups(grouped):
     held = fit_groups(decay, X, Y, P0, local="rate", group_axes=0, fixed={"base": grouped["base"]})
     np.testing.assert_allclose(held["rate"].value, RATES, atol=0.02)
+
+
+def test_an_array_of_a_parameter_is_a_copy_where_one_is_asked_for():
+    maps = fit_map(decay, X, Y, P0).compute(progress=False)
+    before = maps.popt.copy()
+    np.array(maps["rate"])[...] = 0
+    np.testing.assert_array_equal(maps.popt, before)
+
+
+def test_a_lazy_parameter_of_one_pixel_says_what_it_is():
+    assert repr(fit_map(decay, X, da.from_array(Y[0], 200), P0)["rate"]) == "<Parameter rate: 1 values and errors>"

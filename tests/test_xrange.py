@@ -49,7 +49,7 @@ def test_several_intervals_and_open_ends_count_with_a_mask():
     assert_same(found, curve_fit(line, X, Y, [1, 0], mask=~keep | mask))
 
 
-def test_lazy_and_stored_coordinates_are_read_once_in_each_sweep(expected, tmp_path):
+def test_lazy_and_stored_coordinates_count_as_those_in_memory_and_lazy_ones_are_read_once(expected, tmp_path):
     reads = []
 
     def counted(block):
@@ -103,6 +103,16 @@ def test_data_that_are_held_have_the_range(expected):
 def test_the_other_ways_to_fit_take_it():
     assert fit(line, X, Y, [1, 0], xrange=(3.5, 6.5)).n_points == INSIDE.sum()
     assert plan_fit(line, X, Y, [1, 0], xrange=(3.5, 6.5)).n_points == X.size
+    with pytest.raises(ValueError, match="no data: `xrange`"):
+        plan_fit(line, X, Y, [1, 0], xrange=(11, 12))
+
+
+def test_one_coordinate_has_one_entry_and_empty_data_say_so():
+    y = xr.DataArray(Y, dims="e", coords={"e": X})
+    with pytest.raises(ValueError, match="`xrange` names a coordinate and its place"):
+        curve_fit(line, None, y, [1, 0], xrange={0: (0, 2), "e": (5, 6)})
+    with pytest.raises(ValueError, match="`ydata` must not be empty"):
+        curve_fit(line, X[:0], Y[:0], [1, 0], xrange=(0, 1))
 
 
 def test_an_omitted_point_is_no_masked_one_and_nan_is_not_hidden():

@@ -11,9 +11,14 @@ from .text import size
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, a quota, a limit of the size of files
 
 
+def existing(path: Path) -> Path:
+    """It, or the nearest directory above it that is there."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def free_bytes(path: Path) -> int:
     """What is left on the disk on which ``path`` is, or will be."""
-    return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+    return shutil.disk_usage(existing(path)).free
 
 
 def check_room(name: str, path: Path, nbytes: int) -> None:

@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from .disk import named_when_full
+from .disk import existing, named_when_full
 
 CHECKSUM_BYTES = 16
 Buffer: TypeAlias = bytes | memoryview
@@ -95,7 +95,7 @@ def checksum(content) -> bytes:
 
 def check_directory(name: str, path: Path) -> None:
     """NotADirectoryError where the argument ``name`` cannot be a directory, since it is a file or below one."""
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    there = existing(path)
     if not there.is_dir():
         raise NotADirectoryError(f"`{name}` {path}: {there} is a file, give the path of a directory, which may be a new one")
 

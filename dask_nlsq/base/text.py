@@ -1,7 +1,9 @@
 """How sizes, counts and tables are written."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from html import escape
 from math import ceil, floor, inf, log10
 
 from dask.utils import format_bytes
@@ -19,6 +21,15 @@ def near(name: str, known: Iterable[str], before: str = ": ") -> str:
     return f"{before}did you mean {found[0]!r}?" if found else ""
 
 
+def numbered(names: Sequence[str], before: str = "") -> list[str]:
+    """The names, with 1, 2, ... behind those that occur several times."""
+    kinds, seen, found = Counter(names), Counter[str](), []
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name}{before}{seen[name]}" if kinds[name] > 1 else name)
+    return found
+
+
 def printable(text: str) -> str:
     """Without what a terminal takes for commands, in text that comes from a file."""
     return "".join(each if each.isprintable() or each == "\n" else "\N{REPLACEMENT CHARACTER}" for each in text)
@@ -31,6 +42,15 @@ def table(rows: Sequence[Sequence[str]], sides: str = "") -> list[str]:
     return [
         "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True)).rstrip() for row in rows
     ]
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """The same for a page or a notebook."""
+
+    def line(tag, cells):
+        return f"<tr>{''.join(f'<{tag}>{escape(cell.strip())}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
 
 
 def at_least(gib: float) -> str:

@@ -64,3 +64,8 @@ def count(name: str, value, least: float = 1) -> int:
     if real(name, value) != int(value) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}, not {value}")
     return int(value)
+
+
+def is_address(text: str) -> bool:
+    """Whether it is not a path: a URL, or several of fsspec's in a row."""
+    return "://" in text or "::" in text

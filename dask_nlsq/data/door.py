@@ -152,9 +152,10 @@ def try_model(model: Model, layouts: Layouts, n: int, n_params: int, shape: tupl
         taken = f"`xdata` of shape {(*lead, *shape)} was taken as {prod(lead)} coordinates of points of shape {shape}"
         raise ModelShapeError(f"{err}. {taken}, and the model gets them as an array of shape {(*lead, n)}") from None
     except (TypeError, AttributeError) as err:
-        if isinstance(err, ModelError) or (layouts.x_kind != "none" and "'tuple'" not in str(err)):
+        is_tuple = layouts.x_kind == "tuple" and "'tuple'" in str(err)
+        if isinstance(err, ModelError) or not (is_tuple or layouts.x_kind == "none"):
             raise
-        if layouts.x_kind != "none":
+        if is_tuple:
             raise ModelError(
                 f"the model {function_name(model.f)} gets a tuple of arrays for x, as `xdata` is a tuple ({err}): pass an "
                 "array, or unpack it in the model, as in `x, y = xy`"

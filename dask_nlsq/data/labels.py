@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..base.values import is_address
 from ..base.warn import warn
 
 PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
@@ -85,7 +86,7 @@ def coordinates_of(xdata, ydata, axes):
     given = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
     named = [isinstance(each, str) and each in coords for each in given]
     for each, known in zip(given, named, strict=True):
-        lost = isinstance(each, str) and not known and not Path(each).exists() and "://" not in each
+        lost = isinstance(each, str) and not known and not Path(each).exists() and not is_address(each)
         if lost or (xdata is None and not known):
             raise ValueError(
                 f"`xdata` {xdata!r} names no coordinate: `ydata` has none that is called {each!r}, only {list(coords)}"

@@ -32,7 +32,10 @@ def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
     if unknown := [name for name in names if name not in known]:
         have = f"the names of `xdata` are {', '.join(filter(None, known))}" if any(known) else "`xdata` has no names"
         raise ValueError(f"`xrange` names {unknown[0]!r}, but {have}: give the place of a coordinate, as in {{0: (1, 2)}}")
-    return {known.index(name) if name in names else name: intervals for name, intervals in xrange.items()}
+    found = {known.index(name) if name in names else name: intervals for name, intervals in xrange.items()}
+    if len(found) < len(xrange):
+        raise ValueError(f"`xrange` names a coordinate and its place: {[*xrange]}. Give one of them a list of pairs")
+    return found
 
 
 def of_each(xrange: Ranges | None, n: int) -> list[Intervals | None]:
@@ -69,7 +72,7 @@ def parted_within(coordinate, intervals: Intervals | None) -> tuple[Any, Any]:
     outside = np.bool_(True)
     for low, high in intervals:
         outside = outside & ((values < low) | (values > high))
-    if isinstance(outside, np.ndarray) and outside.all():
+    if isinstance(outside, np.ndarray) and outside.size and outside.all():
         raise ValueError(
             f"no data: `xrange` has {', '.join(map(str, intervals))}, and `xdata` lies from {np.nanmin(values):g} to "
             f"{np.nanmax(values):g}"

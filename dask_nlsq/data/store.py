@@ -26,6 +26,7 @@ import numpy as np
 from ..base.config import codec_pipeline, setting
 from ..base.lazy import da, zarr
 from ..base.text import near
+from ..base.values import is_address
 from ..base.warn import warn
 from .cf import AS_STORED, Decoding
 
@@ -132,11 +133,6 @@ def is_stored(data) -> bool:
     return isinstance(data, (str, PurePath, zarr.Array))
 
 
-def is_address(text: str) -> bool:
-    """Whether it is not a path: a URL, or several of fsspec's in a row."""
-    return "://" in text or "::" in text
-
-
 def _hint(name: str, source) -> str:
     """What a text may mean that is no path."""
     if name == "sigma":
@@ -180,7 +176,7 @@ def open_array(name: str, source) -> zarr.Array:
 def _store(name, source):
     """A store, or what Zarr makes one of, and the path in it."""
     text = str(source)
-    if is_address(text) and not isinstance(source, PurePath):
+    if is_address(text) and not isinstance(source, PurePath) and not os.path.exists(text):
         return text, None
     file = next((parent for parent in (Path(text), *Path(text).parents) if parent.is_file()), None)
     if file is None:

@@ -28,10 +28,11 @@ from ..base.files import (
 )
 from ..base.modules import Trust, UntrustedError, import_by, import_name, origin
 from ..base.text import printable
+from ..base.values import is_address
 from ..base.warn import warn
 from ..data.align import Data
 from ..data.arrays import apart, has_masked, on_disk, stacked
-from ..data.store import is_address, is_stored, same_store
+from ..data.store import is_stored, same_store
 from ..kernels.checks import fingerprint
 from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
@@ -276,13 +277,13 @@ def describe_call(f, data: Mapping[str, Any], options: Mapping[str, Any]) -> tup
 
 
 def absolute(path):
-    return str(path) if "://" in str(path) else str(Path(path).absolute())
+    return str(path) if is_address(str(path)) else str(Path(path).absolute())
 
 
 def _plain(value):
     """JSON of options: numbers, strings, sequences of them, arrays."""
     if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
+        return {_plain(name): _plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple, range, set, frozenset)):
         return [_plain(each) for each in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
     if callable(value):

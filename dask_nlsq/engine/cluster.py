@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -78,8 +78,9 @@ class Pieces:
         self.running: list[Future] = []
         self.working: dict[str, int] = {}
         self.futures: list[Any] = [None] * len(self.parts)
-        self.sent: dict[Any, Any] = {}
-        self.trusting = True  # of large objectives: futures, or names that workers are trusted to know
+        self.sent: dict[Any, Any] = {}  # of large objectives: futures, or names that workers are trusted to know
+        self.trusting = True
+        self.look: Look = calm
         install(client, Deaths())
         self._put(range(len(self.parts)))
 
@@ -105,12 +106,14 @@ class Pieces:
 
     def wait(self) -> None:
         """Until all pieces are there; the first error ends it, not the last piece."""
-        lost: Counter[int | None] = Counter()
+        lost: Counter = Counter()
         while True:
             try:
                 for _ in coming(self.client, self.futures, results=False):
                     pass
                 return
+            except CancelledError as err:  # arrays that were in memory, with the worker that held them
+                self._replace(err, lost)
             except KilledWorker as err:
                 self._one_by_one(err, lost)
 
@@ -131,6 +134,7 @@ class Pieces:
         **fixed,
     ) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
+        self.look = look
         left: dict[int, Any] = dict(zip(numbers, numbers if arguments is None else arguments, strict=True))
         lost: Counter = Counter()
         one = [] if arguments is None else [[0]]  # the only run of a piece
@@ -143,14 +147,14 @@ class Pieces:
                 columns = [] if arguments is None else [[*left.values()]]
                 try:
                     self._start(function, name, [*left], columns, objectives, **fixed)
-                    for future, result in coming(self.client, self.running, look):
+                    for future, result in coming(self.client, self.running, self.look):
                         number = self.working[str(future.key)]
                         del left[number]
                         yield number, result
                 except (CancelledError, ModelMissing) as err:
-                    self._replace(err, lost, work, look)
+                    self._replace(err, lost, work)
                 except KilledWorker as err:
-                    self._one_by_one(err, lost, work, look)
+                    self._one_by_one(err, lost, work)
         finally:
             self._give_back(self.running)
             self.running = []
@@ -167,7 +171,7 @@ class Pieces:
         if objective.model.nbytes <= SENT_ALONG:
             return objective
         if objective not in self.sent:
-            Lookout(self.client, calm).wait_for_a_worker()
+            Lookout(self.client, self.look).wait_for_a_worker()
             known = self.client.run(is_known, objective.model.token, on_error="return")
             if self.trusting and all(each is True for each in known.values()):
                 self.sent[objective] = objective._replace(model=objective.model.token)
@@ -177,7 +181,7 @@ class Pieces:
 
     def _scattered(self, values, **how):
         """Values on workers; on others where those die meanwhile."""
-        lookout = Lookout(self.client, calm)
+        lookout = Lookout(self.client, self.look)
         while True:
             lookout.wait_for_a_worker()
             try:
@@ -188,7 +192,7 @@ class Pieces:
                 logger.info("data could not be sent to a worker, and are sent again: %s", err)
                 time.sleep(POLL)
 
-    def _replace(self, err: CancelledError | ModelMissing, lost: Counter, work: Callable, look: Look) -> None:
+    def _replace(self, err: CancelledError | ModelMissing, lost: Counter, work: Callable | None = None) -> None:
         """Make again, or send again, what went with workers that died; an error where that has happened too often."""
         if isinstance(err, CancelledError) and is_gone(self.client, err):
             raise err
@@ -200,7 +204,7 @@ class Pieces:
             raise RuntimeError(_died([self.parts[k] for k in gone if lost[k] >= DEATHS])) from err
         self.trusting = self.trusting and not isinstance(err, ModelMissing)  # a worker that came later has not seen it
         self._forget_sent()
-        self._read_alone([k for k in gone if lost[k] == DEATHS - 1], work, look)
+        self._read_alone([k for k in gone if lost[k] == DEATHS - 1], work)
         if gone:
             self._put(gone)
 
@@ -211,7 +215,7 @@ class Pieces:
     def _futures_sent(self) -> list[Future]:
         return [each for each in self.sent.values() if isinstance(each, Future)]
 
-    def _one_by_one(self, err: KilledWorker, lost: Counter, work: Callable | None = None, look: Look = calm) -> None:
+    def _one_by_one(self, err: KilledWorker, lost: Counter, work: Callable | None = None) -> None:
         """Read the suspects again, run by run, one at a time: the one with which a worker dies is guilty, which is an error.
 
         Where none is, other things have killed the workers, and the fit goes on, unless that has happened too often.
@@ -225,24 +229,24 @@ class Pieces:
         lost["killed"] += 1
         if not suspects or lost["killed"] >= DEATHS:
             raise RuntimeError(_died([self.parts[k] for k in suspects], err)) from err
-        self._read_alone(suspects, work, look)
+        self._read_alone(suspects, work)
         self._put(broken)
 
-    def _read_alone(self, suspects: Sequence[int], work: Callable | None, look: Look) -> None:
+    def _read_alone(self, suspects: Sequence[int], work: Callable | None) -> None:
         for k in suspects:
             for run in self.parts[k]:
-                self._alone([run], work, look)
+                self._alone([run], work)
 
-    def _alone(self, part: list[list[Load]], work: Callable | None, look: Look) -> None:
+    def _alone(self, part: list[list[Load]], work: Callable | None) -> None:
         self._forget_sent()
         tasks = self._made([part], 1)
         try:
-            for _ in coming(self.client, tasks, look, results=False):
+            for _ in coming(self.client, tasks, self.look, results=False):
                 pass
             if work is not None:
                 with given_up_after(1):
                     tasks.append(work(tasks[0]))
-                for _ in coming(self.client, tasks[1:], look):
+                for _ in coming(self.client, tasks[1:], self.look):
                     pass
         except (KilledWorker, CancelledError) as err:  # or what was in memory is lost with its worker
             if is_gone(self.client, err):
@@ -265,11 +269,11 @@ def _died(parts: Sequence[list[list[Load]]], err: KilledWorker | None = None) ->
     return died(f"{named}{more}", err)
 
 
-def died(what: str, err: KilledWorker | None = None) -> str:
+def died(what: str, err: KilledWorker | None = None, n: int = DEATHS) -> str:
     """What is said of workers that died, one after the other, while they worked on something."""
     last = "" if err is None else f", the last one {err.last_worker.address}"
     return (
-        f"{DEATHS} workers died while they worked on {what}{last}. Their logs say why: if it was memory, start workers with "
+        f"{n} workers died while they worked on {what}{last}. Their logs say why: if it was memory, start workers with "
         "more of it or with fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
         "leave them out"
     )
@@ -313,25 +317,25 @@ def computed(
         return [*dask.compute(*tasks, **options)]
     found: dict[int, Any] = {}
     install(client, Deaths())
-    with attached(client):
+    own = [] if again is None else tasks  # what is persisted has no other use, and is given back if this fails
+    with attached(client), ExitStack() as on_error:
+        on_error.callback(give_back, client, own)
         futures = _sent(client, tasks, DEATHS - 1, options)
         number = {future.key: k for k, future in enumerate(futures)}
         try:
             for future, result in coming(client, futures, look):
                 found[number[future.key]] = result
+            on_error.pop_all()
             return [found[k] for k in range(len(tasks))]
         except KilledWorker as err:
             time.sleep(SUSPECTS_COME)
             suspects = [k for k, future in enumerate(futures) if future.status == "error"]
-            give_back(client, [*futures, *tasks])
+            give_back(client, [*futures, *own])
             for k in suspects:
                 task = anew(tasks[k]) if again is None else again(k)
                 found[k] = _alone(client, task, names[k], look, options)
             if again is not None:
-                raise RuntimeError(died(" or ".join(names[k] for k in suspects[:NAMED]), err)) from err
-        except BaseException:  # such as a signal: what is persisted has no other use
-            give_back(client, tasks)
-            raise
+                raise RuntimeError(died(" or ".join(names[k] for k in suspects[:NAMED]), err, DEATHS - 1)) from err
         finally:
             give_back(client, futures)
     left = [k for k in range(len(tasks)) if k not in found]

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
-from .waiting import StopOnSignal, calm
+from .waiting import StopOnSignal
 
 EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
@@ -37,7 +37,7 @@ class Evaluator:
 
     admit: Callable[[], Any] = staticmethod(lambda: None)  # called when a sweep has seen all data
     watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
-    stop: StopOnSignal | None = None  # that says when to end early
+    stop: StopOnSignal  # that says when to end early
     jac_mode: JacMode = "columns"
     latest: tuple[np.ndarray, Condensed]
 
@@ -51,6 +51,7 @@ class Evaluator:
         self.finished: list[tuple[np.ndarray, Condensed]] = []  # what a checkpoint holds
         self.begun: PartialSweep | None = None
         self.checkpoint: Checkpoint | None = None
+        self.stop = StopOnSignal(False)  # which is deaf until it is entered
 
     def request(self, params: np.ndarray, reduction: Reduction = "gram") -> Request:
         return Request(self.objective, params, reduction, self.jac_mode, self.segmentation, self.weights is None)
@@ -89,7 +90,7 @@ class Evaluator:
         if begun is None or not _same(begun, requests, place.level):
             begun = PartialSweep(requests, place.n_runs, place.level)
         after = None if place.held else _Reading(self, begun)
-        found = self.sweep.run(requests, begun, after, calm if self.stop is None else self.stop.look)
+        found = self.sweep.run(requests, begun, after, self.stop.look)
         if not place.held:
             self.admit()
         if self.checkpoint is not None:
@@ -195,12 +196,10 @@ class _Reading:
             rate = self.left * evaluator.sweep.nbytes * share / (now - self.began)
             evaluator.watch(1 - (1 - share) * self.left, rate / 1e9, (now - self.began) * (1 / share - 1))
         stop = evaluator.stop
-        told = stop is not None and stop.signal is not None
-        if evaluator.checkpoint is not None and (told or now - self.saved >= self.every):
+        if evaluator.checkpoint is not None and (stop.signal is not None or now - self.saved >= self.every):
             evaluator.save(begun)
             self.saved = now
-        if stop is not None:
-            stop.look()
+        stop.look()
 
 
 def _listed(census: Census) -> list:

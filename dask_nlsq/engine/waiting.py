@@ -136,14 +136,16 @@ def coming(
     NoWorkersError
         Where there are no workers for too long.
     """
-    those, lookout = as_completed(futures, with_results=results, raise_errors=False), Lookout(client, look)
+    those, lookout = as_completed(futures), Lookout(client, look)
     while those.count():
         with those.thread_condition:
             if not those.has_ready():
                 those.thread_condition.wait(POLL)
-        for each in those.next_batch(block=False):
-            future, result = each if results else (each, None)
-            if future.status in ("error", "cancelled"):
-                future.result()  # raises
-            yield future, result
+        batch = those.next_batch(block=False)
+        lost = [future for future in batch if future.status in ("error", "cancelled")]
+        well = [future for future in batch if future.status == "finished"]
+        # together, since to fetch a result takes a message
+        yield from zip(well, client.gather(well) if results and well else [None] * len(well), strict=True)
+        for future in lost:
+            future.result()  # raises
         lookout()

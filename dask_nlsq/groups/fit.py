@@ -329,7 +329,7 @@ def _run(ready: ReadyGroups):
             solution = solve(sweep, ready.start, replace(options, callback=settle))
         except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
-        sweep.stop = None  # what is left to do is short
+        sweep.stop = StopOnSignal(False)  # what is left to do is short
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
         if sweep.checkpoint is not None:
             sweep.checkpoint.end()

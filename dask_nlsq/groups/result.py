@@ -17,13 +17,11 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import scipy
 from dask import delayed
 
 from ..base.lazy import da
 from ..base.modules import Trust
 from ..base.text import several
-from ..base.warn import warn
 from ..data.chunks import Preparation, ValuePolicy
 from ..engine.request import Objective
 from ..kernels.groups import GroupSpec, LocalState
@@ -35,11 +33,11 @@ from ..maps.store import StoredMap, remove
 from ..model.params import Params
 from ..results import result as results
 from ..results import schema
-from ..results.diagnostics import Diagnostics, combinations, diagnose
+from ..results.diagnostics import Diagnostics, diagnose, scaled_covariance
 from ..results.report import report
 from ..results.result import FitResult
 from ..results.statistics import Groups, Totals
-from ..results.uncertainty import covariance, followers, spread_out
+from ..results.uncertainty import followers, spread_out
 from ..solve.trust_region import Solution
 from .diagnostics import of_groups
 from .sweep import GroupSweep
@@ -227,7 +225,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
     s, sums = len(solution.params), sweep.accepted
     dof = equations.n_points - s
     variance = 1.0 if noise.absolute else 2 * equations.cost / dof if dof > 0 else np.nan
-    pcov = _covariance(solution, variance, options.names)
+    pcov = scaled_covariance(solution, variance, options.names, "the shared parameters")
     states = sweep.final(solution.params)
     record = _records(problem, spec, states, solution.params, pcov, variance)
     worst = float(np.sqrt(2 * sums.worst.max() / variance)) if variance > 0 else 0.0 if variance == 0 else np.nan
@@ -286,16 +284,6 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
 def _preparation(spec: MapSpec, decode_cf: bool) -> Preparation:
     """Of any data with such coordinates."""
     return Preparation(spec.layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, False, 0, ())
-
-
-def _covariance(solution: Solution, variance: float, names) -> np.ndarray:
-    s, pcov = len(solution.params), covariance(solution.factor)
-    if pcov is None or variance != variance:
-        reasons = combinations(solution.factor, names)
-        why = f": {'; '.join(reasons)}" if reasons else ""
-        warn(f"Covariance of the shared parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
-        return np.full((s, s), np.inf)
-    return pcov * variance
 
 
 def _derived(ready, shared: np.ndarray, pcov: np.ndarray) -> Params:

@@ -26,7 +26,7 @@ from ..base.x64 import float64
 from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError
 from ..engine.cluster import DEATHS, computed, give_back, given_up_after, workers_of
 from ..engine.condensed import Condensed, factor, merge
-from ..engine.waiting import Look, StopOnSignal, calm
+from ..engine.waiting import Look, StopOnSignal
 from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
@@ -175,7 +175,7 @@ class GroupSweep:
         Parameters and result of the last one.
     """
 
-    stop: StopOnSignal | None = None  # that says when to end early
+    stop: StopOnSignal  # that says when to end early
     watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
     latest: tuple[np.ndarray, Condensed]
 
@@ -195,6 +195,7 @@ class GroupSweep:
         self.sums: dict[bytes, Swept] = {}  # of each point the last one
         self.base: np.ndarray | None = None
         self.checkpoint: Checkpoint | None = None
+        self.stop = StopOnSignal(False)  # which is deaf until it is entered
         self.swept: list[Swept] = []  # what a checkpoint holds
         self.recorded: dict[tuple[bytes, Reduction], Swept] = {}  # of an earlier process
         self.kept: tuple[bytes, int] | None = None  # the point whose states are there, and the sweep that they are of
@@ -270,7 +271,7 @@ class GroupSweep:
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
         sums: list[GroupSums] = []
-        look = calm if self.stop is None else self.stop.look
+        look = self.stop.look
         numbered = enumerate(self.problem.places)
 
         def task(shared, block, state, **key):

@@ -5,8 +5,7 @@ where the locals are best follows from the sum, as in `groups`. Where that is fa
 is read once more, in another sweep.
 """
 
-import functools
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +46,7 @@ def _piece(model, spec: GroupSpec, pixels: Pixels, limits: Limits) -> PieceSums:
     return PieceSums(matrix, cost, data.n_points, data.size, moments_of(data))
 
 
-@functools.cache
+@lru_cache(maxsize=64)
 def joined_kernel(spec: GroupSpec):
     """Compiled ``(pieces, state, lower, upper, fresh, limits) -> GroupSums, LocalState``; call inside ``float64()``.
 

@@ -45,9 +45,6 @@ PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of me
 # written
 
 
-FIELDS = {"popt", "perr", "pcov", "chi2", "n_points", "nfev", "distance", "status", "at_bound"}  # of each block
-
-
 def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it."""
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
@@ -59,7 +56,7 @@ def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     if path.exists():
         remove_left(path)
         (path / METADATA).unlink(missing_ok=True)
-    about = {"version": VERSION, **identity}
+    about = {"version": VERSION, "fields": list(record.names), **identity}
     group = zarr.create_group(path, attributes={OURS: about, **_plain(found.labels.get("attrs", {}))})
     for name in record.names:
         base, own = record[name].subdtype or (record[name], ())
@@ -155,7 +152,9 @@ def is_begun(path: Path) -> bool:
 
 def identity_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What `create` was given, of what `read_about` finds."""
-    return {name: value for name, value in about.items() if name not in ("version", "attributes", "sums", "checksum")}
+    return {
+        name: value for name, value in about.items() if name not in ("version", "fields", "attributes", "sums", "checksum")
+    }
 
 
 def is_sealed(about: Mapping[str, Any]) -> bool:
@@ -264,7 +263,7 @@ class StoredMap:
             raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
         array = self._group[name]
         with well_formed(self.path / name, self.path):
-            if (name in FIELDS or name.startswith("derived")) and array.nchunks_initialized < self._n_chunks(array.chunks):
+            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks):
                 raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
             return array[...]
 

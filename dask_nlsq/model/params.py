@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 import numpy as np
 
-from ..base.text import near, table
+from ..base.text import html_table, near, table
 
 SIDES = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
 
@@ -45,7 +44,7 @@ class Parameter:
         return float(self.value)
 
     def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.value, dtype)
+        return np.array(self.value, dtype, copy=copy)
 
     @property
     def remark(self) -> str:
@@ -60,8 +59,8 @@ class Parameter:
         return self.name, f"{self.value: .9g}", f"+- {self.error:.3g}", relative, self.remark
 
     def __repr__(self):
-        if np.ndim(self.value):
-            return f"<Parameter {self.name}: {' x '.join(map(str, self.value.shape))} values and errors>"
+        if np.ndim(self.value) or hasattr(self.value, "dask"):
+            return f"<Parameter {self.name}: {' x '.join(map(str, self.value.shape)) or 1} values and errors>"
         low, high = self.bounds or (-np.inf, np.inf)
         within = f"from {low:g} to {high:g}" if np.isfinite([low, high]).any() else ""
         said = "; ".join(filter(None, (self.remark, within)))
@@ -100,9 +99,7 @@ class Params(Mapping[str, Parameter]):
         return "\n".join(table(self.rows())) if self else "<Params: none>"
 
     def to_html(self) -> str:
-        head = "".join(f"<th>{cell}</th>" for cell in ("parameter", "value", "error", "", ""))
-        rows = "".join(f"<tr>{''.join(f'<td>{escape(cell.strip())}</td>' for cell in row)}</tr>" for row in self.rows())
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return html_table(("parameter", "value", "error", "", ""), self.rows())
 
     _repr_html_ = to_html
 

@@ -12,7 +12,6 @@ those of the data.
 
 import inspect
 import re
-from collections import Counter
 from collections.abc import Callable
 from functools import reduce
 from math import inf, pi
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..base.text import near
+from ..base.text import near, numbered
 from ..base.x64 import float64
 from .function import Model, function_name, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
@@ -80,14 +79,10 @@ class ReadyModel:
     def __init__(self, *terms: Term, tree: Tree | None = None):
         self.terms = terms
         self.tree: Tree = _sum_of(len(terms)) if tree is None else tree
-        kinds = Counter(term.name for term in terms)
-        seen: Counter[str] = Counter()
         names: list[str] = []
         self.bounds: dict[str, tuple[float, float]] = {}
-        for term in terms:
-            seen[term.name] += 1
-            number = seen[term.name] if kinds[term.name] > 1 else ""
-            prefix = f"{term.name}{number}_" if len(terms) > 1 else ""
+        for kind, term in zip(numbered([term.name for term in terms]), terms, strict=True):
+            prefix = f"{kind}_" if len(terms) > 1 else ""
             names += [prefix + name for name in term.bounds]
             self.bounds |= {prefix + name: ends for name, ends in term.bounds.items()}
         self.param_names = tuple(names)
@@ -140,12 +135,8 @@ class ReadyModel:
     def components(self) -> dict[str, "Component"]:
         """What it is the sum of, by name: functions of x and of all parameters."""
         trees = _summands(self.tree)
-        labels = [self._label(tree) for tree in trees]
-        kinds, seen, found = Counter(labels), Counter[str](), {}
-        for label, tree in zip(labels, trees, strict=True):
-            seen[label] += 1
-            found[f"{label}{seen[label]}" if kinds[label] > 1 else label] = Component(self, tree)
-        return found
+        labels = numbered([self._label(tree) for tree in trees])
+        return {label: Component(self, tree) for label, tree in zip(labels, trees, strict=True)}
 
     def guess(self, x, y):
         """Parameters (p,) from x (n,) and y (n,), to start a fit from; points that are not finite do not count.

@@ -55,7 +55,7 @@ class Ties:
     """
 
     def __init__(self, names: Sequence[str], expr: Mapping[str, Rule]):
-        self.names, known = tuple(names), (*names, *expr)
+        self.names, known = tuple(names), tuple(dict.fromkeys((*names, *expr)))
         untied = [name for name in names if name not in expr]
         needs = {name: _needs(name, rule, known, untied) - (CONSTANTS.keys() - {*known}) for name, rule in expr.items()}
         try:
@@ -180,6 +180,10 @@ def parsed(text: str) -> tuple[Callable[[Mapping], Any], frozenset[str]]:
         raise ValueError(f"`expr` {text!r} cannot be read: {err.args[0] if err.args else type(err).__name__}") from None
 
 
+def _is_small(power: int) -> bool:
+    return not isinstance(power, bool) and abs(power) <= MOST_POWER
+
+
 def _meaning(node, text: str, names: set[str]) -> Callable[[Mapping], Any]:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
@@ -188,9 +192,9 @@ def _meaning(node, text: str, names: set[str]) -> Callable[[Mapping], Any]:
         case ast.Name(id=name):
             names.add(name)
             return lambda values: values[name]
-        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if abs(power) <= MOST_POWER:
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if _is_small(power):
             base = _meaning(left, text, names)
-            return lambda values: base(values) ** int(power)
+            return lambda values: base(values) ** power
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             one, two = (_meaning(each, text, names) for each in (left, right))
             return lambda values: OPERATORS[type(op)](one(values), two(values))

@@ -15,19 +15,17 @@ References
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
-from ..base.text import table
+from ..base.text import html_table, numbered, table
 from ..model.function import function_name, own_function
 from ..model.ready import ReadyModel
 
 ALIKE = 1e-9  # relative, of sums over the same points in another order
-CRITERIA = ("aic", "aicc", "bic")
+CRITERIA = {"aic": "AIC", "aicc": "AICc", "bic": "BIC"}
 
 
 class Compared(NamedTuple):
@@ -62,8 +60,7 @@ class Comparison(NamedTuple):
         """Of the table, the head among them; the criteria less the smallest of each."""
         chi, test = ("deviance", "chi-square") if self.likelihood else ("chi-square", "F")
         least = {name: min(getattr(row, name) for row in self.rows) for name in CRITERIA}
-        found = [("", "parameters", chi, f"reduced {chi}", *(name.upper() for name in CRITERIA), test, "p", "")]
-        found[0] = tuple("AICc" if cell == "AICC" else cell for cell in found[0])
+        found = [("", "parameters", chi, f"reduced {chi}", *CRITERIA.values(), test, "p", "")]
         for row in self.rows:
             above = (f"+{getattr(row, name) - least[name]:.1f}" for name in CRITERIA)
             numbers = f"{row.n_params}", f"{row.chi_square:.6g}", f"{row.reduced_chi_square:.4g}", *above
@@ -76,9 +73,8 @@ class Comparison(NamedTuple):
         return "\n".join(table(self.cells(), "<" + 8 * ">"))
 
     def _repr_html_(self):
-        head, *rows = (["".join(f"<td>{escape(cell)}</td>" for cell in row)] for row in self.cells())
-        top = head[0].replace("td>", "th>")
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for (row,) in rows)}</tbody></table>"
+        head, *rows = self.cells()
+        return html_table(head, rows)
 
 
 def compare(*results: Any, nested: bool | None = None, **named: Any) -> Comparison:
@@ -105,7 +101,7 @@ def compare(*results: Any, nested: bool | None = None, **named: Any) -> Comparis
     given = [getattr(each, "shared", each) for each in (*results, *named.values())]
     if len(given) < 2 or not all(hasattr(each, "statistics") and hasattr(each, "totals") for each in given):
         raise TypeError("compare needs two results or more, as compare(curve_fit(f, x, y), curve_fit(g, x, y))")
-    names = [*_names(given[: len(results)]), *named]
+    names = [*numbered([_model_name(each) for each in given[: len(results)]], " "), *named]
     if twice := [name for name in named if names.count(name) > 1]:
         raise ValueError(f"two fits have the name {twice[0]!r}: name them differently")
     fits = dict(zip(names, given, strict=True))
@@ -113,17 +109,6 @@ def compare(*results: Any, nested: bool | None = None, **named: Any) -> Comparis
     for name in others:
         _check_alike(first, fits[first], name, fits[name])
     return Comparison(tuple(_compared(name, fits, nested) for name in fits), fits[first].noise.likelihood)
-
-
-def _names(fits: Sequence[Any]) -> list[str]:
-    """Those of the models, with numbers where several have the same."""
-    plain = [_model_name(each) for each in fits]
-    kinds, seen = Counter(plain), Counter[str]()
-    names = []
-    for name in plain:
-        seen[name] += 1
-        names.append(f"{name} {seen[name]}" if kinds[name] > 1 else name)
-    return names
 
 
 def _n_params(fit) -> int:
@@ -177,6 +162,8 @@ def _compared(name: str, fits: dict[str, Any], nested: bool | None) -> Compared:
 
 def _is_within(small, large) -> bool:
     """Whether a model is a special case of another, as far as names tell."""
+    if not (large.fixed.items() <= small.fixed.items() and large.tied.items() <= small.tied.items()):
+        return False  # it holds what the other does not
     models = [own_function(getattr(each.objective.model, "f", None)) for each in (small, large)]
     if all(isinstance(each, ReadyModel) for each in models):
         terms = [Counter(term.recipe for term in each.terms) for each in models]

@@ -281,15 +281,12 @@ CHANGE = {
 }
 
 
-def scaled_covariance(solution: Solution, cost: float | None, n_points: int, names):
-    """Covariance, scaled so that the reduced chi-square of this cost is 1; not scaled where that is None."""
-    p = len(solution.params)
+def scaled_covariance(solution: Solution, variance: float, names, of: str = "the parameters") -> np.ndarray:
+    """Covariance times the variance of the noise; inf, with a warning, where that is nan or there is none."""
     pcov = covariance(solution.factor) if solution.status != UNDETERMINED else None
-    if pcov is not None and cost is None:
-        return pcov
-    if pcov is not None and cost is not None and n_points > p:
-        return pcov * (2 * cost / (n_points - p))
+    if pcov is not None and variance == variance:
+        return pcov * variance
     reasons = combinations(solution.factor, names)
     why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
-    warn(f"Covariance of the parameters could not be estimated{why}", scipy.optimize.OptimizeWarning)
-    return np.full((p, p), np.inf)
+    warn(f"Covariance of {of} could not be estimated{why}", scipy.optimize.OptimizeWarning)
+    return np.full((len(names),) * 2, np.inf)

@@ -445,6 +445,7 @@ class FitResult:
                 bounds=each.bounds,
                 at_bound=each.at_bound,
                 fixed=each.fixed,
+                expr=each.expr,
             )
             for each, interval in zip(self.params.values(), ends, strict=True)
         }
