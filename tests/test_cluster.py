@@ -160,11 +160,14 @@ def test_nothing_is_left_on_the_cluster_after(client, kind, end):
             with pytest.raises(RuntimeError, match="max_nfev"):
                 curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], max_nfev=1)
         else:
-            signal.signal(signal.SIGINT, interrupted)
+            before = signal.signal(signal.SIGINT, interrupted)
             interrupt = threading.Timer(0.05, signal.raise_signal, [signal.SIGINT])
-            with pytest.raises(KeyboardInterrupt):
-                curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=at_sweep(2, interrupt.start))
-                time.sleep(1)  # where the fit was quicker
+            try:
+                with pytest.raises(KeyboardInterrupt):
+                    curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind], callback=at_sweep(2, interrupt.start))
+                    time.sleep(1)  # where the fit was quicker
+            finally:
+                signal.signal(signal.SIGINT, before)
     assert_nothing_left(client)
 
 
