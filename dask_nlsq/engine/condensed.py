@@ -70,6 +70,20 @@ class Condensed(NamedTuple):
         return 0 if self.parts is None else int(unpack(self.parts, len(self.matrix) - 1).floored.sum())
 
 
+def held_at(equations: Condensed, free: Sequence[int]) -> Condensed:
+    """The same for the parameters at the places ``free``, with the others held; without sums over segments."""
+    columns = [*free, len(equations.matrix) - 1]
+    by_gram = equations.reduction == "gram"
+    rows = equations.matrix[:, columns]
+    matrix = rows[columns] if by_gram else np.asarray(np.linalg.qr(rows, mode="r"))
+    parts = None
+    if equations.parts is not None:
+        parts = np.zeros((1, segment_size(len(free))))
+        n_sums = parts.shape[1] - 2 * matrix.size  # behind the matrices
+        parts[0, -n_sums:] = equations.parts[:, -n_sums:].sum(axis=0)
+    return equations._replace(matrix=matrix, parts=parts)
+
+
 class Factor(NamedTuple):
     """``R`` (p, p) with R^T R = J^T J, ``projected`` = Q^T r, gradient J^T r, both (p,)."""
 

@@ -164,6 +164,47 @@ def correlation(result, ax=None):
     return axes
 
 
+def profile(found, ax=None):
+    """Distance d of a `LikelihoodProfile` against the parameter, beside the straight line that the standard error gives."""
+    axes = _axes(ax, figsize=(4.8, 3.6))
+    span = np.array([found.values[0], found.values[-1]])
+    axes.plot(span, (span - found.value) / found.error, "--", color="grey", linewidth=1, label="by the standard error")
+    if len(found.values) > 3 and np.all(np.diff(found.distance) > 0):
+        from scipy.interpolate import PchipInterpolator
+
+        d = np.linspace(found.distance[0], found.distance[-1], CURVE_POINTS)
+        axes.plot(PchipInterpolator(found.distance, found.values)(d), d, color=DATA, label="profile")
+    axes.plot(found.values, found.distance, ".", color=DATA)
+    for level, ends in zip(found.levels, found.intervals, strict=True):
+        for end in ends[np.isfinite(ends)]:
+            axes.axvline(end, color=MODEL, linewidth=0.8)
+        if np.isfinite(ends[1]):
+            axes.annotate(f" {100 * level:.3g} %", (ends[1], found.distance[0]), color=MODEL, fontsize="small")
+    axes.set_xlabel(found.name, parse_math=False)
+    axes.set_ylabel("distance from the optimum, standard errors")
+    axes.legend(frameon=False, fontsize="small")
+    return axes
+
+
+def contours(found, ax=None):
+    """The joint regions of a `LikelihoodContour`, beside the ellipses of the covariance."""
+    axes = _axes(ax, figsize=(4.8, 4.2))
+    for k, level in enumerate(found.levels):
+        for points, style, colour in ((found.ellipses, "--", "grey"), (found.points, "-", DATA)):
+            x, y = np.concatenate([points[k], points[k, :1]]).T
+            axes.plot(x, y, style, color=colour, linewidth=1 if style == "--" else 1.5)
+        if np.isfinite(found.points[k]).all():
+            top = found.points[k, np.argmax(found.points[k, :, 1])]
+            axes.annotate(f"{100 * level:.3g} %", top, color=DATA, fontsize="small", ha="center", va="bottom")
+    axes.plot([], [], "-", color=DATA, label="profile likelihood")
+    axes.plot([], [], "--", color="grey", label="covariance")
+    axes.plot(*found.value, "+", color=MODEL, markersize=9)
+    axes.set_xlabel(found.names[0], parse_math=False)
+    axes.set_ylabel(found.names[1], parse_math=False)
+    axes.legend(frameon=False, fontsize="small")
+    return axes
+
+
 def maps(found, names=None, axes=None):
     """Maps of parameters, white where there is no success; for maps with one or two axes.
 

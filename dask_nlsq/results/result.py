@@ -34,6 +34,7 @@ from ..solve.trust_region import Record
 from . import plots, schema
 from .diagnostics import Diagnostics, diagnose
 from .named_model import NamedModel
+from .profile import contour, profile
 from .report import report
 from .statistics import Groups, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
 from .uncertainty import jackknife, sandwich, spread_out
@@ -233,6 +234,8 @@ class FitResult:
         """
         half = quantile(level, self.dof, self.noise) * self.perr
         return np.stack([self.popt - half, self.popt + half], axis=1)
+
+    profile, contour = profile, contour
 
     def __iter__(self):
         return iter((self.popt, self.pcov))

@@ -31,7 +31,7 @@ References
 """
 
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # `scipy.special` alone where it does: scipy.stats takes 0.3 s to import
@@ -113,11 +113,27 @@ def quantile(level: float, dof: int, noise: Noise) -> float:
     Student's t with ``dof`` degrees of freedom where the noise was estimated from the residuals, nan without any; the normal
     distribution where it was known.
     """
-    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < level < 1:
-        raise ValueError(f"`level` must be a probability between 0 and 1, such as 0.95, not {level!r}")
+    check_level(level)
     if noise.absolute:
         return float(scipy.special.ndtri(0.5 + level / 2))
     return float(scipy.special.stdtrit(dof, 0.5 + level / 2)) if dof > 0 else np.nan
+
+
+def check_level(level: Any) -> None:
+    """An error for what is not a probability."""
+    if isinstance(level, bool) or not isinstance(level, Real) or not 0 < float(level) < 1:
+        raise ValueError(f"`level` must be a probability between 0 and 1, such as 0.95, not {level!r}")
+
+
+def distance_at(level: float, m: int, dof: int, noise: Noise) -> float:
+    """Distance from the optimum, in standard errors, at the border of the joint region of ``m`` parameters.
+
+    ``sqrt(m F)`` with the quantile F of m and ``dof``, chi-square / m where the noise was known.
+    """
+    check_level(level)
+    if noise.absolute:
+        return float(np.sqrt(scipy.special.chdtri(m, 1 - level)))
+    return float(np.sqrt(m * scipy.special.fdtri(m, dof, level)))
 
 
 def correlation(pcov: np.ndarray) -> np.ndarray:

@@ -19,10 +19,10 @@ References
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.linalg import norm
@@ -131,6 +131,10 @@ class NotFiniteAtStart(ValueError):
     """Cost or derivatives are not finite at the start point."""
 
 
+T = TypeVar("T")
+Asks: TypeAlias = Generator[tuple[np.ndarray, Reduction], Condensed, T]  # params and reduction of sweeps, until there is a T
+
+
 def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, options: Options) -> Solution:
     """Minimise from ``p0`` (p,), strictly within the bounds of ``options``.
 
@@ -139,9 +143,28 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
     NotFiniteAtStart
         Where the first sweep gives no finite cost and normal equations.
     """
+    asks = solving(p0, options)
+    try:
+        asked = next(asks)
+        while True:
+            try:
+                found = sweep(*asked)
+            except ToldToLeave as stop:
+                asked = asks.throw(stop)
+            else:
+                asked = asks.send(found)
+    except StopIteration as end:
+        return end.value
+
+
+def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:
+    """The loop of `solve`: yields params and reduction of each sweep that it needs, is sent what that has found.
+
+    So several loops can share the reads of the data; see `together`.
+    """
     started = time.perf_counter()
     params = rules.off_the_bounds(np, np.asarray(p0, dtype=np.float64), options.lower, options.upper, OFF_BOUND)
-    equations = sweep(params, "qr" if options.reduction == "qr" else "gram")
+    equations = yield params, "qr" if options.reduction == "qr" else "gram"
     if not equations.finite:
         raise NotFiniteAtStart("the cost or its derivatives are not finite at the start point")
     course = follow(Course(Point(), Step()), params, equations, options)
@@ -150,7 +173,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
     stopped = _stopped(options.callback, history[0])
     try:
         while True:
-            course = confirmed(course, sweep, options)
+            course = yield from confirmed(course, options)
             status = finished(course, stopped, options)
             if status != RUNNING:
                 break
@@ -159,7 +182,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
             if np.all(rules.same(np, trial, here.params)):
                 course = course._replace(hopeless=True)
                 continue
-            equations = sweep(trial, _next_reduction(here, options))
+            equations = yield trial, _next_reduction(here, options)
             course = follow(tried, trial, equations, options)
             history.append(_record(course, equations.read, started))
             stopped = _stopped(options.callback, history[-1])
@@ -167,7 +190,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
         status = INTERRUPTED
     if _wants_qr(course.here, options) and status != INTERRUPTED:
         with suppress(ToldToLeave):  # what the gram matrix says is there
-            course = course._replace(here=_by_qr(course.here, sweep, options))
+            course = course._replace(here=(yield from _by_qr(course.here, options)))
     return _solution(course, status, history, options)
 
 
@@ -181,11 +204,13 @@ def follow(course: Course, trial: np.ndarray, equations: Condensed, options: Opt
     return rules.follow(np, course, there, options, lambda accepted, there, here: there if accepted else here)
 
 
-def confirmed(course: Course, sweep, options: Options) -> Course:
+def confirmed(course: Course, options: Options) -> Asks[Course]:
     """The same, at a point by QR, where a fit is about to succeed by a gram matrix that has lost digits."""
     here = course.here
     ends = (course.proposed or course.hopeless) and rules.converged(np, here, options.accuracy)
-    return course._replace(here=_by_qr(here, sweep, options)) if ends and _wants_qr(here, options) else course
+    if not (ends and _wants_qr(here, options)):
+        return course
+    return course._replace(here=(yield from _by_qr(here, options)))
 
 
 def finished(course: Course, stopped: bool, options: Options) -> int:
@@ -209,9 +234,9 @@ def linearise(params, equations: Condensed, before: Point, options: Options, ful
     return point_at(np, seen, before, full, scheme, lambda hat: (*model.newton(hat), model))
 
 
-def _by_qr(here: Point, sweep, options: Options) -> Point:
+def _by_qr(here: Point, options: Options) -> Asks[Point]:
     """The same point, by a sweep that loses no digits."""
-    equations = sweep(here.params, "qr")
+    equations = yield here.params, "qr"
     if not equations.finite:
         return here
     there = linearise(here.params, equations, here, options)
