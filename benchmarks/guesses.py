@@ -87,6 +87,14 @@ def two_peaks(d):
     return [*one, *two]
 
 
+def overlapping(d):
+    """Positive ones, the second on the flank of the first, or hidden in it."""
+    height, place, width = d.height(), d.place(), d.width(0.02, 0.08)
+    other = width * d.decades(0.4, 2.5)
+    apart = d.rng.choice([-1, 1]) * d.between(0.75, 1.9) * (width + other)
+    return [height, place, width, height * d.decades(0.15, 1), place + apart, other]
+
+
 def voigt_peak(d):
     (height, place, width), share = peak(d), d.between(0.05, 0.95)
     return [2.5 * height * width, place, width * (1 - share), 1.2 * width * share]
@@ -170,6 +178,24 @@ CASES = {
         beside(two_peaks, Draw.parabola),
         lambda p: min(p[0], p[3]),
     ),
+    "gaussian + gaussian + line, overlapping": (
+        gaussian + gaussian + line,
+        "any",
+        beside(overlapping, Draw.line),
+        lambda p: min(p[0], p[3]),
+    ),
+    "gaussian + gaussian + line, overlapping, positive": (
+        (gaussian + gaussian).positive + line,
+        "any",
+        beside(overlapping, Draw.line),
+        lambda p: min(p[0], p[3]),
+    ),
+    "lorentzian + lorentzian + line, overlapping": (
+        lorentzian + lorentzian + line,
+        "any",
+        beside(overlapping, Draw.line),
+        lambda p: min(p[0], p[3]),
+    ),
     "arctan_edge + gaussian + line": (
         arctan_edge + gaussian + line,
         "any",
@@ -203,7 +229,7 @@ def small_angle(d):
 def data(name: str, n_sets: int = N_SETS, seed: int = 0):
     """x (n_sets, N_POINTS), y, and the true parameters (n_sets, p)."""
     model, runs, parameters, height = CASES[name]
-    rng = np.random.default_rng([seed, *name.encode()])
+    rng = np.random.default_rng([seed, *name.removesuffix(", positive").encode()])
     x, truth, noise = np.empty((n_sets, N_POINTS)), [], []
     for k in range(n_sets):
         length = 10 ** rng.uniform(-3, 4)

@@ -39,12 +39,12 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
         What does not fit together, or to the model.
     """
     p0, bounds, guessed = ready_model(f, call)
-    guess = None
+    guess, by_model = None, False
     if shape is not None:
-        own = f.guess if guessed and p0 is None else p0
-        if callable(own) and not takes(own, 2):
-            raise TypeError(f"`p0` is the function {function_name(own)}, which does not take x and y: write it as p0(x, y)")
-        p0, guess, guessed = (None, intern(own), ()) if callable(own) else (own, None, ())
+        by_model = bool(guessed) and p0 is None
+        if callable(p0) and not takes(p0, 2):
+            raise TypeError(f"`p0` is the function {function_name(p0)}, which does not take x and y: write it as p0(x, y)")
+        p0, guess, guessed = (None, intern(p0), ()) if callable(p0) else (p0, None, ())
     fixed = {} if call.fixed is None else call.fixed
     if not isinstance(fixed, Mapping):
         raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
@@ -66,6 +66,9 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     starts = {**starts, **dict.fromkeys(tied, 0.0)}  # which does not matter
     values = [_start_and_bounds(name, starts, pairs.get(name, (None, None)), fixed, shape) for name in names]
     start, lower, upper = (list(each) if shape else np.array(each, dtype=float) for each in zip(*values, strict=True))
+    if by_model:  # bounds of the pixels are not those of the guess
+        numbers = all(np.ndim(each) == 0 for each in (*lower, *upper))
+        guess = intern(f.guess_within([*zip(lower, upper, strict=True)] if numbers else [*f.bounds.values()]))
     return Parameters(names, free, start, lower, upper, guessed, guess, ties)
 
 

@@ -209,19 +209,20 @@ def test_report_keeps_what_dask_saw(client, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
-def test_time_in_jax_is_metered_apart_from_reading_in_a_span_per_fit_and_sweep(client, strategy):
+def test_time_in_jax_is_metered_apart_from_reading_in_spans_that_all_fits_share(client, strategy):
     def new_model(x, a, b, c):  # so that a worker has to compile it
         return a * jnp.exp(-b * x) + c + 0 * len(strategy)
 
     with client.as_current():
-        found = curve_fit(new_model, *data(), **TIGHT, strategy=strategy)
+        for _ in range(2):
+            curve_fit(new_model, *data(), **TIGHT, strategy=strategy)
 
     def metered(dask_scheduler):
         spans = dask_scheduler.extensions["spans"].spans.values()
-        last = [span for span in spans if span.name == ("nlsq",)][-1]
-        metrics = last.cumulative_worker_metrics
+        (ours,) = [span for span in spans if span.name == ("nlsq",)]
+        metrics = ours.cumulative_worker_metrics
         return {key[:3] for key, value in metrics.items() if value > 0 and key[3:] == ("seconds",)}, [
-            c.name for c in last.children
+            c.name for c in ours.children
         ]
 
     read = "nlsq-load" if strategy == "chunked" else "nlsq-sweep"
@@ -232,8 +233,7 @@ def test_time_in_jax_is_metered_apart_from_reading_in_a_span_per_fit_and_sweep(c
             break
         time.sleep(0.1)
     assert wanted <= metrics
-    assert spans.count(("nlsq", "nlsq-load")) == 1
-    assert spans.count(("nlsq", "nlsq-sweep")) == found.sweeps
+    assert len({*spans}) == len(spans) and ("nlsq", "nlsq-sweep") in spans
 
 
 def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):

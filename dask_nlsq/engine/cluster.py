@@ -14,11 +14,11 @@ from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import NAMESPACE_OID, uuid4, uuid5
 
 import dask
 from dask._task_spec import Task, TaskRef
-from distributed import Client, Future, KilledWorker, futures_of, performance_report, rejoin, secede, span
+from distributed import Client, Future, KilledWorker, futures_of, performance_report, rejoin, secede
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
 
@@ -97,7 +97,7 @@ class Pieces:
                 graph[sent.key] = sent
                 sent = TaskRef(sent.key)
             graph[names[-1]] = Task(names[-1], self.make, self.first, sent, keys, *map(TaskRef, keys))
-        with span("nlsq-load"), given_up_after(deaths):
+        with tagged("nlsq-load"), given_up_after(deaths):
             return self.client.get(graph, names, sync=False)
 
     def _put(self, numbers: Sequence[int]) -> None:
@@ -162,7 +162,7 @@ class Pieces:
     def _start(self, function, name, numbers, columns, objectives, **fixed):
         futures, n = [self.futures[k] for k in numbers], len(numbers)
         columns = [*columns, *([each] * n for each in map(self._on_the_way, objectives))]
-        with span(name), given_up_after(DEATHS - 1):
+        with tagged(name), given_up_after(DEATHS - 1):
             self.running = self.client.map(function, futures, *columns, **fixed, key=name, pure=False)
         self.working = dict(zip((str(future.key) for future in self.running), numbers, strict=True))
 
@@ -390,10 +390,22 @@ def _reported(path: str):
 
 
 @contextmanager
+def tagged(tag: str):
+    """Within, tasks are in the span ``tag``: always the same one of the span around it.
+
+    `distributed.span` would make a new one for each sweep, and a scheduler keeps all that it has seen.
+    """
+    around = dask.get_annotations().get("span", {"name": (), "ids": ()})
+    own = str(uuid5(NAMESPACE_OID, "/".join([*around["ids"], tag])))
+    with dask.annotate(span={"name": (*around["name"], tag), "ids": (*around["ids"], own)}):
+        yield
+
+
+@contextmanager
 def attached(client: Client | None, report: str | Path | None = None):
     """Within, a fit uses ``client``: a lost scheduler is said to be lost, and a task that fits leaves its thread to others.
 
-    Dask's performance report of it goes to the file ``report``; its tasks are in a span of their own.
+    Dask's performance report of it goes to the file ``report``; its tasks are in the span "nlsq".
 
     Raises
     ------
@@ -404,7 +416,7 @@ def attached(client: Client | None, report: str | Path | None = None):
     if leaves:
         secede()
     try:
-        with nullcontext() if report is None else _reported(str(report)), span("nlsq"):
+        with nullcontext() if report is None else _reported(str(report)), tagged("nlsq"):
             yield
     except (CancelledError, OSError) as err:
         if client is None or not is_gone(client, err):

@@ -2,10 +2,12 @@
 
 Amplitudes and offsets enter a model linearly, so of a sum of parts only places, widths and rates have to be guessed
 (variable projection [1]_). Each part proposes candidates for its own from the data: a peak those of the boxcar windows,
-one for each length, that lower the sum of squares most, which cumulative sums tell for all windows at once; an
-exponential a ladder of rates. Those are taken with which the columns of the part, beside those of all other parts, fit
-the data best, and refined by a few Levenberg-Marquardt steps. Parts are chosen one after the other, the linear ones
-always being there, and then each once more beside the final others (backfitting [2]_).
+one for each length, that lower the sum of squares most, which cumulative sums give for all windows at once; an
+exponential a ladder of rates. Of each of a few groups of neighbouring candidates, narrow to wide, the one is refined with
+which the columns of the part, beside those of all other parts, fit the data best, by a few Levenberg-Marquardt steps. Parts
+are chosen one after the other, the linear ones always being there, and then each once more beside the final others
+(backfitting [2]_). Where peaks overlap, the best one for the first part may be a wide one in place of two: so several of its
+candidates are followed to the end, all parts are refined together, and the best sum is taken.
 
 All is written in `jax.numpy` with shapes that depend on the number of points alone, so that it runs under `jax.vmap`:
 one guess for each pixel of a map. A point where x or y is not finite does not count.
@@ -16,6 +18,7 @@ References
 .. [2] J. Friedman, W. Stuetzle, "Projection Pursuit Regression", J. Am. Stat. Assoc. 76 (1981) 817-823.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,8 +29,10 @@ import numpy as np
 from jax import lax
 
 ROUNDS = 2  # in which every part is chosen
-REFINED = 3  # of the candidates, by
+REFINED = 6  # candidates, of as many groups, by
 STEPS = 6  # of Levenberg and Marquardt, so that what a part leaves does not hide the next one
+FOLLOWED = 4  # candidates of the first part, where there are others to choose,
+SIGNS = (0.0, 1.0, -1.0)  # with amplitudes of any sign, and all of one: else two bands become a wide one and a dip
 RIDGE = 1e-10  # relative: columns closer to each other than its root count as the same
 WINDOWS_PER_OCTAVE = 2  # of their number of points
 STEP_PLACES, STEP_WIDTHS = 25, 10
@@ -43,6 +48,7 @@ class View(NamedTuple):
     count: Any  # points that count
     left: Any  # (n,) of y, what the columns of the other parts leave
     others: Any  # (n, m) orthonormal columns of the other parts
+    sign: Any = 0.0  # that all linear parameters of parts with candidates are to have; 0: any
 
 
 class Part(NamedTuple):
@@ -75,20 +81,43 @@ def guess(parts: Sequence[Part], x, y):
     scale = jnp.maximum(jnp.max(jnp.abs(y)), jnp.finfo(y.dtype).tiny)
     y = y / scale
     view = View(x, weight, count, y, jnp.zeros((len(x), 0)))
-    chosen: dict[int, Any] = {k: jnp.zeros(0) for k, part in enumerate(parts) if part.candidates is None}
-    for _ in range(ROUNDS):
-        for k, part in enumerate(parts):
-            if part.candidates is not None:
-                others = [parts[j].columns(view, chosen[j]) for j in chosen if j != k]
-                chosen[k] = _choose(part, _beside(view, y, others))
-    columns = [part.columns(view, chosen[k]) for k, part in enumerate(parts)]
-    coefficients = _solve(jnp.concatenate(columns, axis=1), y) * scale
-    found, begin = [], 0
-    for k, part in enumerate(parts):
-        own = coefficients[begin : begin + len(part.linear)]
-        begin += len(part.linear)
-        found += part.finish(part.params(_inside(part, own, scale), chosen[k]))
+    curved = [k for k, part in enumerate(parts) if part.candidates is not None]
+
+    def follow(rank_and_sign):
+        """What is chosen for the parts, from the candidate of this rank for the first one, with amplitudes of this sign."""
+        rank, sign = rank_and_sign
+        chosen: dict[int, Any] = {k: jnp.zeros(0) for k in range(len(parts)) if k not in curved}
+        for k in curved * ROUNDS:
+            others = [parts[j].columns(view, chosen[j]) for j in chosen if j != k]
+            first = len(chosen) == len(parts) - len(curved)
+            chosen[k] = _choose(parts[k], _beside(view._replace(sign=sign), y, others), rank if first else 0)
+        return jnp.concatenate([chosen[k] for k in range(len(parts))])
+
+    whole = _sum(parts)
+    if len(curved) > 1:
+        ways = jnp.tile(jnp.arange(FOLLOWED), len(SIGNS)), jnp.repeat(jnp.array(SIGNS), FOLLOWED)
+        chosen, costs = _refined(whole, view, lax.map(follow, ways))
+        others = chosen[jnp.argmin(costs)]
+    else:
+        others = follow((0, 0.0))
+    coefficients = _solve(whole.columns(view, others), y) * scale
+    params, found = whole.params(_inside(whole, coefficients, scale), others), []
+    for part in parts:
+        own, params = params[: len(part.ends)], params[len(part.ends) :]
+        found += part.finish(own)
     return jnp.stack([jnp.asarray(each, y.dtype) for each in found])
+
+
+def _sum(parts: Sequence[Part]) -> Part:
+    """Their sum, as a part whose parameters are those of all, one after the other."""
+    begins = np.cumsum([0, *(len(part.ends) for part in parts)]).tolist()
+
+    def shape(x, *params):
+        pieces = (params[low:high] for low, high in itertools.pairwise(begins))
+        return sum(part.shape(x, *own) for part, own in zip(parts, pieces, strict=True))
+
+    linear = tuple(low + k for part, low in zip(parts, begins, strict=False) for k in part.linear)
+    return Part(shape, tuple(end for part in parts for end in part.ends), linear, None, list)
 
 
 def _sorted(x, y):
@@ -111,13 +140,22 @@ def _beside(view: View, y, columns) -> View:
     return view._replace(left=y - others @ (others.T @ y), others=others)
 
 
-def _choose(part: Part, view: View):
-    """Where a few Levenberg-Marquardt steps from the best candidates lead, (q,).
+def _choose(part: Part, view: View, rank):
+    """Where a few Levenberg-Marquardt steps from candidates lead, (q,): the best, or that of a later rank."""
+    assert part.candidates is not None
+    candidates = part.candidates(view)
+    costs = lax.map(partial(_cost, part, view), candidates)
+    edges = np.unique(np.linspace(0, len(candidates), REFINED + 1).astype(int))
+    few = jnp.stack([low + jnp.argmin(costs[low:high]) for low, high in itertools.pairwise(edges)])
+    refined, costs = _refined(part, view, candidates[few])
+    return refined[jnp.argsort(costs)[jnp.minimum(rank, len(few) - 1)]]
+
+
+def _refined(part: Part, view: View, starts):
+    """Where a few Levenberg-Marquardt steps from each of the ``starts`` (k, q) lead, and the costs (k,) there.
 
     The coefficients of the columns follow the others at once (variable projection), so only these take steps.
     """
-    assert part.candidates is not None
-    candidates = part.candidates(view)
     cost = partial(_cost, part, view)
 
     def step(state, _):
@@ -132,18 +170,17 @@ def _choose(part: Part, view: View):
         state = jnp.where(better, trial, others), jnp.where(better, reached, lowest)
         return (*state, damping * jnp.where(better, 0.1, 10.0)), None
 
-    costs = lax.map(cost, candidates)
-    few = jnp.argsort(costs)[:REFINED]
-    start = candidates[few], costs[few], jnp.full(len(few), 0.01)
-    refined, costs, _ = jax.vmap(lambda *each: lax.scan(step, each, length=STEPS)[0])(*start)
-    return refined[jnp.argmin(costs)]
+    begin = starts, jax.vmap(cost)(starts), jnp.full(len(starts), 0.01)
+    refined, costs, _ = jax.vmap(lambda *each: lax.scan(step, each, length=STEPS)[0])(*begin)
+    return refined, costs
 
 
 def _cost(part: Part, view: View, others):
     """Sum of squares (float) beside the columns of the part; infinite outside of its bounds."""
     residual, coefficients = _residual(part, view, others)
     allowed = [(part.ends[k][0] < value) & (value < part.ends[k][1]) for k, value in zip(part.others, others, strict=True)]
-    allowed += [(value >= 0) | (part.ends[k][0] < 0) for k, value in zip(part.linear, coefficients, strict=True)]
+    for k, value in zip(part.linear, coefficients, strict=True):
+        allowed += [(value >= 0) | (part.ends[k][0] < 0), (value <= 0) | (part.ends[k][1] > 0), value * view.sign >= 0]
     cost = jnp.sum(residual**2)
     return jnp.where(jnp.all(jnp.stack(allowed)) & jnp.isfinite(cost), cost, jnp.inf)
 

@@ -12,7 +12,7 @@ those of the data.
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 from math import inf, pi
 from numbers import Integral
@@ -34,6 +34,7 @@ POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
 RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
 MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
 PUBLIC = "dask_nlsq.models"  # the path of these models that stays
+POSITIVE_ONLY = "positive"  # in a recipe: amplitudes are bounded
 STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
 
 
@@ -55,6 +56,18 @@ class Term(NamedTuple):
     @property
     def label(self) -> str:
         return self.name + "".join(f"({argument})" for argument in self.recipe[1:] if self.part is not None)
+
+    @property
+    def positive(self) -> "Term":
+        """The same with bounds that keep its amplitude from being negative."""
+        part = self.part
+        if part is None or part.candidates is None or part.shape is not self.function:
+            return self
+        ends = [*self.bounds.items()]
+        bounds = self.bounds | {name: (max(low, 0.0), high) for name, (low, high) in (ends[k] for k in part.linear)}
+        if bounds == self.bounds:
+            return self
+        return Term((*self.recipe, POSITIVE_ONLY), self.function, bounds, part._replace(ends=tuple(bounds.values())))
 
     @classmethod
     def of_user(cls, function: Callable) -> "Term":
@@ -117,6 +130,11 @@ class ReadyModel:
         return f" {how} ".join(sides)
 
     @property
+    def positive(self) -> "ReadyModel":
+        """The same with amplitudes, heights and areas that are not negative: ``(gaussian + gaussian).positive + line``."""
+        return ReadyModel(*(term.positive for term in self.terms), tree=self.tree)
+
+    @property
     def is_sum(self) -> bool:
         """Whether nothing in it is multiplied."""
         return len(_summands(self.tree)) == len(self.terms)
@@ -143,9 +161,11 @@ class ReadyModel:
 
         Written with `jax.numpy`, for one data set; `jax.vmap` makes it one for many.
         """
-        return guess([term.part for term in self.terms if term.part is not None], x, y)
+        return self.guess_within(tuple(self.bounds.values()))(x, y)
 
-    guess.leaves_out_nan = True  # type: ignore[attr-defined]  # a map need not fill the points that do not count
+    def guess_within(self, bounds: Sequence[tuple[float, float]]) -> "Guess":
+        """`guess` with these bounds in the place of its own."""
+        return Guess(self, tuple((float(low), float(high)) for low, high in bounds))
 
     def __add__(self, other):
         return _combined("+", self, other)
@@ -165,6 +185,24 @@ class ReadyModel:
     def __reduce__(self):  # the same bytes in every process, so that it is compiled once
         recipes = tuple(term.recipe for term in self.terms)
         return (_again, recipes) if self.can_guess else (_composed, (self.tree, *recipes))
+
+
+class Guess:
+    """What a `ReadyModel` guesses within bounds, a pair for each parameter: parameters (p,) of x (n,) and y (n,)."""
+
+    leaves_out_nan = True  # a map need not fill the points that do not count
+
+    def __init__(self, model: ReadyModel, bounds: tuple[tuple[float, float], ...]):
+        self.model, self.bounds = model, bounds
+
+    def __call__(self, x, y):
+        parts, begin = [], 0
+        for term in self.model.terms:
+            part, own = term.part, self.bounds[begin : begin + len(term.bounds)]
+            assert part is not None  # as `ReadyModel.can_guess` says
+            begin += len(own)
+            parts.append(part._replace(ends=own) if part.shape is term.function else part)
+        return guess(parts, x, y)
 
 
 class Component:
@@ -213,14 +251,17 @@ def _composed(tree: Tree, *recipes) -> ReadyModel:
     return ReadyModel(*terms, tree=tree)
 
 
-def guessed(model: Model, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What the interned `ReadyModel` guesses in float64, (p,); compiled once for each length of x and y.
+def guessed(model: Model, x: np.ndarray, y: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
+    """What the interned `ReadyModel` guesses in float64, (p,), within bounds; compiled once for each length of x and y.
 
     Where some of its parameters are held, of the others: as if none were.
     """
-    f: Any
-    f, free = own_function(model.f), getattr(model.f, "free", slice(None))
-    guess = model.get("guess", lambda: jax.jit(f.guess))
+    f: Any = own_function(model.f)
+    bounds = [*f.bounds.values()]
+    free = [*getattr(model.f, "free", range(len(bounds)))]
+    for k, low, high in zip(free, lower.tolist(), upper.tolist(), strict=True):
+        bounds[k] = (low, high)
+    guess = model.get(("guess", *bounds), lambda: jax.jit(f.guess_within(bounds)))
     with float64():
         return np.asarray(guess(x, y))[free]
 
@@ -238,6 +279,8 @@ def named(text: str) -> ReadyModel:
 
 def _one(text):
     text = text.strip()
+    if text.endswith(f"({POSITIVE_ONLY})"):
+        return _one(text.removesuffix(f"({POSITIVE_ONLY})")).positive
     if isinstance(found := globals().get(text), ReadyModel):
         return found
     if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
@@ -257,7 +300,11 @@ def __getattr__(name):  # of what has been kept: sums have no other name to be i
 
 
 def _again(*recipes):
-    found = [globals()[name](*arguments) if arguments else globals()[name] for name, *arguments in recipes]
+    found = []
+    for name, *arguments in recipes:
+        own = [each for each in arguments if each != POSITIVE_ONLY]
+        made = globals()[name](*own) if own else globals()[name]
+        found.append(made.positive if POSITIVE_ONLY in arguments else made)
     return ReadyModel(*(model.terms[0] for model in found)) if len(found) > 1 else found[0]
 
 

@@ -35,7 +35,7 @@ def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
     y, x = values[0], values[2]
     padded = np.full((2, max(n, GUESS_POINTS)), np.nan)  # nan does not count: one compilation for small data
     padded[:, :n] = np.where(counts, (x, y), np.nan)
-    start = np.clip(guessed(model, *padded), lower, upper)
+    start = np.clip(guessed(model, padded[0], padded[1], lower, upper), lower, upper)
     if not np.isfinite(start).all():
         raise ValueError(f"the guess of {function_name(model.f)} from {n} points is not finite, {start}: give p0 as numbers")
     return start
