@@ -113,13 +113,15 @@ def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(f=lambda x, a, b, c: 1.001 * a * jnp.exp(-b * x) + c), "model"),
-        (dict(p0=[260.0, 0.35, 41.0]), "p0"),
+        (dict(f=lambda x, a, b, c: 1.001 * a * jnp.exp(-b * x) + c), r"Changed: f\. Give"),
+        (dict(p0=[260.0, 0.35, 41.0]), r"Changed: p0: \[.*\] then, \[260.0, 0.35, 41.0\] now\. Give"),
         (dict(loss="huber"), "loss: 'linear' then, 'huber' now"),
-        (dict(xdata=X * 1.01), "content of `xdata`"),
-        (dict(mask=X > 9), "operands"),
+        (dict(xdata=X * 1.01), r"Changed: content of `xdata`\. Give"),
+        (dict(sigma=2.0), r"Changed: content of `sigma`\. Give"),
+        (dict(sigma=np.sqrt(Y + 1)), r"Changed: content of `sigma`; shape or type of `sigma`\. Give"),
+        (dict(mask=X > 9), r"Changed: content of `mask`; shape or type of `mask` or `xdata`\. Give"),
     ],
-    ids=["model", "p0", "loss", "x", "mask"],
+    ids=["model", "p0", "loss", "x", "sigma", "sigmas", "mask"],
 )
 def test_another_fit_is_refused_with_what_changed(change, message, store, tmp_path):
     call = dict(f=decay, xdata=X, ydata=store, p0=P0, checkpoint=tmp_path / "c")
@@ -226,11 +228,11 @@ OTHER = dict(check_finite=True, nan_policy="omit", mask_values=[30.0], valid_ran
 def test_a_checkpoint_knows_what_hold_was_given(name, store, tmp_path):
     with hold(X, store, strategy="streaming", **{name: OTHER[name]}) as data:
         first = curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
-    with pytest.raises(CheckpointError, match=f"Changed: (operands: .*; )?{name}: "):
+    with pytest.raises(CheckpointError, match=f"Changed: (shape or type of .*; )?{name}: "):
         curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
     with (
         hold(X, store, strategy="streaming") as data,
-        pytest.raises(CheckpointError, match=f"Changed: (operands: .*; )?{name}: "),
+        pytest.raises(CheckpointError, match=f"Changed: (shape or type of .*; )?{name}: "),
     ):
         curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
     same_bits(resume(tmp_path / "c"), first)
