@@ -102,6 +102,19 @@ def test_a_finished_fit_is_not_read_again(tmp_path):
     assert not y.reads
 
 
+def test_a_fit_that_is_resumed_says_so_in_summary_log_and_bar(store, tmp_path, caplog, capsys):
+    with pytest.raises(RuntimeError, match="maximum number"):
+        curve_fit(decay, X, store, [20, 3, 90], checkpoint=tmp_path / "c", max_nfev=2, ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    capsys.readouterr()
+    with caplog.at_level("INFO", "dask_nlsq"):
+        found = resume(tmp_path / "c", max_nfev=100, progress=True)
+    n, last = found.resumed, capsys.readouterr().err.split("\r")[-1]
+    assert 2 <= n < found.sweeps
+    assert f"{found.sweeps} sweeps, resumed after {n}, in " in found.summary()
+    assert f"the fit is resumed after {n} sweeps" in caplog.text
+    assert last.startswith(f"curve_fit, resumed after {n} sweeps: {found.sweeps} sweeps ")
+
+
 def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
     whole = curve_fit(decay, X, store, [20, 3, 90], strategy="streaming", ftol=1e-12, xtol=1e-12, gtol=1e-12)
     tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)

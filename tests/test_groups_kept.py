@@ -148,7 +148,7 @@ def test_a_fit_that_was_broken_off_goes_on_to_the_same_bits(tmp_path, strategy):
     assert len(list((tmp_path / "kept" / "locals").iterdir())) == again.local.problem.plan.n_blocks  # of one point
 
 
-def test_a_finished_fit_reads_nothing_again(tmp_path):
+def test_a_finished_fit_reads_nothing_again(tmp_path, capsys):
     options = dict(local=LOCAL, group_axes=0, strategy="streaming", checkpoint=tmp_path / "kept")
     first = fit_groups(decay, T, chunked(), P0, **options)
 
@@ -156,8 +156,11 @@ def test_a_finished_fit_reads_nothing_again(tmp_path):
         raise AssertionError("read again")
 
     unreadable = chunked().map_blocks(lost, dtype=float, meta=np.empty((0, 0)))
-    again = fit_groups(decay, T, unreadable, P0, **options)
+    again = fit_groups(decay, T, unreadable, P0, **options, progress=True)
     assert_same_bits(again, first)
+    assert (first.resumed, again.resumed) == (0, first.sweeps)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert last.startswith(f"fit_groups, resumed after {first.sweeps} sweeps: {again.sweeps} sweeps ")
 
 
 @pytest.mark.parametrize(

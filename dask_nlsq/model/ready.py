@@ -236,18 +236,22 @@ def named(text: str) -> ReadyModel:
     return reduce(add, map(_one, text.split("+")))
 
 
+def known() -> list[str]:
+    """Names of all ready models."""
+    return [name for name, each in globals().items() if isinstance(each, ReadyModel)]
+
+
 def _one(text):
     text = text.strip()
     if isinstance(found := globals().get(text), ReadyModel):
         return found
     if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
         return polynomial(int(degree[1]))
-    known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
-    hint = near(text, known, "")
+    hint = near(text, known(), "")
     hint += " " * bool(hint)
     if "." in text:  # as Python would have it
         hint = f"a function of your own is {':'.join(text.rsplit('.', 1))!r}. "
-    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")
+    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known())} and polynomial:DEGREE")
 
 
 def __getattr__(name):  # of what has been kept: sums have no other name to be imported by

@@ -83,6 +83,11 @@ class Bar:
             self.bar.n = n
             self.bar.set_postfix_str(text)
 
+    def describe(self, text: str) -> None:
+        self.options["desc"] = text
+        if self.bar is not None:
+            self.bar.set_description_str(text)
+
     def __enter__(self):
         return self
 
@@ -166,7 +171,7 @@ class Observers:
     def resumed(self) -> None:
         """After what an earlier process has done has been read."""
         n = self.evaluator.resumed
-        self.bar.options["desc"] = f"{self.live.what}, resumed after {several(n, 'sweep')}"
+        self.bar.describe(f"{self.live.what}, resumed after {several(n, 'sweep')}")
         logger.info("the fit is resumed after %s", several(n, "sweep"))
         self.live.tell(resumed=n)
 
