@@ -116,7 +116,7 @@ def states(client, browser):
         fit = begun(fit_groups, spectrum, E, scan(200, 10, 0.05), START, **p0, **own)
         shows(r"sweep [3-9]: \d+ of 20.*groups per second")
         settled()
-        assert "9.842" in text(browser, "nlsq_params")
+        wait(lambda: "9.84" in text(browser, "nlsq_params"), "the table of parameters stands still")
         yield "groups", 800
         fit.result()
         fit = begun(curve_fit, undefined, E, scan(40, 2, 0.0), START)
