@@ -5,7 +5,7 @@ PINNED := --constraint tests/pinned.txt  # versions that are known to pass, what
 # small tests of every layer, for environments other than .venv
 CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster streaming maps cli)
 
-.PHONY: demo test test-slow test-oldest test-newest notebooks wheel figures damage failures bench bench-groups bench-long mutants mutants-draw docs lint clean
+.PHONY: demo test test-slow test-oldest test-newest notebooks wheel figures damage failures bench bench-groups bench-long mutants mutants-draw docs live-pictures lint clean
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
@@ -76,8 +76,11 @@ mutants-draw:              ## other changes in place of those whose line is not 
 	.venv-mutants/bin/python -m pip install --quiet cosmic-ray
 	.venv-mutants/bin/python -m tests.mutants --draw
 
-docs: .venv/docs            ## pages in docs/_build, with warnings as errors
+docs: .venv/docs live-pictures ## pages in docs/_build, with warnings as errors
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
+
+live-pictures: .venv/ready  ## the live page in each of its states; needs a Chromium, and leaves them without one
+	$(BIN)/python -m tests.live_page
 
 lint: .venv/ready
 	$(BIN)/ruff check .

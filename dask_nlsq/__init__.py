@@ -29,7 +29,7 @@ _MODULES = {
     "UntrustedError": "base.modules",
     "calculate_adaptive_tolerances": "compat.nlsq",
     "clear_memory_pool": "compat.memory_manager",
-    "cluster_report": "memory.processes",
+    "cluster_report": "watch.live_page",
     "compare": "results.compare",
     "create_checkpoint_directory": "engine.checkpoint",
     "curve_fit": "fitting",

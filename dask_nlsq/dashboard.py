@@ -1,6 +1,6 @@
-"""The public path of `dask_nlsq.interface.live_page`."""
+"""The public path of `dask_nlsq.watch.live_page`."""
 
-from .interface import live_page as _source
-from .interface.live_page import dask_setup as dask_setup
+from .watch import live_page as _source
+from .watch.live_page import dask_setup as dask_setup
 
 __doc__ = _source.__doc__

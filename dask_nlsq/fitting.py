@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -25,12 +25,10 @@ from .engine.cluster import attached
 from .engine.evaluator import Evaluator, state_bytes
 from .engine.sweep import open_sweep
 from .engine.waiting import StopOnSignal, ToldToLeave
-from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK
 from .memory.plan import Plan
-from .model.function import function_name
 from .model.params import Params
 from .options import FITS, GROUPS, WORKFLOWS, with_known_names
 from .parameters import Parameters
@@ -43,8 +41,9 @@ from .results.uncertainty import followers, spread_out
 from .solve.multistart import Search, fit_again, polish, search
 from .solve.outcome import NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
-from .solve.trust_region import NotFiniteAtStart, Record, Solution, solve
+from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .solve.warm_start import hybrid
+from .watch.progress import Live, Observers
 
 logger = logging.getLogger("dask_nlsq")
 
@@ -259,8 +258,7 @@ def curve_fit(
     `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
     """
     ready = prepare(dict(locals())).read_covariance()
-    run = _run(ready)
-    result = _assemble(ready, run)
+    result, run = _run(ready)
     if result.status == 0:
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
@@ -428,60 +426,65 @@ class _Run(NamedTuple):
     seconds: dict[str, float]
 
 
-def _run(ready: Prepared) -> _Run:
+def _run(ready: Prepared) -> tuple[FitResult, _Run]:
     """Bring the data where they are swept, find the start, solve."""
-    call, n, began = ready.call, len(ready.free), time.perf_counter()
-    about = function_name(ready.objective.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
+    call, n, began, model = ready.call, len(ready.free), time.perf_counter(), ready.objective.model
     with ExitStack() as stack:
         client, plan = ready.source.client, ready.plan
         stack.enter_context(attached(client, call.report))
-        live = stack.enter_context(Live(client, *about))
+        live = stack.enter_context(Live.of(client, "curve_fit", model.f, ready.names, ready.options.accuracy, plan))
+        observers = stack.enter_context(Observers(live, call, plan, ready.noise.absolute))
         sweep = ready.source.sweep
         if sweep is None:
             plan.warn()
-            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions))
-        live.evaluator = evaluator = Evaluator(sweep, ready.objective, n)
+            loading = partial(observers.at, "loading")
+            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions, loading))
+        evaluator = Evaluator(sweep, ready.objective, n)
+        stack.enter_context(observers.watching(evaluator, model))
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))
-        start = _start(ready, evaluator, counts, live, stack)
+        start = _start(ready, evaluator, counts, observers, stack)
         if evaluator.checkpoint is None:
             evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
         try:
-            with Observers(call.callback, call.progress, call.verbose, live) as observers:
-                solution, found = _solve(ready, evaluator, start[ready.free], observers)
+            options = replace(ready.options, began=loaded, callback=observers)
+            solution, found = _solve(ready, evaluator, start[ready.free], options)
         except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
         except NotFiniteAtStart as err:
             raise ValueError(not_finite_at_start(evaluator, start[ready.free], ready.names)) from err
         assert sweep.census is not None  # as after each sweep over all data
-        live.ended(solution.message, sum(counts()[1:]), len(sweep.census.damage))
         seconds = dict(load=loaded - began, solve=time.perf_counter() - loaded)
-        return _Run(solution, start, found, counts(), evaluator, seconds)
+        run = _Run(solution, start, found, counts(), evaluator, seconds)
+        result = _assemble(ready, run)
+        observers.ended(result)
+        return result, run
 
 
-def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, live: Live, stack: ExitStack) -> np.ndarray:
+def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, observers: Observers, stack: ExitStack) -> np.ndarray:
     """The start of all parameters; what is held has been checked there, of what is not a sample has been drawn."""
     call, params, n, sweep = ready.call, ready.params, len(ready.free), evaluator.sweep
     model, every = ready.objective.model, ready.params.start.copy()
     lower, upper = ready.options.lower, ready.options.upper
 
     def check():
+        observers.at("compiling")
         check_start(sweep, model, ready.names, every[ready.free], lower, upper)
 
     if sweep.place.held:
         counts()
         check()
     elif params.guessed:
-        sweep.draw(n, needed=GUESS_RUNS)
+        sweep.draw(n, GUESS_RUNS, partial(observers.at, "sample"))
     if params.guessed:
         guess = guessed_start(sweep, model, lower, upper)
         every[ready.free] = np.where([name in params.guessed for name in ready.names], guess, ready.start)
-        live.guessed(every[ready.free])
     jac_mode = call.jac_mode
     if not sweep.place.held:
-        if call.checkpoint is not None:
-            jac_mode = evaluator.jac_mode if _keep(ready, evaluator, every) else jac_mode
-        sweep.draw(n, needed=call.n_starts > 0)
+        if call.checkpoint is not None and _keep(ready, evaluator, every):
+            jac_mode = evaluator.jac_mode
+            observers.resumed()
+        sweep.draw(n, call.n_starts > 0, partial(observers.at, "sample"))
         evaluator.save_sample()
         check()
         if evaluator.checkpoint is not None:
@@ -503,11 +506,10 @@ def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
     return evaluator.resume_from(kept)
 
 
-def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: Observers) -> tuple[Solution, Search | None]:
-    options = replace(ready.options, callback=observers)
+def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, options: Options) -> tuple[Solution, Search | None]:
     solver: Callable = solve if evaluator.sweep.place.held else hybrid
-    evaluator.watch = observers.reading
     if ready.call.n_starts:
+        evaluator.watch(f"fits of a sample from {ready.call.n_starts} starts", 0, 0)
         sample = evaluator.sweep.points(sample_size(len(start)))
         found = search(ready.objective, sample, start, options.lower, options.upper, ready.call.n_starts)
         return polish(found, evaluator, options, solver)
@@ -548,6 +550,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         n_omitted=n_omitted,
         nfev=solution.nfev,
         sweeps=evaluator.count,
+        resumed=evaluator.resumed,
         status=solution.status,
         message=solution.message,
         optimality=solution.optimality,

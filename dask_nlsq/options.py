@@ -59,7 +59,11 @@ def _must(test: Callable[[Any], Any], be: str, convert=None, error: type[Excepti
 
 def _choice(*allowed):
     kinds = (str, Integral, np.bool_, NoneType)
-    return _must(lambda value: isinstance(value, kinds) and value in allowed, f"one of {', '.join(map(repr, allowed))}")
+    check: Any = _must(
+        lambda value: isinstance(value, kinds) and value in allowed, f"one of {', '.join(map(repr, allowed))}"
+    )
+    check.words = [each for each in allowed if isinstance(each, str)]  # of the command line
+    return check
 
 
 def _optional(check):
@@ -231,12 +235,12 @@ FITS = {  # of `curve_fit`, without the model and its data
         "Sigma is known, and the errors are not scaled by the fit.", bool)),
     "check_finite": Row(_optional(_flag), None, same=True),
     "bounds": Row(_plain_records("bounds"), (-np.inf, np.inf), same=True, maps=True, option=Option(
-        "a=0: or b=:3,c=0:1", many=True)),
+        "Lowest and highest values: a=0: or b=:3,c=0:1", many=True)),
     "method": Row(_choice(None, "auto", "trf", "lm", "dogbox"), None, same=True),
     "jac": Row(_jacobian, None),
     "full_output": Row(_flag, False),
     "nan_policy": Row(_nan_policy, None, same=True, option=Option("raise, or omit: leave out points that are not finite.")),
-    "loss": Row(_choice(*LOSSES), "linear", same=True, maps=True, option=Option(f"{', '.join(LOSSES[:-1])} or poisson.")),
+    "loss": Row(_choice(*LOSSES), "linear", same=True, maps=True, option=Option("What a residual costs; or counts.")),
     "f_scale": Row(positive, 1.0, same=True, maps=True),
     "x_scale": Row(_scale, "jac", same=True),
     "ftol": Row(_tolerance, 1e-8, same=True, maps=True),
@@ -248,15 +252,15 @@ FITS = {  # of `curve_fit`, without the model and its data
     "maxfev": Row(_optional(_scipys_most), None, limit=True),
     "mask": Row(_mask, None, maps=True, option=Option("Path of a Zarr array that is true where a point is left out.")),
     "mask_values": Row(_optional(_values), None, same=True, maps=True, option=Option(
-        "Values of y that are no data: 65535,0; or none. By default the largest value of unsigned integers.")),
+        "Values of y that are invalid: 65535,0; or none. By default the largest value of unsigned integers.")),
     "valid_range": Row(_optional(_range), None, same=True, maps=True, option=Option(
         "Lowest and highest value of y that counts: 0:1000 or 0:")),
     "xrange": Row(_optional(_intervals), None, same=True, maps=True, option=Option(
         "Fit range of x, whose ends count: 8.9:9.6; several: 1:2,4:5; of coordinate 0 of several: 0=8.9:9.6", many=True)),
     "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
-        "raise, or mask: leave out chunks that cannot be read.")),
+        "mask: leave out chunks that cannot be read.")),
     "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
-        "error, mask, or fill: what becomes of chunks that are absent.")),
+        "What becomes of chunks that are absent.")),
     "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
         "Fit values as they are stored: scale_factor, _FillValue and such are left.", bool)),
     "param_names": Row(_optional(_names), None, same=True, maps=True),
@@ -265,7 +269,7 @@ FITS = {  # of `curve_fit`, without the model and its data
     "expr": Row(_optional(_rules), None, same=True, maps=True, option=Option(
         "Parameters that follow others: width2=width1; and derived quantities: area=height*width", many=True)),
     "strategy": Row(_choice("auto", "standard", "chunked", "streaming"), "auto", maps=True, option=Option(
-        "auto, standard, chunked, streaming: where the data are held.")),
+        "Where the data are held.")),
     "reduction": Row(_choice("auto", "gram", "qr"), "auto", same=True),
     "jac_mode": Row(_choice("auto", "columns", "arguments"), "auto", same=True, maps=True),
     "tr_solver": Row(_choice(None, "exact", "cg"), None, same=True),
@@ -280,7 +284,7 @@ FITS = {  # of `curve_fit`, without the model and its data
     "report": Row(_optional(_path), None),
 }  # fmt: skip
 WORKFLOWS = {  # of `fit`, besides
-    "workflow": Row(_choice(*PRESETS), "auto", option=Option(f"{', '.join(PRESETS)}.")),
+    "workflow": Row(_choice(*PRESETS), "auto", option=Option("Strategy, tolerances and starts by a name.")),
     "goal": Row(_optional(lambda _, value: as_goal(value)), None),
     "n_starts": Row(_optional(_starts), None),
 }
@@ -288,7 +292,7 @@ MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
     "axis": Row(_as_given, -1, option=Option("Of the spectra in STORE; the last one by default.", int, many=True)),
     "nan_policy": Row(_choice("omit", "raise"), "omit", option=FITS["nan_policy"].option),
     "guess": Row(_choice(None, "coarse-to-fine"), None, option=Option(
-        "coarse-to-fine: pixels start from fits of the means of their neighbourhood.")),
+        "Pixels start from fits of the means of their neighbourhood.")),
     "full_covariance": Row(_flag, False),
 }  # fmt: skip
 GROUPS = {name: row for name, row in MAPS.items() if name not in ("axis", "guess")} | {  # of `fit_groups`

@@ -12,7 +12,7 @@ import dask_nlsq
 PACKAGE = Path(__file__).parent.parent / "dask_nlsq"
 ORDER = [  # from the left to the right: a folder, or a module beside the folders, imports only from those before it
     "base", "model", "kernels", "memory", "data", "presets", "options", "parameters", "engine", "solve", "prepare",
-    "results", "maps", "interface", "groups", "fitting", "compat", "demo",
+    "results", "watch", "maps", "interface", "groups", "fitting", "compat", "demo",
 ]  # fmt: skip
 PUBLIC = {"models", "plots", "accessor", "dashboard", "statistics"}  # paths of modules that are elsewhere
 FACES = PUBLIC | {"__init__"}
@@ -23,9 +23,9 @@ KNOWS = {  # library -> folders, or single modules
         "base.config", "base.lazy", "base.text", "memory.processes", "data", "engine", "results.binning", "maps",
         "groups", "interface",
     },
-    "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "interface"},
+    "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "watch", "interface"},
     "zarr": {"base.lazy", "data.store", "maps.result", "maps.store", "interface", "demo"},
-    "bokeh": {"interface.live_page"},
+    "bokeh": {"watch.live_page"},
     "matplotlib": {"results.plots", "results.report", "demo"},
     "xarray": {"data.labels", "results.result", "maps.result", "maps.store", "interface.accessor"},
     "click": {"interface.cli"},

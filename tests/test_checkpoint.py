@@ -102,6 +102,19 @@ def test_a_finished_fit_is_not_read_again(tmp_path):
     assert not y.reads
 
 
+def test_a_fit_that_is_resumed_says_so_in_summary_log_and_bar(store, tmp_path, caplog, capsys):
+    with pytest.raises(RuntimeError, match="maximum number"):
+        curve_fit(decay, X, store, [20, 3, 90], checkpoint=tmp_path / "c", max_nfev=2, ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    capsys.readouterr()
+    with caplog.at_level("INFO", "dask_nlsq"):
+        found = resume(tmp_path / "c", max_nfev=100, progress=True)
+    n, last = found.resumed, capsys.readouterr().err.split("\r")[-1]
+    assert 2 <= n < found.sweeps
+    assert f"{found.sweeps} sweeps, resumed after {n}, in " in found.summary()
+    assert f"the fit is resumed after {n} sweeps" in caplog.text
+    assert last.startswith(f"curve_fit, resumed after {n} sweeps: {found.sweeps} sweeps ")
+
+
 def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
     whole = curve_fit(decay, X, store, [20, 3, 90], strategy="streaming", ftol=1e-12, xtol=1e-12, gtol=1e-12)
     tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
@@ -113,13 +126,15 @@ def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(f=lambda x, a, b, c: 1.001 * a * jnp.exp(-b * x) + c), "model"),
-        (dict(p0=[260.0, 0.35, 41.0]), "p0"),
+        (dict(f=lambda x, a, b, c: 1.001 * a * jnp.exp(-b * x) + c), r"Changed: f\. Give"),
+        (dict(p0=[260.0, 0.35, 41.0]), r"Changed: p0: \[.*\] then, \[260.0, 0.35, 41.0\] now\. Give"),
         (dict(loss="huber"), "loss: 'linear' then, 'huber' now"),
-        (dict(xdata=X * 1.01), "content of `xdata`"),
-        (dict(mask=X > 9), "operands"),
+        (dict(xdata=X * 1.01), r"Changed: content of `xdata`\. Give"),
+        (dict(sigma=2.0), r"Changed: content of `sigma`\. Give"),
+        (dict(sigma=np.sqrt(Y + 1)), r"Changed: content of `sigma`; shape or type of `sigma`\. Give"),
+        (dict(mask=X > 9), r"Changed: content of `mask`; shape or type of `mask` or `xdata`\. Give"),
     ],
-    ids=["model", "p0", "loss", "x", "mask"],
+    ids=["model", "p0", "loss", "x", "sigma", "sigmas", "mask"],
 )
 def test_another_fit_is_refused_with_what_changed(change, message, store, tmp_path):
     call = dict(f=decay, xdata=X, ydata=store, p0=P0, checkpoint=tmp_path / "c")
@@ -226,11 +241,11 @@ OTHER = dict(check_finite=True, nan_policy="omit", mask_values=[30.0], valid_ran
 def test_a_checkpoint_knows_what_hold_was_given(name, store, tmp_path):
     with hold(X, store, strategy="streaming", **{name: OTHER[name]}) as data:
         first = curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
-    with pytest.raises(CheckpointError, match=f"Changed: (operands: .*; )?{name}: "):
+    with pytest.raises(CheckpointError, match=f"Changed: (shape or type of .*; )?{name}: "):
         curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
     with (
         hold(X, store, strategy="streaming") as data,
-        pytest.raises(CheckpointError, match=f"Changed: (operands: .*; )?{name}: "),
+        pytest.raises(CheckpointError, match=f"Changed: (shape or type of .*; )?{name}: "),
     ):
         curve_fit(decay, data, p0=P0, checkpoint=tmp_path / "c")
     same_bits(resume(tmp_path / "c"), first)

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import dask
 import numpy as np
 import pytest
 import zarr
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 from zarr.codecs import ZstdCodec
 
@@ -139,7 +141,8 @@ def test_a_vector_belongs_to_its_axis(tmp_path):
 def test_a_workflow_sets_tolerances_and_starts(store, tmp_path):
     converges("fit", store, *DECAY, *START, "--workflow", "fast", "--out", tmp_path / "r", "--no-report")
     assert "< 1.00e-06" in load(tmp_path / "r").message
-    fails(2, "`workflow` must be one of 'auto', ", "fit", store, *DECAY, *START, "--workflow", "faster")
+    refused = "Invalid value for '--workflow': 'faster' is not one of 'auto', "
+    fails(2, refused, "fit", store, *DECAY, *START, "--workflow", "faster")
 
 
 def test_no_convergence_exits_with_3_and_writes_the_best(store, tmp_path):
@@ -434,6 +437,37 @@ def test_help_names_the_options(command):
     options = [each for each in nlsq.commands[command].params if each.param_type_name == "option"]
     assert all(option.opts[0] in outcome.stdout for option in options)
     assert command == "demo" or f"\n  dask nlsq {command} " in outcome.stdout  # an example
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("fit --xr", {"--xrange"}),
+        ("fit --prog", {"--progress"}),
+        ("fit --strategy st", {"standard", "streaming"}),
+        ("fit --model lorentzian+gau", {"lorentzian+gaussian"}),
+    ],
+)
+def test_tab_completes_commands_options_choices_and_models(words, found):
+    *before, last = words.split()
+    completed = ShellComplete(nlsq, {}, "nlsq", "_NLSQ_COMPLETE").get_completions(before, last)
+    assert {each.value for each in completed} == found
+
+
+def test_tab_completes_in_a_shell_what_dask_starts():
+    words = dict(_DASK_COMPLETE="bash_complete", COMP_WORDS="dask nlsq fi", COMP_CWORD="2")
+    outcome = subprocess.run([Path(sys.executable).parent / "dask"], env=os.environ | words, capture_output=True, text=True)
+    assert outcome.stdout == "plain,fit\n"
+
+
+def test_tab_completes_paths_of_stores():
+    (one,) = ShellComplete(nlsq, {}, "nlsq", "_NLSQ_COMPLETE").get_completions(["fit"], "scan")
+    assert one.type == "file"
+
+
+def test_progress_is_shown_where_it_is_asked_for(store):
+    assert "sweeps" in converges("fit", store, *DECAY, *START, "--progress").stderr
+    assert "sweeps" not in converges("fit", store, *DECAY, *START, "--no-progress").stderr
 
 
 def test_dask_finds_the_command():

@@ -1,15 +1,10 @@
-import base64
 import json
 import logging
-import os
-import re
-import shutil
 import ssl
-import subprocess
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextvars import copy_context
 
 import dask
 import dask.array as da
@@ -17,19 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from distributed import Client, Security
-from tornado.ioloop import IOLoop
-from tornado.websocket import websocket_connect
 
-from dask_nlsq import curve_fit
-from dask_nlsq.interface.live_page import FITS, _progress, _recent, _workers
+from dask_nlsq import cluster_report, curve_fit, fit_map
+from dask_nlsq.watch.live_page import FITS, LONGEST, LivePage, _curves, _progress, _recent, _state, _values, _workers
 
+from .browser import CHROMIUM, opened, wait
 from .clusters import at_sweep, command_line, local
+from .live_page import PART, STATES, states
 
 N = 60_000
 X = np.linspace(0, 10, N)
 Y = 2 * np.exp(-0.5 * X) + 0.3 + np.random.default_rng(7).normal(0, 0.05, N)
 TIGHT = dict(ftol=0.0, xtol=0.0, gtol=0.0, p0=[5.0, 2.0, -1.0])
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def decay(x, a, b, c):
@@ -58,14 +52,21 @@ def fits(client):
     return client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins["nlsq-page"].fits.values()))
 
 
+def begun(**changed):
+    """The first message of a fit."""
+    sizes = dict(n_points=1, n_chunks=1, n_partitions=1, n_fits=0, sweep_bytes=8, accuracy=0.01)
+    return dict(what="curve_fit", client="", model="line", names=("a",), strategy="", **sizes) | changed
+
+
 @pytest.mark.hostile
 def test_what_fits_tell_the_page_is_text():
     script = "<script>alert(1)</script>"
-    fit = dict(model=script, n_points=3, strategy=script, names=[script], status=script, began=0.0, n_chunks=1, sweeps=[])
+    fit = begun(model=script, strategy=script, names=(script,), what=script) | dict(status=script, began=0.0, sweeps=[])
     for text in (
-        _progress(fit, None),
+        _progress(fit),
         _recent([fit]),
-        _workers(fit | dict(n_partitions=1, sweep_bytes=1), {script: (1, 1.0)}),
+        _values(fit | dict(sweeps=[dict(params=[1.0], errors=[0.1])])),
+        _workers(fit, {script: (1, 1.0)}),
     ):
         assert "<script" not in text and "&lt;script&gt;" in text
 
@@ -89,10 +90,11 @@ def test_what_fits_tell_is_what_they_return(client):
     assert [row["cost"] for row in fit["sweeps"]] == [record.cost for record in found.history]
     np.testing.assert_array_equal(fit["sweeps"][-1]["params"], found.popt)
     np.testing.assert_allclose(fit["sweeps"][-1]["errors"], found.perr, rtol=1e-6)
-    assert fit["status"] == found.message
+    assert fit["status"] == f"converged: {found.message}" and fit["n_sweeps"] == found.sweeps
+    assert (fit["load"], fit["solve"]) == tuple(found.seconds.values())
     with client.as_current(), pytest.raises(RuntimeError, match="max_nfev"):
         curve_fit(decay, *data(), **TIGHT, max_nfev=2)
-    assert "maximum number" in fits(client)[-1]["status"]
+    assert "NOT CONVERGED: The maximum number" in fits(client)[-1]["status"]
 
 
 def test_the_page_knows_how_fast_each_worker_sweeps(client):
@@ -118,50 +120,117 @@ def test_the_page_of_a_fit_stays_while_more_fits_begin_than_it_keeps(client):
     assert "bokeh.min.js" in get(client, "nlsq")
     kept = fits(client)
     assert len(kept) == FITS
-    assert [len(fit["sweeps"]) for fit in kept if fit.get("status") == found.message][-1] == found.nfev
+    assert [len(fit["sweeps"]) for fit in kept if fit.get("status") == f"converged: {found.message}"][-1] == found.nfev
 
 
-def test_the_page_is_there_while_fifty_fits_run(client):
+@pytest.mark.parametrize("n", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_the_page_is_there_while_many_fits_run(n, client):
     def one(k):
-        return curve_fit(decay, *data(), **TIGHT).popt
+        found = curve_fit(decay, *data(), p0=[2, 0.5, 0.3])
+        assert found.strategy == "chunked"
+        return found.popt
 
     patient = dask.config.set({"nlsq.worker-deadline": 60})  # without workers threads would wait for ever
-    with patient, client.as_current(), ThreadPoolExecutor(50) as pool:
-        running = [pool.submit(one, k) for k in range(50)]
+    with patient, client.as_current(), ThreadPoolExecutor(n) as pool:
+        running = [pool.submit(copy_context().run, one, k) for k in range(n)]
         while not all(each.done() for each in running):
             assert "bokeh.min.js" in get(client, "nlsq")
             time.sleep(0.1)
     assert len({each.result().tobytes() for each in running}) == 1
-    assert len(fits(client)) == FITS
+    assert FITS >= len(fits(client)) >= min(n, FITS)
 
 
 def test_messages_that_no_fit_sends_change_nothing(client):
     with client.as_current():
         curve_fit(decay, *data(), **TIGHT)
     before = fits(client)
-    begun = dict(fit="x", names=["a"], p0=[1.0], n_points=1, n_chunks=1, n_partitions=0, sweep_bytes=8)
-    begun |= dict(model="<script>alert(1)</script>" * 1000, strategy="<b>")
-    swept = dict(fit="x", nfev=1, cost=1.0, distance=1.0, points_per_s=1.0, gb_per_s=1.0, params=[1.0], errors=[0.1])
+    first = begun(fit="x", model="<script>alert(1)</script>" * 1000, strategy="<b>")
+    swept = dict(fit="x", nfev=1, n_sweeps=1, failed=0, cost=1.0, distance=1.0, points_per_s=1.0, gb_per_s=1.0)
+    swept |= dict(params=[1.0], errors=[0.1])
     wrong = ["text", None, {}, {"fit": [1]}, {"fit": "y", "cost": 1.0}, {"fit": "y", "status": "ended"}]
-    wrong += [begun | {name: bad} for name in begun for bad in (None, object(), [None], 10**5000)]
-    wrong += [begun | dict(names=["a", "a"], p0=[1.0, 1.0]), begun | dict(names=["a", "b"])]
+    wrong += [first | {name: bad} for name in first for bad in (None, object(), [None], 10**5000)]
+    wrong += [first | dict(names=["a", "a"])]
     send(client, *wrong)
-    assert fits(client) == before
-    send(client, begun, *(swept | {name: bad} for name in [*swept][1:] for bad in (None, "1", [1.0, 2.0])), {"fit": "x"})
+    assert repr(fits(client)) == repr(before)  # of which nan are
+    send(client, first, *(swept | {name: bad} for name in [*swept][1:] for bad in (None, "1", [1.0, 2.0])), {"fit": "x"})
     assert fits(client)[-1]["sweeps"] == []
     send(client, swept, dict(fit="x", names=["q", "r"]), dict(fit="x", status="<i>" * 1000))
     shown = fits(client)[-1]
-    assert (len(shown["model"]), len(shown["status"]), shown["names"]) == (200, 200, ("a",))
+    assert (len(shown["model"]), len(shown["status"]), shown["names"]) == (LONGEST, LONGEST, ("a",))
     assert "bokeh.min.js" in get(client, "nlsq")
-    page = [_progress(shown, None), _recent([shown]), _progress({**shown, "status": "<i>"}, None)]
+    page = [_progress(shown), _recent([shown]), _progress({**shown, "status": "<i>"})]
     assert not any("<script" in text or "<i>" in text for text in page)
 
 
-def test_the_page_can_be_turned_off(tmp_path):
+def test_the_newest_fit_that_runs_is_shown_and_all_others_in_the_table():
+    live = LivePage()
+    for number, name in enumerate(["first", "second", "third"]):
+        live.log_event("nlsq", begun(fit=name, model=name, client=f"client-{number}"))
+    live.log_event("nlsq", dict(fit="third", status="converged: it is"))
+    live.log_event("nlsq", dict(fit="first", stage="sweep 4", done=7, total=20, left=12.0, so_far=9.0))
+    assert live.shown[0] == "second"
+    assert "sweep 4: 7 of 20, 12 s to go" in _recent(live.fits.values())
+    live.remove_client(None, "client-1")
+    assert live.shown[0] == "first" and live.fits["second"]["status"].startswith("lost")
+    assert "width: 35.0%" in _progress(live.fits["first"])
+
+
+def test_costs_are_drawn_above_the_lowest_and_distances_with_the_accuracy():
+    row = dict(points_per_s=1.0, distance=3.0)
+    found = _curves(begun() | dict(sweeps=[row | dict(nfev=k, cost=cost) for k, cost in enumerate([5.0, 2.0, 2.0])]))
+    np.testing.assert_array_equal(found["above"], [3.0, np.nan, np.nan])
+    assert (found["sweep"], found["distance"], found["accuracy"]) == ([0, 1, 2], [3.0] * 3, [0.01] * 3)
+    assert _curves(begun() | dict(sweeps=[])) == {name: [] for name in found}
+
+
+def test_what_is_slow_to_begin_says_for_how_long_it_has_been_begun():
+    fit = begun() | dict(sweeps=[], stage="sweep 1", done=0, total=20, left=np.nan)
+    assert _state(fit | dict(so_far=1.0)) == "sweep 1: 0 of 20"
+    assert _state(fit | dict(so_far=12.0)) == "sweep 1: 0 of 20, 12 s so far"
+    assert _state(fit | dict(so_far=1000.0)) == "sweep 1: 0 of 20, 17 min so far"
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_no_sweep_on_the_page_is_faster_than_the_clock(client, strategy):
+    walls = []
+    with client.as_current():
+        found = curve_fit(decay, *data(), strategy=strategy, callback=lambda record: walls.append(time.perf_counter()))
+    rows = fits(client)[-1]["sweeps"]
+    speeds = np.array([row["points_per_s"] for row in rows]) * 1e6
+    took = N / speeds
+    assert np.all(took > 0) and took.sum() <= found.seconds["solve"]
+    assert np.all(took[1:] <= np.diff(walls))
+    assert [row["n_sweeps"] for row in rows][-1] == found.sweeps
+
+
+@pytest.mark.slow
+def test_a_map_is_on_the_page_with_its_blocks_and_the_pixels_that_failed(tmp_path):
+    y = np.random.default_rng(1).normal(1, 0.1, (6, 50)) * np.exp(-np.linspace(0, 5, 50))
+    y[0] = -1e300  # which nothing fits
+    maps = fit_map(decay, np.linspace(0, 5, 50), da.from_array(y, (2, -1)), [1, 1, 0])
+    with local(1, processes=False) as cluster, Client(cluster) as client:
+        found = maps.compute()
+        maps.to_zarr(tmp_path / "maps")
+        told = fits(client)
+    n_failed = int(np.sum(~found.success))
+    for fit in told:
+        assert (fit["done"], fit["fitted"], fit["failed"]) == (fit["n_chunks"], 6, n_failed)
+        n = fit["n_chunks"]
+        assert (fit["what"], fit["n_fits"], fit["model"], fit["n_points"]) == ("fit_map", 6, "decay", 300)
+        assert fit["status"] == f"done: {6 - n_failed} of 6 pixels without a failure" and n == len(maps.problem.places)
+        assert "fit_map: 6 pixels, 300 points" in _progress(fit)
+
+
+def test_the_cluster_report_opens_the_page_before_any_fit_and_it_can_be_turned_off():
     with local(1, processes=False) as cluster, Client(cluster) as client:
         with dask.config.set({"nlsq.dashboard": False}):
             curve_fit(decay, *data(), **TIGHT)
+            assert cluster_report(client).page is None
         assert "nlsq-page" not in client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins))
+        report = cluster_report(client)
+        assert report.page.endswith("/nlsq") and report.page in repr(report)
+        with urllib.request.urlopen(report.page) as answer:
+            assert "bokeh.min.js" in answer.read().decode()
 
 
 def test_a_scheduler_without_a_dashboard_costs_a_line_in_the_log(caplog):
@@ -194,7 +263,7 @@ def test_a_cluster_secured_by_tls_gives_the_same_bits_and_the_page_by_https(clie
         unsigned = ssl._create_unverified_context()  # nobody but this cluster has signed the certificate
         with urllib.request.urlopen(f"https://127.0.0.1:{port}/nlsq", context=unsigned) as answer:
             assert "bokeh.min.js" in answer.read().decode()
-        assert fits(secured)[-1]["status"] == found.message
+        assert fits(secured)[-1]["status"] == f"converged: {found.message}"
     assert found.strategy == plain.strategy == "chunked"
     np.testing.assert_array_equal(found.popt, plain.popt)
     np.testing.assert_array_equal(found.pcov, plain.pcov)
@@ -246,98 +315,28 @@ def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
     assert ours == {"nlsq-load", "nlsq-sweep", "nlsq-census", "nlsq-draw-points"}
 
 
-class Browser:
-    """A page in a headless Chromium, spoken to by its debugging protocol."""
-
-    def __init__(self, loop, socket):
-        self.loop, self.socket, self.count = loop, socket, 0
-
-    def send(self, method, **params):
-        self.count += 1
-
-        async def ask():
-            await self.socket.write_message(json.dumps(dict(id=self.count, method=method, params=params)))
-            while (answer := json.loads(await self.socket.read_message())).get("id") != self.count:
-                pass
-            return answer["result"]
-
-        return self.loop.run_sync(ask, timeout=30)
-
-    def value(self, expression):
-        return self.send("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
-
-
-@contextmanager
-def opened(url, profile):
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
-    command = [CHROMIUM, *options, "--window-size=1100,900", url]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    loop = IOLoop(make_current=False)
-    try:
-        port = profile / "DevToolsActivePort"
-        wait(lambda: port.exists() and port.read_text(), "the browser did not start")
-        pages = f"http://127.0.0.1:{port.read_text().split()[0]}/json/list"
-
-        def page():
-            with urllib.request.urlopen(pages) as answer:
-                return [each for each in json.loads(answer.read()) if each["type"] == "page" and "nlsq" in each["url"]]
-
-        wait(page, "the browser opened no page")
-        address = page()[0]["webSocketDebuggerUrl"]
-        socket = loop.run_sync(lambda: websocket_connect(address, max_message_size=2**26))
-        yield Browser(loop, socket)
-        loop.run_sync(socket.close)
-    finally:
-        process.kill()
-        process.wait()
-        loop.close()
-
-
-def take_picture(browser):
-    """Of the page while a longer fit runs, for the README."""
-
-    def peak(x, height, center, width, background, slope):
-        return height * jnp.exp(-0.5 * ((x - center) / width) ** 2) + background + slope * x
-
-    def callback(record):
-        if record.nfev == 6:
-            time.sleep(2)
-            picture = browser.send("Page.captureScreenshot", format="png")["data"]
-            with open(os.environ["NLSQ_PICTURE"], "wb") as file:
-                file.write(base64.b64decode(picture))
-
-    x = da.linspace(0, 10, 2 * 10**7, chunks=10**6)
-    y = 3 * da.exp(-0.5 * ((x - 5.2) / 0.4) ** 2) + 1 + 0.1 * x
-    y += da.random.default_rng(1).normal(0, 1, x.shape, chunks=x.chunks)
-    curve_fit(peak, x, y, p0=[2, 5, 0.5, 1.2, 0.08], gtol=0.0, ftol=0.0, xtol=0.0, callback=callback)
-
-
-def wait(condition, message, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, message
-        time.sleep(0.1)
-    return found
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.slow
+def test_a_browser_shows_each_state_of_each_kind_of_fit(tmp_path):
+    with (
+        local(1, threads_per_worker=4) as cluster,
+        Client(cluster, set_as_default=False) as client,
+        opened(cluster_report(client).page, tmp_path / "profile") as browser,
+    ):
+        assert [name for name, _ in states(client, browser)] == STATES
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_the_curves_move_in_a_browser_while_a_fit_runs(client, tmp_path):
     lengths = []
-    n_shown = "Bokeh.documents[0].get_model_by_name('nlsq_sweeps').data.sweep.length"
-    text = "Bokeh.documents[0].get_model_by_name('nlsq_progress').text"
-    with client.as_current():
-        curve_fit(decay, *data(), **TIGHT)  # brings the page
-        port = re.search(r":(\d+)/", client.dashboard_link).group(1)
-        with opened(f"http://127.0.0.1:{port}/nlsq", tmp_path / "profile") as browser:
-            wait(lambda: browser.value(n_shown), "the page shows no fit")
+    n_shown, text = (PART % each for each in (("nlsq_sweeps", "data.sweep.length"), ("nlsq_progress", "text")))
+    with client.as_current(), opened(cluster_report(client).page, tmp_path / "profile") as browser:
 
-            def callback(record):
-                wait(lambda: browser.value(n_shown) == record.nfev, "the curve does not grow")
-                lengths.append(browser.value(n_shown))
-                assert "decay" in browser.value(text)
+        def callback(record):
+            wait(lambda: browser.value(n_shown) == record.nfev, "the curve does not grow")
+            lengths.append(browser.value(n_shown))
+            assert "decay" in browser.value(text)
 
-            found = curve_fit(decay, *data(), **TIGHT, callback=callback)
-            wait(lambda: "Converged" in browser.value(text), "the page does not say that the fit has ended")
-            if "NLSQ_PICTURE" in os.environ:
-                take_picture(browser)
+        found = curve_fit(decay, *data(), **TIGHT, callback=callback)
+        wait(lambda: "Converged" in browser.value(text), "the page does not say that the fit has ended")
     assert lengths == list(range(1, found.nfev + 1))

@@ -85,7 +85,7 @@ def test_links_out_of_a_result_are_not_followed(fitted, tmp_path, which):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[" * 100_000, b"\xff\xfe", b"{", b"[1]", b"null", b'{"version": 5}', b'{"version": 5, "arrays": 1}']
+    "content", [b"", b"[" * 100_000, b"\xff\xfe", b"{", b"[1]", b"null", b'{"version": 6}', b'{"version": 6, "arrays": 1}']
 )
 def test_a_damaged_old_result_never_prevents_saving_a_new_one(fitted, tmp_path, content):
     (tmp_path / "result.json").write_bytes(content)

@@ -1,6 +1,7 @@
 """What `fit_map` returns: lazy until asked, one task per block, to Zarr and on from there, xarray, mended, drawn."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -496,3 +497,16 @@ def test_a_multiindex_is_refused_before_anything_is_fitted_or_written(tmp_path):
     again.to_zarr(tmp_path / "maps")
     opened = xr.open_zarr(tmp_path / "maps", consolidated=False)
     np.testing.assert_array_equal(opened.row, np.repeat(COORDS["row"][1], 6))
+
+
+def test_the_bar_of_a_map_counts_blocks_and_pixels_also_where_it_goes_on(tmp_path, capsys):
+    fits = fit_map(peak, X, da.from_array(Y, (*BLOCK, N)), P0)
+    n = len(fits.problem.places)
+    fits.compute(progress=True)
+    assert re.search(rf"fit_map: 100%.* {n}/{n} .*, [\d,]+ pixels/s, \d+ failed", capsys.readouterr().err.split("\r")[-1])
+    fits.to_zarr(tmp_path / "m", progress=True)
+    zarr.open_array(tmp_path / "m" / "done")[0, 0] = 0
+    capsys.readouterr()
+    fits.to_zarr(tmp_path / "m", resume=True, progress=True)
+    shown = capsys.readouterr().err
+    assert f" {n - 1}/{n} " in shown and f" {n}/{n} " in shown.split("\r")[-1]

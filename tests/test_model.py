@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import cloudpickle
@@ -20,6 +21,7 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import open_sweep
+from dask_nlsq.model import function
 from dask_nlsq.model.function import intern, parameter_names
 
 
@@ -106,7 +108,7 @@ def test_a_function_from_main_is_compiled_once_per_worker_process():
 
         def count():
             from dask_nlsq.model.function import _registry
-            return sum(f._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
+            return sum(f.run._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
 
         if __name__ == "__main__":
             x = np.linspace(0, 1, 64 * 40_000)
@@ -156,7 +158,7 @@ def test_ragged_ends_along_three_axes_share_two_compilations():
     y = 2 * np.exp(-0.7 * t) + 0.3 * row * column
     dask_nlsq.curve_fit(model, (t, row, column), da.from_array(y, chunks=chunks), p0=[1, 1, 1], reduction="gram")
     compiled = intern(model).compiled
-    assert 1 <= sum(f._cache_size() for key, f in compiled.items() if key[0] == "sweep") <= 2
+    assert 1 <= sum(f.run._cache_size() for key, f in compiled.items() if key[0] == "sweep") <= 2
 
 
 def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
@@ -183,3 +185,30 @@ def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
         evaluator(params, "gram")
         (faults,) = client.run(page_faults, request=evaluator.request(params)).values()
     assert faults < 200, faults
+
+
+def slow_to_trace(x, a):
+    time.sleep(0.3)
+    return a * x
+
+
+def test_a_model_that_compiles_slowly_is_told_while_it_does(monkeypatch):
+    monkeypatch.setattr(function, "SLOW", 0.05)
+    monkeypatch.setattr(function, "EVERY", 0.05)
+    model, told = intern(slow_to_trace), []
+    run = model.jit(lambda x: slow_to_trace(x, 2.0))
+    with model.watched(told.append):
+        run(np.ones(3))
+        n = len(told)
+        run(np.ones(3))
+    assert 2 <= n == len(told) and 0.05 <= told[0] < told[-1] < 5
+    assert not model.watches
+
+
+def test_the_bar_and_the_log_say_that_a_model_compiles(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(function, "SLOW", 0.05)
+    x = np.linspace(0, 1, 50)
+    with caplog.at_level("INFO", "dask_nlsq"):
+        dask_nlsq.curve_fit(slow_to_trace, x, 2 * x, p0=[1], progress=True)
+    assert "compiling the model, 0 s so far" in capsys.readouterr().err
+    assert caplog.text.count("compiling the model, ") == 1

@@ -19,8 +19,8 @@ from dask_nlsq.base.files import read_json, write_json
 from dask_nlsq.results.report import _places, page
 from dask_nlsq.results.schema import VERSION
 
+from .browser import CHROMIUM, opened, wait
 from .spectra import counted
-from .test_dashboard import CHROMIUM, opened, wait
 
 matplotlib.use("agg")
 N = 30_000

@@ -9,7 +9,9 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -145,7 +147,7 @@ def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] =
     known = read_fit(path)["identity"]
     new = json.loads(json.dumps(identity))
     changed = [
-        f"{name}: {_short(known.get(name))} then, {_short(new.get(name))} now"
+        _difference(name, known.get(name), new.get(name))
         for name in sorted((known.keys() | new.keys()) - {*unknown})
         if json.dumps(known.get(name)) != json.dumps(new.get(name))  # as text: NaN is NaN
         and not same_store(known.get(name), new.get(name))
@@ -184,6 +186,33 @@ def read_fit(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The sweeps that are kept at ``path``, of a fit in one piece or in groups; nothing where there are none."""
     return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
+
+
+OPAQUE = {  # what an identity has of arguments, in words, since its values say nothing to people
+    "model": "f", "chunks": "chunks of `ydata`", "decoded": "attributes that `decode_cf` applies",
+}  # fmt: skip
+OPERANDS = ("`ydata`", "`sigma`", "`mask` or `xdata`")
+PLAIN = (str, int, float, bool, NoneType)
+
+
+def _difference(name: str, then, now) -> str:
+    """What has changed, with the values where people can read them."""
+    if name == "operands":
+        pairs = enumerate(zip_longest(then or (), now or ()))
+        which = dict.fromkeys(OPERANDS[min(k, 2)] for k, (one, other) in pairs if one != other)
+        return f"shape or type of {', '.join(which)}"
+    if name in OPAQUE or name.startswith("content of ") or not (_is_readable(then) and _is_readable(now)):
+        return OPAQUE.get(name, name)
+    return f"{name}: {_short(then)} then, {_short(now)} now"
+
+
+def _is_readable(value) -> bool:
+    """Plain values, and lists or dicts of them; what stands for arrays, with their checksums, is none of these."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list) and value and all(isinstance(each, list) for each in value):
+        return all(isinstance(each, (int, float, NoneType)) for part in value for each in part)
+    return all(isinstance(each, PLAIN) for each in value) if isinstance(value, list) else isinstance(value, PLAIN)
 
 
 def _short(value):

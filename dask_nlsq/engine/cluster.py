@@ -18,6 +18,7 @@ from uuid import NAMESPACE_OID, uuid4, uuid5
 
 import dask
 from dask._task_spec import Task, TaskRef
+from dask.callbacks import Callback
 from distributed import Client, Future, KilledWorker, futures_of, performance_report, rejoin, secede
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
@@ -104,12 +105,12 @@ class Pieces:
         for k, future in zip(numbers, self._made([self.parts[k] for k in numbers], DEATHS - 1), strict=True):
             self.futures[k] = future
 
-    def wait(self) -> None:
+    def wait(self, look: Look) -> None:
         """Until all pieces are there; the first error ends it, not the last piece."""
         lost: Counter = Counter()
         while True:
             try:
-                for _ in coming(self.client, self.futures, results=False):
+                for _ in coming(self.client, self.futures, look, results=False):
                     pass
                 return
             except CancelledError as err:  # arrays that were in memory, with the worker that held them
@@ -134,10 +135,13 @@ class Pieces:
         **fixed,
     ) -> Iterator[tuple[int, Any]]:
         """A number and ``function(piece, its argument, *objectives, **fixed)``, as they become ready; to be closed."""
-        self.look = look
+        self.look = lambda *_: look(0, 0)  # of what is done again, one by one
         left: dict[int, Any] = dict(zip(numbers, numbers if arguments is None else arguments, strict=True))
         lost: Counter = Counter()
         one = [] if arguments is None else [[0]]  # the only run of a piece
+
+        def counted(done, total):
+            look(len(numbers) - total + done, len(numbers))
 
         def work(piece):
             return self.client.submit(function, piece, *one, *map(self._on_the_way, objectives), **fixed, pure=False)
@@ -147,7 +151,7 @@ class Pieces:
                 columns = [] if arguments is None else [[*left.values()]]
                 try:
                     self._start(function, name, [*left], columns, objectives, **fixed)
-                    for future, result in coming(self.client, self.running, self.look):
+                    for future, result in coming(self.client, self.running, counted):
                         number = self.working[str(future.key)]
                         del left[number]
                         yield number, result
@@ -302,9 +306,12 @@ def computed(
     names: Sequence[str],
     look: Look = calm,
     again: Callable[[int], Any] | None = None,
+    told: Callable[[Any], None] | None = None,
     **options,
 ) -> list:
     """`dask.compute` of delayed ``tasks``; where workers die, those that may be why run one at a time, each alone.
+
+    ``told`` is called with each result as soon as it is there.
 
     Raises
     ------
@@ -314,7 +321,9 @@ def computed(
     Tasks that are persisted already cannot run ``again`` as they are: what does then is given, and an error either way.
     """
     if (client := workers_of(options)) is None:
-        return [*dask.compute(*tasks, **options)]
+        keys = {task.key for task in tasks}
+        with Callback(posttask=lambda key, result, *_: told(result) if told is not None and key in keys else None):
+            return [*dask.compute(*tasks, **options)]
     found: dict[int, Any] = {}
     install(client, Deaths())
     own = [] if again is None else tasks  # what is persisted has no other use, and is given back if this fails
@@ -325,6 +334,8 @@ def computed(
         try:
             for future, result in coming(client, futures, look):
                 found[number[future.key]] = result
+                if told is not None:
+                    told(result)
             on_error.pop_all()
             return [found[k] for k in range(len(tasks))]
         except KilledWorker as err:
@@ -334,12 +345,14 @@ def computed(
             for k in suspects:
                 task = anew(tasks[k]) if again is None else again(k)
                 found[k] = _alone(client, task, names[k], look, options)
+                if told is not None:
+                    told(found[k])
             if again is not None:
                 raise RuntimeError(died(" or ".join(names[k] for k in suspects[:NAMED]), err, DEATHS - 1)) from err
         finally:
             give_back(client, futures)
     left = [k for k in range(len(tasks)) if k not in found]
-    others = computed([anew(tasks[k]) for k in left], [names[k] for k in left], look, **options)
+    others = computed([anew(tasks[k]) for k in left], [names[k] for k in left], look, told=told, **options)
     found |= dict(zip(left, others, strict=True))
     return [found[k] for k in range(len(tasks))]
 

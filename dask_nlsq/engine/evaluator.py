@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
-from .waiting import StopOnSignal
+from .waiting import StopOnSignal, Watch, unwatched
 
 EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
@@ -29,6 +29,10 @@ class Evaluator:
     ----------
     count : int
         Sweeps so far, those of an earlier process that are in the checkpoint among them.
+    resumed : int
+        Sweeps that the checkpoint had.
+    seconds : float
+        What the last read of all data took; nan where it was one of an earlier process.
     latest : tuple
         Parameters and result of the last one.
     weights : ndarray, shape (k, 3)
@@ -36,13 +40,14 @@ class Evaluator:
     """
 
     admit: Callable[[], Any] = staticmethod(lambda: None)  # called when a sweep has seen all data
-    watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
+    watch: Watch = staticmethod(unwatched)  # told what is being done, and how many pieces of it are done of how many
     stop: StopOnSignal  # that says when to end early
+    n_failed = 0  # of many fits: this is one
     jac_mode: JacMode = "columns"
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, sweep: Sweep, objective: Objective, n_params: int, segmentation: Segmentation | None = None):
-        self.sweep, self.objective, self.count = sweep, objective, 0
+        self.sweep, self.objective, self.count, self.resumed, self.seconds = sweep, objective, 0, 0, np.nan
         self.segmentation = Segmentation.of(sweep.data, n_params) if segmentation is None else segmentation
         self.weights: np.ndarray | None = None
         self.drawn: SampleSummary | None = None
@@ -68,6 +73,7 @@ class Evaluator:
         new = {key: each for key, each in zip(keys, points, strict=True) if key not in self.known}
         fresh = {key: self.recorded.pop(key) for key in new if key in self.recorded}
         unread = {key: each for key, each in new.items() if key not in fresh}
+        self.seconds = np.nan if fresh else self.seconds
         if unread:
             fresh |= dict(zip(unread, self._read([*unread.values()], reduction), strict=True))
         self.count += bool(fresh)
@@ -89,14 +95,20 @@ class Evaluator:
         begun, self.begun = self.begun, None
         if begun is None or not _same(begun, requests, place.level):
             begun = PartialSweep(requests, place.n_runs, place.level)
-        after = None if place.held else _Reading(self, begun)
-        found = self.sweep.run(requests, begun, after, self.stop.look)
+        after = None if place.held else _Reading(self)
+        began = time.perf_counter()
+        found = self.sweep.run(requests, begun, after, self._look)
+        self.seconds = time.perf_counter() - began
         if not place.held:
             self.admit()
         if self.checkpoint is not None:
             self.finished += zip(points, found, strict=True)
             self.save()
         return found
+
+    def _look(self, done: int, total: int) -> None:
+        self.stop.look()
+        self.watch(f"sweep {self.count + 1}", done, total)
 
     # -----------------------------------------------------------------------------------------------------------------
     # what a checkpoint holds
@@ -158,6 +170,7 @@ class Evaluator:
             self.finished.append((arrays["params"][k], Condensed(*kept, read)))
             self._weighed(self.finished[-1][1])
             self.recorded[arrays["params"][k].tobytes(), reduction] = self.finished[-1][1]
+        self.resumed = len({found.read for _, found in self.finished})  # one may have been at several points
         if "begun" in values:
             requests = [self.request(params, values["begun"]) for params in arrays["at"]]
             self.begun = PartialSweep(requests, self.sweep.place.n_runs, values["level"])
@@ -180,21 +193,14 @@ def _same(begun: PartialSweep, requests: Sequence[Request], level: int) -> bool:
 
 
 class _Reading:
-    """What is done after each unit that was read: it is told, kept in the checkpoint at times, and a signal ends it."""
+    """What is done after each unit that was read: it is kept in the checkpoint at times, and a signal ends the sweep."""
 
-    def __init__(self, evaluator: Evaluator, begun: PartialSweep):
-        self.evaluator, self.done, self.every = evaluator, 0, setting("checkpoint-seconds")
-        left = begun.left()
-        self.n_left, self.left = len({run >> begun.level for run in left}), len(left) / begun.n_runs
-        self.began = self.saved = time.perf_counter()
+    def __init__(self, evaluator: Evaluator):
+        self.evaluator, self.every = evaluator, setting("checkpoint-seconds")
+        self.saved = time.perf_counter()
 
     def __call__(self, begun: PartialSweep) -> None:
         evaluator, now = self.evaluator, time.perf_counter()
-        self.done += 1
-        share = self.done / self.n_left
-        if evaluator.watch is not None:
-            rate = self.left * evaluator.sweep.nbytes * share / (now - self.began)
-            evaluator.watch(1 - (1 - share) * self.left, rate / 1e9, (now - self.began) * (1 / share - 1))
         stop = evaluator.stop
         if evaluator.checkpoint is not None and (stop.signal is not None or now - self.saved >= self.every):
             evaluator.save(begun)

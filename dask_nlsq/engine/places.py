@@ -48,7 +48,7 @@ class HeldHere:
         self.pool = ThreadPoolExecutor(self.n_threads, "nlsq-sweep", inherit_device()) if self.n_threads > 1 else None
 
     @classmethod
-    def load(cls, data: Data, n_threads: int) -> "HeldHere":
+    def load(cls, data: Data, n_threads: int, look: Look) -> "HeldHere":
         chunks: list[Chunk] = []
         runs, common = plan_loads(data)
         known = PassedOn(compute_shared(runs, common), runs)
@@ -57,7 +57,9 @@ class HeldHere:
             pooled: Callable = map
             if len(runs) > 1:  # a single one is loaded in place
                 pooled = pools.enter_context(ThreadPoolExecutor(min(n_threads, len(runs)), "nlsq-load")).map
-            chunks.extend(pooled(lambda run: load_chunk(data.preparation, run, known), runs))
+            for chunk in pooled(lambda run: load_chunk(data.preparation, run, known), runs):
+                chunks.append(chunk)
+                look(len(chunks), len(runs))
             on_error.pop_all()
         if data.factor is not None:
             chunks = [with_factor(chunk, data.factor) for chunk in chunks]
@@ -74,7 +76,7 @@ class HeldHere:
         done = []
         for found in self.pool.map(function, groups):
             done += found
-            look()
+            look(len(done), len(blocks))
         return done
 
     def close(self) -> None:
@@ -94,14 +96,14 @@ class HeldByWorkers:
 
     held = True
 
-    def __init__(self, data: Data, client: Client, n_partitions: int):
+    def __init__(self, data: Data, client: Client, n_partitions: int, look: Look):
         runs, graph = plan_loads(data)
         self.n_runs = len(runs)
         self.pieces = Pieces(client, load_partition, data.preparation, runs, graph, n_partitions, not data.lazy)
         self.level = self.pieces.level
         with ExitStack() as on_error:
             on_error.callback(self.close)
-            self.pieces.wait()
+            self.pieces.wait(look)
             on_error.pop_all()
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
@@ -220,8 +222,8 @@ def work_through(lazy: LazyRuns, places: Sequence[int], *objectives: Objective, 
 Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers
 
 
-def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int) -> Place:
+def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int, look: Look) -> Place:
     """Bring data where they will be swept, or see to it that they can be read there."""
     if strategy == "streaming":
         return UnreadHere(data) if client is None else UnreadByWorkers(data, client, n_partitions)
-    return HeldHere.load(data, threads()) if client is None else HeldByWorkers(data, client, n_partitions)
+    return HeldHere.load(data, threads(), look) if client is None else HeldByWorkers(data, client, n_partitions, look)

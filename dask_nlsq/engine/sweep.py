@@ -109,7 +109,7 @@ class Sweep:
         after : callable, optional
             Is told after each unit, and may raise.
         look : callable, optional
-            Is called while the sweep waits, and may raise.
+            Is told how many pieces of the data are done, also while the sweep waits, and may raise.
 
         Raises
         ------
@@ -121,13 +121,17 @@ class Sweep:
         objectives = [*dict.fromkeys(request.objective for request in requests)]
         numbered: Any = [request._replace(objective=cast(Any, objectives.index(request.objective))) for request in requests]
         runs = None if place.held else begun.left()
-        look()
-        found = place.each(CONDENSE, runs, objectives, numbered, look=look)
+        look(0, 0)
+        n_left, n_units = len({run >> place.level for run in runs or ()}), -(-place.n_runs >> place.level)
+        found = place.each(CONDENSE, runs, objectives, numbered, look=look if place.held else lambda *_: look(0, 0))
         with closing(found):
             for unit, answers in found:
                 begun.add(unit, answers)
                 if after is not None:
                     after(begun)
+                if not place.held:  # else the place tells, of pieces that this sweep has not done before as well
+                    n_left -= 1
+                    look(n_units - n_left, n_units)
         read = None
         if not place.held:
             census = self._know(begun)
@@ -180,7 +184,7 @@ class Sweep:
         order = np.argsort(np.concatenate(orders))
         return as_sample(layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)
 
-    def draw(self, n_params: int, needed: int) -> None:
+    def draw(self, n_params: int, needed: int, look: Look = calm) -> None:
         """Read a sample of data that are not held: a tenth of the runs of chunks at most, but ``needed`` of them."""
         began, n_runs = time.perf_counter(), self.place.n_runs
         if self.place.held or self.drawn is not None:
@@ -190,7 +194,7 @@ class Sweep:
             return
         n = min(SAMPLE_POINTS, max(self.data.n_points // POINTS_SHARE, sample_size(n_params)))
         runs = spread(n_drawn, n_runs).tolist()
-        drawn = (each for _, part in self.place.each(DRAW, runs, (), -(-n // n_drawn)) for each in part)
+        drawn = [each for _, part in self.place.each(DRAW, runs, (), -(-n // n_drawn), look=look) for each in part]
         values = np.concatenate([found for _, found in sorted(drawn, key=lambda each: each[0])], axis=1)
         self.take_sample(values, SampleSummary(values.shape[1], n_drawn, n_runs, time.perf_counter() - began))
 
@@ -206,10 +210,12 @@ def condensed(sums: Sums, request: Request, read: Read | None) -> Condensed:
     return Condensed(np.asarray(sums.matrix), float(sums.cost), request.reduction, sums.segments, read)
 
 
-def open_sweep(data: Data, strategy: str = "standard", client: Client | None = None, n_partitions: int = 1) -> Sweep:
+def open_sweep(
+    data: Data, strategy: str = "standard", client: Client | None = None, n_partitions: int = 1, look: Look = calm
+) -> Sweep:
     """Bring data where they will be swept: into this process, to the workers of ``client``, or nowhere ("streaming")."""
     with ExitStack() as on_error:
-        place = open_place(data, strategy, client, n_partitions)
+        place = open_place(data, strategy, client, n_partitions, look)
         on_error.callback(place.close)
         sweep = Sweep(data, place)
         on_error.pop_all()

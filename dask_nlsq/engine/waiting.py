@@ -21,10 +21,17 @@ logger = logging.getLogger("dask_nlsq")
 POLL = 0.1  # seconds between two looks
 WORKERS_EVERY = 1.0  # seconds between two looks for workers, which ask the scheduler
 PATIENCE = 10.0  # seconds without workers, until that is said
-Look: TypeAlias = Callable[[], None]
+Look: TypeAlias = Callable[[int, int], None]  # told how many of how many pieces are there, 0 of 0 where that is not known
 
 
-def calm() -> None:
+Watch: TypeAlias = Callable[[str, int, int], None]  # told what is being done, and the same
+
+
+def unwatched(what: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def calm(done: int = 0, total: int = 0) -> None:
     """Look for nothing."""
 
 
@@ -71,7 +78,7 @@ class StopOnSignal:
             signal.signal(number, handler)
         self.before = {}
 
-    def look(self) -> None:
+    def look(self, done: int = 0, total: int = 0) -> None:
         """Raise `ToldToLeave` where a signal has come."""
         if self.signal is not None:
             raise ToldToLeave(self.signal)
@@ -88,8 +95,8 @@ class Lookout:
         self.client, self.look, self.said = client, look, False
         self.asked = self.seen = time.monotonic()
 
-    def __call__(self) -> None:
-        self.look()
+    def __call__(self, done: int = 0, total: int = 0) -> None:
+        self.look(done, total)
         if time.monotonic() - self.asked < WORKERS_EVERY:
             return
         n_workers, self.asked = self._n_workers(), time.monotonic()
@@ -137,6 +144,7 @@ def coming(
         Where there are no workers for too long.
     """
     those, lookout = as_completed(futures), Lookout(client, look)
+    total = those.count()
     while those.count():
         with those.thread_condition:
             if not those.has_ready():
@@ -148,4 +156,4 @@ def coming(
         yield from zip(well, client.gather(well) if results and well else [None] * len(well), strict=True)
         for future in lost:
             future.result()  # raises
-        lookout()
+        lookout(total - those.count(), total)

@@ -24,7 +24,6 @@ from ..data.labels import by_name, labelled, warn_if_packed
 from ..data.ranges import by_place
 from ..engine.checkpoint import NOT_KEPT, Checkpoint, describe_call
 from ..engine.waiting import StopOnSignal, ToldToLeave
-from ..interface.progress import Live, Observers
 from ..kernels.checks import check_pointwise, is_linear
 from ..kernels.groups import GroupSpec
 from ..kernels.lanes import succeeded
@@ -35,11 +34,12 @@ from ..maps.plan import AllBut
 from ..maps.result import MapResult, by_argument
 from ..memory.machine import active_client
 from ..memory.plan import JoiningError, MemoryBudgetError, Plan
-from ..model.function import Model, function_name, held, intern, own_function
+from ..model.function import Model, held, intern, own_function
 from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
 from ..solve.outcome import NotConvergedError, interrupted, not_converged
 from ..solve.trust_region import INTERRUPTED, Options, Record, solve
+from ..watch.progress import Live, Observers
 from .diagnostics import interchangeable
 from .labels import DIM, ByLabel, LabelledGroups
 from .plan import plan_groups
@@ -304,29 +304,32 @@ def _run(ready: ReadyGroups):
     """Sweep the data until the shared parameters have converged."""
     call, problem, options, began = ready.call, ready.problem, ready.options, time.perf_counter()
     client = active_client() if ready.plan.strategy != "standard" else None
-    about = function_name(problem.fit.model.f), options.names, ready.start, ready.plan, ready.noise.absolute
+    model, plan = problem.fit.model, ready.plan
     with ExitStack() as stack:
         stack.enter_context(threads_on_device())
         if client is None and active_client() is not None:
             stack.enter_context(dask.config.set(scheduler="threads"))
-        live = stack.enter_context(Live(client, *about))
-        sweep = GroupSweep(problem, ready.spec, ready.plan.strategy != "streaming")
-        live.evaluator = sweep
+        about = "fit_groups", model.f, options.names, options.accuracy, plan, prod(problem.shape)
+        live = stack.enter_context(Live.of(client, *about))
+        observers = stack.enter_context(Observers(live, call, plan, ready.noise.absolute))
+        observers.at("loading")
+        sweep = GroupSweep(problem, ready.spec, plan.strategy != "streaming")
+        stack.enter_context(observers.watching(sweep, model))
         on_error = stack.enter_context(ExitStack())
         on_error.callback(sweep.close)  # a traceback holds on to all
         if call.checkpoint is not None:
             sweep.resume_from(_checkpoint(ready))
+            if sweep.resumed:
+                observers.resumed()
         sweep.stop = told = stack.enter_context(StopOnSignal(call.checkpoint is not None))
         loaded = time.perf_counter()
-        observers = stack.enter_context(Observers(call.callback, call.progress, call.verbose, live, "fit_groups"))
-        sweep.watch = observers.reading
 
         def settle(record: Record) -> None:
             sweep.settle(record.params, record.distance)
             observers(record)
 
         try:
-            solution = solve(sweep, ready.start, replace(options, callback=settle))
+            solution = solve(sweep, ready.start, replace(options, callback=settle, began=loaded))
         except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
         sweep.stop = StopOnSignal(False)  # what is left to do is short
@@ -334,7 +337,7 @@ def _run(ready: ReadyGroups):
         if sweep.checkpoint is not None:
             sweep.checkpoint.end()
         result = group_result(ready, sweep, solution, seconds)
-        live.ended(solution.message, result.n_masked, 0)
+        observers.ended(result)
         on_error.pop_all()
     interrupted(result, told, sweep.checkpoint)
     return result, solution
@@ -347,7 +350,8 @@ def _checkpoint(ready: ReadyGroups) -> Checkpoint:
     options = {name: given[name] for name in GROUPS if name not in NOT_KEPT}
     options |= {name: getattr(call, name) for name in ("p0", "bounds", "fixed", "expr")}
     described, arrays = describe_call(own_function(problem.fit.model.f), data, options)
-    identity = by_argument(MapResult(None, problem, {}).provenance)
+    identity: dict[str, Any] = by_argument(MapResult(None, problem, {}).provenance)
+    identity = {name: values[0] if len(values) == 1 else values for name, values in identity.items()}
     identity["local"] = [problem.fit.names[k] for k in ready.spec.locals.free]
     identity["p0"] = [*identity["p0"], ready.start.tolist()]
     if ready.by_label is not None:

@@ -250,6 +250,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
         n_omitted=0,
         nfev=solution.nfev,
         sweeps=sweep.count,
+        resumed=sweep.resumed,
         status=solution.status,
         message=solution.message if not worst > options.accuracy else _of_locals(worst, options.accuracy),
         optimality=solution.optimality,

@@ -8,7 +8,7 @@ states, each of which its own task writes; a fit that goes on finds its sweeps d
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -26,7 +26,7 @@ from ..base.x64 import float64
 from ..engine.checkpoint import LOCALS, Checkpoint, CheckpointError
 from ..engine.cluster import DEATHS, computed, give_back, given_up_after, workers_of
 from ..engine.condensed import Condensed, factor, merge
-from ..engine.waiting import Look, StopOnSignal
+from ..engine.waiting import Look, StopOnSignal, Watch, unwatched
 from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted
@@ -171,16 +171,20 @@ class GroupSweep:
     ----------
     count : int
         Sweeps so far, those of an earlier process that are in the checkpoint among them.
+    resumed : int
+        Sweeps that the checkpoint had.
+    seconds : float
+        What the last one took; nan where it was one of an earlier process.
     latest : tuple
         Parameters and result of the last one.
     """
 
     stop: StopOnSignal  # that says when to end early
-    watch: Callable[[float, float, float], None] | None = None  # told while a sweep goes on: its share, GB/s, seconds left
+    watch: Watch = staticmethod(unwatched)  # told what is being done, and how many pieces of it are done of how many
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.problem, self.spec, self.count, self.nbytes = problem, spec, 0, problem.plan.read_bytes
+        self.problem, self.spec, self.count, self.resumed, self.seconds = problem, spec, 0, 0, np.nan
         self.in_pieces = problem.in_pieces
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
@@ -218,7 +222,7 @@ class GroupSweep:
                 known = self._swept(params, reduction)
                 self.swept.append(known)
             else:
-                self.count += known.reads
+                self.count, self.seconds = self.count + known.reads, np.nan
                 if self.kept is not None and key == self.kept[0]:
                     self.states[key] = self._kept_states(self.kept[1])
             self.sums[key] = known
@@ -271,15 +275,18 @@ class GroupSweep:
         name = f"nlsq-sweep-groups-{self.name}-{self.count}"
         found: list = []
         sums: list[GroupSums] = []
-        look = self.stop.look
-        numbered = enumerate(self.problem.places)
+        began, numbered = time.perf_counter(), enumerate(self.problem.places)
+
+        def look(done=0, total=0):
+            self.stop.look()
+            self.watch(f"sweep {self.count}", len(found) + done, self.n_blocks if total else 0)
 
         def task(shared, block, state, **key):
             spec, at = shared
             return delayed(sweep_block)(self.fit, spec, block, state, at, **key)
 
         sent = [delayed(each, pure=False, traverse=False) for each in shared]  # once to each worker
-        with self._watched(name, look):
+        with nullcontext() if workers_of({}) else _Watched(self, name, look):  # there `computed` looks
             for band in self.bands:
                 look()
                 states = [next(before) for _ in band]
@@ -301,6 +308,7 @@ class GroupSweep:
                     [each[0] for each in both], [self.problem.named(*place) for _, place in places], look, again
                 )
                 found += [each[1] for each in both]
+        self.seconds = time.perf_counter() - began
         return found, GroupSums(*map(np.stack, zip(*sums, strict=True)))
 
     def _task(self, shared, block, state, **key):
@@ -324,14 +332,10 @@ class GroupSweep:
         order = [(j, k) for k in range(len(tasks[0])) for j in range(len(tasks))]
         most = 2 * room_here(None).n_threads
         for some in (order[k : k + most] for k in range(0, len(order), most)):
-            look()
+            look(0, 0)
             for (j, k), done in zip(some, dask.persist(*(tasks[j][k] for j, k in some)), strict=True):
                 tasks[j][k] = done
         return tasks
-
-    def _watched(self, name: str, look: Look):
-        """What is told of each block that is done; of those on workers the dashboard tells."""
-        return nullcontext() if self.watch is None or workers_of({}) else _Watched(self, name, look)
 
     def _condensed(self, sums: GroupSums, reduction: Reduction) -> Condensed:
         s, n_locals = len(self.spec.shared), len(self.spec.locals.free)
@@ -345,6 +349,11 @@ class GroupSweep:
         assert parts.shape[1] == segment_size(s)
         size = float(sums.weights[:, 1 if self.spec.locals.loss == "poisson" else 2].sum())
         return Condensed(matrix, float(cost), reduction, parts, None, size, float(sums.left.sum()))
+
+    @property
+    def n_failed(self) -> int:
+        """Groups that are left out, since they cannot be fitted."""
+        return 0 if self.base is None else self.problem.plan.n_pixels - int(self.accepted.n_groups.sum())
 
     @property
     def accepted(self) -> GroupSums:
@@ -396,6 +405,7 @@ class GroupSweep:
             how = values["reductions"], sums, arrays["reads"].tolist()
             self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
             self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
+            self.resumed = sum(each.reads for each in self.swept)
             self.kept = arrays["base"].tobytes(), int(values["kept"])
 
     def _save(self, key: bytes) -> None:
@@ -438,13 +448,11 @@ class _Watched(Callback):
     """Tells of each block that this process has done."""
 
     def __init__(self, sweep: GroupSweep, name: str, look: Look):
-        self.sweep, self.task, self.look, self.done, self.began = sweep, name, look, 0, time.perf_counter()
+        self.sweep, self.task, self.look, self.done = sweep, name, look, 0
         super().__init__(posttask=self._told)
 
     def _told(self, key, *_):
-        self.look()
-        if self.sweep.watch is None or not str(key).startswith(self.task):
-            return
-        self.done += 1
-        share, seconds = self.done / self.sweep.n_tasks, time.perf_counter() - self.began
-        self.sweep.watch(share, self.sweep.nbytes * share / seconds / 1e9, seconds * (1 / share - 1))
+        self.look(0, 0)
+        if str(key).startswith(self.task):
+            self.done += 1
+            self.sweep.watch(f"sweep {self.sweep.count}", self.done, self.sweep.n_tasks)

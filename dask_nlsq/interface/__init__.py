@@ -1,1 +1,1 @@
-"""Command line, progress, live page and xarray accessor."""
+"""Command line and xarray accessor."""

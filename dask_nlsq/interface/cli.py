@@ -114,10 +114,21 @@ def _failure(err, with_traceback=False) -> Failure:
 # ---------------------------------------------------------------------------------------------------------------------
 # options
 
-STORE = click.argument("store")
+STORE = click.argument("store", type=click.Path())
+
+
+def _ready(ctx, param, incomplete: str) -> list[str]:
+    """Ready models and sums that a word may be completed to."""
+    from ..model.ready import known
+
+    before, plus, last = incomplete.rpartition("+")
+    return [f"{before}{plus}{name}" for name in known() if name.startswith(last)]
+
+
 MODEL = click.option(
     "--model",
     required=True,
+    shell_complete=_ready,
     help="module:function, with the current directory on the path; or a ready model, or a sum: gaussian+line, "
     "lorentzian+polynomial:2.",
 )
@@ -125,6 +136,8 @@ X = click.option(
     "--x",
     multiple=True,
     required=True,
+    type=click.Path(),  # which shells complete
+    metavar="RANGE|PATH",
     help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
     "several axes, the k-th vector belongs to the k-th of them.",
 )
@@ -134,6 +147,9 @@ REPORT = click.option(
     "--report/--no-report",
     default=True,
     help="Whether --out has the report, which reads the data once. Without it one of an earlier fit is removed.",
+)
+PROGRESS = click.option(
+    "--progress/--no-progress", default=None, help="Whether there is a progress bar; by default in a terminal, after 2 s."
 )
 LOG = click.option("--log", type=PATH, help="File that gets one line per sweep.")
 
@@ -147,7 +163,8 @@ def _options(table):
         if row.option.kind is bool:
             yield click.option(f"--{'no-' * row.default}{flag}", name, is_flag=True, help=row.option.help)
         else:
-            kind = PATH if row.option.kind is Path else row.option.kind
+            words: Any = getattr(row.check, "words", None)
+            kind: Any = click.Choice(words) if words else PATH if row.option.kind is Path else row.option.kind
             yield click.option(f"--{flag}", name, type=kind, multiple=row.option.many, help=row.option.help)
 
 
@@ -210,8 +227,8 @@ def _sweep_log(path):
 # one fit
 
 
-@_command(*FIT, OUT, REPORT, LOG)
-def fit(scheduler, out, report, log, **given):
+@_command(*FIT, OUT, REPORT, PROGRESS, LOG)
+def fit(scheduler, out, report, progress, log, **given):
     """Fit a model to the Zarr array at STORE, a path or URL.
 
     \b
@@ -220,7 +237,7 @@ def fit(scheduler, out, report, log, **given):
     from ..fitting import curve_fit
     from ..fitting import fit as fit_by_workflow
 
-    call = _call(**given)
+    call = _call(**given) | dict(progress=progress)
     _solve(fit_by_workflow if "workflow" in call else curve_fit, call, scheduler, call.get("checkpoint"), out, report, log)
 
 
@@ -293,7 +310,7 @@ def _write(result, out, report):
     click.option("--x", multiple=True, help="Where the checkpoint does not keep it: a range of more than 8 million values."),
     click.option("--models", type=PATH, help="Directory whose modules the checkpoint may import."),
     click.option("--trust", is_flag=True, help="Import whatever module and open whatever URL the checkpoint names."),
-    *(*LIMIT, OUT, REPORT, LOG),
+    *(*LIMIT, OUT, REPORT, PROGRESS, LOG),
 )
 def resume(directory, model, x, models, trust, scheduler, out, report, log, **limits):
     """Go on with the fit that has its checkpoint in DIRECTORY; the result has the bits of one that was not interrupted.
@@ -325,8 +342,9 @@ def resume(directory, model, x, models, trust, scheduler, out, report, log, **li
     *(STORE, MODEL, X, *_options(MAPS), SCHEDULER),
     click.option("--out", type=PATH, required=True, help="Zarr group for the maps."),
     click.option("--resume", is_flag=True, help="Go on with what is in --out."),
+    PROGRESS,
 )
-def map_(scheduler, out, resume, axis, **given):
+def map_(scheduler, out, resume, progress, axis, **given):
     """Fit a model to each pixel of the map at STORE: all of its axes but --axis.
 
     Exits with 3 where no pixel converged.
@@ -340,14 +358,14 @@ def map_(scheduler, out, resume, axis, **given):
 
     call = _call(axis=axis or (MAPS["axis"].default,), **given)
     with _cluster(scheduler):
-        fit_map(**call).to_zarr(out, resume=resume)
+        fit_map(**call).to_zarr(out, resume, progress)
     click.echo(describe_map(out))
     if not StoredMap(out).success.any():
         raise Failure(f"no pixel converged; {out} says why in `status`", 3)
 
 
-@_command(STORE, MODEL, X, *_options(GROUPS), SCHEDULER, OUT, REPORT, LOG)
-def groups(scheduler, out, report, log, **given):
+@_command(STORE, MODEL, X, *_options(GROUPS), SCHEDULER, OUT, REPORT, PROGRESS, LOG)
+def groups(scheduler, out, report, progress, log, **given):
     """Fit a model with parameters that all data at STORE share, and --local ones of each group.
 
     \b
@@ -356,7 +374,7 @@ def groups(scheduler, out, report, log, **given):
     """
     from ..groups.fit import fit_groups
 
-    call = _call(**given)
+    call = _call(**given) | dict(progress=progress)
     _solve(fit_groups, call, scheduler, call.get("checkpoint"), out, report, log)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib.util import find_spec
@@ -16,26 +14,25 @@ from typing import Any
 
 import dask
 import numpy as np
-from tqdm.dask import TqdmCallback
 
 from ..base.disk import check_room, named_when_full
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.text import table
 from ..data.store import same_store
-from ..engine.cluster import computed
+from ..engine.cluster import computed, workers_of
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
-from ..memory.machine import active_client, large_arrays_given_back
+from ..memory.machine import large_arrays_given_back
 from ..model.function import function_name
 from ..model.params import Parameter, of_map
 from ..results.plots import maps
+from ..watch.progress import MapProgress
 from . import store
 from .blocks import MapProblem, Operand, threads_on_device
 from .plan import MapPlan
 from .store import attributes, inner
 
-PROGRESS_DELAY = 2.0  # seconds
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
 
@@ -111,16 +108,20 @@ class MapResult:
         """
         if not self.lazy:
             return self
-        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
+        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), self._told(progress, options) as told:
             delayed: Any = self._settled(options).record.to_delayed()
             record = np.empty(self.record.shape, self.record.dtype)
             for band in self.problem.bands:
                 places = [(index, place) for index, place in self.problem.places if _within(place, band)]
                 tasks = [delayed[index] for index, _ in places]
-                found = computed(tasks, [self.problem.named(*each) for each in places], **options)
+                names = [self.problem.named(*each) for each in places]
+                found = computed(tasks, names, told.look, told=lambda block: told(block["status"]), **options)
                 for (_, place), block in zip(places, found, strict=True):
                     record[place] = block
         return replace(self, record=record)
+
+    def _told(self, progress, options, n_before: int = 0, done_before: int = 0) -> MapProgress:
+        return MapProgress(self.problem, progress, workers_of(options), n_before, done_before)
 
     def _settled(self, options) -> MapResult:
         """The same with starts computed, where there are several bands, each of which would compute all of them."""
@@ -251,13 +252,14 @@ class MapResult:
             elif done is None:
                 store.create_done(path, self)
         done = store.read_done(path) if done is None else done
-        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), _bar(progress):
+        bar = self._told(progress, options, int(pixels[done].sum()), int(done.sum()))
+        with large_arrays_given_back(self.plan.read_bytes), threads_on_device(), bar as told:
             delayed: Any = None if done.all() else self._settled(options).record.to_delayed()
             for band in self.problem.bands:
                 places = [each for each in self.problem.places if not done[each[0]] and _within(each[1], band)]
                 write = dask.delayed(store.write_block, pure=False)
                 tasks = [write(delayed[index], str(path), index, place) for index, place in places]
-                computed(tasks, [self.problem.named(*each) for each in places], **options)
+                computed(tasks, [self.problem.named(*each) for each in places], told.look, told=told, **options)
         return zarr.open_group(path, mode="r")
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def _describe(array):
 ARGUMENTS = {  # of `fit_map`, by what an identity has of them
     "model": "f", "operations": "f", "guess": "p0", "start": "p0", "coarse": "p0", "lower": "bounds", "upper": "bounds",
     "parameters": "param_names", "free": "fixed", "fit_axes": "axis", "data": "ydata", "coordinates": "xdata",
-    "decoded": "decode_cf",
+    "decoded": "decode_cf", "derived": "expr",
 }  # fmt: skip
 
 
@@ -379,11 +381,3 @@ def by_name(identity) -> dict[str, Any]:
 
 def _within(place: tuple[slice, ...], band: slice) -> bool:
     return not place or band.start <= place[0].start < band.stop
-
-
-def _bar(progress):
-    """A progress bar over blocks; by default in a terminal or notebook, and not where Dask's dashboard shows it."""
-    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-    if not (progress or (progress is None and shown)) or active_client() is not None:
-        return nullcontext()
-    return TqdmCallback(desc="fit_map", unit=" tasks", delay=0 if progress else PROGRESS_DELAY)

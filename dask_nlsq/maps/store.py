@@ -103,14 +103,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def write_block(record, path, index, place) -> None:
-    """The task: write a block's maps, then that it is done."""
+def write_block(record, path, index, place) -> np.ndarray:
+    """The task: write a block's maps, then that it is done; the status of its pixels."""
     group: Any = zarr.open_group(path, mode="r+")
     with named_when_full(Path(path), record.nbytes):
         for name in record.dtype.names:
             # a chunk of the fill value is written as well, so that one that is absent has been lost
             group[name].with_config({"write_empty_chunks": True})[(*place, ...)] = record[name]
         group[DONE][index] = 1
+    return record["status"]
 
 
 def inner(name) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from distributed import Client
 from ..base.config import threads
 from ..base.text import GB, size, table
 from ..base.values import positive
-from .machine import NO_X64, active_client, available_memory, process_settings, workers_memory
+from .machine import NO_X64, available_memory, process_settings, workers_memory
 from .needs import WORKER_BYTES
 from .threshold import effective_fraction
 
@@ -90,10 +90,13 @@ def rooms_of_workers(client: Client, limit_gb: float | None) -> list[Room]:
 
 
 class Report:
-    """What `cluster_report` found: its text is the table. ``places`` are this process and the workers."""
+    """What `cluster_report` found: its text is the table. ``places`` are this process and the workers.
 
-    def __init__(self, places: tuple[ProcessMemory, ...]):
-        self.places = places
+    ``page`` is where the live page of fits is, if there is one.
+    """
+
+    def __init__(self, places: tuple[ProcessMemory, ...], page: str | None = None):
+        self.places, self.page = places, page
 
     @property
     def advice(self) -> list[str]:
@@ -106,26 +109,18 @@ class Report:
             (p.name, str(p.n_threads), size(p.now), size(p.limit), *(getattr(p, each) for each in VERSIONS), p.x64, pjrt(p))
             for p in self.places
         ]
-        return "\n".join([*table([names, *rows]), *(f"to do: {each}" for each in self.advice)])
+        page = [f"live page: {self.page}"] if self.page else []
+        return "\n".join([*table([names, *rows]), *(f"to do: {each}" for each in self.advice), *page])
 
 
-def cluster_report(client: Client | None = None) -> Report:
-    """The environment of this process and of the workers of ``client`` (by default the active one); prints as a table.
-
-    A fit on a cluster looks at the same and logs a warning (logger ``dask_nlsq``) for each line of its advice.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Where a worker lacks this package or one that it needs.
-    """
-    client = active_client(client)
+def processes_of(client: Client | None) -> tuple[ProcessMemory, ...]:
+    """This process and the workers of ``client``."""
     places = [ProcessMemory(HERE, 1, held=0, peak=0, limit=inf, **process_settings())]
     if client is not None:
         n_threads, found = ask_workers(client)
         limits = workers_memory(client) or {}
         places += [ProcessMemory(a, n_threads[a], held=0, peak=0, limit=limits.get(a, inf), **found[a]) for a in found]
-    return Report(tuple(places))
+    return tuple(places)
 
 
 def wanted_resources() -> dict[str, float]:

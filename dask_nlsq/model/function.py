@@ -11,6 +11,7 @@ import inspect
 import pickle
 import sys
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -29,6 +30,7 @@ from ..base.modules import is_installed
 from .ties import Ties
 
 HOISTED_FROM = 2**20  # bytes of a model, from which arrays that it closes over are arguments of what is compiled
+SLOW, EVERY = 3.0, 1.0  # seconds: how long a function compiles until that is told, and between two times that it is
 REGISTRY_SIZE = 64  # models kept per process; a session has a few, a test run hundreds
 _registry: OrderedDict[str, "Model"] = OrderedDict()
 _lock = threading.Lock()
@@ -47,6 +49,7 @@ class Model:
         self.compiled: dict[Hashable, Callable] = {}
         self.constants: dict[tuple, jax.Array] = {}  # large arrays that it closes over, where kernels compute
         self.choices: dict[Hashable, Any] = {}  # found out once: the faster of two ways, that a check has passed
+        self.watches: list[Callable[[float], None]] = []  # told for how long a function compiles, if that is long
 
     @property
     def nbytes(self) -> int:
@@ -70,7 +73,43 @@ class Model:
 
     def jit(self, function: Callable) -> Callable:
         """``function``, which evaluates this model, compiled."""
-        return jax.jit(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
+        compiled = jax.jit(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
+        return _FirstSlow(self, compiled)
+
+    @contextmanager
+    def watched(self, told: Callable[[float], None]):
+        """Within, ``told`` is called every second while a function of this model compiles slowly; by another thread."""
+        self.watches.append(told)
+        try:
+            yield
+        finally:
+            self.watches.remove(told)
+
+
+class _FirstSlow:
+    """A compiled function, whose first call compiles it."""
+
+    def __init__(self, model: Model, run: Callable):
+        self.model, self.run, self.called = model, run, False
+
+    def __call__(self, *args):
+        if self.called:
+            return self.run(*args)
+        ended = threading.Event()
+        threading.Thread(target=self._tell, args=(time.perf_counter(), ended), name="nlsq-compiles", daemon=True).start()
+        try:
+            found = self.run(*args)
+        finally:
+            ended.set()
+        self.called = True
+        return found
+
+    def _tell(self, began: float, ended: threading.Event) -> None:
+        wait = SLOW
+        while not ended.wait(wait):
+            for told in [*self.model.watches]:
+                told(time.perf_counter() - began)
+            wait = EVERY
 
 
 class _Hoisted:

@@ -25,11 +25,10 @@ import numpy as np
 
 from ..base.text import near, numbered
 from ..base.x64 import float64
+from .faddeeva import faddeeva_real
 from .function import Model, function_name, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
-SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
-SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors of the rule [1]_
 POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
 RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
 MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
@@ -277,6 +276,11 @@ def named(text: str) -> ReadyModel:
     return reduce(add, map(_one, text.split("+")))
 
 
+def known() -> list[str]:
+    """Names of all ready models."""
+    return [name for name, each in globals().items() if isinstance(each, ReadyModel)]
+
+
 def _one(text):
     text = text.strip()
     if text.endswith(f"({POSITIVE_ONLY})"):
@@ -285,12 +289,11 @@ def _one(text):
         return found
     if degree := re.fullmatch(r"polynomial[(:]?(\d+)\)?", text):
         return polynomial(int(degree[1]))
-    known = [name for name, each in globals().items() if isinstance(each, ReadyModel)]
-    hint = near(text, known, "")
+    hint = near(text, known(), "")
     hint += " " * bool(hint)
     if "." in text:  # as Python would have it
         hint = f"a function of your own is {':'.join(text.rsplit('.', 1))!r}. "
-    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known)} and polynomial:DEGREE")
+    raise ValueError(f"there is no ready model {text!r}: {hint}There are {', '.join(known())} and polynomial:DEGREE")
 
 
 def __getattr__(name):  # of what has been kept: sums have no other name to be imported by
@@ -580,33 +583,3 @@ def _stretched(x, rate, exponent, factor):
     power = exponent * jnp.log(jnp.where(inside, product, 1.0))
     value = jnp.exp(-factor * jnp.exp(jnp.where(power < STEEPEST, power, STEEPEST)))
     return jnp.where(inside, value, jnp.where(product == 0, 1.0, jnp.nan))
-
-
-def faddeeva_real(x, y):
-    """Re w(x + i y) for y >= 0, w(z) = exp(-z^2) erfc(-i z), by the trapezoidal rule of [1]_; relative error 1e-13.
-
-    ``w(z) = (2 i h z / pi) sum_k exp(-t_k^2) / (z^2 - t_k^2) + residue``, ``t_k = (k + 1/2) h``, or ``k h`` where z is near
-    a node; then the first term counts half. The real part of each term is positive, so no digits are lost. The residue
-    ``2 exp(-z^2) / (1 +- exp(-2 pi i z / h))`` is that of the pole that the path of integration has passed.
-
-    References
-    ----------
-    .. [1] M. Al Azah, S. N. Chandler-Wilde, "Computation of the Complex Error Function Using Modified Trapezoidal Rules",
-       SIAM J. Numer. Anal. 59 (2021) 2346-2367.
-    """
-    x, h = jnp.abs(x), SPACING
-    place = x / h - jnp.floor(x / h)
-    on_nodes = (y < x) & (place >= 0.25) & (place <= 0.75)
-    total = 0.0
-    for k in range(SQUARES):
-        square = ((k + jnp.where(on_nodes, 0.0, 0.5)) * h) ** 2
-        weight = jnp.exp(-square) * (jnp.where(on_nodes, 0.5, 1.0) if k == 0 else 1.0)
-        total += weight * (x**2 + y**2 + square) / ((x**2 - y**2 - square) ** 2 + 4 * x**2 * y**2)
-    passed = y < jnp.maximum(x, pi / h)
-    y_near = jnp.where(passed, y, 0.0)  # exp(y^2) is infinite far away
-    sign = jnp.where(on_nodes, -1.0, 1.0)
-    shrink, angle = jnp.exp(-2 * pi * y_near / h), 2 * pi * x / h
-    real = (jnp.cos(angle) + sign * shrink) * jnp.cos(2 * x * y_near) + jnp.sin(angle) * jnp.sin(2 * x * y_near)
-    residue = 2 * sign * jnp.exp(y_near**2 - x**2) * shrink * real
-    residue = residue / (1 + 2 * sign * shrink * jnp.cos(angle) + shrink**2)
-    return 2 * h / pi * y * total + jnp.where(passed, residue, 0.0)

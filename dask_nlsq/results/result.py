@@ -57,9 +57,9 @@ class FitResult:
         ``0.5 * sum rho(((f(x) - y) / sigma)^2)`` at popt.
     n_points, n_masked, n_omitted : int
         Points that were used, that the mask left out, that ``nan_policy="omit"`` left out.
-    nfev, sweeps : int
-        Evaluations of the cost by the solver, and reads of all data (they differ where the solver had to go from "gram"
-        to "qr" at the end).
+    nfev, sweeps, resumed : int
+        Evaluations of the cost by the solver, reads of all data (more where the solver goes from "gram" to "qr" at the end),
+        and those among them that an earlier process did, whose checkpoint the fit went on from.
     status, message, success
         Why the solver stopped, as in `scipy.optimize.least_squares`; 5: no further reduction within rounding; 11: no step
         lowers the cost although the optimum is far; 12: the model does not depend on a parameter. Success is 1 to 5.
@@ -116,6 +116,7 @@ class FitResult:
     n_omitted: int
     nfev: int
     sweeps: int
+    resumed: int
     status: int
     message: str
     optimality: float
@@ -462,6 +463,7 @@ class FitResult:
             "n_omitted",
             "nfev",
             "sweeps",
+            "resumed",
             "optimality",
             "distance",
         )
@@ -495,10 +497,12 @@ class FitResult:
         points = f"{self.n_points:,} points"
         points += f", {self.n_masked:,} masked" if self.n_masked else ""
         points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
+        resumed = f", resumed after {self.resumed:,}," if self.resumed else ""
         lines = [
             f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
             f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}{self._nearness()}",
-            f"{several(self.sweeps, 'sweep')} in {self.seconds['solve']:.2f} s, begun after {self.seconds['load']:.2f} s;"
+            f"{several(self.sweeps, 'sweep')}{resumed} in {self.seconds['solve']:.2f} s, "
+            f"begun after {self.seconds['load']:.2f} s;"
             f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
         ]
         if self.damage:

@@ -43,14 +43,14 @@ from ..solve.trust_region import Record
 from .named_model import NamedModel
 from .statistics import Groups, Totals
 
-FORMAT, VERSION, RESULT = "result of dask_nlsq", 5, "result.json"
+FORMAT, VERSION, RESULT = "result of dask_nlsq", 6, "result.json"
 BESIDE = {  # it, by what names them: its larger arrays; the maps of groups, which `groups.result` writes
     "arrays": re.compile(r"arrays-[0-9a-f]{32}\.npz"),
     "maps": re.compile(r"local(-[0-9a-f]{32})?\.zarr"),
 }
 INLINE = 64  # elements of an array up to which it is written into the JSON, where people can read it
-FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps status message optimality distance plan reduction
-    jac_mode history seconds starts sample damage n_filled fixed tied derived spread bounds noise
+FIT = """popt pcov param_names cost n_points n_masked n_omitted nfev sweeps resumed status message optimality distance plan
+    reduction jac_mode history seconds starts sample damage n_filled fixed tied derived spread bounds noise
     totals parts factor model loss f_scale preparation origins groups"""
 
 

@@ -187,8 +187,7 @@ def fit_again(first: Solution, evaluator: Evaluator, p0: np.ndarray, options: Op
     last = first.history[-1]
 
     def later(record: Record) -> Record:
-        iteration, nfev = record.iteration + last.iteration + 1, record.nfev + first.nfev
-        return record._replace(iteration=iteration, nfev=nfev, seconds=record.seconds + last.seconds)
+        return record._replace(iteration=record.iteration + last.iteration + 1, nfev=record.nfev + first.nfev)
 
     observe = options.callback
     callback = None if observe is None else lambda record: observe(later(record))

@@ -68,7 +68,7 @@ class Record(NamedTuple):
     optimality: float  # norm of the scaled gradient at the point where the loop now stands
     accepted: bool
     params: np.ndarray  # where the loop now stands, (p,)
-    seconds: float  # since the start
+    seconds: float  # since the start of the fit, once the data were there
     reduction: Reduction  # at the point where the loop now stands
     read: Read | None = None  # what the trial step has read, where the data are not held
     distance: float = np.nan  # standard errors to the optimum of the quadratic model, from where the loop now stands
@@ -100,6 +100,7 @@ class Options:
     accuracy: float = np.inf  # standard errors from the optimum at which a fit has converged; inf: SciPy's tests alone
     noise: Literal["known", "cost", "pearson"] = "cost"  # what the variance of the residuals is taken from
     names: tuple[str, ...] = ()  # of the parameters, for messages
+    began: float | None = None  # by `time.perf_counter`: what a record's seconds count from; None: from `solve` on
 
     @property
     def solver(self) -> Literal["exact", "cg"]:
@@ -162,7 +163,7 @@ def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:
 
     So several loops can share the reads of the data; see `together`.
     """
-    started = time.perf_counter()
+    started = time.perf_counter() if options.began is None else options.began
     params = rules.off_the_bounds(np, np.asarray(p0, dtype=np.float64), options.lower, options.upper, OFF_BOUND)
     equations = yield params, "qr" if options.reduction == "qr" else "gram"
     if not equations.finite:

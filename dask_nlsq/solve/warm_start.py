@@ -80,6 +80,7 @@ def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.
     sample = evaluator.sweep.points(drawn.n_points)
     coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
     own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
+    evaluator.watch("fit of the sample", 0, 0)
     try:
         small = sample_evaluator(evaluator, sample)
         with small.sweep:
