@@ -426,11 +426,16 @@ def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
     with opened(page.as_uri(), tmp_path / "profile") as browser:
         wait(lambda: "pixel" in (browser.value(f"{TEXT}?.text") or ""), "the page shows no pixel")
         for row, column in ((2, 5), (8, 0)):
-            x, y = browser.value(SHOWN % (COLUMN[column] + 0.4, ROW[row] - 0.1))
-            for kind in ("mousePressed", "mouseReleased"):
-                browser.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
             where = f"pixel ({row}, {column})</b> at row {ROW[row]:g} µm, column {COLUMN[column]:g} µm: <b>"
-            wait(lambda where=where: where in browser.value(f"{TEXT}.text"), "the click shows no other pixel", 10)
+
+            def clicked(at=(COLUMN[column] + 0.4, ROW[row] - 0.1), where=where):
+                """Where the page has put the pixel by now."""
+                x, y = browser.value(SHOWN % at)
+                for kind in ("mousePressed", "mouseReleased"):
+                    browser.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+                return where in browser.value(f"{TEXT}.text")
+
+            wait(clicked, "the click shows no other pixel")
             for name, values in (("y", Y[row, column]), ("model", values_at(X, *named.popt[row, column]))):
                 np.testing.assert_allclose(browser.value(f"Array.from({CURVE}.data.{name})"), values, rtol=1e-6)
             shown = named.spectrum(row, column).params["center"].row()

@@ -27,6 +27,7 @@ PER_ROW, PANEL = 4, 3.2  # panels beside each other; the width of one in inches
 MOST_SMALL = 8  # parameters that a notebook shows in small
 BINS = 60  # of a histogram
 LONGEST = 26  # characters in a line of a title
+SLIM = 2.5  # ratio of the sides of a map from which they are drawn as if they were alike
 EVEN = 1e-3  # of a step, by which the steps of an even axis may differ
 COLOURS = {  # of each status
     MapStatus.GTOL: "#1b7f5c", MapStatus.FTOL: "#2a9d78", MapStatus.XTOL: "#57b894", MapStatus.FTOL_XTOL: "#86cfb1",
@@ -238,7 +239,7 @@ def panels(figure, n: int, along, width: float = PANEL):
     """Axes for n maps in a figure, which gets the size that they need."""
     columns, ratio = min(n, PER_ROW), shape(along)
     rows, beside = -(-n // columns), 0.45 * width  # of labels and colours
-    height = 0.8 * width if ratio is None else (width - beside) * min(max(ratio, 0.4), 1.8) + 0.75
+    height = 0.8 * width if ratio is None else (width - beside) * ratio + 0.75
     figure.set_size_inches(columns * width, rows * height)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[n:]:
@@ -252,7 +253,7 @@ def shape(along) -> float | None:
         return None
     (bottom, top), (left, right) = (each.edges for each in along)
     ratio = abs(top - bottom) / abs(right - left)
-    return ratio if 0.25 <= ratio <= 4 else None
+    return ratio if 1 / SLIM <= ratio <= SLIM else None
 
 
 def _mesh(ax, along, values, **options):

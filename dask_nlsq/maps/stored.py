@@ -24,7 +24,7 @@ SAME = ("loss", "jac_mode", "absolute_sigma", "full_covariance", "nan_policy", "
 
 
 class StoredMap(Maps):
-    """Maps in a store; arrays by the names of those of a `MapResult`, read when they are used.
+    """Maps in a store; arrays by the names of those of a `MapResult`, read when they are used, and kept once all are done.
 
     Raises
     ------
@@ -34,6 +34,7 @@ class StoredMap(Maps):
 
     def __init__(self, path: Path, trust: Trust = False):
         self.path, self.about, self._trust = path, read_about(path), trust
+        self._kept: dict[str, Any] = {}
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names = tuple(self.about["parameters"])
@@ -46,6 +47,8 @@ class StoredMap(Maps):
 
     def field(self, name: str):
         """An array by its name; an AttributeError where there is none."""
+        if name in self._kept:
+            return self._kept[name]
         if name not in self._group:
             hint = f"it has {sorted(self._group.array_keys())}"
             hint = "with_data(xdata, ydata) gives the data back, which it needs" if name in WITH_DATA else hint
@@ -54,7 +57,10 @@ class StoredMap(Maps):
         with well_formed(self.path / name, self.path):
             if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks):
                 raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
-            return array[...]
+            values = array[...]
+        if read_done(self.path).all():
+            self._kept[name] = values
+        return values
 
     def _n_chunks(self, chunks: tuple[int, ...]) -> int:
         """Of the blocks that are done."""

@@ -227,7 +227,7 @@ def _even(axis: Axis) -> Axis:
 
 def _panel(found, name: str, axes, every, chosen):
     """A map, and the line in it that marks the chosen pixel of a map with one axis."""
-    from bokeh.models import HoverTool, Span
+    from bokeh.models import FixedTicker, HoverTool, Span
     from bokeh.plotting import figure
 
     values, errors = found.values_of(name)
@@ -242,6 +242,9 @@ def _panel(found, name: str, axes, every, chosen):
         plot.add_layout(line)
         x, y = axes[0].values[:: every[0]], np.where(np.isfinite(values), values, np.nan)[:: every[0]].astype(float)
         plot.scatter(x, y, color=DATA, size=4)
+        if name == "status":
+            plot.yaxis.ticker = FixedTicker(ticks=(codes := np.unique(values)))
+            plot.yaxis.major_label_overrides = {code: status_name(code) for code in codes.tolist()}
         if errors is not None:
             error = errors[:: every[0]]
             plot.segment(x, y - error, x, y + error, color=DATA)
