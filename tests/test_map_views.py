@@ -274,10 +274,16 @@ def test_predictions_elsewhere_have_the_axes_of_the_map_and_then_of_x(named):
     np.testing.assert_array_equal(named.residuals().energy, X)
 
 
+TIMES = np.linspace(0, 3, 20)
+COUNTS = np.random.default_rng(3).poisson(np.array([[3.0], [50.0]]) * np.exp(-TIMES)).astype(float)
+
+
+def counting():
+    return fit_map(lambda t, a: a * jnp.exp(-t), TIMES, COUNTS, [10.0], loss="poisson", bounds={"a": (0, None)})
+
+
 def test_residuals_of_counts_are_those_of_the_deviance():
-    t = np.linspace(0, 3, 20)
-    counts = np.random.default_rng(3).poisson(np.array([[3.0], [50.0]]) * np.exp(-t)).astype(float)
-    found = fit_map(lambda t, a: a * jnp.exp(-t), t, counts, [10.0], loss="poisson").compute()
+    found = counting().compute()
     np.testing.assert_allclose((np.asarray(found.residuals()) ** 2).sum(axis=-1), found.chi2, rtol=1e-9)
 
 
@@ -346,11 +352,11 @@ def test_another_model_or_other_data_are_refused(kept, tmp_path):
 
 
 def test_a_model_that_has_no_name_has_to_be_given(tmp_path):
-    fits = fit_map(lambda x, a: a * jnp.exp(-x), X, Y[0], [1.0], bounds={"a": (0, None)})
-    fits.to_zarr(tmp_path / "m")
+    counting().to_zarr(tmp_path / "m")
     with pytest.raises(ValueError, match=r"no name to import it by: give it as f="):
-        load(tmp_path / "m").with_data(X, Y[0])
-    same_bits(load(tmp_path / "m").with_data(X, Y[0], f=lambda x, a: a * jnp.exp(-x)), fits.compute())
+        load(tmp_path / "m").with_data(TIMES, COUNTS)
+    found = load(tmp_path / "m").with_data(TIMES, COUNTS, f=lambda t, a: a * jnp.exp(-t))  # bounds and loss are in the store
+    same_bits(found, load(tmp_path / "m"))
 
 
 def test_a_map_that_is_not_done_takes_no_data(kept, tmp_path):

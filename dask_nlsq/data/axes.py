@@ -25,7 +25,7 @@ class Axes(NamedTuple):
 
 
 def axes_named(array: Any) -> Axes | None:
-    """Of an xarray, Zarr or h5py array; None where the axes have no names."""
+    """Of an xarray, Zarr or h5py array; None where the axes have no names, or twice the same one."""
     if labelled(array):
         known: dict[str, Any] = {name: (c.dims, c.data, dict(c.attrs)) for name, c in array.coords.items()}
         return Axes(tuple(map(str, array.dims)), known, dict(array.attrs), str(array.name or ""))
@@ -41,6 +41,8 @@ def axes_named(array: Any) -> Axes | None:
     if names is None or not any(names):
         return None
     dims = tuple(name or f"axis_{k}" for k, name in enumerate(names))
+    if len({*dims}) < len(dims):
+        return None
     coords: dict[str, Any] = {}
     for dim, n in zip(dims, array.shape, strict=True):
         other: Any = group[dim] if group is not None and dim in group else None

@@ -271,7 +271,7 @@ class FittedMaps(Maps):
         return self._named(*self.points("residual"))
 
     def predict(self, x=None):
-        """``f(x, *popt)`` of each pixel, lazy: at ``x``, as in the fit, of shape (*map, *x.shape); None: at the x of y."""
+        """``f(x, *popt)`` of each pixel, lazy: at ``x``, along the last axes; None: at the points of the data."""
         return self._named(*self.points("model")) if x is None else at_x(self, x)
 
     def _named(self, values):

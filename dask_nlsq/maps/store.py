@@ -202,7 +202,9 @@ def read_about(path: Path) -> dict[str, Any]:
         _check(path, metadata)
     check_version(path, about.get("version"), VERSION)
     kinds = dict(limits=dict, operands=dict, stores=dict, blocks=list, parameters=list, model=str)
-    if any(not isinstance(about.get(name), kind) for name, kind in kinds.items()):
+    if any(not isinstance(about.get(name), kind) for name, kind in kinds.items()) or not isinstance(
+        about.get("call", {}), dict
+    ):
         raise DamagedFileError(path / METADATA, "it does not describe a map", path)
     return about
 

@@ -144,6 +144,8 @@ class StoredMap(Maps):
         name = self.about.get("call", {}).get("model")
         if name is None:
             raise ValueError(f"{self.path}: the model {self.about['model']} has no name to import it by: {way_out}")
+        if not (isinstance(name, list) and [*map(type, name)] == [str, str]):
+            raise DamagedFileError(self.path / METADATA, "it does not name its model", self.path)
         try:
             return import_by(name, self._trust)
         except UntrustedError as err:

@@ -267,7 +267,7 @@ def _panel(found, name: str, axes, every, chosen):
     plot.scatter("x", "y", source=chosen, marker="square", size=10, fill_color=None, line_color="white", line_width=4)
     plot.scatter("x", "y", source=chosen, marker="square", size=10, fill_color=None, line_color="#cc0000", line_width=2)
     if name != "status":
-        plot.add_tools(HoverTool(renderers=[drawn], tooltips=[(x.label, "$x"), (y.label, "$y"), (name, "@image")]))
+        plot.add_tools(HoverTool(renderers=[drawn], tooltips=[("value", "@image")]))
     return plot, None
 
 
