@@ -20,7 +20,7 @@ import xarray as xr
 import zarr
 
 from dask_nlsq import DamagedFileError, GroupResult, curve_fit, fit_groups, fit_map, load, resume
-from dask_nlsq.maps.store import StoredMap
+from dask_nlsq.maps.stored import StoredMap
 from tests.checkpointed import decay
 
 FLIPS = 500

@@ -24,10 +24,10 @@ KNOWS = {  # library -> folders, or single modules
         "groups", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "watch", "interface"},
-    "zarr": {"base.lazy", "data.store", "maps.result", "maps.store", "interface", "demo"},
-    "bokeh": {"watch.live_page"},
-    "matplotlib": {"results.plots", "results.report", "demo"},
-    "xarray": {"data.labels", "results.result", "maps.result", "maps.store", "interface.accessor"},
+    "zarr": {"base.lazy", "data.axes", "data.store", "maps.result", "maps.store", "maps.stored", "interface", "demo"},
+    "bokeh": {"watch.live_page", "maps.viewer"},
+    "matplotlib": {"results.plots", "results.report", "maps.pictures", "maps.report", "demo"},
+    "xarray": {"data.labels", "results.result", "maps.result", "maps.store", "maps.stored", "interface.accessor"},
     "click": {"interface.cli"},
 }  # fmt: skip
 LAZY = {"da": "dask", "zarr": "zarr"}  # names of base.lazy -> the library that they load

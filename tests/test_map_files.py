@@ -13,7 +13,8 @@ import zarr
 
 import dask_nlsq
 from dask_nlsq import DamagedFileError
-from dask_nlsq.maps.store import METADATA, StoredMap, seal
+from dask_nlsq.maps.store import METADATA, seal
+from dask_nlsq.maps.stored import StoredMap
 from tests.damage import lines_of, of_map
 
 

@@ -377,7 +377,7 @@ def test_maps_of_chosen_parameters_are_drawn():
         values = np.where(found.success, found.popt[..., k], np.nan)
         np.testing.assert_array_equal(ax.images[0].get_array().filled(np.nan), values)
     assert [ax.get_title() for ax in axes] == ["width", "area"]
-    with pytest.raises(ValueError, match="no parameter height; there are area, center, width, offset"):
+    with pytest.raises(ValueError, match="no map of 'height'; there are area, center, width, offset, chi2"):
         plots.maps(found, ["height"])
 
 

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from dask_nlsq import curve_fit, fit_groups, fit_map, load, models, resume
 from dask_nlsq.interface.cli import nlsq
-from dask_nlsq.maps.store import StoredMap
+from dask_nlsq.maps.stored import StoredMap
 from dask_nlsq.model.ties import LONGEST, Ties
 
 

@@ -28,8 +28,9 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapSpec, MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
-from ..maps.result import MapResult
-from ..maps.store import StoredMap, remove
+from ..maps.result import FittedMaps
+from ..maps.store import is_map, remove
+from ..maps.stored import StoredMap
 from ..model.params import Params
 from ..results import result as results
 from ..results import schema
@@ -50,19 +51,10 @@ NO_CURVE = (
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class LocalMap(MapResult):
+class LocalMap(FittedMaps):
     """The map of a `GroupResult`: its records come from the fit of all groups together, not from fits of each."""
 
     shared: dict[str, Any] = field(default_factory=dict)  # values of the shared parameters, and their covariance
-
-    def _settled(self, options) -> LocalMap:
-        return self
-
-    def _of(self, problem: MapProblem) -> LocalMap:
-        raise ValueError("the groups lie in other blocks than when this map was begun: write it to another path")
-
-    def refit_failed(self, p0=None) -> MapResult:
-        raise ValueError("groups are not fitted one by one: call fit_groups again, with other starts of the locals in p0")
 
     @property
     def provenance(self):
@@ -120,11 +112,11 @@ class GroupResult:
     shared : FitResult
         Of the shared parameters that were fitted, with statistics of the whole fit; its attributes are those of this
         result, too: ``result.cost``, ``result.perr``.
-    local : MapResult
+    local : LocalMap
         All parameters of each group, lazy, with ``perr`` of the locals that includes the uncertainty of the shared ones, and
-        is 0 at a bound, where they count as held;
-        ``status`` of groups that were left out says why. Of a fit on workers: use it before the Client is closed. Of a
-        result that was loaded: the arrays of the map, without more.
+        is 0 at a bound, where they count as held; ``status`` of groups that were left out says why. Its methods are those
+        of a `MapResult` but ``refit_failed``. Of a fit on workers: use it before the Client is closed. Of a result that was
+        loaded: a `StoredMap`.
     """
 
     shared: SharedResult
@@ -163,8 +155,15 @@ class GroupResult:
     def __repr__(self) -> str:
         return f"<GroupResult>\n{self.summary()}"
 
+    def __dir__(self):
+        return sorted({*super().__dir__(), *dir(self.shared)})
+
     def _repr_html_(self) -> str:
-        return self.shared.to_html()
+        return f"{self.shared.to_html()}{self.local.to_html()}"
+
+    def sel(self, **indexers):
+        """A part of the maps of all groups, by labels, as `MapResult.sel`."""
+        return self.local.sel(**indexers)
 
     def save(self, path: str | Path) -> None:
         """Keep the result, without the data, as a directory of JSON, arrays and maps; `dask_nlsq.load` gives it back.
@@ -193,14 +192,16 @@ class GroupResult:
         return report(self.shared, path, **options)
 
 
-def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult:
+def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult | StoredMap:
     """The result that was saved at ``path``: all but the data, so that residuals need a new fit.
 
-    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same.
+    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same. Of maps
+    that `MapResult.to_zarr` has written ``with_data`` does so.
 
     Parameters
     ----------
     path : path
+        Of a result, or of maps.
     trust : bool or path
         Whose modules may be imported then: of installed packages alone, and those that are imported already; True: all of
         them; a directory: those in it as well.
@@ -210,6 +211,8 @@ def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult:
     ValueError
         Where there is no result, one of another version, or a file that is not as it was written.
     """
+    if is_map(Path(path)):
+        return StoredMap(Path(path), trust)
     found, maps = results.load(Path(path), trust)
     if found["groups"] is None:
         return FitResult(**{name: value for name, value in found.items() if name != "groups"})

@@ -353,7 +353,7 @@ def map_(scheduler, out, resume, progress, axis, **given):
     dask nlsq map scan.zarr/counts --model gaussian+line --x 9:11:0.01 --out maps.zarr --resume
     """
     from ..maps.fit import fit_map
-    from ..maps.store import StoredMap
+    from ..maps.stored import StoredMap
     from .describe import describe_map
 
     call = _call(axis=axis or (MAPS["axis"].default,), **given)

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from ..engine.checkpoint import FIT_FILE, read_fit, read_state
-from ..maps.result import status_counts
-from ..maps.store import NoMapError, StoredMap, read_done
+from ..maps.store import NoMapError, read_done
+from ..maps.stored import StoredMap
+from ..maps.views import status_counts
 from ..results.schema import RESULT
 
 

@@ -9,9 +9,12 @@ from jax import lax
 from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import MODEL_FLOOR, poisson_terms
 from .blocks import KernelSpec, Tile
+from .lane_loop import Pixels, prepare
+from .lanes import MapSpec, as_x, group_size
 from .rows import counts_of, residual_of
 
 What = Literal["residual", "model", "band"]  # that `value_kernel` computes
+PixelWhat = Literal["data", "model", "residual"]  # that `pixels_kernel` computes
 VALUES_LEAD = {"residual": (), "model": (), "band": (2,)}  # axes before that of the points
 
 
@@ -35,6 +38,38 @@ def values_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "mod
     return model.get(("values", spec, what), build)
 
 
+def pixels_kernel(model: Model, spec: MapSpec, what: PixelWhat):
+    """Compiled ``pixels -> (pixels, n)``, with parameters as their starts: NaN where data or residuals do not count.
+
+    Residuals as those of `value_kernel`.
+    """
+
+    def build(pixels: Pixels):
+        data = prepare(spec, pixels)
+
+        def one(k):
+            y, weight, x = data.y[k], data.weight[k], tuple(c[k] if len(c) > 1 else c[0] for c in data.x)
+            if what == "data":
+                return jnp.where(weight > 0, y, jnp.nan)
+            params = tuple(data.start[k if len(data.start) > 1 else 0])
+            value = jnp.broadcast_to(evaluate(model, as_x(spec, x), params), y.shape)
+            if what == "model":
+                return value
+            residual = (value - y) * weight
+            if spec.loss == "poisson":
+                residual = _of_deviance(residual, y)
+            return jnp.where(weight > 0, residual, jnp.nan)
+
+        return lax.map(one, jnp.arange(len(data.y)), batch_size=group_size(data.y.shape[1], data.start.shape[1]))
+
+    return model.get(("pixels", spec, what), lambda: model.jit(build))
+
+
+def _of_deviance(r, y):
+    """Residuals of the deviance: half of their squares add up to the cost; r = f - y."""
+    return jnp.sign(r) * jnp.sqrt(2 * jnp.maximum(poisson_terms(r, y)[1], 0.0))
+
+
 def _build_values(model, spec, what):
     def values(params, f_scale, block, *spread):
         capacity = block.buffers[0].shape[0]
@@ -53,8 +88,7 @@ def _build_values(model, spec, what):
                 every = jnp.ones(tile, bool)
                 piece = residual_of(model, spec, params, block, first, every)
                 if spec.loss == "poisson":
-                    _, half_deviance, _ = poisson_terms(piece, counts_of(spec, block, first, every))
-                    piece = jnp.sign(piece) * jnp.sqrt(2 * jnp.maximum(half_deviance, 0.0))
+                    piece = _of_deviance(piece, counts_of(spec, block, first, every))
                 if (hidden := operands.hidden()) is not None:
                     piece = jnp.where(hidden, jnp.nan, piece)
             return lax.dynamic_update_slice(out, piece, (*(0 for _ in lead), first))

@@ -310,8 +310,11 @@ class MapProblem:
         parts = [self.band(band) for band in self.bands]
         return parts[0] if len(parts) == 1 else da.concatenate(parts)
 
-    def band(self, rows: slice, task: Callable | None = None) -> da.Array:
-        """Records of some rows of the map, which end where blocks do; or what another ``task`` makes of their arrays."""
+    def band(self, rows: slice, task: Callable | None = None, points: bool = False) -> da.Array:
+        """Records of some rows of the map, which end where blocks do; or what another ``task`` makes of their arrays.
+
+        With ``points`` that is numbers with y's axes.
+        """
         axes = self.map_axes
         arguments: list[Any] = []
         for operand in (Operand(self.y), *self.operands.values()):
@@ -320,8 +323,8 @@ class MapProblem:
         ends = np.cumsum(first)
         inside = tuple(n for n, end in zip(first, ends, strict=True) if rows.start < end <= rows.stop)
         place = ArraySliceDep((inside, *others) if axes else ())
-        dtype = self.fit.dtype if task is None else np.dtype(object)
-        out = tuple(range(self.y.ndim)) if self.in_pieces else axes
+        dtype = self.fit.dtype if task is None else np.dtype(float if points else object)
+        out = tuple(range(self.y.ndim)) if self.in_pieces or points else axes
         return da.blockwise(
             task or self.fit,
             out,

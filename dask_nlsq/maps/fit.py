@@ -13,6 +13,7 @@ import numpy as np
 from dask.graph_manipulation import clone
 
 from ..base.lazy import da
+from ..data.axes import axes_named, titled
 from ..data.labels import along_dims, labelled, map_values, warn_if_packed
 from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
@@ -146,15 +147,37 @@ def align_map(f: Callable, xdata: Any, ydata: Any, call) -> tuple[MapProblem, di
     """`build_map`, of xarray data too: with the labels that its result gets."""
     if call.decode_cf:
         warn_if_packed(ydata)
-    if not labelled(ydata):
-        return build_map(f, xdata, ydata, call), {}
-    fitted = [ydata.dims[k] for k in axes_of(call.axis, ydata.dims, ydata.ndim)]
-    call.p0, call.bounds, call.fixed = map_values(call.p0, call.bounds, call.fixed, ydata, fitted)
-    call.sigma, call.mask = along_dims("sigma", call.sigma, ydata), along_dims("mask", call.mask, ydata)
+    if labelled(ydata):
+        fitted = [ydata.dims[k] for k in axes_of(call.axis, ydata.dims, ydata.ndim)]
+        call.p0, call.bounds, call.fixed = map_values(call.p0, call.bounds, call.fixed, ydata, fitted)
+        call.sigma, call.mask = along_dims("sigma", call.sigma, ydata), along_dims("mask", call.mask, ydata)
     problem = build_map(f, xdata, ydata, call)
-    dims = tuple(str(ydata.dims[k]) for k in problem.map_axes)
-    kept = {k: (c.dims, c.data, dict(c.attrs)) for k, c in ydata.coords.items() if set(c.dims) <= set(dims)}
-    return problem, dict(dims=dims, coords=kept, attrs=dict(ydata.attrs))
+    return problem, map_labels(ydata, problem)
+
+
+def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
+    """What is known of the axes of y; nothing where they have no names.
+
+    ``dims``, ``coords`` and ``attrs`` of the map, as xarray takes them; ``all_dims`` of y, and ``along``, the coordinates
+    that the map does not have; ``x`` and ``y``, names for pictures of spectra.
+    """
+    stored = (each.array for each in problem.sources if each.name in ("ydata", "ydata[0]"))
+    found = axes_named(next(stored, ydata))
+    if found is None:
+        return {}
+    sizes, dims = dict(zip(found.dims, problem.y.shape, strict=True)), tuple(found.dims[k] for k in problem.map_axes)
+    coords = {name: c for name, c in found.coords.items() if np.shape(c[1]) == tuple(sizes[str(dim)] for dim in c[0])}
+    kept = {name: c for name, c in coords.items() if set(c[0]) <= set(dims)}
+    along = {name: c for name, c in coords.items() if name not in kept}
+    x = problem.fit.x[0] if len(problem.fit.x) == 1 else None
+    same = (titled(name, c[2]) for name, c in along.items() if x is not None and _same_values(x, c[1]))
+    attrs = found.attrs if labelled(ydata) else {}
+    names = dict(x=next(same, "x"), y=titled(found.name or "y", found.attrs))
+    return dict(dims=dims, coords=kept, attrs=attrs, all_dims=found.dims, along=along, **names)
+
+
+def _same_values(x: np.ndarray, values) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.kind in "iuf" and np.array_equal(x, values.ravel())
 
 
 def _coarse_to_fine(problem: MapProblem) -> MapProblem:

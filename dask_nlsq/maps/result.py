@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Self
 
 import dask
 import numpy as np
@@ -18,62 +19,41 @@ import numpy as np
 from ..base.disk import check_room, named_when_full
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
-from ..base.text import table
+from ..base.modules import import_name
+from ..data.labels import Labels, label
 from ..data.store import same_store
 from ..engine.cluster import computed, workers_of
 from ..kernels.checks import fingerprint
 from ..kernels.lanes import MapStatus, succeeded
 from ..memory.machine import large_arrays_given_back
-from ..model.function import function_name
-from ..model.params import Parameter, of_map
-from ..results.plots import maps
+from ..model.function import function_name, own_function
 from ..watch.progress import MapProgress
 from . import store
 from .blocks import MapProblem, Operand, threads_on_device
+from .pictures import Axis, axis_of
 from .plan import MapPlan
+from .points import PixelWhat, Spectrum, all_points, at_x, one_spectrum, place_of
 from .store import attributes, inner
+from .views import Maps, shown
 
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class MapResult:
-    """Maps of parameters, chunked like the data; Dask arrays, or NumPy after `compute`.
-
-    Attributes
-    ----------
-    popt, perr : array, shape (*map, p)
-        Parameters of each pixel and their standard errors, 0 for fixed ones; NaN where there was no fit. perr is inf where
-        the data do not determine it.
-    pcov : array, shape (*map, p, p)
-        Covariance; with ``full_covariance`` only.
-    chi2 : array, shape map
-        Twice the cost at popt.
-    distance : array, shape map
-        Standard errors to the optimum of the quadratic model; nan without degrees of freedom.
-    n_points, nfev : array
-        Points that counted, and evaluations of the model.
-    status : array of uint8
-        A `MapStatus`; from 1 to 6 the fit has converged.
-    derived, derived_error : array, shape (*map, d)
-        Quantities that ``expr`` derives, which ``derived_names`` names, and their errors; with such alone.
-    at_bound : array of int8, shape (*map, p)
-        -1 where a parameter is at its lower bound, 1 at its upper one, else 0.
-    param_names : tuple of str
-    plan : MapPlan
-    """
+class FittedMaps(Maps):
+    """Maps from fits of data, chunked like these; Dask arrays, or NumPy after `compute`."""
 
     record: Any  # (*map) of `map_blocks.record_dtype`
     problem: MapProblem = field(repr=False)
-    labels: dict[str, Any]  # dims, coords and attrs of an xarray ``ydata``
+    labels: dict[str, Any]  # what is known of the axes of ``ydata``, see `map_labels`
 
     @property
-    def param_names(self) -> tuple[str, ...]:
+    def param_names(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.problem.fit.names
 
     @property
-    def derived_names(self) -> tuple[str, ...]:
+    def derived_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Of the quantities that ``expr`` derives."""
         return () if self.problem.fit.ties is None else self.problem.fit.ties.derived
 
@@ -81,27 +61,43 @@ class MapResult:
     def plan(self) -> MapPlan:
         return self.problem.plan
 
-    def __getattr__(self, name):
-        names = object.__getattribute__(self, "record").dtype.names if "record" in self.__dict__ else ()
-        if name in names:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the map."""
+        return self.record.shape
+
+    def field(self, name: str):
+        """An array by its name; an AttributeError where the maps do not have it."""
+        if name in self.record.dtype.names:
             return self.record[name]
         hint = ": ask for it with full_covariance=True" if name == "pcov" else ""
         raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
 
-    def __getitem__(self, name: str) -> Parameter:
-        """Values and errors of a parameter, of the map's shape: ``fits["rate"].value``; DataArrays where it has labels."""
-        return of_map(self, name, labelled=bool(self.labels) and find_spec("xarray") is not None)
+    @property
+    def labelled(self) -> bool:  # type: ignore[override]
+        return bool(self.labels) and find_spec("xarray") is not None
 
     @property
-    def success(self):
-        """Where the fit has converged to parameters that the data determine."""
-        return succeeded(self.status)
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the map as pictures have them."""
+        coords = self.labels.get("coords", {})
+        return tuple(axis_of(dim, n, coords.get(dim)) for dim, n in zip(self.map_dims, self.shape, strict=True))
 
     @property
-    def lazy(self) -> bool:
+    def heading(self) -> str:
+        """What this is, in a line."""
+        return f"{type(self).__name__} {shown(self.shape, self.param_names)}"
+
+    @property
+    def origin(self) -> list[tuple[str, str]]:
+        """Rows about where the maps come from."""
+        return [("plan", str(self.plan)), *origins(self.provenance)]
+
+    @property
+    def lazy(self) -> bool:  # type: ignore[override]
         return isinstance(self.record, da.Array)
 
-    def compute(self, progress: bool | None = None, **options) -> MapResult:
+    def compute(self, progress: bool | None = None, **options) -> Self:
         """The same with NumPy arrays; one band of the map after the other, where the plan has several.
 
         ``options`` go to `dask.compute`.
@@ -123,30 +119,12 @@ class MapResult:
     def _told(self, progress, options, n_before: int = 0, done_before: int = 0) -> MapProgress:
         return MapProgress(self.problem, progress, workers_of(options), n_before, done_before)
 
-    def _settled(self, options) -> MapResult:
-        """The same with starts computed, where there are several bands, each of which would compute all of them."""
-        start, last = self.problem.operands["start"]
-        if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
-            return self
-        problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
-        return self._of(problem)
+    def _settled(self, options) -> FittedMaps:
+        return self
 
-    def _of(self, problem: MapProblem) -> MapResult:
-        """The result of the same fit with other blocks or computed starts."""
-        return replace(self, problem=problem, record=problem.records())
-
-    def __repr__(self):
-        shape = " x ".join(map(str, self.record.shape)) or "1 pixel"
-        head = f"<MapResult {shape}, {', '.join(self.param_names)}>"
-        if self.lazy:
-            return f"{head}\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
-        lines, good = status_counts(self.status), self.success
-        for k, name in enumerate(self.param_names):
-            values = self.popt[..., k][good]
-            if values.size:
-                low, middle, high = np.percentile(values, [16, 50, 84])
-                lines.append(f"  {name}: median {middle:.6g}, 68 % from {low:.6g} to {high:.6g}")
-        return "\n".join([head, *lines])
+    def _cut_as(self, blocks) -> FittedMaps:
+        """The same in the blocks of an earlier run."""
+        raise ValueError("the data lie in other blocks than when this map was begun: write it to another path")
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -166,7 +144,7 @@ class MapResult:
         return xr.Dataset(coords={**named, **self.labels.get("coords", {})})
 
     @property
-    def map_dims(self):
+    def map_dims(self) -> tuple[str, ...]:
         return self.labels.get("dims") or tuple(f"axis_{k}" for k in self.problem.map_axes)
 
     @property
@@ -198,6 +176,18 @@ class MapResult:
         if fit.ties is not None:
             identity |= dict(expr=fit.ties.texts, derived=list(self.derived_names))
         return json.loads(json.dumps(identity))
+
+    def _call(self) -> dict[str, Any]:
+        """What `provenance` does not have of the call, as far as JSON can hold it, so that it can be made again."""
+        fit, ends = self.problem.fit, [self.problem.operands[name] for name in ("lower", "upper")]
+        bounds = None
+        if all(isinstance(each.array, np.ndarray) and each.array.ndim == 1 for each in ends):
+            pairs = zip(*(each.array.tolist() for each in ends), strict=True)
+            finite = [[end if isfinite(end) else None for end in pair] for pair in pairs]
+            bounds = {fit.names[k]: pair for k, pair in zip(fit.spec.free, finite, strict=True)}
+        rules = {} if fit.ties is None else dict(fit.ties.expr)
+        kept = all(isinstance(rule, str) for rule in rules.values())
+        return dict(model=import_name(own_function(fit.model.f)), bounds=bounds, expr=rules if kept else None)
 
     def to_zarr(self, path: str | Path, resume: bool = False, progress: bool | None = None, **options) -> zarr.Group:
         """Fit block by block and write each when it is done, so that a killed job goes on where it was.
@@ -237,18 +227,17 @@ class MapResult:
             about = store.read_about(path)
             if not resume:
                 raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
-            _compare(path, store.identity_of(about), identity)
+            refuse_another(path, store.identity_of(about), identity)
             blocks = tuple(map(tuple, about["blocks"]))
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
-                problem = self.problem.cut_as(blocks)
-                return self._of(problem).to_zarr(path, True, progress, **options)
+                return self._cut_as(blocks).to_zarr(path, True, progress, **options)
         pixels: Any = reduce(np.multiply.outer, map(np.array, self.problem.blocks), np.array(1))  # in each block
         done = store.read_done(path) if store.is_sealed(about) and (path / store.DONE).exists() else None
         nbytes = self.record.dtype.itemsize * int((pixels if done is None else pixels[~done]).sum())
         check_room("path", path, nbytes)
         with named_when_full(path, nbytes):
             if not store.is_sealed(about):
-                store.create(path, self, identity)
+                store.create(path, self, identity, self._call())
             elif done is None:
                 store.create_done(path, self)
         done = store.read_done(path) if done is None else done
@@ -263,6 +252,56 @@ class MapResult:
         return zarr.open_group(path, mode="r")
 
     # -----------------------------------------------------------------------------------------------------------------
+    # at the points of the data, and elsewhere
+
+    def spectrum(self, *place: int, **at: Any) -> Spectrum:
+        """Data, model and residuals of a pixel, ``spectrum(3, 4)`` or ``spectrum(x=1.2, y=3.4)``; reads its chunks alone.
+
+        Coordinates are those of the map; the nearest pixel is taken.
+        """
+        return one_spectrum(self, place_of(self, place, at))
+
+    def points(self, *what: PixelWhat) -> list[Any]:
+        """Lazy arrays with y's axes, of "data", NaN where they do not count, "model" or "residual"."""
+        return [all_points(self, each) for each in what]
+
+    def residuals(self):
+        """``(f(x, *popt) - y) / sigma`` with y's axes; lazy, chunked like the data; a DataArray where y has names.
+
+        NaN for points that do not count, and where there was no fit. With a Poisson likelihood those of the deviance.
+        """
+        return self._named(*self.points("residual"))
+
+    def predict(self, x=None):
+        """``f(x, *popt)`` of each pixel, lazy: at ``x``, along the last axes; None: at the points of the data."""
+        return self._named(*self.points("model")) if x is None else at_x(self, x)
+
+    def _named(self, values):
+        dims = self.labels.get("all_dims")
+        coords = self.labels.get("coords", {}) | self.labels.get("along", {})
+        return label(values, Labels(dims, coords) if dims and self.labelled else None)
+
+
+class MapResult(FittedMaps):
+    """Maps of parameters, chunked like the data; Dask arrays, or NumPy after `compute`.
+
+    ``param_names`` and ``plan``, a `MapPlan`, say what was fitted and how.
+    """
+
+    def _settled(self, options) -> MapResult:
+        """The same with starts computed, where there are several bands, each of which would compute all of them."""
+        start, last = self.problem.operands["start"]
+        if len(self.problem.bands) == 1 or not isinstance(start, da.Array):
+            return self
+        problem = self.problem.with_operands(start=Operand(start.compute(**options), last))
+        return self._of(problem)
+
+    def _of(self, problem: MapProblem) -> MapResult:
+        """The result of the same fit with other blocks or computed starts."""
+        return replace(self, problem=problem, record=problem.records())
+
+    def _cut_as(self, blocks) -> MapResult:
+        return self._of(self.problem.cut_as(blocks))
 
     def refit_failed(self, p0=None) -> MapResult:
         """Fit pixels without success once more, from other starts, and keep what converges; reads their blocks only.
@@ -317,16 +356,16 @@ class MapResult:
         found[wanted] = medians
         return found
 
-    def plot(self, axes=None, names=None):
-        """Maps of the parameters: `dask_nlsq.plots.maps`."""
-        return maps(self, names, axes)
 
-
-def status_counts(status) -> list[str]:
-    """A line for each status: of how many pixels, and its name."""
-    codes, counts = np.unique(status, return_counts=True)
-    rows = [("", f"{n:,}", MapStatus(code).name.lower()) for code, n in zip(codes, counts, strict=True)]
-    return table(rows, "<>")
+def origins(provenance) -> list[tuple[str, str]]:
+    """Rows about a fit, of what a store keeps of it."""
+    stores = [(name, re.sub(r"//[^/@]*@", "//", each["place"])) for name, each in provenance["stores"].items()]
+    shape, dtype, *_ = provenance["data"]
+    limits = ", ".join(f"{name} {value:g}" for name, value in provenance["limits"].items() if value is not None)
+    return [
+        ("model", provenance["model"]), ("data", f"{' x '.join(map(str, shape))}, {dtype}"), *stores,
+        ("fit axes", ", ".join(map(str, provenance["fit_axes"]))), ("loss", provenance["loss"]), ("limits", limits),
+    ]  # fmt: skip
 
 
 def _describe(array):
@@ -342,11 +381,12 @@ ARGUMENTS = {  # of `fit_map`, by what an identity has of them
 }  # fmt: skip
 
 
-def _compare(path, known, identity) -> None:
-    """An error where the map at ``path`` is of another fit, which names the arguments that differ."""
+def refuse_another(path, known, identity, ignored: Collection[str] = ()) -> None:
+    """An error where the map at ``path`` is of another fit, which names the arguments that differ, but those ``ignored``."""
     then, now = by_name(known), by_name(identity)
     names = then.keys() | now.keys()
     differ = {name for name in names if then.get(name) != now.get(name) and not same_store(then.get(name), now.get(name))}
+    differ -= set(ignored)
     if "free" in differ:
         differ -= {"start", "lower", "upper", "max_nfev"}  # of fewer or more parameters
     if "coarse" in differ:

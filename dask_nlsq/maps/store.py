@@ -32,8 +32,7 @@ from ..base.files import (
     write_whole,
 )
 from ..base.lazy import zarr
-from ..kernels.lanes import MapStatus, succeeded
-from ..model.params import Parameter, of_map
+from ..kernels.lanes import MapStatus
 
 VERSION = 1  # of the attributes
 METADATA, OURS, DONE = "zarr.json", "dask_nlsq", "done"
@@ -45,8 +44,11 @@ PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of me
 # written
 
 
-def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
-    """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it."""
+def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it.
+
+    ``identity`` is compared when the map goes on, ``call`` makes it easier to make the call again.
+    """
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
     names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
@@ -56,7 +58,7 @@ def create(path: Path, found: Any, identity: Mapping[str, Any]) -> None:
     if path.exists():
         remove_left(path)
         (path / METADATA).unlink(missing_ok=True)
-    about = {"version": VERSION, "fields": list(record.names), **identity}
+    about = {"version": VERSION, "fields": list(record.names), "call": dict(call), **identity}
     group = zarr.create_group(path, attributes={OURS: about, **_plain(found.labels.get("attrs", {}))})
     for name in record.names:
         base, own = record[name].subdtype or (record[name], ())
@@ -151,11 +153,21 @@ def is_begun(path: Path) -> bool:
     return any(not PARTIAL.fullmatch(each.name) for each in path.iterdir())
 
 
+def is_map(path: Path) -> bool:
+    """Whether `read_about` takes what is there for a map of ours, be it damaged or not."""
+    try:
+        read_about(path)
+    except NoMapError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def identity_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What `create` was given, of what `read_about` finds."""
-    return {
-        name: value for name, value in about.items() if name not in ("version", "fields", "attributes", "sums", "checksum")
-    }
+    others = ("version", "fields", "call", "attributes", "sums", "checksum")
+    return {name: value for name, value in about.items() if name not in others}
 
 
 def is_sealed(about: Mapping[str, Any]) -> bool:
@@ -191,7 +203,9 @@ def read_about(path: Path) -> dict[str, Any]:
         _check(path, metadata)
     check_version(path, about.get("version"), VERSION)
     kinds = dict(limits=dict, operands=dict, stores=dict, blocks=list, parameters=list, model=str)
-    if any(not isinstance(about.get(name), kind) for name, kind in kinds.items()):
+    if any(not isinstance(about.get(name), kind) for name, kind in kinds.items()) or not isinstance(
+        about.get("call", {}), dict
+    ):
         raise DamagedFileError(path / METADATA, "it does not describe a map", path)
     return about
 
@@ -239,59 +253,3 @@ def read_done(path: Path) -> np.ndarray:
     """Which blocks are done."""
     with well_formed(path / DONE):
         return np.asarray(zarr.open_array(path / DONE, mode="r")[...], bool)
-
-
-class StoredMap:
-    """Maps that `MapResult.to_zarr` has written; arrays by the names of those of a `MapResult`, read when they are used.
-
-    Raises
-    ------
-    DamagedFileError
-        Where they are not as they were written.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.about = path, read_about(path)
-        with well_formed(path / METADATA, path):
-            self._group: Any = zarr.open_group(path, mode="r")
-        self.param_names: tuple[str, ...] = tuple(self.about["parameters"])
-        self.derived_names: tuple[str, ...] = tuple(self.about.get("derived", ()))
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        if name not in self._group:
-            raise AttributeError(f"{type(self).__name__} has no {name!r}: it has {sorted(self._group.array_keys())}")
-        array = self._group[name]
-        with well_formed(self.path / name, self.path):
-            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks):
-                raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
-            return array[...]
-
-    def _n_chunks(self, chunks: tuple[int, ...]) -> int:
-        """Of the blocks that are done."""
-        along = [-(-np.array(sizes) // chunk) for sizes, chunk in zip(self.about["blocks"], chunks, strict=False)]
-        return int(reduce(np.multiply.outer, along, np.array(1))[read_done(self.path)].sum())
-
-    def __getitem__(self, name: str) -> Parameter:
-        """Values and errors of a parameter, of the map's shape."""
-        return of_map(self, name)
-
-    @property
-    def success(self):
-        """Where the fit has converged to parameters that the data determine."""
-        return succeeded(self.status)
-
-    def compute(self, progress: bool | None = None, **options) -> StoredMap:
-        """The same: all is computed."""
-        return self
-
-    def to_xarray(self):
-        """The `xarray.Dataset` of the store."""
-        import xarray
-
-        return xarray.open_zarr(self.path)
-
-    def __repr__(self):
-        shape = " x ".join(map(str, self._group["status"].shape))
-        return f"<StoredMap {shape}, {', '.join(self.param_names)}, at {self.path}>"

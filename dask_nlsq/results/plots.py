@@ -1,4 +1,4 @@
-"""Pictures of a fit, and of maps. Each function draws on ``ax``, or on axes of a new figure, and returns them.
+"""Pictures of a fit. Each function draws on ``ax``, or on axes of a new figure, and returns them.
 
 However large the data are, what comes back for a picture are the sums in some bins: see `dask_nlsq.results.binning`.
 Nothing is shown and nothing saved: that is ``axes.figure.savefig(path)``, or the notebook's part. Names are drawn as they
@@ -13,8 +13,6 @@ DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colo
 CURVE_POINTS = 500  # of a model between few points of data
 PANELS = (5, 2)  # heights of a fit and of its residuals
 LABELLED = 12  # parameters up to which each correlation is written as a number
-COLOURED = (2, 98)  # percentiles of a parameter between which its map is coloured
-MOST_PIXELS = 2**22  # of a map that is computed to be drawn
 
 
 def fit(
@@ -202,56 +200,6 @@ def contours(found, ax=None):
     axes.set_xlabel(found.names[0], parse_math=False)
     axes.set_ylabel(found.names[1], parse_math=False)
     axes.legend(frameon=False, fontsize="small")
-    return axes
-
-
-def maps(found, names=None, axes=None):
-    """Maps of parameters, white where there is no success; for maps with one or two axes.
-
-    Parameters
-    ----------
-    found : MapResult
-        Where it is lazy, it is computed for the picture alone, up to 4 million pixels.
-    names : sequence of str, optional
-        Of the parameters to draw; all by default.
-    axes : sequence of matplotlib axes, optional
-        One for each of them.
-
-    Returns
-    -------
-    ndarray of matplotlib axes
-
-    Raises
-    ------
-    ValueError
-        Maps with other numbers of axes, unknown names, lazy maps that are too large.
-    """
-    names = list(found.param_names if names is None else names)
-    if unknown := [name for name in names if name not in found.param_names]:
-        raise ValueError(f"`names`: no parameter {', '.join(unknown)}; there are {', '.join(found.param_names)}")
-    if found.record.ndim not in (1, 2):
-        raise ValueError(f"plot draws maps with one or two axes, this one has {found.record.ndim}: take a slice of popt")
-    if found.lazy and found.record.size > MOST_PIXELS:
-        raise ValueError(
-            f"this map of {found.record.size:,} pixels is not computed yet, and would be for a picture alone (limit "
-            f"{MOST_PIXELS:,}): draw what compute() returns, or to_zarr(path) first"
-        )
-    found = found.compute()
-    good, dims = found.success, found.map_dims
-    axes = _axes(axes, 1, len(names), figsize=(3.2 * len(names), 3), squeeze=False).ravel()
-    for ax, name in zip(axes, names, strict=True):
-        k = found.param_names.index(name)
-        values = np.where(good, found.popt[..., k], np.nan)
-        if values.ndim == 1:
-            _points(ax, np.arange(len(values)), values, found.perr[..., k])
-        else:
-            low, high = np.nanpercentile(values, COLOURED) if good.any() else (0, 1)
-            image = ax.imshow(values, vmin=low, vmax=high, interpolation="nearest", aspect="auto", cmap="viridis")
-            ax.spines[:].set_visible(True)
-            ax.figure.colorbar(image, ax=ax, extend="both")
-            ax.set_ylabel(dims[0], parse_math=False)
-        ax.set_xlabel(dims[-1], parse_math=False)
-        ax.set_title(name, parse_math=False)
     return axes
 
 

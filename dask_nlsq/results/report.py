@@ -5,7 +5,7 @@ import inspect
 import platform
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from html import escape
 from io import BytesIO
@@ -90,13 +90,37 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
     ModuleNotFoundError
         Without matplotlib.
     """
+    return written(path, lambda: page(result, coordinate, log))
+
+
+def written(path, make: Callable[[], str]) -> Path:
+    """Write the page that ``make`` makes, once it is known that the file can be there."""
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"no directory {path.parent} for the report {path.name}: create it, or give another path")
     plots.need_matplotlib()
-    text = page(result, coordinate, log).encode()
-    write_whole(path, [text])
+    write_whole(path, [make().encode()])
     return path
+
+
+def html_page(title: str, head: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A page of sections by their titles, without those that are empty; ``title`` is plain text, the others are HTML."""
+    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{head}{body}</body></html>"
+    )
+
+
+def where_written() -> list[tuple[str, str]]:
+    """Rows about the machine and the packages that a page was made with."""
+    return [
+        ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
+        ("memory", size(detect_total_system_memory() or inf)),
+        ("Python", platform.python_version()),
+        *((package, version_of(package)) for package in PACKAGES),
+    ]
 
 
 def page(result, coordinate: int | None = 0, log: bool = False) -> str:
@@ -114,16 +138,12 @@ def page(result, coordinate: int | None = 0, log: bool = False) -> str:
         ("Provenance", _provenance(result)),
     ]
     verdict = ("good", "converged") if result.success else ("bad", "NOT CONVERGED")
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Fit of {escape(name)}</title><style>{STYLE}</style></head><body>"
+    head = (
         f'<h1>{escape(name)}</h1><p><strong class="{verdict[0]}">{verdict[1]}</strong>: {escape(result.message)}<br>'
         f'<span class="faint">{result.n_points:,} points, {len(result.popt)} parameters, {result.sweeps} sweeps in '
         f"{result.seconds['solve']:.2f} s. Report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}</span></p>"
-        f"{body}</body></html>"
     )
+    return html_page(f"Fit of {name}", head, sections)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,16 +300,13 @@ def _places(operand) -> list[str]:
 
 
 def _provenance(result):
-    objective, memory = result.objective, detect_total_system_memory()
+    objective = result.objective
     loss = f"{objective.loss}, f_scale {objective.f_scale:g}"
     loss = 'linear, sigma="poisson"' if result.noise.reweighted else loss
     rows = [
         ("solution", f"{result.strategy}; reduction {result.reduction}; derivatives by {result.jac_mode}"),
         ("loss", loss),
         ("time", ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items())),
-        ("page written on", f"{platform.node()}: {platform.platform()}, {process_settings()['cores']} cores"),
-        ("memory", size(memory or inf)),
-        ("Python", platform.python_version()),
-        *((package, version_of(package)) for package in PACKAGES),
+        *where_written(),
     ]
     return _table([], rows, numbers=False)

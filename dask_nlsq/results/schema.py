@@ -224,9 +224,6 @@ def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _what_else(path: Path) -> str:
     """What is there in the place of a result."""
-    attributes = path / "zarr.json"
-    if attributes.exists() and b'"dask_nlsq"' in attributes.read_bytes():
-        return "it is a map, xarray.open_zarr(path) opens it"
     return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 

@@ -1,0 +1,84 @@
+"""Names, coordinates and units of the axes of an array: of xarray, of Zarr's ``dimension_names``, of NeXus files.
+
+A coordinate of a stored array is the array along one axis, in the same group, that has the name of this axis, as xarray
+writes them. NeXus names the axes in the attribute ``axes`` of the group (NXdata), with "." for one without a name.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..base.lazy import zarr
+from .labels import labelled
+
+SYMBOLS = {"um": "µm", "micron": "µm", "microns": "µm", "angstrom": "Å", "degree": "°", "degrees": "°"}
+
+
+class Axes(NamedTuple):
+    """What is known of the axes of an array."""
+
+    dims: tuple[str, ...]  # of all; "axis_0" where there is no name
+    coords: dict[str, tuple[tuple[str, ...], Any, dict[str, Any]]]  # dims, values and attributes by name
+    attrs: dict[str, Any]  # of the array
+    name: str = ""
+
+
+def axes_named(array: Any) -> Axes | None:
+    """Of an xarray, Zarr or h5py array; None where the axes have no names, or twice the same one."""
+    if labelled(array):
+        known: dict[str, Any] = {name: (c.dims, c.data, dict(c.attrs)) for name, c in array.coords.items()}
+        return Axes(tuple(map(str, array.dims)), known, dict(array.attrs), str(array.name or ""))
+    if isinstance(array, zarr.Array):
+        names, group = getattr(array.metadata, "dimension_names", None), _group_of(array)
+    elif hasattr(array, "file") and hasattr(array, "parent"):  # of h5py
+        names, group = None, array.parent
+    else:
+        return None
+    if names is None and group is not None and "axes" in group.attrs:
+        found = [each.decode() if isinstance(each, bytes) else str(each) for each in np.atleast_1d(group.attrs["axes"])]
+        names = [None if each == "." else each for each in found] if len(found) == len(array.shape) else None
+    if names is None or not any(names):
+        return None
+    dims = tuple(name or f"axis_{k}" for k, name in enumerate(names))
+    if len({*dims}) < len(dims):
+        return None
+    coords: dict[str, Any] = {}
+    for dim, n in zip(dims, array.shape, strict=True):
+        other: Any = group[dim] if group is not None and dim in group else None
+        if getattr(other, "shape", None) == (n,):
+            coords[dim] = ((dim,), np.asarray(other[...]), _texts(other.attrs))
+    place = str(getattr(array, "store_path", array.name) or "")
+    return Axes(dims, coords, _texts(array.attrs), place.rpartition("/")[2].removesuffix(".zarr"))
+
+
+def _group_of(array: zarr.Array) -> Any:
+    """The group that a Zarr array on this machine is in; others are not asked for more than the fit needs."""
+    from zarr.storage import LocalStore, MemoryStore, ZipStore
+
+    store: Any = array.store
+    if isinstance(store, LocalStore) and not array.path:  # opened by its own path
+        store = store.root.parent
+    elif not isinstance(store, (LocalStore, MemoryStore, ZipStore)):
+        return None
+    try:
+        return zarr.open_group(store, path=array.path.rpartition("/")[0], mode="r", use_consolidated=False)
+    except FileNotFoundError:
+        return None
+
+
+def _texts(attrs: Mapping) -> dict[str, Any]:
+    """Attributes, with texts of HDF5 as texts."""
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
+
+
+def unit_of(attrs: Mapping) -> str:
+    """The unit of an array by its attributes, as people write it; empty where there is none."""
+    unit = str(attrs.get("units", attrs.get("unit", "")) or "")
+    return "" if unit == "1" else SYMBOLS.get(unit, unit)
+
+
+def titled(name: str, attrs: Mapping) -> str:
+    """A name for people, with its unit: "energy (keV)"."""
+    name, unit = str(attrs.get("long_name") or name), unit_of(attrs)
+    return f"{name} ({unit})" if unit else name

@@ -1,0 +1,174 @@
+"""Maps that `MapResult.to_zarr` has written, opened again: seen as they are, and mended once their data are given back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..base.files import DamagedFileError, well_formed
+from ..base.lazy import zarr
+from ..base.modules import Trust, UntrustedError, import_by
+from .fit import fit_map
+from .pictures import Axis, axis_of
+from .result import MapResult, origins, refuse_another
+from .store import METADATA, identity_of, read_about, read_done
+from .views import Maps, shown
+
+WITH_DATA = ("spectrum", "residuals", "predict", "refit_failed")  # what needs the data
+STARTS = ("start", "coarse", "guess")  # in which a fit of the same data may differ once it is done
+SAME = ("loss", "jac_mode", "absolute_sigma", "full_covariance", "nan_policy", "on_bad_chunk", "missing_chunks")
+
+
+class StoredMap(Maps):
+    """Maps in a store; arrays by the names of those of a `MapResult`, read when they are used, and kept once all are done.
+
+    Raises
+    ------
+    DamagedFileError
+        Where they are not as they were written.
+    """
+
+    def __init__(self, path: Path, trust: Trust = False):
+        self.path, self.about, self._trust = path, read_about(path), trust
+        self._kept: dict[str, Any] = {}
+        with well_formed(path / METADATA, path):
+            self._group: Any = zarr.open_group(path, mode="r")
+        self.param_names = tuple(self.about["parameters"])
+        self.derived_names = tuple(self.about.get("derived", ()))
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.field(name)
+
+    def field(self, name: str):
+        """An array by its name; an AttributeError where there is none."""
+        if name in self._kept:
+            return self._kept[name]
+        if name not in self._group:
+            hint = f"it has {sorted(self._group.array_keys())}"
+            hint = "with_data(xdata, ydata) gives the data back, which it needs" if name in WITH_DATA else hint
+            raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
+        array = self._group[name]
+        with well_formed(self.path / name, self.path):
+            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks):
+                raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
+            values = array[...]
+        if read_done(self.path).all():
+            self._kept[name] = values
+        return values
+
+    def _n_chunks(self, chunks: tuple[int, ...]) -> int:
+        """Of the blocks that are done."""
+        along = [-(-np.array(sizes) // chunk) for sizes, chunk in zip(self.about["blocks"], chunks, strict=False)]
+        return int(reduce(np.multiply.outer, along, np.array(1))[read_done(self.path)].sum())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the map."""
+        return self._group["status"].shape
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """The axes of the map as pictures have them."""
+        dims = self._group["status"].metadata.dimension_names
+        arrays = {dim: self._group[dim] for dim in dims if dim in self._group}
+        coords = {dim: ((dim,), each[...], dict(each.attrs)) for dim, each in arrays.items()}
+        return tuple(axis_of(dim, n, coords.get(dim)) for dim, n in zip(dims, self.shape, strict=True))
+
+    @property
+    def heading(self) -> str:
+        """What this is, in a line."""
+        done = read_done(self.path)
+        state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) goes on"
+        return f"StoredMap {shown(self.shape, self.param_names)}, at {self.path}{state}"
+
+    @property
+    def origin(self) -> list[tuple[str, str]]:
+        """Rows about where the maps come from."""
+        return [("store", str(self.path.absolute())), *origins(self.about)]
+
+    def compute(self, progress: bool | None = None, **options) -> StoredMap:
+        """The same: all is computed."""
+        return self
+
+    def to_xarray(self):
+        """The `xarray.Dataset` of the store."""
+        import xarray
+
+        return xarray.open_zarr(self.path)
+
+    def with_data(self, xdata, ydata=None, f=None, **options) -> MapResult:
+        """The maps with the data that they were fitted to: a `MapResult`, of which `spectrum`, `refit_failed` work too.
+
+        Parameters
+        ----------
+        xdata, ydata
+            As in the fit; or as ``xdata`` alone the `MapResult` that the same call of `dask_nlsq.fit_map` returns.
+        f : callable, optional
+            The model; by default it is imported by its name, which `dask_nlsq.load` has to trust.
+        **options
+            Other arguments that the fit had: ``sigma``, ``mask``, ``xrange``, ``mask_values``, bounds that are arrays. The
+            store knows names, numbers and bounds that all pixels share, and ``p0`` does not matter any more.
+
+        Raises
+        ------
+        ValueError
+            Where the model computes something else, or data or arguments are not those of the fit; the message says which.
+            An `UntrustedError` where the model may not be imported.
+        """
+        if "shared" in self.about:
+            raise ValueError(
+                f"{self.path} is a map of fit_groups, whose groups are not fitted one by one: call fit_groups again"
+            )
+        done = read_done(self.path)
+        if not done.all():
+            raise ValueError(
+                f"{self.path}: {done.sum()} of {done.size} blocks are done. The same call of fit_map(...).to_zarr(path, "
+                "resume=True) goes on"
+            )
+        fits = xdata if isinstance(xdata, MapResult) else fit_map(f or self._model(), xdata, ydata, **self._call() | options)
+        refuse_another(self.path, identity_of(self.about), fits.provenance, STARTS)
+        record = np.empty(fits.shape, fits.record.dtype)
+        for name in record.dtype.names or ():
+            record[name] = self.field(name)
+        return replace(fits, record=record)
+
+    def _model(self):
+        """Import it, by the rule of results."""
+        way_out = "give it as f="
+        name = self.about.get("call", {}).get("model")
+        if name is None:
+            raise ValueError(f"{self.path}: the model {self.about['model']} has no name to import it by: {way_out}")
+        if not (isinstance(name, list) and [*map(type, name)] == [str, str]):
+            raise DamagedFileError(self.path / METADATA, "it does not name its model", self.path)
+        try:
+            return import_by(name, self._trust)
+        except UntrustedError as err:
+            raise UntrustedError(
+                f"{err}: {way_out}, or load with trust=True, or trust= the directory of the module"
+            ) from None
+        except (ImportError, AttributeError) as err:
+            raise ValueError(f"the model {'.'.join(name)} cannot be imported ({err}): {way_out}") from err
+
+    def _call(self) -> dict[str, Any]:
+        """Arguments of the fit, as far as the store has them."""
+        about, names = self.about, self.param_names
+        known = {name: about[name] for name in SAME if name in about} | about["limits"]
+        kept = about.get("call", {})
+        known |= {name: kept[name] for name in ("bounds", "expr") if kept.get(name)}
+        popt, tied = self.popt, [name for name in names if name in known.get("expr", {})]
+        held = [name for k, name in enumerate(names) if k not in about["free"] and name not in tied]
+        fixed = {name: popt[..., names.index(name)] for name in held}
+        fixed = {name: _single(values) for name, values in fixed.items()}
+        return known | dict(p0=popt, axis=tuple(about["fit_axes"]), param_names=names, fixed=fixed or None)
+
+
+def _single(values):
+    """The only number that there is, besides NaN; else the values."""
+    found = np.unique(values[np.isfinite(values)])
+    return float(found[0]) if len(found) == 1 else values
