@@ -2,13 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from decimal import Context
 from difflib import get_close_matches
 from html import escape
-from math import ceil, floor, inf, log10
+from math import ceil, floor, inf, isfinite, log10
 
 from dask.utils import format_bytes
 
 GB = 2**30  # bytes
+PLAIN = -4, 9  # powers of ten between which numbers are written without an exponent
+DIGITS = 15  # that a float has
+FAR = 1e3  # times a large value, above which its error leaves no digit of it
+EXACT = Context(prec=40)  # whatever the user's context is
 
 
 def several(n: int, noun: str) -> str:
@@ -51,6 +56,34 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(cell.strip())}</{tag}>' for cell in cells)}</tr>"
 
     return f"<table><thead>{line('th', head)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody></table>"
+
+
+def measured(value: float, error: float, full: bool = False) -> tuple[str, str]:
+    """A value and its standard error, which is rounded to two significant digits; they rule the digits of the value.
+
+    So the Guide to the Expression of Uncertainty in Measurement has it (JCGM 100:2008, 7.2.6): 20.070 and 0.043. Very large
+    and very small ones share the exponent of the larger. With ``full`` all digits of both.
+    """
+    if full:
+        return repr(float(value)), repr(float(error))
+    if not (isfinite(value) and 0 < error < inf):
+        return f"{value:.9g}", f"{error:.2g}"
+    last, first = (int(f"{each:.1e}".partition("e")[2]) for each in (error, max(abs(value), error)))
+    if first - last >= DIGITS or (first >= PLAIN[1] and error > FAR * abs(value)):
+        return f"{value:.{DIGITS if last < first else 3}g}", f"{error:.2g}"
+    unit, shift = EXACT.scaleb(1, last - 1), 0 if PLAIN[0] <= first < PLAIN[1] else first
+    rounded = (EXACT.quantize(EXACT.create_decimal(float(each)), unit) for each in (value, error))
+    rounded = (EXACT.scaleb(each if each else abs(each), -shift) for each in rounded)  # 0 has no sign
+    near, doubt = (f"{each:f}" + (f"e{shift:+03d}" if shift else "") for each in rounded)
+    return near, doubt
+
+
+def relative(value: float, error: float) -> str:
+    """The error as percent of the value; empty where that says nothing."""
+    if not (value and 0 < error < inf):
+        return ""
+    share = abs(error / value)
+    return ">999%" if share >= 9.995 else f"{share:.2%}" if share >= 1e-4 else f"{share * 100:.1g}%"
 
 
 def at_least(gib: float) -> str:

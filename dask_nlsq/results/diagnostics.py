@@ -254,6 +254,24 @@ def _drift(blocks):
     return [f"residuals drift along the data, from {slope[0] - slope[1]:+.2g} to {slope[0] + slope[1]:+.2g} on average"]
 
 
+def along(seen) -> list[str]:
+    """Of residuals in the bins of a coordinate (`dask_nlsq.results.binning.Binned`): a sentence where they follow it."""
+    some = seen.n > 1
+    n, mean = seen.n[some], seen.residual[some]
+    noise = np.sqrt(np.average(seen.spread[some] ** 2, weights=n)) if some.any() else 0.0
+    if len(n) < FEWEST_SEGMENTS or not noise > 0:
+        return []
+    z = mean * np.sqrt(n) / noise
+    excess = (z @ z - len(z)) / np.sqrt(2 * len(z))
+    if excess <= SIGNIFICANT:
+        return []
+    worst = int(np.argmax(abs(z)))
+    return [
+        f"residuals follow {seen.name}: their means in {len(z)} bins scatter {np.sqrt(np.mean(z**2)):.2g} times as much as "
+        f"by chance, most near {seen.x[some][worst]:.4g}"
+    ]
+
+
 def _compared(result, names):
     """Errors by the sandwich that are larger than the usual ones, and not by chance."""
     C, free = covariance(result.factor), list(result.free)
