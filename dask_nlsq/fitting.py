@@ -94,7 +94,7 @@ def curve_fit(
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
-    report: str | Path | None = None,
+    performance_report: str | Path | None = None,
 ) -> FitResult:
     """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
 
@@ -219,8 +219,9 @@ def curve_fit(
         Progress bar; None: in a terminal or notebook, for fits that take longer than two seconds.
     verbose : {0, 1, 2}
         1 prints a summary, 2 a line per sweep.
-    report : path, optional
-        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client.
+    performance_report : path, optional
+        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client. The page about the result is
+        ``result.report(path)``.
 
     Returns
     -------
@@ -434,7 +435,7 @@ def _run(ready: Prepared) -> _Run:
     about = function_name(ready.objective.model.f), ready.names, ready.start, ready.plan, call.absolute_sigma
     with ExitStack() as stack:
         client, plan = ready.source.client, ready.plan
-        stack.enter_context(attached(client, call.report))
+        stack.enter_context(attached(client, call.performance_report))
         live = stack.enter_context(Live(client, *about))
         sweep = ready.source.sweep
         if sweep is None:

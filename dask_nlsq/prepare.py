@@ -115,9 +115,10 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         given = {**given, **xdata.given}
     else:
         source = align(call, xdata, ydata, objective, n)
-    if source.client is None and call.report is not None:
+    if source.client is None and call.performance_report is not None:
         raise ValueError(
-            f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
+            f"performance_report={str(call.performance_report)!r} is about the work of a cluster: it needs a Client, and "
+            "data that go there"
         )
     ready = Prepared(given, call, params, noise, options, objective, source)
     if call.checkpoint is not None and not callable(call.checkpoint):
