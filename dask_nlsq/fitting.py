@@ -28,7 +28,7 @@ from .engine.waiting import StopOnSignal, ToldToLeave
 from .interface.progress import Live, Observers
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
-from .kernels.rules import ACCURACY, STUCK
+from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
 from .memory.plan import Plan
 from .model.function import function_name
 from .model.params import Params
@@ -36,7 +36,7 @@ from .options import FITS, GROUPS, WORKFLOWS, with_known_names
 from .parameters import Parameters
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
-from .results.diagnostics import scaled_covariance
+from .results.diagnostics import NO_COUNTS, scaled_covariance
 from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import followers, spread_out
@@ -521,6 +521,9 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
+    assert evaluator.weights is not None  # as after each sweep over all data
+    if noise.loss == "poisson" and not evaluator.weights[:, 1].any():  # the mean is 0, whatever else the model has
+        solution = solution._replace(status=UNDETERMINED, message=NO_COUNTS, distance=np.nan)
     if evaluator.checkpoint is not None:
         evaluator.checkpoint.end()
     for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
@@ -537,7 +540,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     tied = {} if params.ties is None else {name: params.ties.texts[name] for name in params.ties.tied}
     whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
-    assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
+    assert equations.parts is not None  # as after each sweep over all data
     sums = [np.nan] * 3 if whitened else evaluator.weights.sum(axis=0).tolist()
     return FitResult(
         popt=popt,

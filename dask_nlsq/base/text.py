@@ -86,6 +86,11 @@ def relative(value: float, error: float) -> str:
     return ">999%" if share >= 9.995 else f"{share:.2%}" if share >= 1e-4 else f"{share * 100:.1g}%"
 
 
+def html_text(text: str) -> str:
+    """Lines with aligned columns, as they are."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def at_least(gib: float) -> str:
     """A limit in GiB that suffices, rounded up to two digits."""
     unit = 10.0 ** (floor(log10(gib)) - 1)

@@ -83,7 +83,7 @@ def draw(measurement: Measurement, store: Path, result, params: np.ndarray, path
         return None
     a, n, _ = measurement.shape
     k = int(np.argmin(np.abs(measurement.angles)))
-    data = zarr.open_array(store, mode="r")[k]
+    data = np.asarray(zarr.open_array(store, mode="r")[k])
     with float64():
         of_angle = params[k], params[a + k], *params[2 * a :]
         fitted = np.asarray(two_time_model(measurement)((measurement.angles[k], *np.ogrid[:n, :n]), *of_angle))

@@ -292,6 +292,7 @@ def _compared(result, names):
     ]
 
 
+NO_COUNTS = "All counts are 0: they determine no parameter."
 CHANGE = {
     True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
     "it with `fixed`. A model with steps has no derivatives",
@@ -305,6 +306,9 @@ def scaled_covariance(solution: Solution, variance: float, names, of: str = "the
     if pcov is not None and variance == variance:
         return pcov * variance
     reasons = combinations(solution.factor, names)
-    why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
+    why = f": {reasons[0]}. " if len(reasons) == 1 else "".join([":", *(f"\n- {each}" for each in reasons), "\n"])
+    why = why + CHANGE[solution.status == UNDETERMINED] if reasons else ""
+    if solution.message == NO_COUNTS:
+        why = f": {NO_COUNTS}"
     warn(f"Covariance of {of} could not be estimated{why}", scipy.optimize.OptimizeWarning)
     return np.full((len(names),) * 2, np.inf)

@@ -21,7 +21,7 @@ from ..engine.request import Objective, Request
 from ..engine.sweep import SampleSummary
 from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
-from ..kernels.rules import TO_ROUNDING, at_bounds
+from ..kernels.rules import TO_ROUNDING, places_at_bounds
 from ..memory.plan import Plan
 from ..model.function import function_name, held, intern, own_function
 from ..model.params import Parameter, Params
@@ -214,7 +214,11 @@ class FitResult:
     @property
     def at_bound(self) -> np.ndarray:
         """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (p,)."""
-        return at_bounds(self.popt, self.perr, *self.bounds)
+        alone = np.full(len(self.popt), np.inf)  # errors of parameters, if all others were known
+        variance = 1.0 if self.noise.absolute else self.reduced_chi_square
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alone[list(self.free)] = np.sqrt(variance) / np.linalg.norm(self.factor.R, axis=0)
+        return places_at_bounds(np, self.popt, self.perr, alone, *self.bounds)
 
     def confidence_intervals(self, level: float = 0.95) -> np.ndarray:
         """Lower and upper end for each parameter, (p, 2): ``popt -+ q perr``.
