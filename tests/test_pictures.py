@@ -312,3 +312,36 @@ def test_images_read_a_store_once(tmp_path):
     reads.clear()
     found.report(tmp_path / "fit.html")  # with a panel for each coordinate
     assert set(reads.values()) == {1}
+
+
+# ---------------------------------------------------------------- where
+
+
+def uneven(result):
+    return next(line for line in result.diagnostics.lines if line.startswith("chi-square is larger"))
+
+
+@pytest.mark.parametrize("chunks", [None, (1, 40, 90)])
+def test_a_part_of_data_with_several_axes_is_named_by_its_places(chunks):
+    rng, frames = np.random.default_rng(0), 6
+    noise = rng.normal(0, 0.1, (frames, 40, 90))
+    noise[3, 10:20] *= 8
+    t = np.arange(40.0)[:, None] * 0.5
+
+    def model(axes, height, slope):
+        t, q = axes
+        return surface((t, q), height, slope)
+
+    y = np.asarray(surface((t, ANGLE), 3.0, 0.1)) + noise
+    found = curve_fit(model, (t, ANGLE), y if chunks is None else da.from_array(y, chunks), p0=[1, 1])
+    assert "(axis 0 = 3, t from " in uneven(found)
+    low, high = (float(each) for each in uneven(found).split(", t from ")[1].split(")")[0].split(" to "))
+    assert 4.5 <= low <= high <= 10.5  # rows 10 to 19, half a unit each
+
+
+def test_residuals_that_follow_a_coordinate_are_named_in_the_report(tmp_path):
+    y = np.broadcast_to(3 * np.exp(-(ANGLE**2)) + 0.3 * np.sin(4 * ANGLE), (300, 90))
+    y = y + np.random.default_rng(0).normal(0, 0.5, y.shape)
+    found = curve_fit(surface, (np.arange(300.0)[:, None], ANGLE), y, p0=[1, 1])
+    page = found.report(tmp_path / "fit.html").read_text()
+    assert "residuals follow q: their means in" in page and "residuals follow t" not in page

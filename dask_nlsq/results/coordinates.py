@@ -125,6 +125,42 @@ def _named(argument: str, name: str, known: list[Along]) -> Along:
     return found
 
 
+def between(result, first: int, last: int) -> str:
+    """Where the points used lie that are number ``first`` to ``last`` in the order of the data; "" where that is not known.
+
+    It is known where all points are used, or masked by an array in memory alone, of data with several axes, for points of
+    one chunk.
+    """
+    if result.data is None or len(result.data.shape) == 1:
+        return ""
+    data, layouts = result.data, result.data.preparation.layouts
+    if result.n_points < data.n_points:
+        mask = data.operands[2] if layouts.mask is not None else None
+        if result.n_omitted or layouts.invalid is not None or not isinstance(mask, np.ndarray) or data.n_chunks > 1:
+            return ""
+        first, last = np.flatnonzero(np.broadcast_to(mask == 0, data.shape))[[first, last]]
+    lengths = [np.prod(data.chunk_shape(index)) for index in data.indices()]
+    ends = np.cumsum(lengths)
+    number = int(np.searchsorted(ends, first, side="right"))
+    if last >= ends[number]:
+        return ""
+    index = data.indices()[number]
+    begin = np.array([sum(sizes[:i]) for sizes, i in zip(data.chunks, index, strict=True)])
+    shape = data.chunk_shape(index)
+    offset = ends[number] - lengths[number]
+    low, high = (np.array(np.unravel_index(each - offset, shape)) for each in (first, last))
+    differ = int(np.argmax(low != high)) if (low != high).any() else len(shape)
+    low[differ + 1 :], high[differ + 1 :] = 0, np.array(shape[differ + 1 :]) - 1
+    words = []
+    for k, (axis, a, b) in enumerate(zip(axes(result), low + begin, high + begin, strict=True)):
+        if k > differ and b - a + 1 == data.shape[k]:
+            continue  # all along it
+        places = (a, b) if axis.values is None else (axis.values[a], axis.values[b])
+        within = f"{axis.label} from {places[0]:.6g} to {places[1]:.6g}"
+        words.append(within if a != b else f"{axis.label} = {places[0]:.6g}")
+    return ", ".join(words)
+
+
 def over_decades(values: np.ndarray, counts: np.ndarray | None = None) -> bool:
     """Whether values, with so many points each, want a logarithmic axis: positive, over two decades, most of them low."""
     if not len(values) or not np.min(values) > 0 or np.log10(np.max(values) / np.min(values)) < DECADES:

@@ -3,8 +3,8 @@
 Segments are runs of consecutive points of the data (chunks in C order), up to 256 of them, so that up to 256 points are
 parts of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have few points
 neighbours are joined for the other tests, whose sums must be nearly normal: the means for a trend, the chi-squares for
-outliers by the median absolute deviation. Misfit along other coordinates than that order is not looked for:
-`FitResult.plot` shows it.
+outliers by the median absolute deviation. Misfit along other coordinates than that order needs a pass over the data: that
+of the pictures in a report looks for it (`along`).
 
 The size of the residuals is judged where that of the noise is known. Of counts with the mean m the deviance of a point is on
 average 1 + 1/(6 m) for large m, at most 1.161 (at m = 1.34; its variance is at most 2.41), and 0 for m = 0: a deviance is
@@ -26,6 +26,7 @@ from ..base.warn import warn
 from ..engine.condensed import Factor
 from ..kernels.rules import UNDETERMINED
 from ..solve.trust_region import Solution
+from .coordinates import between
 from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
@@ -121,7 +122,7 @@ def diagnose(result, residuals: np.ndarray | None = None) -> Diagnostics:
         ]
     lines += _goodness(result)
     if noise.squares and not exact:
-        lines += _uneven(blocks, counts if noise.loss == "poisson" else np.inf)
+        lines += _uneven(result, blocks, counts if noise.loss == "poisson" else np.inf)
         what = "parts of the data" if residuals is None and np.median(parts.n[used]) > 1 else "points"
         lines += [*_in_order(runs, one_by_one, what), *_drift(blocks)] or _compared(result, names)
     if distance > NOT_THERE:
@@ -205,7 +206,7 @@ def _joined(sums, column, least):
     return np.add.reduceat(sums, begins[:-1] or [0], axis=0)
 
 
-def _uneven(blocks, counts):
+def _uneven(result, blocks, counts):
     """Segments with a chi-square that is larger than elsewhere; its variance is 2 n + n^2 / counts of alike counts."""
     n, chi = blocks.n, blocks.chi_square
     if len(n) < FEWEST_SEGMENTS:
@@ -215,10 +216,12 @@ def _uneven(blocks, counts):
     far = (chi > WORSE * middle) & (chi - middle > 2 * SIGNIFICANT * spread)
     if not far.any():
         return []
-    end = n[: worst + 1].sum()
+    end = int(n[: worst + 1].sum())
+    begin = end - int(n[worst])
+    place = between(result, begin, end - 1) or f"points {begin:,} to {end:,} of those used"
     return [
         f"chi-square is larger than elsewhere in {np.count_nonzero(far)} of {len(n)} parts of the data, most in part "
-        f"{worst + 1} (points {end - n[worst]:,.0f} to {end:,.0f} of those used): {chi[worst] / middle:.3g} times the median"
+        f"{worst + 1} ({place}): {chi[worst] / middle:.3g} times the median"
     ]
 
 

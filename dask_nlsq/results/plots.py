@@ -23,7 +23,7 @@ SHOWN = (0.5, 99.5)  # percentiles of the data between which images are coloured
 ROOM = 1.6  # factor between the least and the most that is drawn and the ends of a logarithmic axis
 ROW = 24  # letters of names of parameters that stand beside each other
 LINE = 40  # letters of a line of a label
-LONG = 28  # letters of a name in a picture, the end of longer ones is left out
+LONG = 28  # letters of a name in a picture, of longer ones the middle is left out
 MOST_PIXELS = 2**22  # of a map that is computed to be drawn
 
 
@@ -328,7 +328,8 @@ def _wrapped(label: str) -> str:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= LONG else f"{name[: LONG - 1]}…"
+    half = LONG // 2
+    return name if len(name) <= LONG else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _points(ax, x, y, error, hidden: int = 0):

@@ -227,9 +227,9 @@ def _pictures(result, seen):
         about = "Residuals and what normal noise gives"
         pictures.insert(0, ("", about, partial(plots.residual_histogram, result, seen=seen[0])))
     if np.isfinite(np.diag(result.correlation)).sum() > 1:
-        many = len(result.popt) > 8
-        size = (8.6, 7.6) if many else SMALL
-        pictures += [("wide" if many else "", "Correlation", partial(plots.correlation, result), (1, 1), size)]
+        wide = len(result.popt) > 8 or max(map(len, result.param_names)) > 16
+        size = (8.6, 7.6 if len(result.popt) > 8 else 4.4) if wide else SMALL
+        pictures += [("wide" if wide else "", "Correlation", partial(plots.correlation, result), (1, 1), size)]
     return _figures(pictures)
 
 
