@@ -162,7 +162,8 @@ def images(result, along=None, log: bool | None = None) -> Images:
         Rows and columns: axes of ydata by number, or axes and coordinates by name. By default the last two axes; of data
         with one axis the first two coordinates. The images are means over all others.
     log : bool, optional
-        Colours by the logarithm. None: where the model is positive and spans two decades, and 95 % of the data are positive.
+        Colours by the logarithm, the lowest for 0. None: where the model is positive and spans two decades, and 95 % of the
+        data are not negative.
 
     Returns
     -------
@@ -369,15 +370,16 @@ def _profile(
         beyond=int(found.histogram[0] + found.histogram[-1]),
         scale=ask.scale,
         points=points,
-        log_y=_wants_log(log_y, *((y, y + d) if points is None else points[1:3])),
+        log_y=_wants_log(log_y, *((y > 0, y + d) if points is None else (points[1] > 0, points[2]))),
         **about,
     )
 
 
-def _wants_log(log: bool | None, data: np.ndarray, model: np.ndarray) -> bool:
+def _wants_log(log: bool | None, shown: np.ndarray, model: np.ndarray) -> bool:
+    """Of the scale of y; ``shown``: which of the data it could show."""
     if log is not None or not np.min(model) > 0:
         return bool(log)
-    return bool(np.log10(np.max(model) / np.min(model)) >= DECADES and np.mean(data > 0) >= POSITIVE)
+    return bool(np.log10(np.max(model) / np.min(model)) >= DECADES and np.mean(shown) >= POSITIVE)
 
 
 def _images(ask: _Ask, found: Bins, shape, log: bool | None, about) -> Images:
@@ -392,7 +394,7 @@ def _images(ask: _Ask, found: Bins, shape, log: bool | None, about) -> Images:
         names=(rows.label, columns.label),
         edges=(edges[0][rising[0]], edges[1][rising[1]]),
         upright=rows.axis is None or rows.values is not None,
-        log=(_over_decades(rows), _over_decades(columns), _wants_log(log, data[some], model[some])),
+        log=(_over_decades(rows), _over_decades(columns), _wants_log(log, data[some] >= 0, model[some])),
         data=data[rising],
         model=model[rising],
         residual=residual[rising],

@@ -1,6 +1,7 @@
 """What the coordinates and the axes of the data of a fit are called, and what pictures draw along them."""
 
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -139,15 +140,14 @@ def between(result, first: int, last: int) -> str:
         if result.n_omitted or layouts.invalid is not None or not isinstance(mask, np.ndarray) or data.n_chunks > 1:
             return ""
         first, last = np.flatnonzero(np.broadcast_to(mask == 0, data.shape))[[first, last]]
-    lengths = [np.prod(data.chunk_shape(index)) for index in data.indices()]
+    lengths: Any = reduce(np.multiply.outer, map(np.array, data.chunks))
     ends = np.cumsum(lengths)
     number = int(np.searchsorted(ends, first, side="right"))
     if last >= ends[number]:
         return ""
-    index = data.indices()[number]
+    index: Any = np.unravel_index(number, lengths.shape)
     begin = np.array([sum(sizes[:i]) for sizes, i in zip(data.chunks, index, strict=True)])
-    shape = data.chunk_shape(index)
-    offset = ends[number] - lengths[number]
+    shape, offset = data.chunk_shape(index), ends[number] - lengths[index]
     low, high = (np.array(np.unravel_index(each - offset, shape)) for each in (first, last))
     differ = int(np.argmax(low != high)) if (low != high).any() else len(shape)
     low[differ + 1 :], high[differ + 1 :] = 0, np.array(shape[differ + 1 :]) - 1

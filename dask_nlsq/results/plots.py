@@ -165,6 +165,8 @@ def images(result, axes=None, along=None, *, log: bool | None = None, seen: Imag
         ("residual", seen.residual, Normalize(-far, far), "RdBu_r", seen.measure),
     )
     for ax, (title, values, norm, cmap, label) in zip(axes, panels, strict=True):
+        if isinstance(norm, LogNorm):  # which would leave 0 white, as where there are no data
+            values = np.maximum(values, low)
         image = _image(ax, seen, values, norm, cmap)
         bar = ax.figure.colorbar(image, ax=ax, extend="both", fraction=0.05, pad=0.02)
         bar.set_label(_wrapped(label), parse_math=label == seen.measure)
