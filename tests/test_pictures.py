@@ -90,6 +90,16 @@ def test_axes_are_labelled_with_the_names_and_units_of_the_data(come, labels, tm
     assert (below.get_xlabel(), top.get_ylabel()) == labels
 
 
+def test_axes_of_stored_data_have_the_names_of_their_dimensions(tmp_path):
+    x, y = np.broadcast_to(T, (20, 60)), np.broadcast_to(Y, (20, 60))
+    stored = zarr.create_array(tmp_path / "y.zarr", data=y, dimension_names=("frame", "pixel"), chunks=(5, 60))
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["y"] = y
+        file["y"].dims[0].label, file["y"].dims[1].label = "frame", "pixel"
+        for ydata in (stored, file["y"]):
+            assert images(curve_fit(decay, x, ydata, p0=[1, 1])).names == ("frame", "pixel")
+
+
 def test_data_that_are_held_keep_their_names(tmp_path):
     with hold(*in_xarray(tmp_path)) as held:
         assert plots.fit(curve_fit(decay, held, p0=[1, 1])).get_xlabel() == "delay (ms)"

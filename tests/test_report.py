@@ -256,3 +256,42 @@ def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_p
         asked = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
         assert all(name.startswith("data:") for name in asked)
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_page_of_counts_says_deviance_and_has_no_row_for_what_does_not_exist():
+    t, y = data(3000)
+    found = curve_fit(decay, t, np.random.default_rng(0).poisson(20 * y), p0=[40, 1, 1], loss="poisson")
+    text = page(found)
+    statistics = dict(Page(text).tables["Statistics"])
+    assert statistics["deviance"] == f"{found.chi_square:.6g}" and "reduced deviance" in statistics
+    assert not {"chi-square", "R²", "RMSE", "points masked"} & statistics.keys() and "nan" not in statistics.values()
+    assert "Residuals and what normal noise gives" in text
+
+
+def test_a_page_begins_with_pictures_of_the_data_one_for_each_coordinate_and_images():
+    def surface(axes, a, b, c):
+        frame, t = axes
+        return decay(t, a, b, c) + 0 * frame
+
+    t, y = data(300)
+    found = curve_fit(surface, (np.arange(8)[:, None], t), np.broadcast_to(y, (8, 300)), p0=[1, 1, 0])
+    text = page(found)
+    places = [text.index(f"<h2>{each}") for each in ("Data and model", "Parameters", "Statistics", "Diagnostics")]
+    assert places == sorted(places) and len(Page(text).sources) == 6
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert captions[0] == "Means over the points of each bin: frame against t"
+    assert [each.split("against ")[1] for each in captions[1:3]] == ["frame", "t"]
+
+
+def test_stores_are_named_by_their_whole_path_wherever_the_page_is_read(tmp_path, monkeypatch):
+    t, y = data(300)
+    monkeypatch.chdir(tmp_path)
+    zarr.create_array("y.zarr", data=y)
+    found = curve_fit(decay, t, "y.zarr", p0=[1, 1, 0])
+    assert Page(page(found)).tables["Data"][1][4] == f"file://{tmp_path}/y.zarr"
+
+
+def test_a_table_for_notebooks_has_heading_status_and_diagnostics(found):
+    html = found._repr_html_()
+    assert "<h4>Fit of decay</h4>" in html and "<strong>converged</strong>" in html
+    assert f"<li>{found.diagnostics.lines[0].split(',')[0]}" in html
