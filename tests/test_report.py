@@ -278,6 +278,7 @@ def test_a_page_begins_with_pictures_of_the_data_one_for_each_coordinate_and_ima
     text = page(found)
     places = [text.index(f"<h2>{each}") for each in ("Data and model", "Parameters", "Statistics", "Diagnostics")]
     assert places == sorted(places) and len(Page(text).sources) == 6
+    assert len(Page(page(found, "t", "x")).sources) == 6  # the frames, which begin at 0, have a linear axis
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)
     assert captions[0] == "Means over the points of each bin: frame against t"
     assert [each.split("against ")[1] for each in captions[1:3]] == ["frame", "t"]

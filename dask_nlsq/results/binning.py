@@ -105,7 +105,7 @@ class _Ask(NamedTuple):
     along: tuple[Along, ...]
     plane: tuple[Along, ...]
     starts: tuple[np.ndarray, ...]  # of the chunks along each axis of y, and the end of the last
-    linear: bool  # bins of equal width
+    linear: bool  # bins of equal width; of all coordinates but the first in any case
     log: bool  # and in the logarithm
     scale: float
     n_cells: int  # of the histogram
@@ -182,7 +182,10 @@ def images(result, along=None, log: bool | None = None) -> Images:
 def survey(
     result, which: Sequence[int | str | None], rows_and_columns, bins: int = 200, log: Log = None
 ) -> tuple[list[Binned], Images | None]:
-    """`binned` along each coordinate, and `images` of a `plane` where one is given, in one pass."""
+    """`binned` along each coordinate, and `images` of a `plane` where one is given, in one pass.
+
+    A logarithmic x that is asked for is that of the first coordinate.
+    """
     data, objective = data_of(result)
     if not (isinstance(bins, int | np.integer) and 1 <= bins <= FINEST[1] // 2):
         raise ValueError(f"`bins` must be a number from 1 to {FINEST[1] // 2}, not {bins!r}")
@@ -270,10 +273,10 @@ def _sums(ask: _Ask, drawn, y, model, sigma, r) -> Tally:
         return in_bins([x], (None, w_, w_ * x, w_ * y_, w_ * d_, w_ * d_**2, r_, r_**2))
 
     profiles: list[Bins | None] = []
-    for x in drawn[: len(ask.along)]:
-        positive = x > 0
-        wanted = ask.log and not (ask.linear and not positive.all())  # else it is not logarithmic by itself
-        profiles += [profile(x, slice(None)) if ask.linear else None]
+    for k, x in enumerate(drawn[: len(ask.along)]):
+        positive, linear = x > 0, ask.linear or k > 0
+        wanted = ask.log and not (linear and not positive.all())  # else it is not logarithmic by itself
+        profiles += [profile(x, slice(None)) if linear else None]
         profiles += [profile(np.log10(x[positive]), positive) if wanted else None]
     cells = np.clip((r / ask.scale + BEYOND) * (ask.n_cells / (2 * BEYOND)), -1, ask.n_cells)
     histogram = np.bincount(np.floor(cells).astype(np.int64) + 1, minlength=ask.n_cells + 2)
