@@ -522,7 +522,8 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, observers: 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
     assert evaluator.weights is not None  # as after each sweep over all data
-    if noise.loss == "poisson" and not evaluator.weights[:, 1].any():  # the mean is 0, whatever else the model has
+    dark = noise.loss == "poisson" and not evaluator.weights[:, 1].any()  # the mean is 0, whatever else the model has
+    if dark and solution.status > 0:
         solution = solution._replace(status=UNDETERMINED, message=NO_COUNTS, distance=np.nan)
     if evaluator.checkpoint is not None:
         evaluator.checkpoint.end()

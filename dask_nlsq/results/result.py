@@ -215,7 +215,7 @@ class FitResult:
     def at_bound(self) -> np.ndarray:
         """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (p,)."""
         alone = np.full(len(self.popt), np.inf)  # errors of parameters, if all others were known
-        variance = 1.0 if self.noise.absolute else self.reduced_chi_square
+        variance = 1.0 if self.noise.absolute else 2 * self.cost / self.dof if self.dof > 0 else np.nan
         with np.errstate(divide="ignore", invalid="ignore"):
             alone[list(self.free)] = np.sqrt(variance) / np.linalg.norm(self.factor.R, axis=0)
         return places_at_bounds(np, self.popt, self.perr, alone, *self.bounds)
