@@ -27,14 +27,14 @@ from .engine.sweep import open_sweep
 from .engine.waiting import StopOnSignal, ToldToLeave
 from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
-from .kernels.rules import ACCURACY, STUCK
+from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
 from .memory.plan import Plan
 from .model.params import Params
 from .options import FITS, GROUPS, WORKFLOWS, with_known_names
 from .parameters import Parameters
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
-from .results.diagnostics import scaled_covariance
+from .results.diagnostics import NO_COUNTS, scaled_covariance
 from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import followers, spread_out
@@ -93,7 +93,7 @@ def curve_fit(
     callback: Callable[[Record], None] | None = None,
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
-    report: str | Path | None = None,
+    performance_report: str | Path | None = None,
 ) -> FitResult:
     """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
 
@@ -218,8 +218,9 @@ def curve_fit(
         Progress bar; None: in a terminal or notebook, for fits that take longer than two seconds.
     verbose : {0, 1, 2}
         1 prints a summary, 2 a line per sweep.
-    report : path, optional
-        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client.
+    performance_report : path, optional
+        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client. The page about the result is
+        ``result.report(path)``.
 
     Returns
     -------
@@ -431,7 +432,7 @@ def _run(ready: Prepared) -> tuple[FitResult, _Run]:
     call, n, began, model = ready.call, len(ready.free), time.perf_counter(), ready.objective.model
     with ExitStack() as stack:
         client, plan = ready.source.client, ready.plan
-        stack.enter_context(attached(client, call.report))
+        stack.enter_context(attached(client, call.performance_report))
         live = stack.enter_context(Live.of(client, "curve_fit", model.f, ready.names, ready.options.accuracy, plan))
         observers = stack.enter_context(Observers(live, call, plan, ready.noise.absolute))
         sweep = ready.source.sweep
@@ -522,6 +523,10 @@ def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, options: Op
 
 def _assemble(ready: Prepared, run: _Run) -> FitResult:
     solution, params, data, noise, evaluator = run.solution, ready.params, ready.data, ready.noise, run.evaluator
+    assert evaluator.weights is not None  # as after each sweep over all data
+    dark = noise.loss == "poisson" and not evaluator.weights[:, 1].any()  # the mean is 0, whatever else the model has
+    if dark and solution.status > 0:
+        solution = solution._replace(status=UNDETERMINED, message=NO_COUNTS, distance=np.nan)
     if evaluator.checkpoint is not None:
         evaluator.checkpoint.end()
     for each in ready.source.stored if ready.plan.strategy == "streaming" else ():
@@ -538,7 +543,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     tied = {} if params.ties is None else {name: params.ties.texts[name] for name in params.ties.tied}
     whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
-    assert equations.parts is not None and evaluator.weights is not None  # as after each sweep over all data
+    assert equations.parts is not None  # as after each sweep over all data
     sums = [np.nan] * 3 if whitened else evaluator.weights.sum(axis=0).tolist()
     return FitResult(
         popt=popt,

@@ -281,7 +281,7 @@ FITS = {  # of `curve_fit`, without the model and its data
     "callback": Row(_optional(_callback), None),
     "progress": Row(_optional(_flag), None),
     "verbose": Row(_choice(0, 1, 2), 0),
-    "report": Row(_optional(_path), None),
+    "performance_report": Row(_optional(_path), None),
 }  # fmt: skip
 WORKFLOWS = {  # of `fit`, besides
     "workflow": Row(_choice(*PRESETS), "auto", option=Option("Strategy, tolerances and starts by a name.")),
@@ -356,6 +356,11 @@ def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
                     f"{function.__name__} takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)"
                 )
             for name in options.keys() - names:
+                if name == "report" and "performance_report" in names:
+                    raise TypeError(
+                        f"{function.__name__} has no argument 'report': Dask's report of the work on a cluster is "
+                        "performance_report=path, the page about the fit result.report(path)"
+                    )
                 raise TypeError(f"{function.__name__} has no argument {name!r}{near(name, names)}")
             return function(*args, **options)
 

@@ -12,7 +12,7 @@ from .base.text import size
 from .data.align import Data, whitened
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
-from .data.labels import Labels, by_name, warn_if_packed
+from .data.labels import Labels, by_name, names_of, warn_if_packed
 from .data.ranges import by_place
 from .data.sizes import sizes_of
 from .data.store import Stored
@@ -115,9 +115,10 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         given = {**given, **xdata.given}
     else:
         source = align(call, xdata, ydata, objective, n)
-    if source.client is None and call.report is not None:
+    if source.client is None and call.performance_report is not None:
         raise ValueError(
-            f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
+            f"performance_report={str(call.performance_report)!r} is about the work of a cluster: it needs a Client, and "
+            "data that go there"
         )
     ready = Prepared(given, call, params, noise, options, objective, source)
     if call.checkpoint is not None and not callable(call.checkpoint):
@@ -132,7 +133,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     """
     if call.decode_cf:
         warn_if_packed(ydata)
-    xrange = by_place(call.xrange, xdata, ydata)
+    xrange, as_they_came = by_place(call.xrange, xdata, ydata), (xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     reweighted = is_reweighted(sigma)
@@ -151,6 +152,7 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     client = None if plan.strategy == "standard" else client
     if client is not None:
         check_sendable(**arrays)
+    data = replace(data, names=names_of(*as_they_came, {each.name: each.array for each in stored}))
     return Source(arrays, labels, data, stored, client, plan)
 
 

@@ -148,7 +148,7 @@ RIGHT = {  # by argument; those that are not here take none of them
     "partitions_per_thread": {"None", "1"},
     "n_starts": {"0", "1"},
     "checkpoint": {"None", "text"},
-    "report": {"None", "text"},
+    "performance_report": {"None", "text"},
     "callback": {"None"},
     "progress": FLAG | {"None"},
     "verbose": FLAG,
@@ -180,6 +180,9 @@ def test_what_is_no_value_of_an_argument_is_refused_by_its_name(function, name):
 
 
 def test_unknown_keyword_is_a_type_error():
+    for call in (curve_fit, fit):
+        with pytest.raises(TypeError, match=r"no argument 'report': .* performance_report=path.* result\.report\(path\)"):
+            call(decay, X, Y, report="fit.html")
     with pytest.raises(TypeError, match="curve_fit has no argument 'loess': did you mean 'loss'"):
         curve_fit(decay, X, Y, loess="linear")
 

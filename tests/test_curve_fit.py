@@ -13,7 +13,7 @@ import pytest
 from distributed import Client, LocalCluster
 from scipy.optimize import OptimizeWarning
 
-from dask_nlsq import FitResult, curve_fit
+from dask_nlsq import FitResult, curve_fit, fit_map
 from dask_nlsq.solve.trust_region import Options
 
 from .clusters import assert_nothing_left
@@ -109,6 +109,28 @@ def test_singular_fits_warn_and_have_infinite_covariance():
     with pytest.warns(OptimizeWarning, match="Covariance of the parameters could not be estimated"):
         result = curve_fit(lambda x, a, b: (a + b) * x, X, Y)
     assert np.all(np.isinf(result.pcov))
+
+
+def test_several_undetermined_combinations_are_a_list():
+    with pytest.warns(OptimizeWarning) as warned:
+        curve_fit(lambda x, a, b, c, d: (a + b) * x + jnp.exp(-x) * (c - d), X, Y)
+    first, *reasons, advice = str(warned[0].message).split("\n")
+    assert first == "Covariance of the parameters could not be estimated:" and len(reasons) == 2
+    assert all(each.startswith("- the data do not determine one combination: (") for each in reasons)
+    assert advice.startswith("Hold one of them with `fixed`")
+
+
+def test_a_parameter_at_its_bound_is_said_to_be_there_where_the_covariance_is_infinite():
+    def model(x, a, b, floor):
+        return (a + b) * jnp.exp(-x) + floor
+
+    y = np.exp(-X) - 0.3 + 0.05 * np.random.default_rng(0).normal(size=len(X))
+    bounds = dict(floor=(0, None))
+    with pytest.warns(OptimizeWarning, match="could not be estimated"):
+        found = curve_fit(model, X, y, p0=[1, 1, 1], bounds=bounds)
+    maps = fit_map(model, X, np.stack([y, y]), [1, 1, 1], bounds=bounds).compute()
+    assert np.isinf(found.perr).all() and found.at_bound.tolist() == [0, 0, -1]
+    assert np.isinf(maps.perr).all() and maps.at_bound.tolist() == [[0, 0, -1]] * 2
 
 
 def test_exact_data_do_not_warn():

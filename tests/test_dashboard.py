@@ -271,10 +271,10 @@ def test_a_cluster_secured_by_tls_gives_the_same_bits_and_the_page_by_https(clie
 
 def test_report_keeps_what_dask_saw(client, tmp_path):
     with client.as_current():
-        curve_fit(decay, *data(), **TIGHT, report=tmp_path / "fit.html")
+        curve_fit(decay, *data(), **TIGHT, performance_report=tmp_path / "fit.html")
         assert "nlsq-sweep" in (tmp_path / "fit.html").read_text()
     with pytest.raises(ValueError, match="needs a Client"):
-        curve_fit(decay, X, Y, report=tmp_path / "none.html")
+        curve_fit(decay, X, Y, performance_report=tmp_path / "none.html")
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])

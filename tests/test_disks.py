@@ -142,6 +142,6 @@ def test_a_map_has_room_before_it_is_fitted_and_what_is_written_stays_when_its_d
 
 
 def test_a_performance_report_that_cannot_be_written_costs_no_result(disk, workers):
-    with workers.as_current(), pytest.warns(RuntimeWarning, match="`report` .*fit.html could not be written"):
-        found = curve_fit(decay, X, Y, P0, report=disk.path / "fit.html", callback=at(2, disk.fill))
+    with workers.as_current(), pytest.warns(RuntimeWarning, match="`performance_report` .*fit.html could not be written"):
+        found = curve_fit(decay, X, Y, P0, performance_report=disk.path / "fit.html", callback=at(2, disk.fill))
     assert found.success

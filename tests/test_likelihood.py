@@ -4,9 +4,10 @@ import dask.array as da
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import OptimizeWarning, minimize
 
 import dask_nlsq
+from dask_nlsq.kernels.lanes import MapStatus
 
 X = np.linspace(0, 10, 4000)
 TRUTH = np.array([4.0, 0.5, 0.3])
@@ -114,3 +115,22 @@ def test_weights_that_contradict_the_likelihood_are_refused(counts, options, err
 def test_negative_counts_are_refused(counts, fit):
     with pytest.raises(ValueError, match="loss='poisson' is for counts"):
         fit(decay, X, counts - 1.0, p0=[2, 1, 1], loss="poisson")
+
+
+def peak(x, height, place, width, background):
+    return height * jnp.exp(-0.5 * ((x - place) / width) ** 2) + background
+
+
+POSITIVE = dict(height=(0, None), place=(0, 10), width=(0.1, 5), background=(0, None))
+
+
+@pytest.mark.parametrize("bounds", [{}, POSITIVE])
+def test_a_dark_pixel_has_no_success_and_errors_without_end(bounds):
+    x, dark = np.linspace(0, 10, 100), np.zeros(100)
+    bright = np.random.default_rng(0).poisson(20 * np.exp(-0.5 * (x - 5) ** 2) + 3)
+    with pytest.warns(OptimizeWarning, match="All counts are 0: they determine no parameter"):
+        found = dask_nlsq.curve_fit(peak, x, dark, [5, 5, 1, 1], bounds=bounds, loss="poisson")
+    assert found.status == 12 and not found.success and np.isinf(found.perr).all()
+    maps = dask_nlsq.fit_map(peak, x, np.stack([dark, bright]), [5, 5, 1, 1], bounds=bounds, loss="poisson").compute()
+    assert maps.status[0] == MapStatus.UNDETERMINED and maps.success.tolist() == [False, True]
+    assert np.isinf(maps.perr[0]).all() and np.isfinite(maps.perr[1]).all()

@@ -4,6 +4,7 @@ import logging
 import mmap
 import re
 import time
+from html import unescape
 
 import dask.array as da
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from dask.callbacks import Callback
 from distributed import Client, LocalCluster
 
-from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, hold, plan_fit
+from dask_nlsq import MemoryBudgetError, Plan, curve_fit, fit, fit_map, hold, plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
@@ -112,6 +113,12 @@ def test_a_plan_takes_the_arguments_of_curve_fit_and_of_fit():
         plan_fit(decay, x, y, memory_limit=4)
     with pytest.raises(ValueError, match="`workflow`"):
         plan_fit(decay, x, y, workflow="best")
+
+
+def test_notebooks_show_a_plan_as_it_is_printed():
+    fits, maps = plan_fit(decay, *lazy(1000, 100)), fit_map(decay, np.arange(9.0), np.ones((4, 9)), [1, 1, 0]).plan
+    for plan in (fits, maps):
+        assert unescape(plan._repr_html_()) == f"<pre>{plan}</pre>"
 
 
 def test_lazy_data_go_to_the_workers_and_the_plan_shows_them(client, capsys):

@@ -15,10 +15,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy
 from distributed import get_task_stream
 
 from dask_nlsq import curve_fit, fit_map, plots
-from dask_nlsq.results.binning import FEW, FINE, _exponent, _merged, _profile, binned
+from dask_nlsq.results.binning import FEW, binned, quantile_residuals
+from dask_nlsq.results.bins import FINEST, exponent, in_bins, merged
 
 from .spectra import P0, X, counted, fitted, peak, spectra
 from .spectra import N as N_SPECTRUM
@@ -57,7 +59,7 @@ def drawn(container):
     return *points.get_data(), halves
 
 
-def in_bins(found, t, *rows):
+def by_bin(found, t, *rows):
     """For each bin of ``found`` the rows of its points; bins hold consecutive values of t."""
     order = np.argsort(t)
     parts = [np.split(row[order], np.cumsum(found.n)[:-1]) for row in (t, *rows)]
@@ -68,7 +70,7 @@ def test_bins_hold_what_numpy_finds_in_them(large):
     t, y = data()
     seen = binned(large, bins=50)
     residual = np.asarray(large.residuals())
-    parts = in_bins(seen, t, y, residual)
+    parts = by_bin(seen, t, y, residual)
     assert seen.n.sum() == N and 25 < len(seen.x) <= 50
     widths = [part[0].max() for part in parts[:-1]], [part[0].min() for part in parts[1:]]
     assert np.ptp(np.mean(widths, axis=0)[1:] - np.mean(widths, axis=0)[:-1]) < 0.02  # of equal width
@@ -85,7 +87,7 @@ def test_bins_weigh_points_by_sigma():
     sigma = np.where(np.arange(N) % 3, 0.05, 0.2)
     found = curve_fit(decay, t, y, p0=START, sigma=sigma)
     seen = binned(found, bins=20)
-    for part, x, mean, error in zip(in_bins(seen, t, y, sigma), seen.x, seen.y, seen.error, strict=True):
+    for part, x, mean, error in zip(by_bin(seen, t, y, sigma), seen.x, seen.y, seen.error, strict=True):
         assert x == pytest.approx(np.average(part[0], weights=part[2] ** -2.0))
         assert mean == pytest.approx(np.average(part[1], weights=part[2] ** -2.0))
         scatter = (2 / 3 + 1 / 3 / 16) ** 0.5  # of residuals: a third of the noise is four times smaller than its sigma
@@ -105,21 +107,24 @@ def test_bins_do_not_depend_on_chunks(large, chunks):
     assert abs(one.histogram - other.histogram).sum() <= 4  # within rounding of an edge
 
 
-def test_merged_bins_are_those_of_all_points_at_once():
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("n_coordinates", [1, 2])
+def test_merged_bins_are_those_of_all_points_at_once(n_coordinates):
+    rng, finest = np.random.default_rng(0), FINEST[n_coordinates]
     for scale, offset in ((1.0, 0.0), (1e-30, 0.0), (1e-3, 1e9), (1e200, -1e200)):
-        x = offset + scale * rng.standard_normal(5000)
-        x[:10] = offset  # a block of one value
-        ones = np.ones_like(x)
-        whole = _profile(x, x, x, ones, ones)
+        x = offset + scale * rng.standard_normal((n_coordinates, 5000))
+        x[:, :10] = offset  # a block of one value
+        whole = in_bins(x, (None, x[0]))
         cuts = [0, 10, 11, 700, 5000]
-        parts = [_profile(*[row[lo:hi] for row in (x, x, x, ones, ones)]) for lo, hi in pairwise(cuts)]
-        merged = _merged([_merged(parts[:2]), _merged(parts[2:])])
-        assert (merged.k, merged.first) == (whole.k, whole.first)
-        np.testing.assert_array_equal(merged.sums[0], whole.sums[0])
-        assert FINE / 4 < whole.sums.shape[1] <= FINE or offset == 1e9  # where float64 has few values between
-    assert _profile(*[np.zeros(3)] * 3, np.ones(3), np.ones(3)).sums.shape[1] == 1
-    assert _exponent(0.0, 1.0) == -10  # [0, 1] takes 1025 bins, and 2049 one finer
+        parts = [in_bins(x[:, lo:hi], (None, x[0, lo:hi])) for lo, hi in pairwise(cuts)]
+        found = merged([merged(parts[:2]), None, merged(parts[2:])])
+        assert (found.k, found.first) == (whole.k, whole.first)
+        np.testing.assert_array_equal(found.sums[0], whole.sums[0])
+        assert all(finest / 4 < m <= finest for m in whole.sums.shape[1:]) or offset == 1e9  # float64 has few values there
+        if n_coordinates == 2:
+            counts = np.histogram2d(*x, bins=whole.edges)[0]
+            assert abs(counts - whole.sums[0]).sum() <= 2  # the largest value lies on the last edge of NumPy's
+    assert in_bins([np.zeros(3)], (None,)).sums.shape == (1, 1)
+    assert exponent(0.0, 1.0, finest) == {1: -10, 2: -7}[n_coordinates]  # [0, 1] takes half and one, and one too many finer
 
 
 def test_what_does_not_count_is_not_drawn():
@@ -165,7 +170,7 @@ def test_many_points_are_drawn_as_means(large):
     np.testing.assert_array_equal(top.lines[-1].get_ydata(), seen.model)
     np.testing.assert_array_equal(drawn(below.containers[0])[1], seen.residual)
     assert (below.get_xlabel(), below.get_ylabel()) == ("t", seen.measure)
-    assert f"{len(seen.x)} bins" in top.get_ylabel()
+    assert top.get_ylabel() == "mean of y"
 
 
 def test_pictures_come_where_they_are_wanted(large):
@@ -186,7 +191,7 @@ def test_pictures_come_where_they_are_wanted(large):
 def test_a_logarithmic_axis_has_logarithmic_bins(large):
     t, _ = data()
     seen = binned(large, log=True)
-    parts = in_bins(seen, t)
+    parts = by_bin(seen, t)
     np.testing.assert_allclose(np.log10(seen.x), [np.log10(part[0]).mean() for part in parts])
     assert plots.fit(large, log=True).get_xscale() == "log"
     few = curve_fit(decay, *data(100), p0=START)
@@ -210,7 +215,7 @@ def test_any_coordinate_of_several_can_be_drawn():
         np.testing.assert_allclose(drawn(ax.containers[0])[0], x, atol=1e-12)
         np.testing.assert_allclose(drawn(ax.containers[0])[1], y.mean(axis=other), atol=1e-12)
         np.testing.assert_allclose(ax.lines[-1].get_ydata(), fitted.mean(axis=other), atol=1e-12)
-        assert ax.get_xlabel() == {0: "x[0]", 1: "x[1]", None: "place along axis 0"}[coordinate]
+        assert ax.get_xlabel() == {0: "i", 1: "q", None: "place along i"}[coordinate]
     with pytest.raises(ValueError, match=r"`coordinate` must be from 0 to 1.*not 2"):
         plots.fit(found, coordinate=2)
     with pytest.raises(ValueError, match="one coordinate"):
@@ -256,18 +261,32 @@ def test_the_histogram_counts_all_residuals_in_units_of_the_noise(large):
     assert "1 beyond ±6" in outlier.get_legend().get_texts()[0].get_text()
 
 
-def test_residuals_of_counts_are_in_units_of_what_the_model_expects():
+def test_residuals_of_few_counts_are_normal_and_the_same_however_the_data_are_chunked():
     t, _ = data()
-    y = np.random.default_rng(2).poisson(2 * np.exp(-0.5 * t) + 0.5)  # of the deviance they would be 0.2 too low
+    y = np.random.default_rng(2).poisson(2 * np.exp(-0.5 * t) + 0.5)  # Pearson's have a skewness of 1 and few values
     found = curve_fit(decay, t, y, p0=[1.5, 1, 1], loss="poisson")
-    seen, model = binned(found), np.asarray(found.predict())
-    pearson = [part[1].mean() for part in in_bins(seen, t, (model - y) / np.sqrt(model))]
-    np.testing.assert_allclose(seen.residual, pearson, atol=1e-9)
+    seen = binned(found)
     assert seen.scale == 1 and abs(np.average(seen.residual, weights=seen.n)) < 0.01
     assert np.average(seen.spread, weights=seen.n) == pytest.approx(1, abs=0.02)
-    assert "sqrt" in plots.residuals(found).get_ylabel()
+    normal = np.diff(scipy.special.ndtr(seen.edges)) * N
+    assert np.sum((seen.histogram - normal) ** 2 / np.maximum(normal, 1)) < 2 * len(normal)
+    assert plots.residuals(found).get_ylabel() == "quantile residual"
+    again = binned(curve_fit(decay, da.from_array(t, 7001), da.from_array(y, 7001), p0=[1.5, 1, 1], loss="poisson"))
+    np.testing.assert_allclose(again.residual, seen.residual, atol=1e-4)  # the parameters differ by rounding
     masked = curve_fit(decay, t, y, p0=[1.5, 1, 1], loss="poisson", mask=t < 5)
     assert binned(masked).n.sum() == np.sum(t >= 5)
+
+
+def test_quantile_residuals_have_the_probability_of_the_counts():
+    mean, seeds = np.array([0.3, 4.0, 50.0, 1e-10]), np.arange(4)
+    y = np.array([0.0, 4.0, 35.0, 1.0])
+    low, high = scipy.stats.poisson.cdf([y - 1, y], mean)
+    z = -quantile_residuals(y, mean, seeds)[:3]
+    assert np.all((low[:3] < scipy.special.ndtr(z)) & (scipy.special.ndtr(z) < high[:3]))
+    tail = scipy.stats.poisson.sf([119, 120], 50.0)  # P(Y >= 120), P(Y > 120), whose complement is 1
+    far = quantile_residuals(np.array([120.0]), np.array([50.0]), np.arange(1))
+    assert tail[1] < scipy.special.ndtr(far[0]) < tail[0] < 1e-15
+    assert np.isfinite(quantile_residuals(np.array([1e6]), np.array([1.0]), np.arange(1))).all()
 
 
 def test_convergence_shows_the_cost_above_the_least_and_the_distance(large):
@@ -314,7 +333,7 @@ def test_no_large_array_comes_to_the_client(workers):
             there = binned(found)
         sizes = {task["key"]: task["nbytes"] for task in stream.data}
     assert len(sizes) == 20 + 20  # each chunk is laid out, and tallied
-    assert max(sizes.values()) < 8 * 8 * FINE + 4096  # a chunk of y has 800 kB
+    assert max(sizes.values()) < 2 * 8 * 8 * FINEST[1] + 4096  # a chunk of y has 800 kB
     with dask.config.set(scheduler="threads"):
         here = binned(found)
     assert all(np.array_equal(a, b) for a, b in zip(there, here, strict=True))  # by the same merge
@@ -356,7 +375,7 @@ def test_data_that_are_gone_are_told_of(large):
 
 def test_nothing_to_draw_and_wrong_bins_are_told_of(large):
     below = curve_fit(decay, *data(3000, low=-2.0, high=-1.0), p0=START)
-    with pytest.raises(ValueError, match="no point counts at a positive coordinate"):
+    with pytest.raises(ValueError, match="no point counts at a positive t"):
         plots.fit(below, log=True)
     with pytest.raises(ValueError, match="`bins` must be a number from 1 to 1024, not 0"):
         plots.fit(large, bins=0)

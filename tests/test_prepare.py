@@ -208,8 +208,10 @@ CALLS = {  # of a temporary directory: arguments
     ),
     "says nothing": lambda tmp: dict(progress=False, verbose=0, tr_solver="exact", max_nfev=90, ftol=None),
 }  # fmt: skip
-ON_WORKERS = ("lazy", "chunked", "streaming", "checkpoint", "partitions", "missing chunks masked", "goal", "report")
-REPORTED = {"report": lambda tmp: dict(ydata=lazy(Y), report=tmp / "report.html")}  # needs a client
+ON_WORKERS = (
+    "lazy", "chunked", "streaming", "checkpoint", "partitions", "missing chunks masked", "goal", "performance report",
+)  # fmt: skip
+REPORTED = {"performance report": lambda tmp: dict(ydata=lazy(Y), performance_report=tmp / "report.html")}  # needs a client
 
 
 def decided(plan):
@@ -233,7 +235,7 @@ QUICK = {
     "missing chunks masked", "bad chunks masked", "attributes", "starts", "held", "bounds of SciPy",
     "ready model, streaming", "workflow that streams", "goal", "labels", "axes", "dates",
 }  # fmt: skip
-QUICK_ON_WORKERS = {"chunked", "streaming", "missing chunks masked", "report"}
+QUICK_ON_WORKERS = {"chunked", "streaming", "missing chunks masked", "performance report"}
 
 
 def quick_or_slow(names, quick):
@@ -328,7 +330,7 @@ REFUSED = {  # of a temporary directory: arguments
     "checkpoint below a file": lambda tmp: dict(ydata=lazy(Y), checkpoint=a_file(tmp) / "c"),
     "checkpoint of another fit": lambda tmp: dict(ydata=lazy(Y), checkpoint=kept(tmp), loss="huber"),
     "checkpoint of another start": lambda tmp: dict(ydata=lazy(Y), checkpoint=kept(tmp), p0=[9, 9, 9]),
-    "report without a client": lambda tmp: dict(report=tmp / "r.html"),
+    "performance report without a client": lambda tmp: dict(performance_report=tmp / "r.html"),
     "few points": lambda tmp: dict(xdata=X[:2], ydata=Y[:2]),
     "x and y": lambda tmp: dict(xdata=X[:-1]),
     "missing chunks": lambda tmp: dict(ydata=in_store(tmp, absent=[3])),

@@ -16,6 +16,7 @@ import zarr
 
 from dask_nlsq import DamagedFileError, curve_fit, fit_map, load, plots
 from dask_nlsq.base.files import read_json, write_json
+from dask_nlsq.base.text import measured
 from dask_nlsq.results.report import _places, page
 from dask_nlsq.results.schema import VERSION
 
@@ -79,13 +80,13 @@ def test_the_page_says_what_the_result_says(found, tmp_path):
     assert read.open == [] and path.parent == tmp_path
     rows = {row[0]: row for row in read.tables["Parameters"]}
     for name, value, error in zip(NAMES, found.popt, found.perr, strict=True):
-        assert float(rows[name][1]) == pytest.approx(value, rel=1e-8)
-        assert float(rows[name][2]) == pytest.approx(error, rel=1e-2)
+        shown = measured(value, error)
+        assert rows[name][1:3] == [f" {shown[0]}", f"± {shown[1]}"]
         ends = found.confidence_intervals()[NAMES.index(name)]
-        assert [float(each) for each in rows[name][4:6]] == pytest.approx(ends, rel=1e-5)
+        assert rows[name][4:6] == [measured(end, error)[0] for end in ends]
     statistics = dict(read.tables["Statistics"])
     assert statistics["points used"] == "30,000"
-    assert float(statistics["reduced chi-square"]) == pytest.approx(found.reduced_chi_square, rel=1e-8)
+    assert float(statistics["reduced chi-square"]) == pytest.approx(found.reduced_chi_square, rel=1e-5)
     assert [float(row[1]) for row in read.tables["Sweeps"][1:]] == pytest.approx([r.cost for r in found.history], rel=1e-8)
     assert str(found.plan) in read.preformatted
     assert "return a * jnp.exp(-b * t) + c" in read.preformatted
@@ -215,7 +216,7 @@ def test_bounds_and_what_lies_on_them_are_in_the_table():
     found = curve_fit(decay, *data(), p0=[1, 1, 1], bounds=([0, 0, 0.5], np.inf))
     rows = Page(page(found)).tables["Parameters"]
     assert rows[0][6:] == ["lower bound", "upper bound", ""]
-    assert [row[6:] for row in rows[1:]] == [["0", "inf", ""], ["0", "inf", ""], ["0.5", "inf", "at its lower bound"]]
+    assert [row[6:] for row in rows[1:]] == [["0", "none", ""], ["0", "none", ""], ["0.5", "none", "at its lower bound"]]
 
 
 def test_models_without_source_and_many_sweeps_have_a_page():
@@ -255,3 +256,43 @@ def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_p
         asked = browser.value("performance.getEntriesByType('resource').map(e => e.name)")
         assert all(name.startswith("data:") for name in asked)
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_page_of_counts_says_deviance_and_has_no_row_for_what_does_not_exist():
+    t, y = data(3000)
+    found = curve_fit(decay, t, np.random.default_rng(0).poisson(20 * y), p0=[40, 1, 1], loss="poisson")
+    text = page(found)
+    statistics = dict(Page(text).tables["Statistics"])
+    assert statistics["deviance"] == f"{found.chi_square:.6g}" and "reduced deviance" in statistics
+    assert not {"chi-square", "R²", "RMSE", "points masked"} & statistics.keys() and "nan" not in statistics.values()
+    assert "Residuals and what normal noise gives" in text
+
+
+def test_a_page_begins_with_pictures_of_the_data_one_for_each_coordinate_and_images():
+    def surface(axes, a, b, c):
+        frame, t = axes
+        return decay(t, a, b, c) + 0 * frame
+
+    t, y = data(300)
+    found = curve_fit(surface, (np.arange(8)[:, None], t), np.broadcast_to(y, (8, 300)), p0=[1, 1, 0])
+    text = page(found)
+    places = [text.index(f"<h2>{each}") for each in ("Data and model", "Parameters", "Statistics", "Diagnostics")]
+    assert places == sorted(places) and len(Page(text).sources) == 6
+    assert len(Page(page(found, "t", "x")).sources) == 6  # the frames, which begin at 0, have a linear axis
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert captions[0] == "Means over the points of each bin: frame against t"
+    assert [each.split("against ")[1] for each in captions[1:3]] == ["frame", "t"]
+
+
+def test_stores_are_named_by_their_whole_path_wherever_the_page_is_read(tmp_path, monkeypatch):
+    t, y = data(300)
+    monkeypatch.chdir(tmp_path)
+    zarr.create_array("y.zarr", data=y)
+    found = curve_fit(decay, t, "y.zarr", p0=[1, 1, 0])
+    assert Page(page(found)).tables["Data"][1][4] == f"file://{tmp_path}/y.zarr"
+
+
+def test_a_table_for_notebooks_has_heading_status_and_diagnostics(found):
+    html = found._repr_html_()
+    assert "<h4>Fit of decay</h4>" in html and "<strong>converged</strong>" in html
+    assert f"<li>{found.diagnostics.lines[0].split(',')[0]}" in html

@@ -15,6 +15,7 @@ import zarr
 
 from dask_nlsq import BadChunkError, Plan, Record, curve_fit, load
 from dask_nlsq.base.files import DamagedFileError, read_json, write_json
+from dask_nlsq.base.text import measured
 from dask_nlsq.engine.condensed import Factor
 from dask_nlsq.kernels.rows import SegmentSums
 from dask_nlsq.memory.processes import ProcessMemory
@@ -60,7 +61,7 @@ def test_a_summary_has_all_that_a_paper_needs(fitted):
     for name, value in [("chi-square", fitted.chi_square), ("R^2", fitted.r_squared), ("AIC", fitted.aic)]:
         assert f"{name} {value:.6g}" in text
     (line,) = (line for line in text.splitlines() if line.strip().startswith("b "))
-    assert line.split()[1:4] == [f"{fitted.popt[1]:.9g}", "+-", f"{fitted.perr[1]:.3g}"]
+    assert " ".join(line.split()[1:4]) == f"{fitted['b']}"
     assert "correlations: b, c +0." in text
     assert text in repr(fitted)
 
@@ -77,7 +78,7 @@ def test_a_table_for_notebooks_escapes_names(data):
     found = curve_fit(decay, *data, p0=[1, 1, 0], param_names=["<b>a", "k", "c & d"])
     html = found._repr_html_()
     assert "<td>&lt;b&gt;a</td>" in html and "<td>c &amp; d</td>" in html and "<b>" not in html
-    assert f"<td>{found.popt[1]:.9g}</td>" in html
+    assert f"<td>{measured(found.popt[1], found.perr[1])[0]}</td>" in html
 
 
 def test_a_dict_is_strict_json(fitted, data):

@@ -78,6 +78,19 @@ def measured(value: float, error: float, full: bool = False) -> tuple[str, str]:
     return near, doubt
 
 
+def relative(value: float, error: float) -> str:
+    """The error as percent of the value; empty where that says nothing."""
+    if not (value and 0 < error < inf):
+        return ""
+    share = abs(error / value)
+    return ">999%" if share >= 9.995 else f"{share:.2%}" if share >= 1e-4 else f"{share * 100:.1g}%"
+
+
+def html_text(text: str) -> str:
+    """Lines with aligned columns, as they are."""
+    return f"<pre>{escape(text)}</pre>"
+
+
 def at_least(gib: float) -> str:
     """A limit in GiB that suffices, rounded up to two digits."""
     unit = 10.0 ** (floor(log10(gib)) - 1)

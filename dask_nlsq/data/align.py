@@ -21,6 +21,7 @@ from ..memory.needs import JOINED_POINTS
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
+from .labels import NAMELESS, Names
 from .ranges import Ranges, of_each, parted_within
 
 MOST_SHARED = 2**24  # points of a spectrum, up to which coordinates that all pixels share are held
@@ -39,6 +40,7 @@ class Data:
     n_dropped: int = 0  # points that were left out beforehand, with a covariance matrix
     decoded: tuple[str, ...] = ()  # what attributes of stored arrays have made of their values, a line each
     scaled: str = ""  # by what, where y is not as it is stored
+    names: Names = NAMELESS
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -361,7 +363,7 @@ def whitened(data: Data) -> Data:
     if hidden is not None and np.any(hidden):
         raise ValueError("`sigma` is a covariance matrix with masked elements: leave points out with mask=, and fill them")
     covariance = np.asarray(covariance, dtype=np.float64)
-    layouts, policy, dropped = data.preparation.layouts, data.preparation.policy, 0
+    layouts, policy, dropped, names = data.preparation.layouts, data.preparation.policy, 0, data.names
     if layouts.mask is not None or layouts.invalid is not None or layouts.y != Layout(True):
         pieces = data.pieces((0,) * len(data.shape))
         pieces = [np.asarray(piece.compute() if hasattr(piece, "compute") else piece) for piece in pieces]
@@ -398,4 +400,4 @@ def whitened(data: Data) -> Data:
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError as err:
         raise ValueError("`sigma` must be positive definite.") from err
-    return replace(data, covariance=None, factor=factor, n_dropped=dropped)
+    return replace(data, covariance=None, factor=factor, n_dropped=dropped, names=names)

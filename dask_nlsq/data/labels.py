@@ -1,14 +1,16 @@
 """xarray data become plain arrays: coordinates by name, axes by name and never by place, dates as seconds.
 
-xarray's arrays are known by their ``dims`` and ``coords``; it is imported only to label what is computed of some.
+xarray's arrays are known by their ``dims`` and ``coords``; it is imported only to label what is computed of some. Pictures
+name what any kind of array is said to hold: by the attributes ``long_name`` and ``units`` (CF, NeXus), and its own name.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..base.text import printable
 from ..base.values import is_address
 from ..base.warn import warn
 
@@ -26,6 +28,82 @@ class Labels(NamedTuple):
         """Those of arrays that have no other axes, with the coordinates of all of them."""
         coords = {name: values for array in arrays for name, values in array.coords.items() if set(values.dims) <= set(dims)}
         return cls(tuple(dims), coords)
+
+
+class Quantity(NamedTuple):
+    """What an array holds, as far as it says so."""
+
+    name: str = ""  # by which it is chosen
+    unit: str = ""
+    title: str = ""  # what a picture calls it, where that is something else
+
+    def __str__(self):
+        return (self.title or self.name) + (f" ({self.unit})" if self.unit else "")
+
+    @classmethod
+    def of(cls, array) -> "Quantity":
+        """Of an array of xarray, h5py, Zarr or pandas; others have no name that anyone has given them."""
+        attrs = getattr(array, "attrs", {})
+        title, unit = (_text(attrs.get(each)) if isinstance(attrs, Mapping) else "" for each in ("long_name", "units"))
+        if is_kind(array, "mM"):
+            unit = "s" if is_kind(array, "m") else "s since the first date"
+        return cls(_own_name(array), unit, title)
+
+
+class Names(NamedTuple):
+    """What y, each coordinate, and each axis of y is called; ``places`` are the values along those axes that have any."""
+
+    y: Quantity = Quantity()
+    x: tuple[Quantity, ...] = ()
+    axes: tuple[Quantity, ...] = ()
+    places: tuple[np.ndarray | None, ...] = ()
+
+
+NAMELESS = Names()
+
+
+def names_of(xdata, ydata, stored: Mapping[str, Any]) -> Names:
+    """Of the data as they came, ``stored`` the Zarr arrays among them by their names in messages."""
+
+    def of(name, array):
+        return Quantity.of(stored.get(name, stored.get(f"{name}[0]", array)))  # [0]: a list, joined along the first axis
+
+    coords = ydata.coords if labelled(ydata) else {}
+    given = [coords[each] if isinstance(each, str) and each in coords else each for each in as_given(xdata, ydata)]
+    several = isinstance(xdata, tuple)
+    x = tuple(of(f"xdata[{k}]" if several else "xdata", each) for k, each in enumerate(given))
+    if labelled(ydata):
+        along = [coords.get(dim) for dim in ydata.dims]
+        axes = [Quantity(str(dim)) if c is None else Quantity.of(c) for dim, c in zip(ydata.dims, along, strict=True)]
+        return Names(Quantity.of(ydata), x, tuple(axes), tuple(map(_numbers_along, along)))
+    source = stored.get("ydata", stored.get("ydata[0]", ydata))
+    dims = getattr(getattr(source, "metadata", None), "dimension_names", None)  # of Zarr; of HDF5
+    dims = dims or [getattr(each, "label", "") for each in getattr(source, "dims", ())]
+    return Names(Quantity.of(source), x, tuple(Quantity(_text(each)) for each in dims))
+
+
+def _numbers_along(coordinate) -> np.ndarray | None:
+    """Values of a coordinate of an axis, where they are numbers or dates."""
+    if coordinate is None or coordinate.ndim != 1 or coordinate.dtype.kind not in "iufmM":
+        return None
+    values = coordinate.values
+    return seconds(values, earliest(values)) if values.dtype.kind in "mM" else values.astype(np.float64)
+
+
+def _own_name(array) -> str:
+    if hasattr(array, "store_path"):
+        kind, _, place = str(array.store_path).partition("://")
+        return PurePosixPath(array.path if kind == "memory" else place).name.removesuffix(".zarr").removesuffix(".zip")
+    if labelled(array) or hasattr(array, "to_numpy") or hasattr(array, "file"):
+        return PurePosixPath(_text(array.name)).name
+    return ""
+
+
+def _text(value) -> str:
+    """One line of what an attribute has, empty where that is no text."""
+    value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+    value = value.decode(errors="replace") if isinstance(value, bytes) else value
+    return " ".join(printable(value).split()) if isinstance(value, str) else ""
 
 
 def label(values, labels: Labels | None):
@@ -83,7 +161,7 @@ def coordinates_of(xdata, ydata, axes):
     Axes are those of the fit, or all of ydata's where x differs from pixel to pixel. A stacked x has further ones in front.
     """
     coords, fitted = ydata.coords, [ydata.dims[k] for k in axes]
-    given = fitted if xdata is None else list(xdata) if isinstance(xdata, (tuple, list)) else [xdata]
+    given = as_given(xdata, ydata, axes)
     named = [isinstance(each, str) and each in coords for each in given]
     for each, known in zip(given, named, strict=True):
         lost = isinstance(each, str) and not known and not Path(each).exists() and not is_address(each)
@@ -104,6 +182,14 @@ def coordinates_of(xdata, ydata, axes):
         found.append(each)
     alone = len(found) == 1 and (named[0] or not isinstance(xdata, tuple))
     return found[0] if alone else tuple(found)
+
+
+def as_given(xdata, ydata, axes=None) -> list:
+    """Each coordinate as it came: by default the names of the axes of an xarray ``ydata``, of those of the fit if given."""
+    named = labelled(ydata)
+    if xdata is None and named:
+        return [ydata.dims[k] for k in (range(ydata.ndim) if axes is None else axes)]
+    return [*xdata] if isinstance(xdata, (tuple, list) if named else tuple) else [xdata]
 
 
 def with_dates(data):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import join_masks, parted
-from .labels import labelled
+from .labels import as_given, labelled
 
 Intervals = Sequence[tuple[float, float]]  # ends belong to them
 Ranges = Mapping[Any, Intervals]  # by place or name of a coordinate; None is the only one
@@ -23,10 +23,7 @@ def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
     names = [each for each in xrange or () if isinstance(each, str)]
     if xrange is None or not names:
         return xrange
-    of_labels, given = labelled(ydata), xdata
-    if xdata is None and of_labels:
-        given = ydata.dims if axes is None else tuple(ydata.dims[k] for k in axes)
-    given = given if isinstance(given, (tuple, list) if of_labels else tuple) else (given,)
+    of_labels, given = labelled(ydata), as_given(xdata, ydata, axes)
     known = [getattr(each, "name", None) if labelled(each) else each if of_labels else None for each in given]
     known = [each if isinstance(each, str) else None for each in known]
     if unknown := [name for name in names if name not in known]:

@@ -193,6 +193,12 @@ def _store(name, source):
     raise TypeError(f"`{name}`: {str(file)!r} is {way_out}")
 
 
+def address(array) -> str:
+    """Of a Zarr array; of files the whole path, wherever the process runs."""
+    kind, sep, path = str(array.store_path).partition("://")
+    return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
+
+
 def n_stored(data) -> int:
     """Values of what `open_array` opens, by metadata alone."""
     return sum(open_array("ydata", each).size for each in (data if isinstance(data, list) else [data]))
@@ -309,8 +315,7 @@ class Stored:
     @property
     def url(self) -> str:
         """Of the array; of files the whole path, wherever the process runs."""
-        kind, sep, path = str(self.array.store_path).partition("://")
-        return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
+        return address(self.array)
 
     def describe(self) -> dict[str, Any]:
         """What tells it from others, as far as that is cheap, and a copy of it from other data: see `same_store`."""

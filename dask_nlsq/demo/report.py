@@ -8,8 +8,9 @@ import zarr
 
 from ..base.text import size, table
 from ..base.x64 import float64
-from ..results.plots import convergence
-from .measurement import NOISE, Measurement, expected_cost
+from ..results.binning import Images
+from ..results.plots import convergence, images
+from .measurement import Measurement, expected_cost
 from .model import two_time_model
 
 WIDTH = 100  # columns of the report
@@ -82,29 +83,26 @@ def draw(measurement: Measurement, store: Path, result, params: np.ndarray, path
         return None
     a, n, _ = measurement.shape
     k = int(np.argmin(np.abs(measurement.angles)))
-    data = zarr.open_array(store, mode="r")[k]
+    data = np.asarray(zarr.open_array(store, mode="r")[k])
     with float64():
         of_angle = params[k], params[a + k], *params[2 * a :]
         fitted = np.asarray(two_time_model(measurement)((measurement.angles[k], *np.ogrid[:n, :n]), *of_angle))
     figure = Figure(figsize=(10.5, 9), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
-    low, high = np.nanpercentile(np.asarray(data), [0.5, 99.5])
-    draw_plane(figure, axes[0], measurement, data, "data", (low, high), "viridis")
-    draw_plane(figure, axes[1], measurement, fitted, "fit", (low, high), "viridis")
-    draw_plane(figure, axes[2], measurement, fitted - data, "residual, fit - data", (-4 * NOISE, 4 * NOISE), "RdBu_r")
+    seen = Images(
+        names=("time of frame i (s)", "time of frame j (s)"),
+        edges=(np.linspace(0.0, n * measurement.exposure, n + 1),) * 2,
+        upright=True,
+        log=(False,) * 3,
+        data=data,
+        model=np.where(np.isnan(data), np.nan, fitted),
+        residual=fitted - data,
+        measure="model $-$ data",
+        y_name="c₂",
+    )
+    images(result, axes[:3], seen=seen)
     convergence(result, axes[3])
     angle = measurement.angles[k]
     figure.suptitle(f"Two-time correlation $c_2$ at {angle:.1f}°, one of {a} angles fitted at once, {n} x {n} frames")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     return path
-
-
-def draw_plane(figure, axes, measurement, values, title, limits, colours) -> None:
-    """One image (n, n) over both times; the diagonal, where there is no data, stays grey."""
-    duration = measurement.frames * measurement.exposure
-    axes.set_facecolor("0.6")
-    options = dict(vmin=limits[0], vmax=limits[1], cmap=colours, interpolation="nearest")
-    image = axes.imshow(values, origin="lower", extent=(0, duration, 0, duration), **options)
-    axes.set(title=title, xlabel="time of frame j (s)", ylabel="time of frame i (s)")
-    axes.locator_params(nbins=5)
-    figure.colorbar(image, ax=axes, label="$c_2$", extend="both", fraction=0.046, pad=0.02)

@@ -399,7 +399,7 @@ def _reported(path: str):
     except OSError as err:
         if not done:
             raise
-        warn(f"`report` {path} could not be written: {err}", RuntimeWarning)
+        warn(f"`performance_report` {path} could not be written: {err}", RuntimeWarning)
 
 
 @contextmanager

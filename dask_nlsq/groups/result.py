@@ -13,7 +13,7 @@ from itertools import product
 from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
@@ -83,9 +83,9 @@ class SharedResult(FitResult):
         found = diagnose(self)
         return found._replace(lines=(*found.lines, *of_groups(self)))
 
-    def summary(self) -> str:
+    def summary(self, format: Literal["short", "full"] = "short") -> str:
         about = self.groups
-        lines = super().summary().split("\n")
+        lines = super().summary(format).split("\n")
         text = f"{about.n_groups:,} of {several(about.of_groups, 'group')}, each with {', '.join(about.locals)}"
         far = about.local_distance
         lines.insert(2, text + (f"; the locals of one up to {far:.1e} standard errors from their optimum" if far else ""))

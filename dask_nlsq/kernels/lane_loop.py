@@ -16,7 +16,7 @@ from jax import lax
 from ..model.function import Model
 from . import rules
 from .lanes import Data, Lanes, MapSpec, MapStatus, as_x, diagonal, inverse, iterate, lanes_of, linearise
-from .rules import OFF_BOUND, RUNNING, Course, at_bounds
+from .rules import OFF_BOUND, RUNNING, Course, places_at_bounds
 from .steps import Point, Step
 
 REFILL = 0.75  # share of the lanes that work, below which the others are given new pixels
@@ -191,17 +191,20 @@ def _store(spec, lanes: Lanes, out: Fitted) -> Fitted:
     target = jnp.where(done, lanes.pixel, len(out.popt))  # behind the last: dropped
     fitted = (lanes.status != MapStatus.NON_FINITE) & (nfev > 0)
     popt = data.start.at[jnp.array(spec.free)].set(here.params)
-    unknown = jnp.any(here.undetermined, axis=0)
+    dark = (spec.loss == "poisson") & (data.size == 0)  # without a count the mean is 0, whatever else the model has
+    unknown = jnp.any(here.undetermined, axis=0) | dark
     lengths = jnp.sqrt(diagonal(here.model.gram)[:p])
+    variance = 1.0 if spec.absolute_sigma else here.variance
+    alone = jnp.sqrt(variance) / lengths
     lengths = jnp.where(lengths > 0, lengths, 1.0)
     lengths = lengths[:, None] * lengths
     pcov, regular = inverse(here.model.gram[:p, :p] / lengths)
     regular &= here.model.regular & ~unknown
-    pcov = pcov / lengths * (1.0 if spec.absolute_sigma else here.variance)
+    pcov = pcov / lengths * variance
     pcov = jnp.where(regular & ~jnp.isnan(pcov), pcov, jnp.inf)
     at_bound = jnp.zeros_like(here.params)
     if spec.bounded:
-        at_bound = at_bounds(here.params, jnp.sqrt(diagonal(pcov)), data.lower, data.upper)
+        at_bound = places_at_bounds(jnp, here.params, jnp.sqrt(diagonal(pcov)), alone, data.lower, data.upper)
     status = map_status(lanes.status, jnp.any(at_bound != 0, axis=0), regular, unknown, here.floored > 0)
 
     values = [popt.T, pcov.transpose(2, 0, 1), 2 * here.cost, here.distance]

@@ -280,3 +280,9 @@ def at_bounds(params, perr, lower, upper):
 
     at_lower, at_upper = near(below, lower) & (below <= above), near(above, upper) & (above < below)
     return at_upper.astype(np.int8) - at_lower.astype(np.int8)
+
+
+def places_at_bounds(xp, params, perr, alone, lower, upper):
+    """`at_bounds`; where ``perr`` is inf, the error that a parameter would have ``alone`` tells it from its bound, too."""
+    found = at_bounds(params, perr, lower, upper)
+    return xp.where((found == 0) & (perr == np.inf), at_bounds(params, alone, lower, upper), found)

@@ -6,7 +6,7 @@ from math import ceil, inf, prod
 from typing import Any, NamedTuple
 
 from ..base.lazy import da
-from ..base.text import several, size, table
+from ..base.text import html_text, several, size, table
 from ..base.values import is_integer
 from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
@@ -64,6 +64,9 @@ class MapPlan:
             ("memory", f"{size(self.peak_bytes)} at the peak"),
         ]
         return "\n".join(table(rows))
+
+    def _repr_html_(self):
+        return html_text(str(self))
 
 
 class AllBut(NamedTuple):

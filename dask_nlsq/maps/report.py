@@ -12,7 +12,7 @@ import numpy as np
 from ..base.text import html_table
 from ..kernels.lanes import MapStatus, succeeded
 from ..results.plots import PANELS
-from ..results.report import html_page, where_written, written
+from ..results.report import html_page, section, where_written, written
 from . import pictures
 
 GOOD = (25, 50, 75)  # percentiles of the reduced chi-square at which good spectra are shown
@@ -63,7 +63,7 @@ def page(found) -> str:
         ("Spectra", _spectra(found)),
         ("Provenance", _rows([*found.origin, *where_written()])),
     ]
-    return html_page(title, head, sections)
+    return html_page(title, head, *(section(*each) for each in sections))
 
 
 def _figure(found, names, draw) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from distributed import Client
 
 from ..base.config import threads
-from ..base.text import at_least, several, size, table
+from ..base.text import at_least, html_text, several, size, table
 from .needs import CLIENT_BYTES, JOINED_POINTS, MOST_RUNS, Needs, Sizes, needs, partition_size
 from .processes import HERE, ProcessMemory, Room, advice, pjrt, room_here, rooms_of_workers, wanted_resources
 from .threshold import Strategy
@@ -118,6 +118,9 @@ class Plan:
         columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
         lines = [*table(rows), "", *table([columns, *map(_cells, self.places)])]
         return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
+
+    def _repr_html_(self):
+        return html_text(str(self))
 
     def __repr__(self):
         where = several(len(self.places) - 1, "worker") if len(self.places) > 1 else HERE

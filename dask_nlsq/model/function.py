@@ -6,10 +6,12 @@ of the process before anything is unpickled. Arrays that it closes over are the 
 is compiled for the model is kept in `Model.compiled`.
 """
 
+import ast
 import hashlib
 import inspect
 import pickle
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -325,6 +327,29 @@ def parameter_names(f: Callable) -> list[str] | None:
     if any(a.kind == a.VAR_POSITIONAL for a in arguments) or len(positional) < 2:
         return None
     return [a.name for a in positional[1:]]
+
+
+def coordinate_names(f: Callable) -> tuple[str, tuple[str, ...]]:
+    """What a model calls x, and its parts, as in ``q, t = x``: where it does so once, and binds no name a second time."""
+    try:
+        name = next(iter(inspect.signature(f).parameters), "x")
+    except (TypeError, ValueError):  # builtins have no signature
+        return "x", ()
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(f))).body[0]
+    except (OSError, TypeError, SyntaxError):  # not in a file; an object; a lambda in the middle of an expression
+        return name, ()
+    if not isinstance(body, ast.FunctionDef):
+        return name, ()
+    bound = [node.id for node in ast.walk(body) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    parts = [
+        tuple(each.id.strip("_") if isinstance(each, ast.Name) else "" for each in node.targets[0].elts)
+        for node in body.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Name) and node.value.id == name
+        if len(node.targets) == 1 and isinstance(node.targets[0], ast.Tuple)
+    ]
+    certain = len(parts) == 1 and name not in bound and all(bound.count(each) == 1 for each in parts[0])
+    return name, parts[0] if certain else ()
 
 
 def evaluate(model: Model, x, params):

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.text import html_table, near, table
+from ..base.text import html_table, measured, near, relative, table
 
 SIDES = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
 
@@ -51,12 +51,20 @@ class Parameter:
         """That it was held, or tied, or is at a bound; empty of any other."""
         return "fixed" if self.fixed else f"= {self.expr}" if self.expr else SIDES[int(self.at_bound)]
 
-    def row(self) -> tuple[str, str, str, str, str]:
-        """Of a table: name, value, error, relative error, remark."""
+    def row(self, full: bool = False) -> tuple[str, str, str, str, str]:
+        """Of a table: name, value, error, relative error, remark; as `dask_nlsq.base.text.measured` rounds them."""
+        value, error = measured(self.value, self.error, full)
+        value = value if value.startswith("-") else f" {value}"
         if self.fixed:
-            return self.name, f"{self.value: .9g}", "", "", self.remark
-        relative = f"({abs(self.error / self.value):.2%})" if self.value and np.isfinite(self.error) else ""
-        return self.name, f"{self.value: .9g}", f"+- {self.error:.3g}", relative, self.remark
+            return self.name, value, "", "", self.remark
+        share = relative(self.value, self.error)
+        return self.name, value, f"+- {error}", f"({share})" if share else "", self.remark
+
+    def __format__(self, spec):
+        """Value and error, rounded, or with "full" all digits of them; with any other format of numbers the value."""
+        if spec not in ("", "full") or np.ndim(self.value) or hasattr(self.value, "dask"):
+            return format(self.value if spec else repr(self), spec)
+        return " +- ".join(measured(self.value, self.error, spec == "full"))
 
     def __repr__(self):
         if np.ndim(self.value) or hasattr(self.value, "dask"):
@@ -92,14 +100,15 @@ class Params(Mapping[str, Parameter]):
         """The values by name, under the name that lmfit has for it: ``f(x, **result.params.valuesdict())``."""
         return {name: each.value for name, each in self.items()}
 
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        return [each.row() for each in self.values()]
+    def rows(self, full: bool = False) -> list[tuple[str, str, str, str, str]]:
+        return [each.row(full) for each in self.values()]
 
     def __repr__(self):
         return "\n".join(table(self.rows())) if self else "<Params: none>"
 
     def to_html(self) -> str:
-        return html_table(("parameter", "value", "error", "", ""), self.rows())
+        rows = ((name, value, error.replace("+-", "±"), *rest) for name, value, error, *rest in self.rows())
+        return html_table(("parameter", "value", "error", "", ""), rows)
 
     _repr_html_ = to_html
 

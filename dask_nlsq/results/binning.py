@@ -1,16 +1,24 @@
-"""What pictures show of the data of a fit: binned where the data lie, in one pass that brings back a few kilobytes.
+"""What pictures show of the data of a fit: binned where the data lie, in one pass that brings back a few megabytes at most.
 
-The range of a coordinate is not known before all of it has been read. So bins have widths of 2^k and edges at multiples
-of that: each block takes the smallest k with which it needs `FINE` bins at most, two blocks are merged by making the
-finer bins as coarse as the others, two by two, and the bins of all data are those that all data at once would get.
+Profiles have bins of one coordinate, images bins of two, at most 256 x 256, and the mean over all others; see
+`dask_nlsq.results.bins`. One pass makes as many of them as are asked for.
+
+Residuals of counts are randomised quantile residuals [1]_: the value of a standard normal variable whose distribution
+function is a random number between P(Y < y) and P(Y <= y). They are normal for any mean if the model is right, while
+``(model - y) / sqrt(model)`` is skewed and discrete where counts are few. The random numbers depend on the place of a point
+in the data alone, so that pictures are the same every time, however the data are chunked.
+
+References
+----------
+.. [1] P. K. Dunn, G. K. Smyth, "Randomized quantile residuals", J. Comput. Graph. Statist. 5 (1996) 236-244.
 """
 
-import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import scipy
 
 from ..base.x64 import float64
 from ..data.align import Data
@@ -23,29 +31,25 @@ from ..engine.sweep import open_sweep
 from ..kernels.blocks import Block
 from ..kernels.values import value_kernel
 from ..memory.machine import active_client
-from ..model.function import own_function
 from ..model.losses import MODEL_FLOOR
+from .bins import FINEST, Bins, in_bins, merged
+from .coordinates import DECADES, Along, coordinate, data_of, over_decades, plane
 
-FINE = 2048  # bins while data are merged; then neighbours are joined until there are as many as asked for
+Log = Literal["x", "y", "xy"] | bool | None
+
 FEW = 2000  # points up to which all are shown
 BEYOND = 6.0  # residuals with larger values are counted together, in units of what the noise should be
 PER_BIN = 25  # points in the histogram of residuals, at least on average
-MOST_TASKS = 64  # of a pass on workers, each of which sends 0.1 MB of sums
-SMALLEST = -1000  # k of a block that holds but zeros
-
-
-class Profile(NamedTuple):
-    """Sums over points (columns, m) in the bins ``[first + i, first + i + 1) * 2^k``."""
-
-    k: int
-    first: int
-    sums: np.ndarray
+MOST_TASKS = 64  # of a pass on workers, each of which sends some megabytes of sums at most
+POSITIVE = 0.95  # share of the data that must be positive for a logarithmic axis
+FARTHEST = 37.5  # standard deviations of a normal variable that has a probability in float64
 
 
 class Tally(NamedTuple):
     """What one pass has found in some of the data."""
 
-    profile: Profile | None  # None without a point that counts
+    profiles: list[Bins | None]  # of each coordinate: linear, logarithmic; None without a point that counts
+    image: Bins | None
     histogram: np.ndarray  # (b + 2,): with what lies below and above
     points: np.ndarray | None  # (5, n): x, y, model, sigma, residual; where there are few
 
@@ -56,11 +60,11 @@ class Binned(NamedTuple):
     ``x``, ``y`` and ``model`` are means over the points of a bin, weighted by ``1 / sigma^2`` as in the fit (with ``log``
     the geometric mean of x); ``error`` is the standard error of y, by the scatter of its points around the model, nan for
     a single point. ``residual`` and ``spread`` are mean and standard deviation of ``(model - y) / sigma``, of counts of
-    ``(model - y) / sqrt(model)``.
+    quantile residuals.
     """
 
-    name: str  # of the coordinate
-    log: bool
+    name: str  # of the coordinate, with its unit
+    log: bool  # bins of equal width in the logarithm of x
     x: np.ndarray
     n: np.ndarray
     y: np.ndarray
@@ -75,6 +79,22 @@ class Binned(NamedTuple):
     weighted: bool  # whether sigma was given
     measure: str  # what residuals are, as a label
     points: np.ndarray | None  # (5, n): x, y, model, sigma, residual of all points, by x; where they are few, of one x
+    y_name: str  # with its unit
+    log_y: bool
+
+
+class Images(NamedTuple):
+    """Means over the points of each bin of two coordinates, (rows, columns); nan where no point counts."""
+
+    names: tuple[str, str]  # of rows and columns, with their units
+    edges: tuple[np.ndarray, np.ndarray]  # of the bins, in the values of a coordinate, else places
+    upright: bool  # rows count upwards, as those of coordinates, not downwards, as those of a detector
+    log: tuple[bool, bool, bool]  # rows, columns and colours want a logarithmic scale
+    data: np.ndarray
+    model: np.ndarray
+    residual: np.ndarray
+    measure: str
+    y_name: str
 
 
 class _Ask(NamedTuple):
@@ -82,15 +102,26 @@ class _Ask(NamedTuple):
 
     factor: np.ndarray | None  # of the covariance of y
     request: Request  # whose objective comes with the work
-    coordinate: int | None
-    starts: np.ndarray  # of the chunks along the first axis, and the end of the last
-    log: bool
+    along: tuple[Along, ...]
+    plane: tuple[Along, ...]
+    starts: tuple[np.ndarray, ...]  # of the chunks along each axis of y, and the end of the last
+    linear: bool  # bins of equal width; of all coordinates but the first in any case
+    log: bool  # and in the logarithm
     scale: float
     n_cells: int  # of the histogram
     few: bool
 
 
-def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = False) -> Binned:
+def axes_of_log(log: Log) -> tuple[bool | None, bool | None]:
+    """Whether x and y have logarithmic axes; None: decided by the data."""
+    if log is None or isinstance(log, bool):
+        return log, log
+    if log not in ("x", "y", "xy"):
+        raise ValueError(f"`log` must be None, True, False, 'x', 'y' or 'xy', not {log!r}")
+    return "x" in log, "y" in log
+
+
+def binned(result, coordinate: int | str | None = 0, bins: int = 200, log: Log = None) -> Binned:
     """Bin data, model and residuals of a fit, in one pass over the data.
 
     Several pictures share a pass where they are given what this returns.
@@ -98,12 +129,16 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     Parameters
     ----------
     result : FitResult
-    coordinate : int or None
-        Which array of ``xdata``; None, and where the fit has no xdata: the place along the first axis of ydata.
+    coordinate : int, str or None
+        Which array of ``xdata``, by place or name; None, and where the fit has no xdata: the place along the first axis of
+        ydata.
     bins : int
         About so many, of equal width between the smallest and the largest value that occurs.
-    log : bool
-        Bins of equal width in the logarithm of the coordinate; points where it is not positive are left out.
+    log : {None, True, False, "x", "y", "xy"}
+        Logarithmic axes: none, both, or these. On that of x bins have equal width in the logarithm, and points where it is
+        not positive are left out. None: x where all its values are positive and span two decades, and half of the points
+        lie in the lowest tenth of the range; y where the model is positive and spans two decades, and 95 % of the data are
+        positive.
 
     Returns
     -------
@@ -114,62 +149,73 @@ def binned(result, coordinate: int | None = 0, bins: int = 200, log: bool = Fals
     ValueError
         Without the data: after `pickle` or `dask_nlsq.load`; no such coordinate; no point to show.
     """
-    problem, objective = data_of(result)
-    layouts = problem.preparation.layouts
-    if not (isinstance(bins, int | np.integer) and 1 <= bins <= FINE // 2):
-        raise ValueError(f"`bins` must be a number from 1 to {FINE // 2}, not {bins!r}")
-    if not layouts.x:
-        coordinate = None
-    if coordinate is not None and coordinate not in range(len(layouts.x)):
-        last = len(layouts.x) - 1
-        raise ValueError(f"`coordinate` must be from 0 to {last}, or None for the place in the data, not {coordinate!r}")
-    sigma = problem.operands[1]
-    weighted = problem.factor is not None or sigma.size > 1 or not isinstance(sigma, np.ndarray) or sigma.item() != 1
-    known = weighted or objective.loss == "poisson"
+    return survey(result, [coordinate], None, bins, log)[0][0]
+
+
+def images(result, along=None, log: bool | None = None) -> Images:
+    """Bin data, model and residuals of a fit into images, in one pass over the data.
+
+    Parameters
+    ----------
+    result : FitResult
+    along : pair, optional
+        Rows and columns: axes of ydata by number, or axes and coordinates by name. By default the last two axes; of data
+        with one axis the first two coordinates. The images are means over all others.
+    log : bool, optional
+        Colours by the logarithm, the lowest for 0. None: where the model is positive and spans two decades, and 95 % of the
+        data are not negative.
+
+    Returns
+    -------
+    Images
+
+    Raises
+    ------
+    ValueError
+        As `binned`; data with one axis and one coordinate.
+    """
+    found = survey(result, [], plane(result, along), 1, log if log is None else bool(log))[1]
+    assert found is not None
+    return found
+
+
+def survey(
+    result, which: Sequence[int | str | None], rows_and_columns, bins: int = 200, log: Log = None
+) -> tuple[list[Binned], Images | None]:
+    """`binned` along each coordinate, and `images` of a `plane` where one is given, in one pass.
+
+    A logarithmic x that is asked for is that of the first coordinate.
+    """
+    data, objective = data_of(result)
+    if not (isinstance(bins, int | np.integer) and 1 <= bins <= FINEST[1] // 2):
+        raise ValueError(f"`bins` must be a number from 1 to {FINEST[1] // 2}, not {bins!r}")
+    log_x, log_y = axes_of_log(log)
+    sigma = data.operands[1]
+    weighted = data.factor is not None or sigma.size > 1 or not isinstance(sigma, np.ndarray) or sigma.item() != 1
+    counts = objective.loss == "poisson"
+    known = weighted or counts
     scale = 1.0 if known or not result.dof > 0 else float(np.sqrt(2 * result.cost / result.dof)) or 1.0
     ask = _Ask(
-        factor=problem.factor,
+        factor=data.factor,
         request=Request(objective._replace(model=None), result.popt[list(result.free)]),  # type: ignore[arg-type]
-        coordinate=coordinate,
-        starts=np.cumsum([0, *problem.chunks[0]]),
-        log=log,
+        along=tuple(coordinate(result, each) for each in which),
+        plane=tuple(rows_and_columns or ()),
+        starts=tuple(np.cumsum([0, *sizes]) for sizes in data.chunks),
+        linear=log_x is not True,
+        log=log_x is not False,
         scale=scale,
         n_cells=int(np.clip(result.n_points // PER_BIN, 12, 120)) // 2 * 2,
-        few=problem.n_points <= FEW and len(layouts.x) <= 1,
+        few=len(which) == 1 and data.n_points <= FEW and len(data.preparation.layouts.x) <= 1,
     )
-    found = _tally_all(problem, objective, ask)
-    if found.profile is None:
-        raise ValueError("nothing to show: no point counts" + (" at a positive coordinate" if log else ""))
-    unit = r"\sqrt{\mathrm{model}}" if objective.loss == "poisson" else r"\sigma"
-    return _result(
-        ask,
-        found,
-        bins,
-        name=_name(objective.model.f, layouts, coordinate, problem.shape),
-        weighted=weighted,
-        measure=f"(model $-$ y) / ${unit}$" if known else "model $-$ y",
-    )
-
-
-def data_of(result) -> tuple[Data, Objective]:
-    """The data of a fit, and what was minimised."""
-    if result.data is None:
-        raise ValueError(
-            "this result does not hold the data, since it was pickled or loaded: pictures of the data need the result of "
-            "the fit itself, so make them before, or fit again from popt"
-        )
-    return result.data, result.objective
-
-
-def _name(f, layouts, coordinate, shape):
-    if coordinate is None:
-        return "point" if len(shape) == 1 else "place along axis 0"
-    f = own_function(f)
-    try:
-        name = next(iter(inspect.signature(f).parameters.values())).name
-    except (TypeError, ValueError):  # builtins have no signature
-        name = "x"
-    return name if layouts.x_kind == "single" else f"{name}[{coordinate}]"
+    found = _tally_all(data, objective, ask)
+    if ask.plane and found.image is None:
+        raise ValueError("nothing to show: no point counts")
+    measure = "quantile residual" if counts else r"(model $-$ y) / $\sigma$" if known else "model $-$ y"
+    about = dict(measure=measure, y_name=str(data.names.y._replace(name=data.names.y.name or "y")))
+    several = dict(about, weighted=weighted)
+    pairs = [*zip(found.profiles[::2], found.profiles[1::2], strict=True)]
+    profiles = [_profile(ask, found, each, *pair, bins, log_y, several) for each, pair in zip(ask.along, pairs, strict=True)]
+    return profiles, None if found.image is None else _images(ask, found.image, data.shape, log_y, about)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,103 +231,124 @@ def _tally_all(data: Data, objective: Objective, ask: _Ask) -> Tally:
 
 def _tally(partition: Partition, objectives, ask: _Ask, share: Share = alone) -> Tally:
     ask = ask._replace(request=ask.request._replace(objective=objectives[0]))
-    tallies: list[Tally] = []
-    for chunk in partition.chunks:
-        along = None
-        if ask.coordinate is None:
-            lengths = np.diff(ask.starts)
-            places = ((c, c.n_points // lengths[c.index[0]]) for c in chunk.censuses)
-            along = np.concatenate([ask.starts[c.index[0]] + np.arange(c.n_points) // n for c, n in places])
-        tallies += share(partial(_tally_blocks, partition.preparation, ask, chunk, along), chunk.blocks)
-    return merge(tallies)
+    return merge(
+        tally
+        for chunk in partition.chunks
+        for tally in share(partial(_tally_blocks, partition.preparation, ask, chunk), chunk.blocks)
+    )
 
 
-def _tally_blocks(preparation, ask, chunk, along, blocks) -> list[Tally]:
-    return [_tally_block(preparation, ask, chunk, along, block) for block in blocks]
+def _tally_blocks(preparation, ask, chunk, blocks) -> list[Tally]:
+    return [_tally_block(preparation, ask, chunk, block) for block in blocks]
 
 
-def _tally_block(preparation, ask: _Ask, chunk: Chunk, along, block: Block) -> Tally:
+def _tally_block(preparation, ask: _Ask, chunk: Chunk, block: Block) -> Tally:
     request, objective, n = ask.request, ask.request.objective, int(block.geometry[0])
-    places = block.geometry[1] + np.arange(n)
-    operands, counts = pick(preparation, chunk._replace(blocks=(block,)), places)
-    y, sigma = operands[:2]
-    x = along[places] if ask.coordinate is None else operands[2 + ask.coordinate]
+    local = block.geometry[1] + np.arange(n)
+    operands, counts = pick(preparation, chunk._replace(blocks=(block,)), local)
     spec = kernel_spec(preparation, request, block)
     with float64():
         kernels = (value_kernel(objective.model, spec, what) for what in ("model", "residual"))
         model, r = (np.asarray(kernel(request.params, objective.f_scale, block))[:n] for kernel in kernels)
-    if objective.loss == "poisson":  # of the deviance they have no mean of 0 where counts are few
-        r = (model - y) / np.sqrt(np.maximum(model, MODEL_FLOOR))
+    counts &= np.isfinite(model) & np.isfinite(r)
+    drawn = (*ask.along, *ask.plane)
+    by_place = objective.loss == "poisson" or any(each.axis is not None for each in drawn)
+    places: Any = _places(ask.starts, chunk, local)[:, counts] if by_place else None
+    operands, model, r = operands[:, counts], model[counts], r[counts]
+    y, sigma = operands[:2]
+    if objective.loss == "poisson":
+        seeds = np.ravel_multi_index(tuple(places), [each[-1] for each in ask.starts])
+        r = quantile_residuals(y, model, np.asarray(seeds))
     if ask.factor is not None:
-        sigma = np.linalg.norm(ask.factor, axis=1)
-    if ask.log:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            x = np.log10(x)
-    counts &= np.isfinite(model) & np.isfinite(r) & np.isfinite(x)
-    rows = (x, y, model, sigma, r)
-    x, y, model, sigma, r = rows = rows if counts.all() else tuple(row[counts] for row in rows)
+        sigma = np.linalg.norm(ask.factor, axis=1)[counts]
+    values = [operands[2 + (each.coordinate or 0)] if each.axis is None else places[each.axis] for each in drawn]
+    return _sums(ask, values, y, model, sigma, r)
+
+
+def _sums(ask: _Ask, drawn, y, model, sigma, r) -> Tally:
+    w, d = sigma**-2.0, model - y
+
+    def profile(x, some):
+        w_, y_, d_, r_ = (row[some] for row in (w, y, d, r))
+        return in_bins([x], (None, w_, w_ * x, w_ * y_, w_ * d_, w_ * d_**2, r_, r_**2))
+
+    profiles: list[Bins | None] = []
+    for k, x in enumerate(drawn[: len(ask.along)]):
+        positive, linear = x > 0, ask.linear or k > 0
+        wanted = ask.log and not (linear and not positive.all())  # else it is not logarithmic by itself
+        profiles += [profile(x, slice(None)) if linear else None]
+        profiles += [profile(np.log10(x[positive]), positive) if wanted else None]
     cells = np.clip((r / ask.scale + BEYOND) * (ask.n_cells / (2 * BEYOND)), -1, ask.n_cells)
     histogram = np.bincount(np.floor(cells).astype(np.int64) + 1, minlength=ask.n_cells + 2)
-    return Tally(_profile(x, y, model, sigma, r), histogram, np.stack(rows) if ask.few else None)
+    image = in_bins(drawn[len(ask.along) :], (None, w, w * y, w * d, r)) if ask.plane else None
+    points = np.stack([drawn[0], y, model, sigma, r]) if ask.few else None
+    return Tally(profiles, image, histogram, points)
 
 
-def _profile(x, y, model, sigma, r) -> Profile | None:
-    if not len(x):
-        return None
-    k = _exponent(x.min(), x.max())
-    bins = np.floor(np.ldexp(x, -k)).astype(np.int64)
-    first = bins.min()
-    bins -= first
-    w, d = sigma**-2.0, model - y
-    columns = (None, w, w * x, w * y, w * d, w * d**2, r, r**2)
-    return Profile(k, int(first), np.stack([np.bincount(bins, column) for column in columns]))
+def _places(starts, chunk: Chunk, local: np.ndarray) -> np.ndarray:
+    """Places along the axes of y, (axes, n), of points of a chunk, or of a run of small ones."""
+    found = []
+    for census in chunk.censuses:
+        begin, end = np.array([each[[i, i + 1]] for each, i in zip(starts, census.index, strict=True)]).T
+        inside = np.arange(census.n_points) if len(chunk.censuses) > 1 else local
+        found.append(np.array(np.unravel_index(inside, end - begin)) + begin[:, None])
+    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)[:, local]
 
 
-def _exponent(low, high) -> int:
-    """The smallest k with which [low, high] takes `FINE` bins at most, that are numbered exactly."""
-    peak = max(abs(low), abs(high))
-    k = int(np.frexp(peak)[1]) - 52 if peak else SMALLEST
-    if high > low:
-        k = max(k, int(np.frexp((high - low) / FINE)[1]) - 1)
-    while np.floor(np.ldexp(high, -k)) - np.floor(np.ldexp(low, -k)) >= FINE:
-        k += 1
-    return k
+def quantile_residuals(y: np.ndarray, mean: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Of counts with a Poisson distribution of this mean; as all residuals positive where the mean is above y.
+
+    The tail on the side of y keeps the digits. ``seeds`` are whole numbers, one for each random number.
+    """
+    y, mean = np.floor(y), np.maximum(mean, MODEL_FLOOR)
+    above = y > mean
+    of_tail = np.where(above, 1.0, -1.0)
+    tails = np.empty((2, len(y)))  # with y itself, and without
+    tails[:, above] = scipy.special.gammainc([y[above], y[above] + 1], mean[above])
+    tails[:, ~above] = scipy.special.gammaincc([y[~above] + 1, y[~above]], mean[~above])
+    at = scipy.special.ndtri(tails[1] + _uniform(seeds) * (tails[0] - tails[1]))
+    return of_tail * np.maximum(at, -FARTHEST)
+
+
+def _uniform(seeds: np.ndarray) -> np.ndarray:
+    """Random numbers between 0 and 1 that depend on their seeds alone: splitmix64 (G. L. Steele and others, OOPSLA 2014)."""
+    z = (seeds.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
 
 
 def merge(tallies: Iterable[Tally], ask: _Ask | None = None) -> Tally:
     """One of all, in their order."""
     tallies = list(tallies)
-    profiles = [each.profile for each in tallies if each.profile is not None]
     points = None if tallies[0].points is None else np.concatenate([each.points for each in tallies], axis=1)
-    return Tally(_merged(profiles) if profiles else None, np.sum([each.histogram for each in tallies], axis=0), points)
+    return Tally(
+        [merged(each) for each in zip(*(tally.profiles for tally in tallies), strict=True)],
+        merged([each.image for each in tallies]),
+        np.sum([each.histogram for each in tallies], axis=0),
+        points,
+    )
 
 
 TALLY = Work("bins", _tally, merge)
 
 
-def _merged(profiles: list[Profile]) -> Profile:
-    k = max(each.k for each in profiles)
-    while True:
-        shifts = [min(k - each.k, 63) for each in profiles]  # by more there is the sign left
-        begins = [each.first >> shift for each, shift in zip(profiles, shifts, strict=True)]
-        ends = [(each.first + each.sums.shape[1] - 1) >> shift for each, shift in zip(profiles, shifts, strict=True)]
-        first, size = min(begins), max(ends) - min(begins) + 1
-        if size <= FINE:
-            break
-        k += 1
-    sums = np.zeros((len(profiles[0].sums), size))
-    for each, shift in zip(profiles, shifts, strict=True):
-        bins = (np.arange(each.sums.shape[1]) + each.first >> shift) - first
-        for total, row in zip(sums, each.sums, strict=True):
-            total += np.bincount(bins, row, size)
-    return Profile(k, first, sums)
+# ---------------------------------------------------------------------------------------------------------------------
+# what has been found
 
 
-def _result(ask: _Ask, found: Tally, bins: int, **about) -> Binned:
-    assert found.profile is not None
-    sums = found.profile.sums
-    joined = np.arange(0, sums.shape[1], -(-sums.shape[1] // bins))
-    sums = np.add.reduceat(sums, joined, axis=1)
+def _profile(
+    ask: _Ask, found: Tally, along: Along, linear: Bins | None, log: Bins | None, bins: int, log_y, about
+) -> Binned:
+    by_itself = linear is not None and log is not None and linear.sums[0].sum() == log.sums[0].sum()
+    if log is not None and by_itself:
+        n, x = log.sums[0], 10 ** (log.sums[2] / np.where(log.sums[1] > 0, log.sums[1], 1))
+        by_itself = over_decades(x[n > 0], n[n > 0])
+    chosen, is_log = (log, True) if linear is None or by_itself else (linear, False)
+    if chosen is None:
+        raise ValueError("nothing to show: no point counts" + ("" if ask.linear else f" at a positive {along.name}"))
+    joined = np.arange(0, chosen.sums.shape[1], -(-chosen.sums.shape[1] // bins))
+    sums = np.add.reduceat(chosen.sums, joined, axis=1)
     n, w, wx, wy, wd, wd2, r, r2 = sums[:, sums[0] > 0]
     x, y, d = wx / w, wy / w, wd / w
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -289,13 +356,12 @@ def _result(ask: _Ask, found: Tally, bins: int, **about) -> Binned:
         spread = np.sqrt(np.maximum(r2 - r**2 / n, 0) / (n - 1))
     points = found.points
     if points is not None:
+        points = points[:, points[0] > 0] if is_log else points
         points = points[:, np.argsort(points[0], kind="stable")]
-    if ask.log:
-        x = 10**x
-        points = None if points is None else np.concatenate([10 ** points[:1], points[1:]])
     return Binned(
-        log=ask.log,
-        x=x,
+        name=along.label,
+        log=is_log,
+        x=10**x if is_log else x,
         n=n.astype(np.int64),
         y=y,
         error=error,
@@ -307,5 +373,50 @@ def _result(ask: _Ask, found: Tally, bins: int, **about) -> Binned:
         beyond=int(found.histogram[0] + found.histogram[-1]),
         scale=ask.scale,
         points=points,
+        log_y=_wants_log(log_y, *((y > 0, y + d) if points is None else (points[1] > 0, points[2]))),
         **about,
     )
+
+
+def _wants_log(log: bool | None, shown: np.ndarray, model: np.ndarray) -> bool:
+    """Of the scale of y; ``shown``: which of the data it could show."""
+    if log is not None or not np.min(model) > 0:
+        return bool(log)
+    return bool(np.log10(np.max(model) / np.min(model)) >= DECADES and np.mean(shown) >= POSITIVE)
+
+
+def _images(ask: _Ask, found: Bins, shape, log: bool | None, about) -> Images:
+    n, w, wy, wd, r = found.sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        data, difference, residual = wy / w, wd / w, r / n
+    model, some = data + difference, n > 0
+    (rows, columns), ends = ask.plane, found.edges
+    edges = [_edges(each, there, shape) for each, there in zip(ask.plane, ends, strict=True)]
+    rising = tuple(slice(None, None, 1 if each[0] < each[-1] else -1) for each in edges)
+    return Images(
+        names=(rows.label, columns.label),
+        edges=(edges[0][rising[0]], edges[1][rising[1]]),
+        upright=rows.axis is None or rows.values is not None,
+        log=(_over_decades(rows), _over_decades(columns), _wants_log(log, data[some] >= 0, model[some])),
+        data=data[rising],
+        model=model[rising],
+        residual=residual[rising],
+        **about,
+    )
+
+
+def _over_decades(along: Along) -> bool:
+    return along.values is not None and over_decades(along.values)
+
+
+def _edges(along: Along, ends: np.ndarray, shape) -> np.ndarray:
+    """Of the bins: in the middle between the values of neighbouring places, where an axis has values."""
+    if along.axis is None:
+        return ends
+    ends, values = np.clip(ends, 0, shape[along.axis]), along.values
+    if values is None:
+        return ends - 0.5  # a place is in the middle of its pixel
+    scaled = np.log(values) if over_decades(values) else values
+    middles = (scaled[1:] + scaled[:-1]) / 2
+    every = np.array([2 * scaled[0] - middles[0], *middles, 2 * scaled[-1] - middles[-1]])
+    return (np.exp(every) if over_decades(values) else every)[ends.astype(int)]

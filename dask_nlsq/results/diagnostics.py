@@ -3,8 +3,8 @@
 Segments are runs of consecutive points of the data (chunks in C order), up to 256 of them, so that up to 256 points are
 parts of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have few points
 neighbours are joined for the other tests, whose sums must be nearly normal: the means for a trend, the chi-squares for
-outliers by the median absolute deviation. Misfit along other coordinates than that order is not looked for:
-`FitResult.plot` shows it.
+outliers by the median absolute deviation. Misfit along other coordinates than that order needs a pass over the data: that
+of the pictures in a report looks for it (`along`).
 
 The size of the residuals is judged where that of the noise is known. Of counts with the mean m the deviance of a point is on
 average 1 + 1/(6 m) for large m, at most 1.161 (at m = 1.34; its variance is at most 2.41), and 0 for m = 0: a deviance is
@@ -26,6 +26,7 @@ from ..base.warn import warn
 from ..engine.condensed import Factor
 from ..kernels.rules import UNDETERMINED
 from ..solve.trust_region import Solution
+from .coordinates import between
 from .uncertainty import covariance
 
 HARDLY = 1e6  # condition number from which a combination of parameters counts as hardly determined
@@ -121,7 +122,7 @@ def diagnose(result, residuals: np.ndarray | None = None) -> Diagnostics:
         ]
     lines += _goodness(result)
     if noise.squares and not exact:
-        lines += _uneven(blocks, counts if noise.loss == "poisson" else np.inf)
+        lines += _uneven(result, blocks, counts if noise.loss == "poisson" else np.inf)
         what = "parts of the data" if residuals is None and np.median(parts.n[used]) > 1 else "points"
         lines += [*_in_order(runs, one_by_one, what), *_drift(blocks)] or _compared(result, names)
     if distance > NOT_THERE:
@@ -205,7 +206,7 @@ def _joined(sums, column, least):
     return np.add.reduceat(sums, begins[:-1] or [0], axis=0)
 
 
-def _uneven(blocks, counts):
+def _uneven(result, blocks, counts):
     """Segments with a chi-square that is larger than elsewhere; its variance is 2 n + n^2 / counts of alike counts."""
     n, chi = blocks.n, blocks.chi_square
     if len(n) < FEWEST_SEGMENTS:
@@ -215,10 +216,12 @@ def _uneven(blocks, counts):
     far = (chi > WORSE * middle) & (chi - middle > 2 * SIGNIFICANT * spread)
     if not far.any():
         return []
-    end = n[: worst + 1].sum()
+    end = int(n[: worst + 1].sum())
+    begin = end - int(n[worst])
+    place = between(result, begin, end - 1) or f"points {begin:,} to {end:,} of those used"
     return [
         f"chi-square is larger than elsewhere in {np.count_nonzero(far)} of {len(n)} parts of the data, most in part "
-        f"{worst + 1} (points {end - n[worst]:,.0f} to {end:,.0f} of those used): {chi[worst] / middle:.3g} times the median"
+        f"{worst + 1} ({place}): {chi[worst] / middle:.3g} times the median"
     ]
 
 
@@ -254,6 +257,24 @@ def _drift(blocks):
     return [f"residuals drift along the data, from {slope[0] - slope[1]:+.2g} to {slope[0] + slope[1]:+.2g} on average"]
 
 
+def along(seen) -> list[str]:
+    """Of residuals in the bins of a coordinate (`dask_nlsq.results.binning.Binned`): a sentence where they follow it."""
+    some = seen.n > 1
+    n, mean = seen.n[some], seen.residual[some]
+    noise = np.sqrt(np.average(seen.spread[some] ** 2, weights=n)) if some.any() else 0.0
+    if len(n) < FEWEST_SEGMENTS or not noise > 0:
+        return []
+    z = mean * np.sqrt(n) / noise
+    excess = (z @ z - len(z)) / np.sqrt(2 * len(z))
+    if excess <= SIGNIFICANT:
+        return []
+    worst = int(np.argmax(abs(z)))
+    return [
+        f"residuals follow {seen.name}: their means in {len(z)} bins scatter {np.sqrt(np.mean(z**2)):.2g} times as much as "
+        f"by chance, most near {seen.x[some][worst]:.4g}"
+    ]
+
+
 def _compared(result, names):
     """Errors by the sandwich that are larger than the usual ones, and not by chance."""
     C, free = covariance(result.factor), list(result.free)
@@ -274,6 +295,7 @@ def _compared(result, names):
     ]
 
 
+NO_COUNTS = "All counts are 0: they determine no parameter."
 CHANGE = {
     True: "Start from values at which it does, see that x has the unit that the model expects (dates are seconds), or hold "
     "it with `fixed`. A model with steps has no derivatives",
@@ -287,6 +309,9 @@ def scaled_covariance(solution: Solution, variance: float, names, of: str = "the
     if pcov is not None and variance == variance:
         return pcov * variance
     reasons = combinations(solution.factor, names)
-    why = f": {'; '.join(reasons)}. {CHANGE[solution.status == UNDETERMINED]}" if reasons else ""
+    why = f": {reasons[0]}. " if len(reasons) == 1 else "".join([":", *(f"\n- {each}" for each in reasons), "\n"])
+    why = why + CHANGE[solution.status == UNDETERMINED] if reasons else ""
+    if solution.message == NO_COUNTS:
+        why = f": {NO_COUNTS}"
     warn(f"Covariance of {of} could not be estimated{why}", scipy.optimize.OptimizeWarning)
     return np.full((len(names),) * 2, np.inf)

@@ -5,14 +5,24 @@ Nothing is shown and nothing saved: that is ``axes.figure.savefig(path)``, or th
 are: a dollar sign in them begins no mathematics. Needs the extra ``plot``.
 """
 
+import textwrap
+from typing import Any
+
 import numpy as np
 
-from .binning import BEYOND, Binned, binned, data_of
+from .binning import BEYOND, Binned, Images, Log, binned
+from .binning import images as images_of
+from .coordinates import coordinates
 
 DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colour-blind eyes too
 CURVE_POINTS = 500  # of a model between few points of data
 PANELS = (5, 2)  # heights of a fit and of its residuals
 LABELLED = 12  # parameters up to which each correlation is written as a number
+SHOWN = (0.5, 99.5)  # percentiles of the data between which images are coloured
+ROOM = 1.6  # factor between the least and the most that is drawn and the ends of a logarithmic axis
+ROW = 24  # letters of names of parameters that stand beside each other
+LINE = 40  # letters of a line of a label
+LONG = 28  # letters of a name in a picture, of longer ones the middle is left out
 
 
 def fit(
@@ -21,8 +31,8 @@ def fit(
     x=None,
     bins: int = 200,
     *,
-    coordinate: int | None = 0,
-    log: bool = False,
+    coordinate: int | str | None = 0,
+    log: Log = None,
     residuals: bool = False,
     seen: Binned | None = None,
 ):
@@ -40,7 +50,7 @@ def fit(
     x : array_like, optional
         Where to draw the model, which has to have one coordinate. By default a fine grid for few points, else the bins.
     bins, coordinate, log
-        As in `dask_nlsq.results.binning.binned`; ``log`` also makes the axis logarithmic.
+        As in `dask_nlsq.results.binning.binned`: by default axes are logarithmic where the data span decades.
     residuals : bool
         Whether residuals are drawn in axes below.
     seen : Binned, optional
@@ -69,53 +79,117 @@ def fit(
     else:
         top = axes = _axes(ax)
     if (few := seen.points) is not None:
-        _points(top, few[0], few[1], few[3] if seen.weighted else None)
-        if x is None and _smooth(result):
+        drawn = few[0], few[1], few[3] if seen.weighted else None
+        if x is None and _smooth(result) and seen.name == coordinates(result)[0].label:
             between = np.geomspace if seen.log else np.linspace
             x = between(few[0, 0], few[0, -1], CURVE_POINTS)
         line = few[0], few[2]
     else:
-        _points(top, seen.x, seen.y, seen.error)
-        line = seen.x, seen.model
+        drawn, line = (seen.x, seen.y, seen.error), (seen.x, seen.model)
     if x is not None:
         line = np.asarray(x, float), np.asarray(result.predict(np.asarray(x, float)))
+    _points(top, *drawn, hidden=int(np.sum(~(drawn[1] > 0))) if seen.log_y else 0)
     top.plot(*line, color=MODEL, linewidth=1.5, label="model", zorder=3)
-    top.set_ylabel("y" if few is not None else f"mean of y in {len(seen.x)} bins")
+    top.set_ylabel(_wrapped(seen.y_name if few is not None else f"mean of {seen.y_name}"), parse_math=False)
     if not residuals:
-        top.set_xlabel(seen.name, parse_math=False)
+        top.set_xlabel(_wrapped(seen.name), parse_math=False)
     if seen.log:
         top.set_xscale("log")
+    if seen.log_y:
+        _log_y(top, drawn[1], line[1])
     top.legend(frameon=False)
     return axes
 
 
 def residuals(
-    result, ax=None, bins: int = 200, *, coordinate: int | None = 0, log: bool = False, seen: Binned | None = None
+    result,
+    ax=None,
+    bins: int = 200,
+    *,
+    coordinate: int | str | None = 0,
+    log: Log = None,
+    seen: Binned | None = None,
 ):
     """Residuals against a coordinate, or with ``coordinate=None`` along the data.
 
-    More than 2000 points in bins: their mean with its standard error. Parameters and errors as in `fit`.
+    More than 2000 points in bins: their mean with its standard error. Parameters and errors as in `fit`; their own axis is
+    never logarithmic.
     """
     axes = _axes(ax, figsize=(6.4, 3.2))
     _draw_residuals(seen or binned(result, coordinate, bins, log), axes)
     return axes
 
 
+def images(result, axes=None, along=None, *, log: bool | None = None, seen: Images | None = None):
+    """Data, model and residuals of data with two or more axes as images; white where no point counts.
+
+    They are binned in one pass over the data, to 256 x 256 bins at most, as means over all other axes. Data and model have
+    the same colours, from percentiles of the data.
+
+    Parameters
+    ----------
+    result : FitResult
+    axes : three matplotlib axes, optional
+    along : pair, optional
+        Rows and columns: axes of ydata by number, or axes and coordinates by name; by default the last two axes.
+    log : bool, optional
+        Colours by the logarithm; by default where the data span two decades.
+    seen : Images, optional
+        What `dask_nlsq.results.binning.images` has returned: no pass then, and ``along`` and ``log`` do not count.
+
+    Returns
+    -------
+    array of three matplotlib axes
+
+    Raises
+    ------
+    ValueError
+        As `dask_nlsq.results.binning.images`.
+    ModuleNotFoundError
+        Without matplotlib.
+    """
+    need_matplotlib()
+    from matplotlib.colors import LogNorm, Normalize
+
+    seen = seen or images_of(result, along, log)
+    axes = _axes(axes, 1, 3, figsize=(11, 3.4), sharex=True, sharey=True)
+    known = seen.data[np.isfinite(seen.data) & ((seen.data > 0) | ~np.bool_(seen.log[2]))]
+    low, high = np.percentile(known, SHOWN) if known.size else (0.1, 1)
+    colours: Any = LogNorm if seen.log[2] else Normalize
+    far = np.nanpercentile(abs(seen.residual), SHOWN[1]) if np.isfinite(seen.residual).any() else 1.0
+    panels = (
+        ("data", seen.data, colours(low, high), "viridis", seen.y_name),
+        ("model", seen.model, colours(low, high), "viridis", seen.y_name),
+        ("residual", seen.residual, Normalize(-far, far), "RdBu_r", seen.measure),
+    )
+    for ax, (title, values, norm, cmap, label) in zip(axes, panels, strict=True):
+        if isinstance(norm, LogNorm):  # which would leave 0 white, as where there are no data
+            values = np.maximum(values, low)
+        image = _image(ax, seen, values, norm, cmap)
+        bar = ax.figure.colorbar(image, ax=ax, extend="both", fraction=0.05, pad=0.02)
+        bar.set_label(_wrapped(label), parse_math=label == seen.measure)
+        ax.set_title(title)
+        ax.set_xlabel(_wrapped(seen.names[1]), parse_math=False)
+    axes[0].set_ylabel(_wrapped(seen.names[0]), parse_math=False)
+    return axes
+
+
 def residual_histogram(result, ax=None, *, seen: Binned | None = None):
     """Histogram of the residuals as a density, with the normal distribution of mean 0 and standard deviation 1.
 
-    Residuals are ``(f - y) / sigma``; without sigma they are divided by the root of the reduced chi-square. Those of more
-    than 6 are counted in the legend. Parameters and errors as in `fit`.
+    Residuals are ``(f - y) / sigma``; without sigma they are divided by the root of the reduced chi-square; those of counts
+    are quantile residuals, see `dask_nlsq.results.binning`. Those of more than 6 are counted in the legend. Parameters and
+    errors as in `fit`.
     """
     axes = _axes(ax, figsize=(4.8, 3.6))
     seen = seen or binned(result)
+    what, unit = seen.measure, "" if seen.scale == 1 else f" in units of {seen.scale:.3g}"
     total = seen.histogram.sum() + seen.beyond
     label = "residuals" + (f", {seen.beyond:,} beyond ±{BEYOND:g}" if seen.beyond else "")
     axes.stairs(seen.histogram / total / np.diff(seen.edges), seen.edges, fill=True, color=DATA, alpha=0.6, label=label)
     z = np.linspace(-BEYOND, BEYOND, 241)
     axes.plot(z, np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi), color=MODEL, linewidth=1.5, label="unit normal")
-    unit = "" if seen.scale == 1 else f" in units of {seen.scale:.3g}"
-    axes.set(xlabel=f"{seen.measure}{unit}", ylabel="density", xlim=(-BEYOND, BEYOND))
+    axes.set(xlabel=f"{what}{unit}", ylabel="density", xlim=(-BEYOND, BEYOND))
     axes.set_ylim(0, 1.3 * axes.dataLim.ymax)
     axes.legend(frameon=False, loc="upper left", fontsize="small")
     return axes
@@ -137,20 +211,22 @@ def convergence(result, ax=None):
         axes.plot(sweeps, drawn, marks, color=colour, markersize=4, label=label)
     axes.set(xlabel="sweep", yscale="log", xlim=(0.5, len(cost) + 0.5))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize="small")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.3)  # for the legend
+    axes.legend(frameon=False, fontsize="small", loc="upper right")
     return axes
 
 
 def correlation(result, ax=None):
     """Correlation of the parameters as coloured squares; parameters without an error, as fixed ones, are left out."""
     which = np.flatnonzero(np.isfinite(np.diag(result.correlation)))
-    names, p = [result.param_names[k] for k in which], len(which)
+    names, p = [_short(result.param_names[k]) for k in which], len(which)
     values = result.correlation[np.ix_(which, which)]
     side = min(2.4 + 0.4 * max(p, 2), 9.0)
     axes = _axes(ax, figsize=(side + 0.8, side))
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r", aspect="auto")
     every = -(-p // 40) or 1  # else names would lie on each other
-    turned = dict(rotation=45, ha="right") if p > 4 else {}
+    turned = dict(rotation=45, ha="right") if p * max(map(len, names)) > ROW else {}
     axes.set_xticks(range(0, p, every), names[::every], parse_math=False, **turned)
     axes.set_yticks(range(0, p, every), names[::every], parse_math=False)
     axes.spines[:].set_visible(False)
@@ -234,15 +310,31 @@ def _smooth(result) -> bool:
     """Whether the model can be evaluated between the points: it has one coordinate, and needs not all points at once."""
     if result.data is None:
         return False
-    preparation = data_of(result)[0].preparation
+    preparation = result.data.preparation
     return preparation.layouts.x_kind == "single" and preparation.layouts.ndim == 1 and not preparation.whole
 
 
-def _points(ax, x, y, error):
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, LINE))
+
+
+def _short(name: str) -> str:
+    half = LONG // 2
+    return name if len(name) <= LONG else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _points(ax, x, y, error, hidden: int = 0):
     many = len(x) > 300
-    ax.errorbar(
-        x, y, error, fmt=".", color=DATA, markersize=2.5 if many else 5, linewidth=0.6, alpha=0.7, label="data", zorder=2
-    )  # fmt: skip
+    style = dict(fmt=".", color=DATA, markersize=2.5 if many else 5, linewidth=0.6, alpha=0.7, zorder=2)
+    ax.errorbar(x, y, error, label=f"data, {hidden:,} not positive" if hidden else "data", **style)
+
+
+def _log_y(ax, *drawn):
+    """A logarithmic axis to whose edge error bars run that reach down to 0."""
+    values = np.concatenate([each[np.isfinite(each) & (each > 0)] for each in map(np.asarray, drawn)])
+    ax.set_yscale("log", nonpositive="clip")
+    if values.size:
+        ax.set_ylim(values.min() / ROOM, values.max() * ROOM)
 
 
 def _draw_residuals(seen, ax):
@@ -253,5 +345,25 @@ def _draw_residuals(seen, ax):
         _points(ax, seen.x, seen.residual, seen.spread / np.sqrt(seen.n))
     if seen.log:
         ax.set_xscale("log")
-    ax.set_xlabel(seen.name, parse_math=False)
+    ax.set_xlabel(_wrapped(seen.name), parse_math=False)
     ax.set_ylabel(seen.measure)
+
+
+def _image(ax, seen: Images, values, norm, cmap):
+    """Bins as pixels, of their width where they differ in it."""
+    rows, columns = seen.edges
+    ax.spines[:].set_visible(True)
+    alike = all(np.allclose(np.diff(each), each[1] - each[0], rtol=1e-3) for each in seen.edges)
+    if alike:
+        low, high = rows[[0, -1]] if seen.upright else rows[[-1, 0]]
+        values = values if seen.upright else values[::-1]
+        style = dict(norm=norm, cmap=cmap, interpolation="nearest", aspect="auto", origin="lower")
+        return ax.imshow(values, extent=(columns[0], columns[-1], low, high), **style)
+    if seen.log[0]:
+        ax.set_yscale("log")
+    if seen.log[1]:
+        ax.set_xscale("log")
+    image = ax.pcolormesh(columns, rows, values, norm=norm, cmap=cmap, rasterized=True)
+    if not seen.upright and not ax.yaxis_inverted():
+        ax.invert_yaxis()
+    return image

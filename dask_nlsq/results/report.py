@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import partial
 from html import escape
 from io import BytesIO
 from math import inf, isfinite, prod
@@ -15,29 +16,28 @@ from pathlib import Path
 import numpy as np
 
 from ..base.files import write_whole
-from ..base.text import size
+from ..base.text import measured, size
+from ..data.store import address
 from ..memory.machine import detect_total_system_memory, process_settings, version_of
 from ..model.function import function_name, own_function
 from . import plots
-from .binning import binned, data_of
+from .binning import Log, survey
+from .coordinates import coordinate as coordinate_of
+from .coordinates import coordinates, data_of, plane
+from .diagnostics import along
+from .statistics import by_title
 
 PACKAGES = ("dask_nlsq", "jax", "numpy", "scipy", "dask", "distributed", "zarr", "matplotlib")
-STATISTICS = {
-    "chi_square": "chi-square",
-    "reduced_chi_square": "reduced chi-square",
+FACTS = {
     "dof": "degrees of freedom",
-    "r_squared": "R²",
-    "adjusted_r_squared": "adjusted R²",
-    "rmse": "RMSE",
-    "aic": "AIC",
-    "aicc": "AICc",
-    "bic": "BIC",
     "cost": "cost",
     "condition": "condition number",
     "n_points": "points used",
     "n_masked": "points masked",
     "n_omitted": "points omitted, not finite",
 }
+NONE_OF_THEM = ("points masked", "points omitted, not finite")  # rows that a page has only where there are some
+MOST_PANELS = 6  # coordinates that are drawn
 NONE = "\N{EN DASH}"
 LEVEL = 0.95  # of the confidence intervals
 SMALL = (4.1, 3.2)  # inches, of pictures that stand beside each other
@@ -61,6 +61,7 @@ figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radi
 figure.wide { grid-column: 1 / -1 }
 figure img { display: block; max-width: 100%; margin: auto }
 figcaption { color: #444; font-size: .85rem; text-align: center }
+.beside { display: flex; flex-wrap: wrap; column-gap: 2.5rem } .beside td, .beside th { padding-right: 1rem }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: .8rem }
 pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-radius: 6px; font-size: .85rem }
 @media print {
@@ -70,8 +71,8 @@ pre { overflow-x: auto; padding: .7rem; border: 1px solid var(--line); border-ra
 """
 
 
-def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Path:
-    """Write one page about a fit: parameters, statistics, pictures, history, plan, and where all of it comes from.
+def report(result, path, *, coordinate: int | str | None = 0, log: Log = None) -> Path:
+    """Write one page about a fit: pictures, parameters, statistics, history, plan, and where all of it comes from.
 
     The pictures read the data once. A result that does not hold the data gets a page without those of the data.
 
@@ -81,7 +82,7 @@ def report(result, path, *, coordinate: int | None = 0, log: bool = False) -> Pa
     path : path
         Of an HTML file; one that is there is replaced when all is done.
     coordinate, log
-        What the data are drawn against, as in `dask_nlsq.plots.fit`.
+        What the data are drawn against first, and logarithmic axes, as in `dask_nlsq.plots.fit`.
 
     Raises
     ------
@@ -103,13 +104,12 @@ def written(path, make: Callable[[], str]) -> Path:
     return path
 
 
-def html_page(title: str, head: str, sections: Iterable[tuple[str, str]]) -> str:
-    """A page of sections by their titles, without those that are empty; ``title`` is plain text, the others are HTML."""
-    body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
+def html_page(title: str, *parts: str) -> str:
+    """A page of these parts, which are HTML; ``title`` is plain text."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{head}{body}</body></html>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>"
     )
 
 
@@ -123,14 +123,15 @@ def where_written() -> list[tuple[str, str]]:
     ]
 
 
-def page(result, coordinate: int | None = 0, log: bool = False) -> str:
+def page(result, coordinate: int | str | None = 0, log: Log = None) -> str:
     """The HTML of `report`."""
-    name = _model_name(result.objective.model)
+    name = model_name(result.objective.model)
+    seen, images = ([], None) if result.data is None else _look(result, coordinate, log)
+    numbers = [section("Parameters", _parameters(result)), section("Statistics", _statistics(result))]
     sections = [
-        ("Parameters", _parameters(result)),
-        ("Statistics", _statistics(result)),
-        ("Diagnostics", _diagnostics(result)),
-        ("Pictures", _pictures(result, coordinate, log)),
+        ("Data and model", _pictures_of_data(result, seen, images)),
+        ("Diagnostics", _diagnostics(result, seen)),
+        ("Residuals and convergence", _pictures(result, seen)),
         ("Sweeps", _history(result)),
         ("Plan", f"<pre>{escape(str(result.plan))}</pre>"),
         ("Model", _model(result)),
@@ -143,15 +144,33 @@ def page(result, coordinate: int | None = 0, log: bool = False) -> str:
         f'<span class="faint">{result.n_points:,} points, {len(result.popt)} parameters, {result.sweeps} sweeps in '
         f"{result.seconds['solve']:.2f} s. Report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}</span></p>"
     )
-    return html_page(f"Fit of {name}", head, sections)
+    first, *others = [section(title, content) for title, content in sections]
+    beside = f'<div class="beside">{"".join(numbers)}</div>'
+    return html_page(f"Fit of {name}", head, first, beside, *others)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _model_name(model) -> str:
+def model_name(model) -> str:
     """Of a loaded result: what there is left of the model."""
     return function_name(model.f) if hasattr(model, "f") else ".".join(model.name or ["a model without a name"])
+
+
+def section(title: str, content: str) -> str:
+    """Part of a page; empty without content."""
+    if not content:
+        return ""
+    return f"<section><h2>{title}</h2>{content}</section>"
+
+
+def _look(result, first, log):
+    """One pass over the data, along each coordinate, the one that was asked for first; and images where there are any."""
+    others = [each.name for each in coordinates(result)]
+    chosen = coordinate_of(result, first).name
+    which = [first, *(name for name in dict.fromkeys(others) if name != chosen)][:MOST_PANELS]
+    several = len(result.data.shape) > 1 or len(others) > 1
+    return survey(result, which, plane(result, None) if several else None, log=log)
 
 
 def _number(value, digits=9) -> str:
@@ -174,32 +193,34 @@ def _table(head: Iterable[str], rows: Iterable[Iterable], numbers: bool = True) 
 
 
 def _parameters(result):
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.abs(result.perr / result.popt)
-    low, high = np.transpose(result.confidence_intervals(LEVEL))
-    columns = {
-        "parameter": result.param_names,
-        "value": result.popt,
-        "error": [_number(each, 3) for each in result.perr],
-        "relative": [f"{each:.2%}" if isfinite(each) else NONE for each in relative],
-        f"{LEVEL:.0%} from": [_number(each, 6) for each in low],
-        "to": [_number(each, 6) for each in high],
-    }
+    ends = zip(result.popt, result.perr, result.confidence_intervals(LEVEL), strict=True)
+    rows = [
+        (name, value, error.replace("+-", "±"), share.strip("()") or NONE, *(measured(end, doubt)[0] for end in interval))
+        for (name, value, error, share, _), (_, doubt, interval) in zip(result.params.rows(), ends, strict=False)
+    ]  # a crafted file may repeat a name
+    head = ["parameter", "value", "error", "relative", f"{LEVEL:.0%} from", "to"]
     if np.isfinite(result.bounds).any():
-        columns |= {f"{side} bound": values for side, values in zip(("lower", "upper"), result.bounds, strict=True)}
+        head += ["lower bound", "upper bound"]
+        rows = [(*row, *map(_bound, ends)) for row, ends in zip(rows, result.bounds.T, strict=False)]
     notes = [each.remark for each in result.params.values()]
     if any(notes):
-        columns[""] = notes
-    derived = _table(["derived", "value", "error", "relative", ""], result.derived.rows()) if result.derived else ""
-    return _table(columns, zip(*columns.values(), strict=True)) + derived
+        head, rows = [*head, ""], [(*row, note) for row, note in zip(rows, notes, strict=True)]
+    derived = [(name, value, error.replace("+-", "±"), *rest) for name, value, error, *rest in result.derived.rows()]
+    return _table(head, rows) + (_table(["derived", "value", "error", "relative", ""], derived) if derived else "")
+
+
+def _bound(value: float) -> str:
+    return _number(value) if isfinite(value) else "none"
 
 
 def _statistics(result):
-    return _table([], [(title, getattr(result, name)) for name, title in STATISTICS.items()])
+    known = {name.replace("^2", "²"): value for name, value in by_title(result.statistics, result.noise).items()}
+    rows = [*known.items(), *((title, getattr(result, name)) for name, title in FACTS.items())]
+    return _table([], [(title, _number(value, 6)) for title, value in rows if value or title not in NONE_OF_THEM])
 
 
-def _diagnostics(result):
-    lines = [*result.diagnostics.lines]
+def _diagnostics(result, seen):
+    lines = [*result.diagnostics.lines, *(line for each in seen for line in along(each))]
     lines += [str(each) for each in result.damage[:3]]
     if len(result.damage) > 3:
         lines.append(f"{len(result.damage) - 3} more chunks could not be read")
@@ -208,34 +229,47 @@ def _diagnostics(result):
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
-def _pictures(result, coordinate, log):
-    pictures, lost = [], ""
-    if result.data is not None:
-        seen = binned(result, coordinate, log=log)
-        what = "points" if seen.points is not None else f"means in {len(seen.x)} bins, with their standard errors"
-        about = f"Data ({what}), model and residuals against {seen.name}"
-        pictures += [
-            ("wide", about, lambda ax: plots.fit(result, ax, residuals=True, seen=seen), 2, (8.6, 5.4)),
-            ("", "Residuals and what normal noise gives", lambda ax: plots.residual_histogram(result, ax, seen=seen)),
-        ]
-    else:
-        lost = '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
-    pictures += [("", "Cost and distance to the optimum by sweep", lambda ax: plots.convergence(result, ax))]
+def _pictures_of_data(result, seen, images):
+    if result.data is None:
+        return '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
+    pictures = []
+    if images is not None:
+        about = f"Means over the points of each bin: {images.names[0]} against {images.names[1]}"
+        pictures.append(("wide", about, partial(plots.images, result, seen=images), (1, 3), (9.6, 3.2)))
+    for each in seen:
+        what = "points" if each.points is not None else f"means in {len(each.x)} bins, with their standard errors"
+        about = f"Data ({what}), model and residuals against {each.name}"
+        draw = partial(plots.fit, result, residuals=True, seen=each)
+        wide = len(seen) == 1
+        pictures.append(("wide" if wide else "", about, draw, (2, 1), (8.6, 5.4) if wide else (4.6, 4.0)))
+    return _figures(pictures)
+
+
+def _pictures(result, seen):
+    pictures: list[tuple] = [("", "Cost and distance to the optimum by sweep", partial(plots.convergence, result))]
+    if seen:
+        about = "Residuals and what normal noise gives"
+        pictures.insert(0, ("", about, partial(plots.residual_histogram, result, seen=seen[0])))
     if np.isfinite(np.diag(result.correlation)).sum() > 1:
-        many = len(result.popt) > 8
-        size = (8.6, 7.6) if many else SMALL
-        pictures += [("wide" if many else "", "Correlation", lambda ax: plots.correlation(result, ax), 1, size)]
-    return f'{lost}<div class="pictures">{"".join(_figure(*each) for each in pictures)}</div>'
+        wide = len(result.popt) > 8 or max(map(len, result.param_names)) > 16
+        size = (8.6, 7.6 if len(result.popt) > 8 else 4.4) if wide else SMALL
+        pictures += [("wide" if wide else "", "Correlation", partial(plots.correlation, result), (1, 1), size)]
+    return _figures(pictures)
 
 
-def _figure(kind, caption, draw, rows=1, size=SMALL):
+def _figures(pictures) -> str:
+    return f'<div class="pictures">{"".join(_figure(*each) for each in pictures)}</div>'
+
+
+def _figure(kind, caption, draw, grid=(1, 1), size=SMALL):
     """A picture as the text of an SVG file within the page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     with rc_context({"svg.hashsalt": "dask_nlsq", "font.size": 9.5}):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure.subplots(rows, 1, sharex=True, height_ratios=plots.PANELS[:rows]))
+        rows, columns = grid
+        draw(figure.subplots(*grid, sharex=True, sharey=columns > 1, height_ratios=plots.PANELS[:rows]))
         figure.align_ylabels()
         file = BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -295,7 +329,7 @@ def _places(operand) -> list[str]:
     graph = getattr(operand, "dask", {})
     values = (getattr(node, "value", node) for node in graph.values())
     arrays = (getattr(value, "array", value) for value in values)
-    found = dict.fromkeys(str(array.store_path) for array in arrays if hasattr(array, "store_path"))
+    found = dict.fromkeys(address(array) for array in arrays if hasattr(array, "store_path"))
     return [re.sub(r"//[^/@]*@", "//", place) for place in found]
 
 

@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ..base.files import well_formed
 from ..base.modules import Trust
-from ..base.text import several, table
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
 from ..data.chunks import Preparation
@@ -23,7 +21,7 @@ from ..engine.request import Objective, Request
 from ..engine.sweep import SampleSummary
 from ..engine.values import but_hidden, map_chunks
 from ..kernels.rows import SegmentSums
-from ..kernels.rules import TO_ROUNDING, at_bounds
+from ..kernels.rules import TO_ROUNDING, places_at_bounds
 from ..memory.plan import Plan
 from ..model.function import function_name, held, intern, own_function
 from ..model.params import Parameter, Params
@@ -36,10 +34,9 @@ from .diagnostics import Diagnostics, diagnose
 from .named_model import NamedModel
 from .profile import contour, profile
 from .report import report
-from .statistics import Groups, Statistics, Totals, correlation, largest_correlations, quantile, root, statistics
+from .statistics import Groups, Statistics, Totals, correlation, quantile, root, statistics
+from .summary import html, summary
 from .uncertainty import jackknife, sandwich, spread_out
-
-MOST_CORRELATIONS = 5  # in a summary
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -219,7 +216,11 @@ class FitResult:
     @property
     def at_bound(self) -> np.ndarray:
         """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (p,)."""
-        return at_bounds(self.popt, self.perr, *self.bounds)
+        alone = np.full(len(self.popt), np.inf)  # errors of parameters, if all others were known
+        variance = 1.0 if self.noise.absolute else 2 * self.cost / self.dof if self.dof > 0 else np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            alone[list(self.free)] = np.sqrt(variance) / np.linalg.norm(self.factor.R, axis=0)
+        return places_at_bounds(np, self.popt, self.perr, alone, *self.bounds)
 
     def confidence_intervals(self, level: float = 0.95) -> np.ndarray:
         """Lower and upper end for each parameter, (p, 2): ``popt -+ q perr``.
@@ -492,49 +493,17 @@ class FitResult:
             attrs,
         )
 
-    def summary(self) -> str:
-        """The fit as text: how the solver got there, statistics, parameters with standard errors, largest correlations."""
-        points = f"{self.n_points:,} points"
-        points += f", {self.n_masked:,} masked" if self.n_masked else ""
-        points += f", {self.n_omitted:,} omitted (not finite)" if self.n_omitted else ""
-        resumed = f", resumed after {self.resumed:,}," if self.resumed else ""
-        lines = [
-            f"{'converged' if self.success else 'NOT CONVERGED'}: {self.message}",
-            f"{points}; {several(len(self.popt), 'parameter')}; cost {self.cost:.6g}{self._nearness()}",
-            f"{several(self.sweeps, 'sweep')}{resumed} in {self.seconds['solve']:.2f} s, "
-            f"begun after {self.seconds['load']:.2f} s;"
-            f' strategy "{self.strategy}"; reduction "{self.reduction}"; condition {self.condition:.1e}',
-        ]
-        if self.damage:
-            lines.append(f"{len(self.damage)} damaged or absent chunks left out, first {self.damage[0].key}")
-        if self.n_filled:
-            lines.append(f"{self.n_filled} absent chunks read as fill values")
-        if known := self._known_statistics():
-            lines.append("; ".join(f"{name} {value}" for name, value in known.items()))
-        lines += ["  " + line.rstrip() for line in table(self.params.rows() + self.derived.rows())]
-        pairs = largest_correlations(self.correlation, MOST_CORRELATIONS)
-        if pairs:
-            names = self.param_names
-            lines.append("correlations: " + "; ".join(f"{names[j]}, {names[i]} {value:+.3f}" for i, j, value in pairs))
-        return "\n".join(lines)
+    def summary(self, format: Literal["short", "full"] = "short") -> str:
+        """The fit as text: how the solver got there, statistics, parameters with standard errors, largest correlations.
 
-    def _nearness(self) -> str:
-        known = np.isfinite(self.distance)
-        return f"; {self.distance:.1e} standard errors from the optimum of the quadratic model" if known else ""
-
-    def _known_statistics(self) -> dict[str, str]:
-        """Those that exist, as text."""
-        found = self.statistics
-        name = "deviance" if self.noise.likelihood else "chi-square"
-        values = {
-            name: found.chi_square,
-            f"reduced {name}": found.reduced_chi_square,
-            "R^2": found.r_squared,
-            "RMSE": found.rmse,
-            "AIC": found.aic,
-            "BIC": found.bic,
-        }
-        return {name: f"{value:.6g}" for name, value in values.items() if not np.isnan(value)}
+        Parameters
+        ----------
+        format : {"short", "full"}
+            Two significant digits of each error, and as many of the value; or all digits of both.
+        """
+        if format not in ("short", "full"):
+            raise ValueError(f"`format` must be 'short' or 'full', not {format!r}")
+        return summary(self, format == "full")
 
     def __repr__(self):
         return f"<FitResult>\n{self.summary()}"
@@ -543,13 +512,8 @@ class FitResult:
         return self.to_html()
 
     def to_html(self) -> str:
-        """A table of the parameters, with the statistics below, as notebooks show it."""
-        known = "; ".join(f"{name} {value}" for name, value in self._known_statistics().items())
-        verdict = "converged" if self.success else "NOT CONVERGED"
-        return (
-            f"<p>{verdict}: {escape(self.message)}</p>{Params(*self.params.values(), *self.derived.values()).to_html()}"
-            f"<p>{self.n_points:,} points; {escape(known)}</p>"
-        )
+        """Heading, status, a table of the parameters, statistics and diagnostics, as notebooks show it."""
+        return html(self)
 
     def scipy_output(self) -> tuple:
         """SciPy's ``(popt, pcov, infodict, mesg, ier)``.

@@ -103,6 +103,22 @@ def statistics(totals: Totals, k: int, noise: Noise) -> Statistics:
     )
 
 
+def by_title(found: Statistics, noise: Noise) -> dict[str, float]:
+    """Those that exist, as tables call them."""
+    name = "deviance" if noise.likelihood else "chi-square"
+    values = {
+        name: found.chi_square,
+        f"reduced {name}": found.reduced_chi_square,
+        "R^2": found.r_squared,
+        "adjusted R^2": found.adjusted_r_squared,
+        "RMSE": found.rmse,
+        "AIC": found.aic,
+        "AICc": found.aicc,
+        "BIC": found.bic,
+    }
+    return {name: value for name, value in values.items() if not np.isnan(value)}
+
+
 def _ratio(a, b):
     return float(a / b) if b > 0 else np.nan
 
