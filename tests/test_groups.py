@@ -684,3 +684,14 @@ def test_locals_that_a_group_does_not_determine_take_nothing_from_the_others_by_
     assert result.shared.reduction == "qr" and result.success
     np.testing.assert_allclose(result.perr, perr[-2:], rtol=1e-3)
     assert np.max(np.abs(result.popt - best[-2:]) / perr[-2:]) < 0.05
+
+
+def test_nothing_warns_where_shared_params_overflow_in_each_others_place():
+    two, t = np.float64(2), np.linspace(0, 8, 40)
+
+    def f(t, offset, scale, rate):
+        return offset + 1e-3 * scale * two**rate * jnp.exp(-rate * t)  # outside JAX, a power of NumPy, which warns
+
+    y = np.array([[1.0], [2.0]]) + 50 * 2**0.5 * np.exp(-0.5 * t) + np.random.default_rng(0).normal(0, 0.1, (2, 40))
+    result = fit_groups(f, t, y, dict(offset=1, scale=4e4, rate=0.4), local="offset", group_axes=0)
+    assert np.all(np.abs(result.popt - [5e4, 0.5]) < 4 * result.perr)

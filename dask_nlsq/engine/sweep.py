@@ -26,8 +26,9 @@ from .places import HeldHere, Place, open_place
 from .request import Request
 from .waiting import Look, calm
 
-SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
-SAMPLE_RUNS = 64  # and no more than these, or two per parameter: enough to see all regions of the data
+SAMPLE_SHARE = 10  # the sample takes one in this number of runs of chunks,
+SAMPLE_REGIONS = 6  # at least this number: two peaks on a sorted axis took 4 sweeps from six regions, 4 to 15 from two
+SAMPLE_RUNS = 64  # and at most these, or two per parameter: enough to see all regions of the data
 POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
 CHECKED = 8  # points of the sample on which the model is checked
 
@@ -185,11 +186,16 @@ class Sweep:
         return as_sample(layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)
 
     def draw(self, n_params: int, needed: int, look: Look = calm) -> None:
-        """Read a sample of data that are not held: a tenth of the runs of chunks at most, but ``needed`` of them."""
+        """Read a sample of data that are not held, from a tenth of the runs of chunks, but from six, and from ``needed``.
+
+        Where the axis is sorted, each run is a region of its own. A model that was fitted to one or two is far off in the
+        others, which costs more sweeps than the reads save. Where six are more than half, there is no sample.
+        """
         began, n_runs = time.perf_counter(), self.place.n_runs
         if self.place.held or self.drawn is not None:
             return
-        n_drawn = min(max(n_runs // SAMPLE_SHARE, needed), max(SAMPLE_RUNS, 2 * n_params), n_runs)
+        regions = max(n_runs // SAMPLE_SHARE, SAMPLE_REGIONS) if n_runs >= 2 * SAMPLE_REGIONS else 0
+        n_drawn = min(max(regions, needed), max(SAMPLE_RUNS, 2 * n_params), n_runs)
         if n_drawn == 0:
             return
         n = min(SAMPLE_POINTS, max(self.data.n_points // POINTS_SHARE, sample_size(n_params)))

@@ -53,7 +53,7 @@ def interchangeable(
         return np.broadcast_to(evaluate(model, assemble_x(layouts, list(sample)), tuple(params)), sample[0].shape)
 
     found = []
-    with float64():
+    with float64(), np.errstate(all="ignore"):  # a parameter in the place of another may be far from any sense
         plain = value(params)
         scale = ALIKE * np.max(np.abs(plain), initial=0.0)
         for one, other in combinations(shared, 2):
