@@ -18,7 +18,8 @@ from benchmarks.guesses import CASES, reached
 from dask_nlsq import curve_fit, fit_map, models, plan_fit, resume
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.model.function import intern, parameter_names
-from dask_nlsq.models import ReadyModel, faddeeva_real, gaussian, line, polynomial, voigt
+from dask_nlsq.model.ready import faddeeva_real
+from dask_nlsq.models import ReadyModel, gaussian, line, polynomial, voigt
 
 X = np.array([0.0, 0.3, 1.0, 2.5, 7.0, 40.0])
 # name: parameters, the formula in NumPy

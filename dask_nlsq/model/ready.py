@@ -28,6 +28,11 @@ from ..base.x64 import float64
 from .function import Model, function_name, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
+__all__ = [
+    "ReadyModel", "arctan_edge", "damped_sine", "exponential", "g2_double", "g2_single", "gaussian", "line", "lorentzian",
+    "moffat", "named", "polynomial", "power_law", "pseudo_voigt", "sigmoid", "stretched_exponential", "voigt",
+]  # fmt: skip
+
 SQUARES = 12  # nodes of the trapezoidal rule for w(z): relative error 1e-13
 SPACING = float(np.sqrt(np.pi / SQUARES))  # of them, that balances both errors of the rule [1]_
 POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)

@@ -9,6 +9,8 @@ import numpy as np
 
 from .binning import BEYOND, Binned, binned, data_of
 
+__all__ = ["contours", "convergence", "correlation", "fit", "maps", "profile", "residual_histogram", "residuals"]
+
 DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colour-blind eyes too
 CURVE_POINTS = 500  # of a model between few points of data
 PANELS = (5, 2)  # heights of a fit and of its residuals

@@ -38,6 +38,10 @@ import scipy  # `scipy.special` alone where it does: scipy.stats takes 0.3 s to 
 
 from ..options import Noise
 
+__all__ = [
+    "Noise", "Statistics", "Totals", "correlation", "distance_at", "largest_correlations", "quantile", "root", "statistics",
+]  # fmt: skip
+
 FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no longer known to 1e-6
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
