@@ -271,14 +271,13 @@ def hold(
 ) -> HeldData:
     """Load data once for several fits: other models, starts or losses.
 
-    Within ``with hold(x, y) as data:`` each ``curve_fit(f, data, p0=...)`` works on what is held, in this process or on the
-    workers of the active Client. With ``strategy="streaming"`` nothing is held, but the sample that a fit begins with.
+    Within ``with hold(x, y) as data:`` each ``curve_fit(f, data, p0=...)`` uses the held data, in this process or on the
+    workers of the active Client. With ``strategy="streaming"`` only the sample that a fit begins with is held.
 
     Parameters
     ----------
     xdata, ydata, sigma, mask, ...
-        As in `dask_nlsq.curve_fit`, to which they cannot be given a second time; ``sigma="poisson"`` is an argument of the
-        fits.
+        As in `dask_nlsq.curve_fit`, which then does not accept them again; ``sigma="poisson"`` is given to the fits instead.
 
     Returns
     -------
@@ -287,7 +286,11 @@ def hold(
     Raises
     ------
     ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
-        As `dask_nlsq.curve_fit`; a TypeError for a model, too.
+        As `dask_nlsq.curve_fit`; a model is a TypeError.
+
+    See Also
+    --------
+    curve_fit, fit_map, compare
 
     Examples
     --------

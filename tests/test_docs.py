@@ -7,6 +7,7 @@ here.
 """
 
 import doctest
+import inspect
 import io
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from distributed import default_client
 
+import dask_nlsq
 from dask_nlsq import __all__ as public
 from dask_nlsq import __version__
 from dask_nlsq.interface.cli import nlsq
@@ -170,3 +172,22 @@ def in_order():
 
 def test_the_version_to_cite_is_that_of_the_package():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+@pytest.mark.parametrize(
+    "function", ["compare", "curve_fit", "fit", "fit_groups", "fit_map", "hold", "load", "plan_fit", "resume"]
+)
+def test_help_has_examples_that_run_and_names_related_functions(function):
+    function = getattr(dask_nlsq, function)
+    text = inspect.getdoc(function)
+    assert "\nSee Also\n" in text
+    example = doctest.DocTestParser().get_doctest(text, {}, function.__name__, None, None)
+    assert example.examples
+    assert doctest.DocTestRunner(optionflags=SAME).run(example, clear_globs=False).failed == 0  # models live on
+
+
+def test_help_of_curve_fit_has_everyday_arguments_first():
+    head = inspect.getdoc(dask_nlsq.curve_fit).split("Returns\n---")[0]
+    every = [name for line in re.findall(r"^(\w[\w, ]*) : ", head, re.M) for name in line.split(", ")]
+    assert every[:9] == ["f", "xdata", "ydata", "p0", "sigma", "absolute_sigma", "bounds", "loss", "f_scale"]
+    assert every[9:13] == ["mask", "param_names", "fixed", "expr"]

@@ -85,18 +85,32 @@ def compare(*results: Any, nested: bool | None = None, **named: Any) -> Comparis
     *results, **named : FitResult or GroupResult
         Two or more; ``compare(flat=one, sloped=two)`` names them, others are called like their models.
     nested : bool, optional
-        Whether each model is a special case of those with more parameters. None: where all of its fitted parameters are
-        among those of the larger one, by name, or its terms where both are ready models or sums of them.
+        Whether each model is a special case of those with more parameters. None: yes if the larger one has all of its fitted
+        parameters, by name, or all of its terms if both are ready models or sums of them.
 
     Returns
     -------
     Comparison
-        AIC, AICc and BIC of each, and the F test (of counts the test of the deviance) against the largest model within it.
+        AIC, AICc and BIC of each, and the F test (for counts the deviance test) against the largest model within it.
 
     Raises
     ------
     TypeError, ValueError
         Fewer than two results, fits of different points, of different noise, or without a likelihood.
+
+    See Also
+    --------
+    hold : Load the data once for all models.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_nlsq import compare, curve_fit
+    >>> from dask_nlsq.models import line, polynomial
+    >>> x = np.linspace(0, 1, 200)
+    >>> y = x**2 + np.random.default_rng(0).normal(0, 0.05, x.size)
+    >>> compare(curve_fit(line, x, y), curve_fit(polynomial(2), x, y)).best()
+    'polynomial(2)'
     """
     given = [getattr(each, "shared", each) for each in (*results, *named.values())]
     if len(given) < 2 or not all(hasattr(each, "statistics") and hasattr(each, "totals") for each in given):

@@ -25,6 +25,7 @@ from ..engine.condensed import Factor
 from ..kernels.rows import SegmentSums
 from ..model.params import Parameter, Params
 from ..model.ties import Ties
+from ..parameters import Parameters
 
 STEEPEST = 1e6  # condition number beyond which the gradient of a part has lost its digits along the weakest direction
 WHOLE = 1e-10  # share of the information on a direction, next to 1, above which one part has all of it
@@ -67,6 +68,17 @@ def followers(ties: Ties, values: np.ndarray, matrix: np.ndarray, names: Sequenc
             for each in names
         )
     )
+
+
+def with_ties(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
+    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; what ``expr`` derives."""
+    p, ties = len(popt), params.ties
+    if ties is None:
+        spread = np.eye(p)[:, list(params.free)]
+        return popt, spread_out(pcov, spread), spread, Params()
+    values, spread = ties.at(popt, params.free)
+    every = spread_out(pcov, spread)
+    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, ties.derived)
 
 
 def sandwich(factor: Factor, parts: SegmentSums) -> np.ndarray:

@@ -11,6 +11,11 @@ from .trust_region import INTERRUPTED, Solution
 
 logger = logging.getLogger("dask_nlsq")
 
+WAY_OUT = (
+    "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
+    "accuracy=None takes what SciPy's tests accept."
+)
+
 
 class NotConvergedError(RuntimeError):
     """No convergence within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
