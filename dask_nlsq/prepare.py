@@ -104,7 +104,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     if call.method == "lm" and call.loss != "linear":
         raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
-        raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
+        raise ValueError(f"`checkpoint` needs data that are read again in each sweep, not strategy={call.strategy!r}")
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
     noise, params = noise_of(call), read_parameters(f, call)
     options, n = _solver_options(call, noise, params), len(params.free)
@@ -117,7 +117,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         source = align(call, xdata, ydata, objective, n)
     if source.client is None and call.report is not None:
         raise ValueError(
-            f"report={str(call.report)!r} is about the work of a cluster: it needs a Client, and data that go there"
+            f"report={str(call.report)!r} reports the work of a cluster: it needs a Client, and data on its workers"
         )
     ready = Prepared(given, call, params, noise, options, objective, source)
     if call.checkpoint is not None and not callable(call.checkpoint):
@@ -207,13 +207,13 @@ class HeldData:
             self._sweep.place.close()
 
     def __repr__(self):
-        state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
+        state = "released" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
         return f"<HeldData {self.plan.n_points:,} points, {state}>"
 
     def __array__(self, *args, **options):
         raise TypeError(
-            "data that `hold` holds take the place of xdata, ydata and all that belongs to them, as in curve_fit(f, data): "
-            "elsewhere pass the arrays themselves"
+            "data from `hold` replace xdata, ydata, sigma and mask in a fit, as in curve_fit(f, data): elsewhere pass the "
+            "arrays themselves"
         )
 
     def source_for(self, call: SimpleNamespace, ydata, objective: Objective, n_params: int) -> Source:
@@ -226,7 +226,7 @@ class HeldData:
             once.
         """
         if self.closed:
-            raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
+            raise ValueError("these data have been released: use them within `with hold(...) as data:`")
         client = self._source.client
         if client is not None and client.status != "running":
             raise ValueError("these data were held by the workers of a Client that is closed: hold them again")
@@ -236,9 +236,9 @@ class HeldData:
             alike = value is default or (isinstance(value, (str, bool)) and value == default)
             if not alike and not (name == "sigma" and reweighted):
                 way_out = "give it to hold(...)" + "; p0 goes by name: curve_fit(f, data, p0=...)" * (name == "ydata")
-                raise ValueError(f"`{name}` belongs to the data that are held: {way_out}")
+                raise ValueError(f"`{name}` belongs to the held data: {way_out}")
         if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
-            raise ValueError("counts have weights of their own: hold them without `sigma`")
+            raise ValueError("the model determines the weights of counts: hold them without `sigma`")
         if call.checkpoint is not None and self.plan.strategy != "streaming":
             raise ValueError('`checkpoint` is for data that are read again in each sweep: hold(..., strategy="streaming")')
         if _admitted(objective, n_params, self._source.data):
@@ -301,7 +301,7 @@ def hold(
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
     if is_reweighted(call.sigma):
-        raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
+        raise ValueError("sigma='poisson' does not belong to the data: give it to curve_fit")
     return HeldData(align(call, xdata, ydata, None, HELD_PARAMS), {name: given[name] for name in HELD})
 
 

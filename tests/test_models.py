@@ -328,7 +328,7 @@ def test_a_map_guesses_each_spectrum():
 
 def test_a_function_cannot_guess():
     for call in (curve_fit, fit_map):
-        with pytest.raises(ValueError, match="only ready models can guess"):
+        with pytest.raises(ValueError, match=r"only models from dask_nlsq\.models can guess"):
             call(lambda x, a: a * jnp.exp(-x), X, X, p0="guess")
     with pytest.raises(ValueError, match="`p0` must be numbers or 'guess', not 'best'"):
         curve_fit(gaussian, X, X, p0="best")

@@ -241,7 +241,7 @@ def test_small_partitions_are_a_matter_of_the_goal(client):
 
 def test_a_cluster_without_workers_is_planned_for_all_the_same():
     with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster):
-        assert "no worker has come yet" in plan_fit(decay, *lazy(1000, 100)).reason
+        assert "no worker has joined yet" in plan_fit(decay, *lazy(1000, 100)).reason
 
 
 @pytest.mark.parametrize("n_runs", [1, 7, 512, 100_000])

@@ -56,7 +56,7 @@ def origin(module: str, trust: Trust) -> str:
         own = trust if isinstance(trust, bool) else Path(found).resolve().is_relative_to(Path(trust).resolve())
         if spec.origin not in (None, "built-in", "frozen") and not (own or is_installed(found)):
             raise UntrustedError(
-                f"the module {name} ({found}) is not of an installed package, and importing it runs its code"
+                f"the module {name} ({found}) does not belong to an installed package, and importing it runs its code"
             )
     return found
 

@@ -42,7 +42,7 @@ def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> t
     largest = min(int((room - fixed) // per_point), n_points)
     if largest < 1:
         raise MemoryError(
-            f"a single point takes {size(fixed + per_point)} with what belongs to all points, and there are {size(room)}: "
+            f"a single point and the memory for all points take {size(fixed + per_point)}, but {size(room)} are available: "
             "raise the memory limit, or fit fewer parameters"
         )
     chunk = -(-n_points // -(-n_points // largest))

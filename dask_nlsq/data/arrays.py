@@ -237,7 +237,7 @@ class _Declared(NamedTuple):
                     index,
                     "is a masked array",
                     "a plain one",
-                    "else its mask is lost: as with meta=numpy.ma.masked_array([]) in map_blocks, or pass mask=",
+                    "otherwise its mask is lost: pass meta=numpy.ma.masked_array([]) to map_blocks, or pass mask=",
                 )
         elif hasattr(block, "todense"):
             raise self._error(index, "is sparse", "a dense one", TO_DENSE[True].format(name=self.name))
@@ -323,7 +323,7 @@ def plain_array(name: str, data) -> np.ndarray | da.Array:
     array, hidden = apart(name, data)
     if hidden is not None:
         raise ValueError(
-            f"`{name}` is a masked array, and each value is needed: fill those that it hides, as with .filled(0)"
+            f"`{name}` is a masked array, and all values are needed: fill the masked ones, for example with .filled(0)"
         )
     return array
 

@@ -86,7 +86,7 @@ def _check_alike(opened: Opened, mask_values) -> None:
     if unclear:
         raise ValueError(
             f"`ydata` is a list of arrays that differ in dtype or packing ({', '.join(map(str, dict.fromkeys(dtypes)))}), "
-            "so that it is not clear which of their values stand for no data: say mask_values=(), and leave points out with "
+            "so it is unclear which of their values are invalid: give mask_values=(), and leave points out with "
             "mask="
         )
 

@@ -186,9 +186,9 @@ def _store(name, source):
     with open(file, "rb") as opened:
         is_hdf5 = opened.read(len(HDF5)) == HDF5
     way_out = (
-        "an HDF5 file: open it with h5py and pass one of its data sets, as h5py.File(path)['entry/data']"
+        "an HDF5 file: open it with h5py and pass one of its datasets, as h5py.File(path)['entry/data']"
         if is_hdf5
-        else "a file, and no Zarr store: open it with a library for its format, and pass the array"
+        else "a file that is not a Zarr store: open it with a library for its format, and pass the array"
     )
     raise TypeError(f"`{name}`: {str(file)!r} is {way_out}")
 
@@ -274,8 +274,8 @@ def _say_unchecked(opened):
     _warned.update(places)
     if places:
         logger.warning(
-            "%s: no checksum, bits that have flipped are not found. Write with zarr.codecs.Crc32cCodec() behind the "
-            "compressor, or ZstdCodec(checksum=True)",
+            "%s: flipped bits are not detected, because there is no checksum. Write with zarr.codecs.Crc32cCodec() after "
+            "the compressor, or with ZstdCodec(checksum=True)",
             ", ".join(places),
         )
 
@@ -355,7 +355,7 @@ class Stored:
         if index in self.absent or not _is_full_of(self.array.fill_value, values):
             return values
         if await _size(self.array.store, self.key(index)) is None:
-            raise FileNotFoundError("it was there when the fit began, and is not any more")
+            raise FileNotFoundError("it existed when the fit began, and no longer does")
         return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
 
 
@@ -431,7 +431,7 @@ def scan_keys(stored: Stored) -> None:
         if size is None:
             missing.append(index)
         elif isinstance(size, str) or size[0] == 0:
-            cause = size if isinstance(size, str) else "it has no bytes"
+            cause = size if isinstance(size, str) else "it is empty"
             stored.damaged[index] = stored.error(index, cause, policy.on_bad_chunk == "mask")
     if stored.damaged and policy.on_bad_chunk == "raise":
         raise next(iter(stored.damaged.values()))
@@ -441,7 +441,7 @@ def scan_keys(stored: Stored) -> None:
         raise MissingChunksError(
             f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
             f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
-            'missing_chunks="mask"; or, where absent chunks mean fill values, say missing_chunks="fill"'
+            'missing_chunks="mask"; or, if absent chunks mean fill values, give missing_chunks="fill"'
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
@@ -455,13 +455,11 @@ def warn_if_changed(stored: Stored) -> None:
         if _stamp(_sizes(stored)) == stored.stamp:
             return
         text = (
-            f"{stored.place} was written to during the fit, so that its sweeps did not all see the same data: fit a copy, "
+            f"{stored.place} changed during the fit, so its sweeps did not all see the same data: fit a copy, "
             "or fit again when it is complete"
         )
     except BadChunkError as err:
-        text = (
-            f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
-        )
+        text = f"{stored.place} does not answer now, so it is unknown whether it changed during the fit: {err.cause}"
     warn(text, RuntimeWarning)
 
 

@@ -136,7 +136,9 @@ def _read(path: Path, fit: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] 
     except FileNotFoundError:
         return None
     if values.pop("fit", None) != fit:
-        raise CheckpointError(f"{path} is of another fit than the {FIT_FILE} beside it: remove it, or give another path")
+        raise CheckpointError(
+            f"{path} belongs to another fit than the {FIT_FILE} beside it: remove it, or give another path"
+        )
     return arrays, values
 
 
@@ -152,8 +154,8 @@ def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] =
     ]
     if changed:
         raise CheckpointError(
-            f"`checkpoint` {path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, or another "
-            "path"
+            f"`checkpoint` {path} belongs to another fit. Changed: {'; '.join(changed)}. Give the same arguments, or "
+            "another path"
         )
     return known
 
@@ -177,7 +179,7 @@ def read_fit(path: Path) -> dict[str, Any]:
                 unknown := (data.keys() - DATA) | (options.keys() - {*SAME, *LIMITS, *GROUPS} | options.keys() & NOT_KEPT)
             ):
                 return found
-            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not an argument that it keeps so")
+            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not one of its arguments")
     raise DamagedFileError(path / FIT_FILE, "it does not describe a fit")
 
 
@@ -332,8 +334,8 @@ def read_call(
     def opened(name, place):
         if is_address(place) and trust is not True:
             raise UntrustedError(
-                f"the checkpoint {path} opens {place} as `{name}`: pass {name.split('[')[0]} yourself, or trust=True where "
-                "you know who has written it"
+                f"the checkpoint {path} opens {place} as `{name}`: pass {name.split('[')[0]} yourself, or trust=True if "
+                "you know who wrote it"
             )
         said.append(f"opens {place}")
         return place
@@ -348,9 +350,7 @@ def read_call(
             print(printable(f"{path}: {'; '.join(said)}"), flush=True)
         return f or import_by(call["model"], trust), data, call["options"]
     except UntrustedError as err:
-        raise UntrustedError(
-            f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True where you know who has written it"
-        ) from None
+        raise UntrustedError(f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True if you know who wrote it") from None
     except (ImportError, AttributeError) as err:
         raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
 

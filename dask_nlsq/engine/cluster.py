@@ -274,7 +274,7 @@ def died(what: str, err: KilledWorker | None = None, n: int = DEATHS) -> str:
     last = "" if err is None else f", the last one {err.last_worker.address}"
     return (
         f"{n} workers died while they worked on {what}{last}. Their logs say why: if it was memory, start workers with "
-        "more of it or with fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
+        "more memory or fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
         "leave them out"
     )
 
@@ -412,7 +412,7 @@ def attached(client: Client | None, report: str | Path | None = None):
         address = client.scheduler.address if client.scheduler is not None else "its address"
         raise ConnectionError(
             f"the scheduler at {address} went away during the fit: start one and a new Client, and fit again. A fit with "
-            "checkpoint= goes on where it was, by the same call or by resume(path)"
+            "checkpoint= continues with the same call or resume(path)"
         ) from err
     finally:
         if leaves:

@@ -143,8 +143,8 @@ class Sweep:
             self.sample = self.sample or begun.sample
         elif census != self.census:
             raise RuntimeError(
-                "the data have changed during the fit: points masked, not finite or not readable are not those of the first "
-                "sweep. Fit a copy that nobody writes to"
+                "the data changed during the fit: masked, nonfinite or unreadable points are not those of the first sweep. "
+                "Fit a copy that nothing writes to"
             )
         return census
 
@@ -165,7 +165,7 @@ class Sweep:
         layouts, n_stored = self.data.preparation.layouts, self.data.n_points
         if not self.place.held:
             if self.drawn is None or self.values is None or self.drawn.n_points == 0:
-                raise NoSample("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
+                raise NoSample("all points of the sample are masked or omitted: give p0 near the optimum, and n_starts=0")
             n_total = round(n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
             return as_sample(layouts, self.values, min(n, self.values.shape[1]), n_total)
         assert self.census is not None

@@ -100,7 +100,7 @@ class Lookout:
         if deadline is not None and waited > deadline:
             raise NoWorkersError(
                 f"the cluster has had no workers for {waited:.0f} s, and `nlsq.worker-deadline` is {deadline:g}: start "
-                "some, and fit again. A fit with checkpoint= goes on where it was, by the same call or by resume(path)"
+                "some, and fit again. A fit with checkpoint= continues with the same call or resume(path)"
             )
         if waited > PATIENCE and not self.said:
             self.said = True

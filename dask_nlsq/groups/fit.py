@@ -272,7 +272,7 @@ def _prepared(given: Mapping[str, Any], too_large: JoiningError | None = None) -
     call.in_pieces = too_large is not None
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"], "fit_groups")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
-        raise TypeError("fit_groups does not take data that `hold` holds: pass the arrays themselves")
+        raise TypeError("fit_groups does not take data from `hold`: pass the arrays themselves")
     if (call.group_axes is None) == (call.groups is None):
         raise ValueError("give either `group_axes`, axes of `ydata`, or `groups`, a label for each point")
     if call.groups is None:
@@ -403,9 +403,9 @@ def _check_locals(problem: MapProblem, call) -> None:
         raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}")
     fitted = {names[k] for k in problem.fit.spec.free}
     if not fitted & {*own}:
-        raise ValueError("`local` names no parameter that is fitted: without one this is a fit for `curve_fit`")
+        raise ValueError("`local` does not name a fitted parameter: without local parameters use `curve_fit`")
     if fitted <= {*own}:
-        raise ValueError("`local` names all parameters that are fitted: without a shared one this is a map, for `fit_map`")
+        raise ValueError("`local` names all fitted parameters: without shared parameters use `fit_map`")
 
 
 def _apart(problem: MapProblem, call):

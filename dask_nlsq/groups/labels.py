@@ -85,8 +85,8 @@ def read_labels(groups: Any, shape: tuple[int, ...]) -> LabelledGroups:
     groups = groups if hasattr(groups, "dtype") else np.asarray(groups)
     if groups.dtype.kind not in "iu" or isinstance(groups, np.ma.MaskedArray):
         raise ValueError(
-            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {groups.dtype}: of other names, "
-            "np.unique(names, return_inverse=True)[1] makes them"
+            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {groups.dtype}: for other "
+            "labels use np.unique(labels, return_inverse=True)[1]"
         )
     labels = np.asarray(as_array("groups", groups))
     try:

@@ -45,8 +45,8 @@ SHARE = 0.1  # of the reduction that is predicted for the shared parameters, whi
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
 ENDED = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # without success: from afar, a fit begins anew
 NONE_USED = (
-    "no group can be fitted: none has as many points that count as it has parameters, or the model or its derivatives are "
-    "not finite at p0 in all of them"
+    "no group can be fitted: all have fewer valid points than parameters, or the model or its derivatives are not finite at "
+    "p0 in all of them"
 )
 
 
@@ -153,7 +153,7 @@ def kept_state(checkpoint: Checkpoint, name: str) -> LocalState:
     """The task: what `keep_state` has written."""
     found, path = checkpoint.load(name), checkpoint.path / f"{name}.npz"
     if found is None:
-        raise CheckpointError(f"the checkpoint has lost {path}: begin it anew, in another directory")
+        raise CheckpointError(f"the checkpoint has lost {path}: start the fit again, in another directory")
     with well_formed(path):
         leaves = [found[0][name] for name in LEAVES]
     n = len(LocalState._fields) - 1

@@ -149,7 +149,7 @@ def _named(data, name: str):
         return data[name]
     except KeyError:
         known = [str(each) for each in (*data.dims, *data.coords)]
-        raise ValueError(f"`coords` {name!r} is none of {sorted({*known})}{near(name, known)}") from None
+        raise ValueError(f"`coords` {name!r} is not one of {sorted({*known})}{near(name, known)}") from None
 
 
 def _map_of_fits(call, fitted, errors):
@@ -170,8 +170,8 @@ def _settled(record, errors, names):
     """The fits of a block, NaN where they failed, or an error; a warning where they have not converged."""
     if doubtful := _counts(record["status"], DOUBTFUL):
         warn(
-            f"not converged: {doubtful} of {record.size} fits of a block; start closer by p0 or bounds, or see `status` of "
-            "dask_nlsq.fit_map",
+            f"not converged: {doubtful} of {record.size} fits of a block; start closer with p0 or bounds, or see `status` "
+            "of dask_nlsq.fit_map",
             scipy.optimize.OptimizeWarning,
         )
     failed = np.isin(record["status"], FAILED)
@@ -182,7 +182,7 @@ def _settled(record, errors, names):
         at = ", ".join(f"{k}={v:.6g}" for k, v in zip(names, record["popt"][failed][0], strict=True))
         raise RuntimeError(
             f"Optimal parameters not found for {failed.sum()} of {failed.size} fits of a block: {why}; the first ended at "
-            f"{at}. Raise max_nfev, start closer by p0 or bounds, or take NaN there by errors='ignore'"
+            f"{at}. Raise max_nfev, start closer with p0 or bounds, or get NaN there with errors='ignore'"
         )
     record = record.copy()
     record["popt"][failed] = record["pcov"][failed] = np.nan

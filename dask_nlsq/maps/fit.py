@@ -158,7 +158,7 @@ def fit_map(
     call = checked(MAPS, dict(locals()))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
-        raise TypeError("fit_map does not take data that `hold` holds: pass the arrays themselves")
+        raise TypeError("fit_map does not take data from `hold`: pass the arrays themselves")
     problem, labels = align_map(f, xdata, ydata, call)
     if guess is not None:
         problem = _coarse_to_fine(problem)

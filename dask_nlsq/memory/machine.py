@@ -138,7 +138,7 @@ def available_memory(root: Path | str = "/") -> float:
         known.append(float(cgroup.headroom))
     if not known:
         raise MemoryError(
-            "available memory cannot be found out here: give memory_limit_gb, or limit_bytes to a MemoryManager"
+            "the available memory cannot be determined here: give memory_limit_gb, or limit_bytes to a MemoryManager"
         )
     return min(known)
 

@@ -103,7 +103,7 @@ class Plan:
     def __str__(self):
         where = {True: "of the workers", False: "of this process"}[len(self.places) > 1]
         held = (
-            f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing beside the arrays themselves"
+            f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing except the arrays themselves"
         )
         source = "where they are stored" if self.strategy == "streaming" else "memory"
         rows = [
@@ -214,14 +214,14 @@ def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
             there = "a distributed.Client whose workers together have more memory"
             ways.append(f"use {there}" if streams else f'use strategy="chunked" and {there}')
         raise MemoryBudgetError(
-            f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, of which "
+            f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, including "
             f"{size(in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take {size(room.nbytes)} "
             f"({room.source})",
             *ways,
         )
     reason = "the data are in this process already"
     if streams:
-        reason = "the data are read anew in each sweep"
+        reason = "the data are read again in each sweep"
     elif sizes.lazy:
         reason = f"the data take {size(wanted.held)}, and this process may take {size(room.nbytes)} ({room.source})"
     return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads),)
@@ -284,8 +284,8 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
             fewer = wanted.working(1) <= room.nbytes
             start = " or ".join(["more memory"] * larger + ["fewer threads"] * fewer)
             raise MemoryBudgetError(
-                f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, of "
-                f"which {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
+                f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, "
+                f"including {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
                 f"{several(room.n_threads, 'thread')}",
                 *ways,
                 *([f"start workers with {start}"] if start else []),
@@ -300,12 +300,13 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
         )
     reason = f"{several(len(rooms), 'worker')} hold the data of {size(wanted.held)} together"
     if strategy == "streaming":
-        reason = f"{several(len(rooms), 'worker')} read the data anew in each sweep"
+        reason = f"{several(len(rooms), 'worker')} read the data again in each sweep"
     if not rooms:
-        reason = f"the data take {size(wanted.held)}; no worker has come yet, so that nothing is known of their memory"
+        reason = f"the data take {size(wanted.held)}; no worker has joined yet, so their memory is unknown"
         with_ = f" with the resources {asked}, as `dask worker --resources`" if (asked := wanted_resources()) else ""
         logger.warning(
-            "the cluster has no workers yet%s, and the fit waits for one: start it, as with client.cluster.scale(2)", with_
+            "the cluster has no workers yet%s, and the fit waits for one: start some, as with client.cluster.scale(2)",
+            with_,
         )
     sent = 0 if sizes.lazy else sizes.nbytes
     client = needs(sizes, strategy).start + CLIENT_BYTES + sent
@@ -351,9 +352,9 @@ def ways_out(
     if rechunked:
         ways.append(RECHUNK)
     if can_stream and fits(sizes, "streaming", rooms):
-        ways.append('use strategy="streaming", which holds none')
+        ways.append('use strategy="streaming", which does not hold the data')
     elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
-        ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
+        ways.append(f'{RECHUNK} and use strategy="streaming", which does not hold the data')
     return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
 
 

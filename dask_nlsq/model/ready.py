@@ -66,7 +66,7 @@ class Term(NamedTuple):
         """Of a function ``f(x, *params)``, whose signature names its parameters."""
         name, names = function_name(function), parameter_names(function)
         if names is None:
-            raise TypeError(f"{name} has no names for its parameters: write f(x, a, b), to add it to a model or multiply it")
+            raise TypeError(f"the parameters of {name} have no names: write it as f(x, a, b), to add or multiply it")
         name = name if name.isidentifier() else "own"
         return cls((name, function), function, dict.fromkeys(names, (-inf, inf)), None)
 
@@ -206,7 +206,7 @@ def _combined(how: str, one: Any, other: Any) -> ReadyModel:
     for each in (one, other):
         if not callable(each):
             raise TypeError(
-                f"{each!r} is neither a model nor a function f(x, a, b, ...): only these are added and multiplied"
+                f"{each!r} is neither a model nor a function f(x, a, b, ...): only these can be added and multiplied"
             )
     one, other = (each if isinstance(each, ReadyModel) else ReadyModel(Term.of_user(each)) for each in (one, other))
     made = ReadyModel(*one.terms, *other.terms, tree=(how, one.tree, _moved(other.tree, len(one.terms))))

@@ -63,7 +63,7 @@ class Ties:
             self.expr = {name: expr[name] for name in order}
             self.needs = {name: needs[name] for name in self.expr}
         except CycleError as err:
-            raise ValueError(f"`expr` goes in a circle: {' -> '.join(err.args[1][::-1])}") from None
+            raise ValueError(f"`expr` is circular: {' -> '.join(err.args[1][::-1])}") from None
         self.tied = tuple(name for name in names if name in expr)
         self.derived = tuple(name for name in expr if name not in names)
         with float64():
@@ -136,8 +136,8 @@ def _needs(name: str, rule: Rule, known: Sequence[str], untied: Sequence[str]) -
     if len(arguments) == 1:
         return {*untied}  # a dict of them
     raise ValueError(
-        f"`expr` for {name!r} is a function of {', '.join(arguments) or 'nothing'}: its arguments must be called like "
-        f"parameters, which are {', '.join(known)}; or it takes one, which is a dict of them"
+        f"`expr` for {name!r} is a function of {', '.join(arguments) or 'nothing'}: its arguments must be named like "
+        f"parameters, {', '.join(known)}; or it takes a single argument, a dict of them"
     )
 
 
@@ -151,7 +151,7 @@ def _value(name: str, rule: Rule, values: Mapping[str, Any], untied: Mapping[str
     except (TypeError, KeyError, jax.errors.JAXTypeError) as err:
         raise ValueError(
             f"`expr` for {name!r} is {_called(rule)}, which fails ({type(err).__name__}: {str(err).splitlines()[0]}): it "
-            "must return a number, by jax.numpy, from the parameters that are not tied"
+            "must return a number, with jax.numpy, from the untied parameters"
         ) from None
     if found.shape != ():
         raise ValueError(
@@ -205,6 +205,6 @@ def _meaning(node, text: str, names: set[str]) -> Callable[[Mapping], Any]:
             function, inside = getattr(jnp, name), [_meaning(each, text, names) for each in args]
             return lambda values: function(*(each(values) for each in inside))
     raise ValueError(
-        f"`expr` {text!r} has {ast.unparse(node)!r}: it may have numbers, names, pi, e, + - * / **, and the functions "
+        f"`expr` {text!r} has {ast.unparse(node)!r}: it may contain numbers, names, pi, e, + - * / **, and the functions "
         f"{', '.join(ONE)} of one value and {', '.join(TWO)} of two; for anything else give a function"
     )

@@ -138,7 +138,7 @@ def _model_name(fit) -> str:
 def _check_alike(first: str, one, name: str, other) -> None:
     """An error where two fits are of other points, or of other noise."""
     if one.noise != other.noise:
-        raise ValueError(f"{first} and {name} differ in loss or sigma, {one.noise} and {other.noise}: fit both alike")
+        raise ValueError(f"{first} and {name} differ in loss or sigma, {one.noise} and {other.noise}: make them the same")
     for which, fit in ((first, one), (name, other)):
         if np.isnan(fit.aic):
             raise ValueError(

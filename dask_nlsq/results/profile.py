@@ -330,14 +330,14 @@ class _Problem:
             )
         if not result.noise.squares or result.noise.reweighted:
             kind = 'sigma="poisson"' if result.noise.reweighted else f"loss={result.noise.loss!r}"
-            raise ValueError(f'{kind} is no likelihood: profiles are of least squares and of loss="poisson"')
+            raise ValueError(f'{kind} is not a likelihood: profiles need least squares or loss="poisson"')
         free = [*result.free]
         self.result, self.names = result, tuple(result.param_names[k] for k in free)
         self.popt, self.C = result.popt[free], result.pcov[np.ix_(free, free)]
         self.lower, self.upper = result.bounds[:, free]
         self.variance = 1.0 if result.noise.absolute else 2 * result.cost / max(result.dof, 1)  # without any, pcov is inf
         if not np.isfinite(self.C).all() or not np.all(np.diag(self.C) > 0):
-            raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no profile")
+            raise ValueError("the data do not determine the parameters (pcov is inf), so there is no profile")
         if not 2 * result.cost > ROUNDING**2 * np.nan_to_num(result.totals.squares):
             raise ValueError("a profile compares with the noise, which is 0 here: give sigma= with absolute_sigma=True")
         enough = max(FTOL, TOLERANCE * self.variance / result.cost)  # of the cost, for d

@@ -1,4 +1,4 @@
-"""What is said where a fit does not converge, or cannot begin."""
+"""Messages of fits that do not converge, or cannot begin."""
 
 import logging
 
