@@ -154,8 +154,15 @@ def test_every_setting_is_on_its_page():
 
 
 def test_every_public_name_is_in_the_reference():
-    page = (ROOT / "docs" / "reference" / "index.md").read_text()
-    assert not [each for each in public if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
+    text = "".join((ROOT / "docs" / "reference" / f"{page}.md").read_text() for page in ("index", "compatibility"))
+    assert sorted(re.findall(r"^   (\w+)$", text, re.MULTILINE)) == sorted(public)
+
+
+def test_every_picture_is_in_the_gallery_and_every_notebook_on_its_page():
+    pictures, notebooks = (ROOT / "docs").glob("*.png"), (ROOT / "notebooks").glob("*.ipynb")
+    page = (ROOT / "docs/notebooks.md").read_text()
+    assert {each.name for each in pictures} == {*re.findall(r"\((\S+\.png)\)", (ROOT / "docs/gallery.md").read_text())}
+    assert {each.name for each in notebooks} == {*re.findall(r"notebooks/(\S+\.ipynb)>", page)}
 
 
 def test_contributors_find_every_module_in_its_order():
