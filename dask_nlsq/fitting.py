@@ -186,8 +186,8 @@ def curve_fit(
         gradient is in the units of the data for "trf", "dogbox" and with bounds; otherwise it is the cosine between the
         residual and the columns of the Jacobian.
     accuracy : float or None
-        In standard errors: a fit has converged only if these tests pass and the optimum of the quadratic model is nearer
-        than this; see `dask_nlsq.kernels.rules`. None: SciPy's tests only.
+        Largest distance, in standard errors, from the optimum of the quadratic model at which a fit that passes these tests
+        has converged; see `dask_nlsq.kernels.rules`. None: SciPy's tests only.
     max_nfev, maxfev : int, optional
         Maximum number of evaluations of the cost; each is one sweep. By default 100 p, and 100 p more if a fit from p0 does
         not converge and is repeated with the linear parameters of p0 solved for; in a map 100 p.
@@ -202,14 +202,14 @@ def curve_fit(
     reduction : {"auto", "gram", "qr"}
         How rows are condensed: J^T J, or its triangular factor if the condition requires it.
     jac_mode : {"auto", "columns", "arguments"}
-        How the columns of J are formed: all at once, or argument by argument, which is faster if each parameter affects only
-        a part of the model. For large data "auto" times both on a few thousand points, once per model.
+        Columns of J all at once, or argument by argument (faster if each parameter affects only a part of the model). For
+        large data "auto" times both on a few thousand points, once per model.
     tr_solver : {None, "exact", "cg"}
         Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
     partitions_per_thread : int, optional
         Tasks per sweep and worker thread. None: 4, up to 16 if memory requires it, fewer on more than 250 threads.
     report : path, optional
-        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client.
+        HTML file for Dask's `distributed.performance_report`; needs a Client.
     full_output : bool
         Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
 
@@ -317,10 +317,8 @@ def fit(
         As in `curve_fit`. Data held by `dask_nlsq.hold` keep their strategy.
     goal : OptimizationGoal or str, optional
         Shifts the tolerances by a tier, and sets whether several starts are tried; see `dask_nlsq.presets`.
-    n_starts : int, optional
-        Number of starts; by default that of the workflow and the goal.
-    **curve_fit_options
-        Any other arguments of `curve_fit`; they override the workflow.
+    n_starts, **curve_fit_options : optional
+        Number of starts, and any other arguments of `curve_fit`; they override the workflow.
 
     Raises
     ------

@@ -179,7 +179,7 @@ HELD = (  # arguments that belong to the data
 
 
 class HeldData:
-    """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
+    """Data from `dask_nlsq.hold` that several fits share. A context manager, which frees the memory."""
 
     def __init__(self, source: Source, given: Mapping[str, Any]):
         self._source = source = _with_factor(source)
@@ -191,7 +191,7 @@ class HeldData:
 
     @property
     def plan(self) -> Plan:
-        """Where the data are, and what that takes."""
+        """Where the data are held, and the memory that this takes."""
         return self._source.plan
 
     def __enter__(self):
@@ -201,7 +201,7 @@ class HeldData:
         self.close()
 
     def close(self) -> None:
-        """Give back what is held; no fit can use it any more."""
+        """Free the held data; fits can no longer use them."""
         if not self.closed:
             self.closed = True
             self._sweep.place.close()

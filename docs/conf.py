@@ -31,6 +31,8 @@ html_theme_options = {
     "header_links_before_dropdown": 5,  # up to the reference
 }
 html_show_sourcelink = False
+pages = ("start", "notebooks", "gallery", "how-it-works", "command-line", "configuration", "benchmarks", "limits")
+html_sidebars = {page: [] for page in pages}  # which have no pages below them
 
 
 def readable(app, what, name, obj, options, lines):

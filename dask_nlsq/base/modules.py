@@ -23,7 +23,7 @@ def is_installed(file: str) -> bool:
 
 
 class UntrustedError(ValueError):
-    """A file names code or an address that it takes the user's word to import or to open."""
+    """A file names code or an address that is imported or opened only with the user's consent."""
 
 
 def import_name(f) -> list[str] | None:

@@ -65,7 +65,7 @@ class NLSQStrategy(Enum):
 
 
 class StrategyDecision(NamedTuple):
-    """A strategy, the GiB that it follows from, and the sentence that says so."""
+    """A strategy, the memory in GiB that it follows from, and the reason as a sentence."""
 
     strategy: NLSQStrategy
     threshold_gb: float

@@ -1,4 +1,4 @@
-"""Names of NLSQ: how much memory a fit takes, and what follows. Arithmetic on metadata, nothing is computed.
+"""Names of NLSQ: the memory of a fit, and the strategy that follows. Arithmetic on metadata; data are not computed.
 
 For n points of k coordinates and p parameters, with b bytes per number:
 
@@ -51,7 +51,7 @@ def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> t
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a fit takes and what it may take, in GiB."""
+    """The memory that a fit needs, and its limit, in GiB."""
 
     available_gb: float  # to this process now, or to the workers of a cluster, or as the user limits it
     threshold_gb: float  # the part of it that a fit may take

@@ -1,8 +1,8 @@
-"""What a fit has to keep on disk to go on after it was killed.
+"""The files from which a killed fit is resumed.
 
-A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
-``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
-the same sweeps it takes the same steps, so a resumed fit runs from its start, and finds its first sweeps done.
+A directory of plain files: ``fit.json`` identifies the fit, ``sample.npz`` contains the sample that it began with, and
+``state.npz`` all completed sweeps and the partial current one. The state of the solver is not saved: given the same sweeps,
+it takes the same steps. So a resumed fit runs from its start, and finds its first sweeps already done.
 """
 
 import json
@@ -46,7 +46,7 @@ MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` 
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is of another fit, or of none."""
+    """A checkpoint that belongs to another fit, or that is incomplete."""
 
 
 class Checkpoint:
@@ -356,12 +356,12 @@ def read_call(
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:
-    """Create a new directory, ``base/name_YYYYmmdd_HHMMSS``, with a number behind it where that exists.
+    """Create a new directory, ``base/name_YYYYmmdd_HHMMSS``, with a number appended if it exists.
 
     Parameters
     ----------
     base : path, optional
-        ``nlsq_checkpoints`` in the current directory by default; created where it is missing.
+        By default ``nlsq_checkpoints`` in the current directory; created if it is missing.
     name : str, optional
         ``fit`` by default.
 

@@ -1,4 +1,4 @@
-"""What all data are condensed to: one small matrix, a cost and sums over segments, merged in a fixed order."""
+"""The condensed form of all data: one small matrix, a cost and sums over segments, merged in a fixed order."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

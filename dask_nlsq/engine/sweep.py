@@ -1,9 +1,9 @@
 """One read of all data answers requests: per block, merged in a fixed order, wherever the data are.
 
-The order of the merge is a binary tree over the blocks of a chunk and then over the runs of chunks in C order, and nothing
-else enters it. What one task takes is an aligned run of ``2^s`` of these runs, that is a subtree, so the sums have the same
-bits for any number of threads, workers and partitions, held or read again. What a sweep that is not finished has to keep is
-a few matrices.
+The order of the merge depends only on the chunks: it is a binary tree over the blocks of a chunk and then over the runs of
+chunks in C order. A task processes an aligned run of ``2^s`` of these runs, which is a subtree. So the sums are
+bit-identical for any number of threads, workers and partitions, whether the data are held or read again. The state of an
+incomplete sweep is a few matrices.
 """
 
 import time

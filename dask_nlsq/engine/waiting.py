@@ -1,8 +1,8 @@
-"""How a fit waits for others, and leaves when it is told to.
+"""How a fit waits for others, and stops on request.
 
-Ctrl-C raises nothing where it arrives: that could be within a callback of the garbage collector, which would swallow it, or
-leave a coroutine of the Client behind. It is noted, and whoever waits looks whether there was one. Where workers are waited
-for, it is also looked whether there are any.
+Ctrl-C does not raise where it arrives: that could be within a callback of the garbage collector, which would swallow it, or
+leave a coroutine of the Client behind. It is recorded, and code that waits checks for it. Code that waits for workers also
+checks whether there are any.
 """
 
 import logging
@@ -78,7 +78,7 @@ class StopOnSignal:
 
 
 class NoWorkersError(RuntimeError):
-    """No worker has been there for as long as ``nlsq.worker-deadline`` allows."""
+    """The cluster had no workers for longer than ``nlsq.worker-deadline``."""
 
 
 class Lookout:

@@ -1,4 +1,4 @@
-"""What is remarkable about a grouped fit besides: too few counts, groups that pull, parameters that can change places."""
+"""Additional diagnostics of a grouped fit: too few counts, dominant groups, interchangeable parameters."""
 
 from itertools import combinations, permutations
 

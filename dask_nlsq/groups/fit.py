@@ -1,4 +1,4 @@
-"""fit_groups: one fit of data in groups, with parameters that all share and others of each group's own."""
+"""fit_groups: one fit of data in groups, with shared parameters and others for each group."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Groups by integer labels: the points of each are gathered in a row, so that the groups lie along the first of two axes.
 
-Labels are read at the door and sorted once. Rows are as long as the largest group; what is behind the last point of a
-smaller one is masked.
+Labels are read and sorted once, before the fit. Rows are as long as the largest group; the rest of shorter rows is masked.
 """
 
 from pathlib import Path

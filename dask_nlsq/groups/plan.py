@@ -1,4 +1,4 @@
-"""Where the data of a grouped fit are during it, and what that takes: decided from sizes, before any is read."""
+"""Where a grouped fit holds its data, and the memory that this takes: decided from sizes, before any data are read."""
 
 from math import prod
 

@@ -1,9 +1,9 @@
 """The sweep of a grouped fit: all blocks of groups, evaluated at shared parameters; Dask holds what stays with the data.
 
-A sweep is a task for each block, which gives sums for the client and the state of its groups (locals and W), which stays
-where it is made. The next sweep starts from the state at the accepted point. Dask knows how each state was made: that of a
-worker that dies is made again, with the same bits. A checkpoint keeps the sums of each sweep, and of the accepted point the
-states, each of which its own task writes; a fit that goes on finds its sweeps done, and takes the states from there.
+A sweep has one task per block. It returns sums to the client, and keeps the state of its groups (locals and W) where it was
+computed. The next sweep starts from the state at the accepted point. Dask knows how to compute each state: if a worker dies,
+its states are computed again, bit-identically. A checkpoint contains the sums of each sweep, and the states at the accepted
+point, each written by its own task. A resumed fit reads both instead of repeating the sweeps.
 """
 
 import threading

@@ -1,17 +1,17 @@
-"""Where a fit stands, and the steps that it may try from there: pure functions of arrays for NumPy and JAX, as `rules` are.
+"""The state of a fit and its candidate steps: pure functions of arrays for NumPy and JAX, like `rules`.
 
-The method is that of Branch, Coleman and Li [1]_ in the form that SciPy gave it (``least_squares(method="trf")``). Around
-the current ``params`` the cost is modelled, in "hat" variables ``step = d * step_h``, by
+The method is that of Branch, Coleman and Li [1]_, as in SciPy's ``least_squares(method="trf")``. Around the
+current ``params`` the cost is modelled, in "hat" variables ``step = d * step_h``, by
 
     m(step_h) = g_h^T step_h + 1/2 step_h^T (J_h^T J_h + C) step_h,     J_h = J diag(d),  g_h = d * J^T r,
 
-where ``d = sqrt(v) * scale`` joins the scale of the parameters with the distance ``v`` to the bounds that the gradient
-pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. Both shorten steps
-even where the optimum is far from all bounds, and along weakly determined directions most; so where little is left to gain
-a bound counts only if it would cut the step to the minimum without any bounds to a small part.
+where ``d = sqrt(v) * scale`` combines the scale of the parameters with the distance ``v`` to the bounds that the gradient
+pushes against, and the diagonal ``C = g * dv * scale`` comes from the derivative of that distance. Both shorten steps even
+if the optimum is far from all bounds, above all along weakly determined directions. So once little is left to gain, a bound
+counts only if it would cut the step to the unbounded minimum to a small part.
 
-The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this one as far as the bound,
-its reflection there, and the one down the gradient in hat space.
+The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this step up to the bound,
+its reflection at the bound, and the gradient step in hat space.
 
 Vectors are (p,), or (p, lanes) of the lanes of a map, for which numbers are arrays (lanes,).
 

@@ -117,7 +117,7 @@ def detect_memory(root: Path | str = "/") -> Detected:
 
 
 def detect_total_system_memory() -> float | None:
-    """Bytes of memory that this process can ever have, None where they cannot be found out.
+    """Bytes of memory that this process can have at most; None if this cannot be determined.
 
     Physical memory by psutil, else by ``os.sysconf``; a smaller limit of a control group (v1 or v2) wins.
     """

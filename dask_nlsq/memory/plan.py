@@ -25,7 +25,7 @@ FEW_TASKS = 1000  # of a sweep: a scheduler takes seconds for thousands, and a t
 
 
 class MemoryBudgetError(MemoryError):
-    """A fit that cannot work with the memory there is: the ``numbers``, and the ways out."""
+    """A fit that cannot run with the available memory: the ``numbers``, and ``ways_out``, which say what to change."""
 
     def __init__(self, numbers: str, *ways_out: str):
         super().__init__(numbers, *ways_out)
@@ -42,7 +42,7 @@ class JoiningError(MemoryBudgetError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a fit will run; made by `dask_nlsq.plan_fit`, and kept in `FitResult.plan`. Sizes in bytes.
+    """How a fit will run; from `dask_nlsq.plan_fit` or `FitResult.plan`. Sizes are in bytes.
 
     Attributes
     ----------
@@ -53,15 +53,15 @@ class Plan:
     n_partitions : int
         Tasks per sweep.
     sweep_bytes : int
-        That each sweep reads: the data as they are stored.
+        Data that each sweep reads, as they are stored.
     held_bytes : int
-        That the fit holds of the data, over all processes; arrays that this process has already do not count.
+        Data that the fit holds, over all processes; arrays that this process already has do not count.
     in_flight_bytes : int
-        That one thread needs beside them to read one run of chunks.
+        Additional memory that one thread needs to read a run of chunks.
     places : tuple of Place
         This process first, then the workers that hold data.
     decoded : tuple of str
-        Attributes of stored arrays that are applied to their values, a line for each array.
+        Applied attributes of stored arrays, a line for each array.
     """
 
     strategy: Strategy

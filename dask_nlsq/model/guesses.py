@@ -1,14 +1,14 @@
-"""A start from the data: few candidates for what a model is not linear in, and linear least squares for the rest.
+"""A start from the data: a few candidates for the nonlinear parameters, and linear least squares for the others.
 
-Amplitudes and offsets enter a model linearly, so of a sum of parts only places, widths and rates have to be guessed
-(variable projection [1]_). Each part proposes candidates for its own from the data: a peak those of the boxcar windows,
-one for each length, that lower the sum of squares most, which cumulative sums tell for all windows at once; an
-exponential a ladder of rates. Those are taken with which the columns of the part, beside those of all other parts, fit
-the data best, and refined by a few Levenberg-Marquardt steps. Parts are chosen one after the other, the linear ones
-always being there, and then each once more beside the final others (backfitting [2]_).
+Amplitudes and offsets enter a model linearly, so only positions, widths and rates have to be guessed (variable projection
+[1]_). Each part proposes candidates from the data. For a peak these are boxcar windows: for each length the one that lowers
+the sum of squares most, found with cumulative sums for all windows at once. For an exponential they are a ladder of rates.
+The candidate is chosen with which the columns of the part fit the data best, together with those of all other parts, and is
+refined by a few Levenberg-Marquardt steps. Parts are chosen one after the other, always together with the linear ones, and
+then each once more together with the final others (backfitting [2]_).
 
-All is written in `jax.numpy` with shapes that depend on the number of points alone, so that it runs under `jax.vmap`:
-one guess for each pixel of a map. A point where x or y is not finite does not count.
+The code uses `jax.numpy` with shapes that depend only on the number of points, so that it runs under `jax.vmap`: one guess
+for each pixel of a map. Points where x or y is not finite are left out.
 
 References
 ----------

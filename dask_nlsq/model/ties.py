@@ -1,7 +1,7 @@
 """Parameters that are functions of others, and quantities that are derived from them: ``expr`` of a fit.
 
-Text becomes Python's syntax tree, of which `_meaning` knows a few nodes: nothing is evaluated as code. Errors are
-those of the delta method, ``G C G^T`` with the derivatives G of all values by the parameters that are fitted.
+Text is parsed into Python's syntax tree. `_meaning` accepts a few of its nodes, so text is never evaluated as code. Errors
+come from the delta method, ``G C G^T`` with the derivatives G of all values with respect to the fitted parameters.
 """
 
 import ast

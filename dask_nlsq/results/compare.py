@@ -1,11 +1,11 @@
-"""Fits of the same points compared: information criteria, and the test whether the larger of two nested models is needed.
+"""Compare fits of the same points: information criteria, and a test whether the larger of two nested models is needed.
 
 With the chi-square X and the number k of fitted parameters of two least-squares fits, and n points [1]_:
 
     F = (X1 - X2) / (k2 - k1) / (X2 / (n - k2))      F distribution of k2 - k1 and n - k2
 
-Of a Poisson likelihood the deviance falls by X1 - X2, which has the chi-square distribution of k2 - k1 [2]_. Both hold where
-the smaller model does, and no parameter is at a bound.
+For a Poisson likelihood the deviance decreases by X1 - X2, which has the chi-square distribution of k2 - k1 [2]_. Both hold
+if the smaller model is true, and no parameter is at a bound.
 
 References
 ----------

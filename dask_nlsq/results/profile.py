@@ -1,4 +1,4 @@
-"""Profile likelihood: how far a parameter, or two of them, can be moved until the data object, all others fitted again.
+"""Profile likelihood: how far one or two parameters can be moved, with all others fitted again, at a given level.
 
 With the cost ``c(v)`` of the best fit with a parameter held at v [1]_, [2]_:
 
@@ -7,10 +7,10 @@ With the cost ``c(v)`` of the best fit with a parameter held at v [1]_, [2]_:
 s2 is the factor that scales pcov: 1 where the noise is known and for counts, else the reduced chi-square. Where the model is
 linear in its parameters, d is ``|v - popt| / perr``. The interval of a level is where d is below ``sqrt(m F)``, with the
 quantile F of the F distribution of m and n - p, chi-square / m of m where the noise is known; m = 1, or 2 for a contour. It
-follows the shape of the cost, of which the standard errors only know the curvature.
+follows the shape of the cost; standard errors use only its curvature at the optimum.
 
-The ends are found on rays from popt, along each of which the values are moved until d has the right size, by the secant
-method. All trial fits, of all rays and parameters, share the reads of the data; see `dask_nlsq.solve.together`.
+The ends are found on rays from popt by the secant method: the values move along each ray until d reaches its limit. All
+trial fits, of all rays and parameters, share the reads of the data; see `dask_nlsq.solve.together`.
 
 References
 ----------

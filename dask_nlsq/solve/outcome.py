@@ -18,7 +18,7 @@ WAY_OUT = (
 
 
 class NotConvergedError(RuntimeError):
-    """No convergence within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
+    """Not converged within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
 
     def __init__(self, message: str, result):
         super().__init__(message, result)
@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupted(result, stop: StopOnSignal, checkpoint: Checkpoint | None) -> None:
-    """Where a signal has come, `Interrupted`; of a fit with a checkpoint, what becomes of it."""
+    """Raise `Interrupted` after a signal; with a checkpoint, log where it is."""
     if checkpoint is None and stop.signal is not None:
         raise Interrupted(result)
     if checkpoint is not None and result.status == INTERRUPTED:

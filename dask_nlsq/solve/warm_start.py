@@ -1,8 +1,8 @@
-"""A fit of a sample comes first where every sweep reads all data, so that few sweeps are needed.
+"""A fit of a sample comes first if every sweep reads all data, to need fewer sweeps.
 
-The sample is of points drawn from chunks that are spread over the whole store. A trust-region fit of it ends about
-sqrt(N / n) standard errors from the optimum of all N points, from where two or three sweeps are left. Convergence is decided
-by sweeps over everything. (L-BFGS takes 3 to 12 times as many passes over the sample, so there is none.)
+The sample consists of points from chunks that are spread over the whole store. A trust-region fit of it ends about
+sqrt(N / n) standard errors from the optimum of all N points. Full sweeps continue from there, and decide whether the fit has
+converged. (L-BFGS is not used: it takes 3 to 12 times as many passes over the sample.)
 """
 
 import itertools
