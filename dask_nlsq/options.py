@@ -36,7 +36,7 @@ def _as_given(name, value):
 
 
 def _plain_records(attribute: str):
-    """A check that puts ``attribute`` in the place of each `Parameter`, so that a result gives starts, bounds and values."""
+    """A check that puts ``attribute`` instead of each `Parameter`, so that a result gives starts, bounds and values."""
 
     def plain(value):
         if isinstance(value, Mapping):
@@ -336,7 +336,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on.
+    """A decorator that refuses an unknown keyword, and names the nearest argument: Python names it from 3.13 on.
 
     And a model, where the function takes none.
     """

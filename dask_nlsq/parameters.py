@@ -237,7 +237,7 @@ def _value(name, value, shape):
 
 
 def _numbers(name, value):
-    """``value`` as float64: True, "1", None and complex values are no numbers."""
+    """``value`` as float64: True, "1", None and complex values are not numbers."""
     if has_masked(value):
         value = plain_array(name, value)
     try:

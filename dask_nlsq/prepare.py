@@ -34,7 +34,7 @@ HELD_PARAMS = 20  # parameters that memory is reckoned for where the model is no
 class Source(NamedTuple):
     """The data of a fit: aligned, and where they will be swept, or are held already."""
 
-    arrays: dict[str, Any]  # xdata, ydata, sigma and mask as they came, but for plain arrays in the place of labelled ones
+    arrays: dict[str, Any]  # xdata, ydata, sigma and mask as they came, except that labelled arrays became plain ones
     labels: Labels | None  # of y
     data: Data
     stored: list[Stored]  # arrays in stores that are read
@@ -93,7 +93,7 @@ class Prepared:
 
 
 def prepare(given: Mapping[str, Any]) -> Prepared:
-    """Check the arguments of `dask_nlsq.curve_fit` and align the data, of which nothing is read but the keys of stores.
+    """Check the arguments of `dask_nlsq.curve_fit` and align the data, reading only the keys of stores.
 
     Raises
     ------

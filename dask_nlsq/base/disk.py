@@ -1,4 +1,4 @@
-"""Disks that are full, or about to be: a look at the room before hours of work, and what an error of them says."""
+"""Full disks: a check of the free space before hours of work, and messages of their errors."""
 
 import errno
 import shutil

@@ -143,7 +143,7 @@ def read_json(path: Path, version: int, error: type[ValueError] = ValueError) ->
     Raises
     ------
     FileNotFoundError
-        Where there is none.
+        If there is none.
     DamagedFileError
         Where a byte is not as it was written.
     error

@@ -221,7 +221,7 @@ def build_data(
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
-    """What a value of y must not be, of what ``dtype`` can hold: as it is stored, but for ``valid_range``."""
+    """The invalid values of y for this ``dtype``: stored values, except for ``valid_range``."""
     try:
         values = [value.item() if hasattr(value, "item") else value for value in mask_values]
         if values == ["largest"]:

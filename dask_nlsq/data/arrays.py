@@ -33,7 +33,7 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
     Raises
     ------
     TypeError
-        What is no array of real numbers; the message says what to pass instead.
+        Not an array of real numbers; the message says what to pass instead.
     ValueError
         Unknown chunk sizes, lists of different lengths.
     """
@@ -106,7 +106,7 @@ def stacked(name: str, data):
     Raises
     ------
     TypeError, ValueError
-        Collections that are no array, and lists of what does not fit together.
+        Collections that are not arrays, and lists of arrays that do not fit together.
     """
     _refuse_foreign(name, data)
     if not isinstance(data, (list, tuple)) or set(map(type, data)) <= NUMBERS:
@@ -313,7 +313,7 @@ def apart(name: str, data) -> tuple[Any, Any]:
 
 
 def plain_array(name: str, data) -> np.ndarray | da.Array:
-    """`as_array` of what is no data, such as starts and bounds, and must have all of its values.
+    """`as_array` of starts, bounds and others, which must not be masked.
 
     Raises
     ------

@@ -76,7 +76,7 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
 
 
 def _check_alike(opened: Opened, mask_values) -> None:
-    """Stored values that stand for no data are looked for in all arrays of a list, so they must mean the same."""
+    """All arrays of a list are searched for the same invalid values, so these must mean the same."""
     dtypes = [each.dtype for each in opened.stored]
     packed_alike = opened.decoding is not AS_STORED or all(how is AS_STORED for how in opened.decodings)
     if mask_values == ["largest"]:

@@ -71,7 +71,7 @@ class Load:
         return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
 
     def hidden(self, preparation: Preparation, known: Mapping) -> list[np.ndarray]:
-        """What `pieces` gives, but for what has one value per point: the mask, which is there, hides all of them."""
+        """What `pieces` gives, except that operands with one value per point are fully masked."""
         pieces = []
         for k, (operand, layout) in enumerate(zip(self.operands, preparation.layouts.operands, strict=True)):
             if k == 2 or (layout.dense and isinstance(operand, tuple)):

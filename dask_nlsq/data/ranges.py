@@ -18,7 +18,7 @@ def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
     Raises
     ------
     ValueError
-        A name that is none of theirs.
+        A name that is not one of theirs.
     """
     names = [each for each in xrange or () if isinstance(each, str)]
     if xrange is None or not names:

@@ -54,7 +54,7 @@ _warned: set[str] = set()
 
 
 class Policy(NamedTuple):
-    """What becomes of chunks that cannot be read, and of chunks that are not there."""
+    """What to do with unreadable and absent chunks."""
 
     on_bad_chunk: Literal["raise", "mask"] = "raise"
     missing_chunks: Literal["error", "mask", "fill"] = "error"
@@ -210,9 +210,9 @@ class Opened(NamedTuple):
 def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
     """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
 
-    Several arrays are concatenated along their first axis. Values are decoded, and masked where there are none; but those of
-    ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
-    are masked as well, in place of an error.
+    Several arrays are concatenated along their first axis. Values are decoded, and masked where they are invalid; but those
+    of ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
+    are masked as well, instead of an error.
 
     Raises
     ------
@@ -245,7 +245,7 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
 def open_all(
     policy: Policy, decode_cf: bool = True, masks: bool = False, **arguments
 ) -> tuple[dict[str, Any], list[Opened]]:
-    """The arguments with Dask arrays in the place of what is stored, in a tuple of coordinates as well.
+    """The arguments with Dask arrays instead of stored ones, in a tuple of coordinates as well.
 
     The keys of all chunks are looked at; ``decode_cf`` and ``masks`` as in `as_dask`.
     """
@@ -313,7 +313,7 @@ class Stored:
         return f"{kind}{sep}{os.path.abspath(path)}" if kind in ("file", "zip") else f"{kind}{sep}{path}"
 
     def describe(self) -> dict[str, Any]:
-        """What tells it from others, as far as that is cheap, and a copy of it from other data: see `same_store`."""
+        """What distinguishes it from other stores, as far as this is cheap: see `same_store`."""
         array = self.array
         layout = dict(shape=self.shape, dtype=str(self.dtype), chunks=self.chunks)
         layout |= dict(codecs=repr([*array.filters, *array.compressors]))
@@ -450,7 +450,7 @@ def scan_keys(stored: Stored) -> None:
 
 
 def warn_if_changed(stored: Stored) -> None:
-    """Warn where a chunk is not the one, by size and time as far as the store tells, that it was before the fit."""
+    """Warn where a chunk is not the one, by size and time if the store has them, that it was before the fit."""
     try:
         if _stamp(_sizes(stored)) == stored.stamp:
             return

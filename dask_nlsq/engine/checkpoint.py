@@ -212,7 +212,7 @@ def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
 def describe_fit(model: Model, data: Mapping[str, Any], problem: Data, stored, options):
     """Identity, call and arrays of a `Checkpoint`, of ``options`` of `dask_nlsq.curve_fit` and ``data`` as they were given.
 
-    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
+    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` has it.
     """
     call, arrays = describe_call(own_function(model.f), data, {name: options[name] for name in (*SAME, *LIMITS)})
     identity = {name: call["options"][name] for name in SAME}

@@ -1,4 +1,4 @@
-"""Pieces of the data on the workers of a cluster, and what becomes of them when a worker, the scheduler or the fit ends.
+"""Pieces of the data on the workers of a cluster, and what happens to them when a worker, the scheduler or the fit ends.
 
 A piece is a run of chunks that one task takes. A worker that dies takes its pieces along; Dask makes them again from
 their recipe, and a task has the same bits wherever it runs. Arrays that were in memory have no recipe: they are sent
@@ -38,7 +38,7 @@ SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time
 
 
 class Deaths(SchedulerPlugin):
-    """Lets Dask give up tasks that are annotated so after so many deaths of workers which had them.
+    """Lets Dask give up tasks that are annotated so after this many deaths of workers which had them.
 
     Dask's own limit, which counts the same deaths, holds for all tasks of a scheduler: they begin with some counted.
     """
@@ -52,7 +52,7 @@ class Deaths(SchedulerPlugin):
 
 
 def given_up_after(n: int):
-    """Within, tasks that are sent are given up after so many deaths."""
+    """Within, tasks that are sent are given up after this many deaths."""
     return dask.annotate(nlsq_deaths=n)
 
 

@@ -100,7 +100,7 @@ class ReadyGroups:
 
     @property
     def interchangeable(self) -> tuple[tuple[str, str], ...]:
-        """Names of shared parameters that nothing tells apart."""
+        """Names of interchangeable shared parameters."""
         fit, shared, own = self.problem.fit, self.spec.shared, self.spec.locals.free
         pairs = interchangeable(fit.model, fit.spec.layouts, self.sample, self.values, shared, own)
         place = {k: n for n, k in enumerate(shared)}
@@ -253,7 +253,7 @@ def fit_groups(
 
 
 def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
-    """Check the arguments of `dask_nlsq.fit_groups` and align the data, of which labels alone are read.
+    """Check the arguments of `dask_nlsq.fit_groups` and align the data, of which only labels are read.
 
     Raises
     ------
@@ -397,7 +397,7 @@ def _locals(call) -> tuple[str, ...]:
 
 
 def _check_locals(problem: MapProblem, call) -> None:
-    """An error where ``local`` names what is no parameter, all of them, or none that is fitted."""
+    """An error if ``local`` names an unknown parameter, all fitted ones, or none of these."""
     names, own = problem.fit.names, _locals(call)
     if unknown := [name for name in own if name not in names]:
         raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}")
@@ -494,7 +494,7 @@ def _head(array, sizes: dict[int, int]):
 
 
 def _number(what: str, operand: Operand, column: int) -> float:
-    """A value of a shared parameter, which all groups must have alike."""
+    """A value of a shared parameter, which must be the same for all groups."""
     values = np.unique(np.asarray(operand.array[..., column]))
     if len(values) > 1:
         raise ValueError(f"{what}: a parameter that all groups share has one value, not an array of the groups' shape")

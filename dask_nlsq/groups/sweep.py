@@ -330,7 +330,7 @@ class GroupSweep:
         return tasks
 
     def _watched(self, name: str, look: Look):
-        """What is told of each block that is done; of those on workers the dashboard tells."""
+        """What the progress of each finished block says; on workers the dashboard shows it."""
         return nullcontext() if self.watch is None or workers_of({}) else _Watched(self, name, look)
 
     def _condensed(self, sums: GroupSums, reduction: Reduction) -> Condensed:

@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 
 class Invalid(NamedTuple):
-    """Values of y, as they are stored, that stand for no data: single ones, and those below ``low`` or above ``high``."""
+    """Invalid stored values of y: single ones, and those below ``low`` or above ``high``."""
 
     values: tuple[float, ...]
     low: float | None

@@ -142,7 +142,7 @@ def make_plan(
     ----------
     strategy
         "auto": on the workers of ``client`` where data are lazy, else in this process; lazy data that do not fit there are
-        not held but read anew in each sweep.
+        not held but read again in each sweep.
     memory_limit_gb : float, optional
         GiB, the most that this process, or each worker, may take for the fit. None: the share of the memory that
         `effective_fraction` allows, of what is available here or of the limit of each worker.
@@ -239,7 +239,7 @@ def tasks_per_thread(n_threads: int) -> int:
 
 
 def count_partitions(n_runs: int, n_threads: int, per_thread: int) -> int:
-    """At least so many for each thread, where there are as many runs, and fewer than twice as many."""
+    """At least this many for each thread, if there are as many runs, and fewer than twice as many."""
     return -(-n_runs // partition_size(n_runs, max(2 * per_thread * n_threads - 2, 1)))
 
 
@@ -340,7 +340,7 @@ def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -
 def ways_out(
     sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Callable[[Sizes, Strategy, Sequence[Room]], bool]
 ) -> list[str]:
-    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
+    """What to change: each entry would pass the check ``fits`` that ``sizes`` fails with all strategies ``tried``."""
 
     def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
         return any(fits(sizes, strategy, rooms) for strategy in tried)

@@ -51,7 +51,7 @@ class Part(NamedTuple):
     shape: Callable
     ends: tuple[tuple[float, float], ...]  # bounds of all
     linear: tuple[int, ...]  # places
-    candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None where there are none
+    candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None if there are none
     finish: Callable  # params of ``shape`` -> params of the model
 
     @property

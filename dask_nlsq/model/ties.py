@@ -51,7 +51,7 @@ class Ties:
     Raises
     ------
     ValueError
-        Names that are unknown, circles, and what is no expression.
+        Unknown names, circles, and invalid expressions.
     """
 
     def __init__(self, names: Sequence[str], expr: Mapping[str, Rule]):
@@ -88,7 +88,7 @@ class Ties:
         return found
 
     def every(self, params: Sequence) -> dict[str, Any]:
-        """Values of all names, from those of the parameters of the model, of which tied ones do not matter."""
+        """Values of all names, from those of the parameters of the model; values of tied ones are ignored."""
         given = zip(self.names, params, strict=True)
         untied = {name: value for name, value in given if name not in self.tied}  # what a function of a dict sees
         values: dict[str, Any] = dict(untied)

@@ -29,7 +29,7 @@ CRITERIA = {"aic": "AIC", "aicc": "AICc", "bic": "BIC"}
 
 
 class Compared(NamedTuple):
-    """A fit among others."""
+    """One of the compared fits."""
 
     name: str
     n_params: int  # fitted
@@ -45,7 +45,7 @@ class Compared(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What `compare` returns; prints as a table."""
+    """The result of `compare`; prints as a table."""
 
     rows: tuple[Compared, ...]  # as they were given
     likelihood: bool  # of counts
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
         return min(self.rows, key=lambda row: getattr(row, criterion)).name
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Of the table, the head among them; the criteria less the smallest of each."""
+        """Of the table, the head among them; each criterion minus its smallest value."""
         chi, test = ("deviance", "chi-square") if self.likelihood else ("chi-square", "F")
         least = {name: min(getattr(row, name) for row in self.rows) for name in CRITERIA}
         found = [("", "parameters", chi, f"reduced {chi}", *CRITERIA.values(), test, "p", "")]
@@ -175,7 +175,7 @@ def _compared(name: str, fits: dict[str, Any], nested: bool | None) -> Compared:
 
 
 def _is_within(small, large) -> bool:
-    """Whether a model is a special case of another, as far as names tell."""
+    """Whether a model is a special case of another, by the names of parameters or terms."""
     if not (large.fixed.items() <= small.fixed.items() and large.tied.items() <= small.tied.items()):
         return False  # it holds what the other does not
     models = [own_function(getattr(each.objective.model, "f", None)) for each in (small, large)]

@@ -1,13 +1,12 @@
-"""Covariance of the parameters, from the condensed matrix of all data and from those of its parts; nothing is read.
+"""Covariance of the parameters, from the condensed matrix of all data and those of its parts, without reading data.
 
 With ``C = (J^T J)^-1`` and the gradient ``g_b = J_b^T r_b`` of each part b, all at the optimum:
 
-* the usual covariance is C times the variance of the noise, right where the noise is alike everywhere and independent;
-* the sandwich [1]_ ``C (sum_t g_t g_t^T) C`` over tiles t, at most 4096 consecutive points each, takes the scatter of the
-  residuals as it is: right where the size of the noise changes from place to place, and where it is correlated over less
-  than a tile;
+* the usual covariance is C times the variance of the noise, valid for homoscedastic, independent noise;
+* the sandwich [1]_ ``C (sum_t g_t g_t^T) C`` over tiles t, at most 4096 consecutive points each, uses the scatter of the
+  residuals: valid for heteroscedastic noise, and for noise that is correlated over less than a tile;
 * the delete-one jackknife [2]_ leaves out each of the parts in turn: without part b the optimum moves, to first order, by
-  ``(J^T J - J_b^T J_b)^-1 g_b``. Right as the sandwich is, and for correlations as long as a part.
+  ``(J^T J - J_b^T J_b)^-1 g_b``. It is valid like the sandwich, and also for correlations as long as a part.
 
 References
 ----------
@@ -47,7 +46,7 @@ def _root(factor):
 
 
 def spread_out(matrix: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """``G C G^T`` (..., n, n) of covariances C (..., p, p) and derivatives G (..., n, p); what C does not know stays so.
+    """``G C G^T`` (..., n, n) of covariances C (..., p, p) and derivatives G (..., n, p); entries unknown in C stay unknown.
 
     Parameters that are held have rows of zeros in G, those that are fitted rows of the unit matrix.
     """
@@ -71,7 +70,7 @@ def followers(ties: Ties, values: np.ndarray, matrix: np.ndarray, names: Sequenc
 
 
 def with_ties(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
-    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; what ``expr`` derives."""
+    """Values, covariance and derivatives of all parameters, from the ``pcov`` of the free ones; and derived quantities."""
     p, ties = len(popt), params.ties
     if ties is None:
         spread = np.eye(p)[:, list(params.free)]

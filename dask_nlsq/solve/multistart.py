@@ -65,7 +65,7 @@ class Search(NamedTuple):
 
     ``starts`` (n, p) and their ``start_costs`` (n,), inf where the model is not finite; ``params`` (n, p), the optimum on
     the sample that each leads to, and ``costs`` (n,). ``basin`` (n,) numbers these optima, 0 the lowest, -1 where there is
-    none. ``chosen``: starts whose optima the sample cannot tell apart by their costs, the best first; ``winner``: the one
+    none. ``chosen``: starts whose optima the sample cannot distinguish by their costs, the best first; ``winner``: the one
     that was then fitted to all data. ``n_candidates``, from which the starts were chosen; ``n_points`` of the sample.
     """
 
@@ -349,7 +349,7 @@ def _equal(costs):
 
 
 def _rivals(screen, params, costs, basin, distance):
-    """Starts (the best first) that stand for the optima whose costs the sample cannot tell apart.
+    """Starts (the best first) that stand for the optima whose costs the sample cannot distinguish.
 
     Of equivalent ones the nearest to p0 counts, by ``distance`` (k,).
     """

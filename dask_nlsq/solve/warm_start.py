@@ -50,9 +50,9 @@ def sample_evaluator(evaluator: Evaluator, sample: Sample) -> Evaluator:
 
 
 def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
-    """Where the fit of a sample ended, but as at ``start`` along directions in which the sample cannot tell the two apart.
+    """Where the fit of a sample ended, except along directions in which the sample cannot distinguish it from ``start``.
 
-    A peak that the sample has missed keeps its start so, in place of what the noise made of it. Directions are those of the
+    A peak that the sample has missed keeps its start so, instead of one from the noise. Directions are those of the
     singular vectors of J at the end, with columns of norm 1.
     """
     factor, equations = found.factor, found.equations
