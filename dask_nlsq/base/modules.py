@@ -42,7 +42,7 @@ def origin(module: str, trust: Trust) -> str:
     UntrustedError
         Where it is neither of Python, nor of an installed package, nor in the directory ``trust``.
     ImportError
-        Where there is no such module.
+        The module does not exist.
     """
     names, found = module.split("."), ""
     for name in (".".join(names[: k + 1]) for k in range(len(names))):

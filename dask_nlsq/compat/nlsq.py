@@ -38,7 +38,7 @@ def costs(fit: str, n_params: int, data: float = 2, width: float = 8) -> tuple[f
 
 
 def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> tuple[int, int]:
-    """Size and number of the fewest even chunks of at most ``room`` bytes; MemoryError where not even one point fits."""
+    """Size and number of the fewest even chunks of at most ``room`` bytes; MemoryError if not even one point fits."""
     largest = min(int((room - fixed) // per_point), n_points)
     if largest < 1:
         raise MemoryError(

@@ -129,7 +129,7 @@ def build_data(
     scaled: str = "",
     decode_cf: bool = True,
 ) -> Data:
-    """Check shapes and dtypes and align the operands; reads no data.
+    """Check shapes and dtypes and align the operands, without reading data.
 
     Parameters
     ----------
@@ -146,7 +146,7 @@ def build_data(
     sentinels : tuple
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
     xrange : dict, optional
-        Intervals by place of a coordinate, outside of which points are left out.
+        Fit ranges by place of a coordinate; points outside are left out.
     decoding : Decoding
         What the stored values of y mean.
     decoded, scaled, decode_cf
@@ -347,7 +347,7 @@ def _aligned(operand, chunks, lazy):
 
 
 def whitened(data: Data) -> Data:
-    """Data with correlated noise, of which ``data.covariance`` is read: ``L L^T`` by Cholesky.
+    """Data with correlated noise; reads ``data.covariance``: ``L L^T`` by Cholesky.
 
     Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
     does, so that the model sees those only that count.

@@ -257,7 +257,7 @@ class _Declared(NamedTuple):
 
 
 def _checked(name: str, array: da.Array) -> da.Array:
-    """The same array, each chunk of which is compared with its declared shape, kind of dtype and maskedness."""
+    """The same array; each chunk is compared with its declared shape, kind of dtype and maskedness."""
     if array.name.startswith(CHECKED):
         return array
     axes = tuple(range(array.ndim))

@@ -168,7 +168,7 @@ def _numbers(name, attribute, value, dtype) -> tuple[float, ...]:
 
 
 def _number(value):
-    """A number, of text too: xarray writes fill values of floats into Zarr as base64 of 8 bytes. None of what is none."""
+    """A number, of text too: xarray writes fill values of floats into Zarr as base64 of 8 bytes. None for anything else."""
     if isinstance(value, (bytes, str)):
         text = value.decode(errors="replace") if isinstance(value, bytes) else value
         try:

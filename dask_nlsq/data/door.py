@@ -92,7 +92,7 @@ def _check_alike(opened: Opened, mask_values) -> None:
 
 
 def align_data(data: dict[str, Any], strategy: str, values: dict[str, Any], whole: bool = False) -> Data:
-    """Align what `open_data` has opened; ``whole`` where all points are needed at once. Reads no data.
+    """Align what `open_data` has opened; ``whole`` if all points are needed at once. Does not read data.
 
     Raises
     ------

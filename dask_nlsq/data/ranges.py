@@ -44,7 +44,7 @@ def of_each(xrange: Ranges | None, n: int) -> list[Intervals | None]:
     Raises
     ------
     ValueError
-        Places that there are not, and one pair for several coordinates.
+        Places that do not exist, and one pair for several coordinates.
     """
     if xrange is None:
         return [None] * n

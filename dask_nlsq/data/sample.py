@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 def spread(n: int, n_all: int, seed: int = 0) -> np.ndarray:
-    """``n`` of the numbers below ``n_all``, one at random in each of n equal stretches; all where there are no more."""
+    """``n`` of the numbers below ``n_all``, one at random in each of n equal stretches; all if there are at most n."""
     if n >= n_all:
         return np.arange(n_all)
     edges = np.arange(n + 1) * n_all // n

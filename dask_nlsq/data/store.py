@@ -1,6 +1,6 @@
 """Arrays in Zarr stores: how they are opened, looked at before the first sweep, and read with errors that say where.
 
-What Zarr does not tell: a chunk that is absent, a shard of no bytes and a directory in the place of a chunk read as fill
+What Zarr does not report: an absent chunk, an empty shard, and a directory instead of a chunk are read as fill
 values; an error of a codec names neither array nor chunk; a stalled object store is waited for without end. So all keys
 are looked at once before anything is read, each read has a deadline, and what may pass (a lost connection) is tried
 again, but never what a codec says.
@@ -134,7 +134,7 @@ def is_stored(data) -> bool:
 
 
 def _hint(name: str, source) -> str:
-    """What a text may mean that is no path."""
+    """What a text that is not a path may mean."""
     if name == "sigma":
         return near(str(source), ["poisson"])
     of_labels = name.startswith("xdata") and not {"/", "."} & {*str(source)}

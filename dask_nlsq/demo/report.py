@@ -100,7 +100,7 @@ def draw(measurement: Measurement, store: Path, result, params: np.ndarray, path
 
 
 def draw_plane(figure, axes, measurement, values, title, limits, colours) -> None:
-    """One image (n, n) over both times; the diagonal, where there is no data, stays grey."""
+    """One image (n, n) over both times; the invalid diagonal stays grey."""
     duration = measurement.frames * measurement.exposure
     axes.set_facecolor("0.6")
     options = dict(vmin=limits[0], vmax=limits[1], cmap=colours, interpolation="nearest")

@@ -166,7 +166,7 @@ def read_fit(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
+        No checkpoint, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
         found = read_json(path / FIT_FILE, VERSION, CheckpointError)
@@ -184,7 +184,7 @@ def read_fit(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The sweeps that are kept at ``path``, of a fit in one piece or in groups; nothing where there are none."""
+    """The sweeps that are kept at ``path``, of a fit in one piece or in groups; empty if there are none."""
     return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
 
 

@@ -106,7 +106,7 @@ def rank_tolerance(equations: Condensed) -> float:
 def factor(equations: Condensed) -> Factor:
     """What the trust-region method works on; all decisions about the rank are made on columns of norm 1.
 
-    Directions in which the columns are alike to rounding are kept at the size of the tolerance, since covariances and
+    Directions in which the columns are equal to rounding are kept at the size of the tolerance, since covariances and
     singular values need a regular R. A factor knows that the data say nothing about them: no step leads along. A gram matrix
     may only have lost the digits, so what the gradient has along them stays unless it is rounding. A column that is zero
     stays so.
@@ -150,7 +150,7 @@ def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tupl
 
 
 def join_neighbours(parts: np.ndarray, times: int) -> np.ndarray:
-    """Add neighbouring rows (k, m), pair by pair, so many times."""
+    """Add neighbouring rows (k, m), pair by pair, this many times."""
     for _ in range(times):
         even = len(parts) // 2 * 2
         parts = np.concatenate([parts[0:even:2] + parts[1:even:2], parts[even:]])

@@ -105,7 +105,7 @@ class Sweep:
         ----------
         requests : sequence of Request
         begun : PartialSweep, optional
-            The same requests to the same data, of which a part has been done.
+            The same requests to the same data, of which a part is complete.
         after : callable, optional
             Is told after each unit, and may raise.
         look : callable, optional

@@ -134,7 +134,7 @@ def coming(
     Exception
         That of the first future which fails, a CancelledError where one was lost; what ``look`` raises.
     NoWorkersError
-        If there are no workers for too long.
+        No workers for too long.
     """
     those, lookout = as_completed(futures), Lookout(client, look)
     while those.count():

@@ -143,7 +143,7 @@ def _named(data, name: str):
     Raises
     ------
     ValueError
-        Where there is none of that name.
+        Unknown name.
     """
     try:
         return data[name]

@@ -94,7 +94,7 @@ class KernelSpec(NamedTuple):
 
 
 def tile_size(n_params: int, capacity: int) -> int:
-    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block.
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is not longer than the block.
 
     On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
     """

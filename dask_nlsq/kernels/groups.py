@@ -261,7 +261,7 @@ def _nothing(spec: GroupSpec, n: int) -> Eliminated:
 
 
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order, n_wanted, known) -> Eliminated:
-    """Of the first ``n_wanted`` groups in ``order``, lane after lane, so many together as a map fits; of others as known."""
+    """Of the first ``n_wanted`` groups in ``order``, lane after lane, as many together as in a map; others as known."""
     n_groups = len(params)
     width = min(lanes_of(spec.locals, data.y), n_groups)
 

@@ -37,8 +37,8 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts`` of one block.
 
     ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
-    `SegmentSums` takes apart but for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3). To be
-    called inside ``float64()``.
+    `SegmentSums` takes apart, except for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3).
+    To be called inside ``float64()``.
     """
     return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
 

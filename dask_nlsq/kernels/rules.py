@@ -233,7 +233,7 @@ def scale(xp, columns, longest):
     """Scale of the parameters, 1 over the length of their columns of J (p,): the longest so far, as far as remembered.
 
     A scale never grows, as in Moré's (and SciPy's) method, except where a column has become very much shorter than it was:
-    the region would leave its parameter no freedom. A column that is zero is no length scale.
+    the region would leave its parameter no freedom. A zero column is not a length scale.
     """
     lengths = xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
     return 1 / xp.where(lengths > 0, lengths, 1.0)
@@ -265,7 +265,7 @@ def at_bounds(params, perr, lower, upper):
     """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; arrays (p,) of NumPy or of JAX.
 
     At a bound is what is nearer to it than to the other one, by less than a hundredth of a standard error, and by less than
-    a thousandth of the interval between the bounds. An error that tells nothing (inf, or many times the size of parameter
+    a thousandth of the interval between the bounds. An error without information (inf, or many times the size of parameter
     and bound) counts only where parameter and bound agree to three digits, or the bound is 0. All of it is the same in any
     units.
     """

@@ -159,7 +159,7 @@ def _reach_of_bounds(xp, seen: Seen, scale, scheme: Scheme, solve_newton: Callab
 
 
 def hat_space(xp, params, gradient, scale, bounds, near=np.inf) -> HatSpace:
-    """Variables in which the bounds are far and the parameters alike ([1]_, eq. 2.2); bounds count as far as ``near``."""
+    """Variables with distant bounds and parameters of similar scale ([1]_, eq. 2.2); bounds count as far as ``near``."""
     lower, upper = bounds or (-xp.inf, xp.inf)
     to_upper, to_lower = (gradient < 0) & xp.isfinite(upper), (gradient > 0) & xp.isfinite(lower)
     pushed = to_upper | to_lower

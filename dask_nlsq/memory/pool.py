@@ -165,7 +165,7 @@ class Pool:
     def lend(self, shape: int | tuple[int, ...], dtype=np.float64, zero: bool = True) -> np.ndarray:
         """A C-ordered array that starts on a 64-byte line; it holds anything unless ``zero``.
 
-        MemoryError where there is less memory; TypeError or ValueError for shapes that are no sizes, and dtypes of objects.
+        MemoryError if there is less memory; TypeError or ValueError for invalid shapes, and dtypes of objects.
         """
         like = np.broadcast_to(np.zeros((), dtype), shape)  # has its shape, dtype and number of bytes, and takes none
         if like.dtype.hasobject:
