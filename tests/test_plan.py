@@ -156,7 +156,7 @@ def test_lazy_data_that_do_not_fit_are_read_anew_in_each_sweep(client):
     x, y = da.linspace(0, 1, 10**9, chunks=10**6), unread(10**9, 10**6)
     plan = plan_fit(decay, x, y)
     assert plan.strategy == "streaming" and plan.held_bytes == 0
-    assert "read the data anew in each sweep, since the data take" in plan.reason
+    assert "read the data again in each sweep, since the data take" in plan.reason
     assert "from where they are stored" in str(plan)
 
 

@@ -21,7 +21,7 @@ from .disk import existing, named_when_full
 CHECKSUM_BYTES = 16
 Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
-BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
+BLANK = "0" * 2 * CHECKSUM_BYTES  # stands for the checksum while it is computed
 LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
 ABANDONED = 3600.0  # seconds since it was written, from which nobody writes a file any more
 MALFORMED = (  # what parsing raises where a file is not what its name says, however it came to be

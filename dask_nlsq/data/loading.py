@@ -154,7 +154,7 @@ def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
 
 def _of_several(graph: Mapping[Any, GraphNode], loads: Sequence[Load]) -> tuple[set, set]:
     """Keys that are computed once before, and those that are passed on; constants are neither."""
-    users: dict[Any, Any] = {}  # the load that needs a task, or the set of those, but for what several need already
+    users: dict[Any, Any] = {}  # the load that needs a task, or the set of those, except what several need already
 
     def claim(key, who):
         known = users.setdefault(key, who)

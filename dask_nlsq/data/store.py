@@ -33,7 +33,7 @@ from .cf import AS_STORED, Decoding
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
-SAMPLED, ENDS = 16, 2**15  # chunks that tell a copy from other data, and bytes at both of their ends
+SAMPLED, ENDS = 16, 2**15  # chunks that distinguish a copy from other data, and bytes at both of their ends
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
 TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 DECODING: tuple[type[Exception], ...] = (

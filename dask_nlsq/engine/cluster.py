@@ -346,7 +346,7 @@ def computed(
 
 def give_back(client: Client, values: Any) -> None:
     """Cancel the futures that are in ``values``, whoever holds on to them."""
-    if client.status == "running":  # else there is no scheduler to tell
+    if client.status == "running":  # otherwise the scheduler is gone
         client.cancel(futures_of(values))
 
 

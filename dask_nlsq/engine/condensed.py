@@ -13,7 +13,7 @@ from ..kernels.rows import segment_size, unpack
 from ..kernels.rules import EPS, ROUNDING
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
-MOST_SEGMENTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
+MOST_SEGMENTS = 256  # the scatter of this many gives standard errors to 5 to 10 %
 FEWEST_SEGMENTS, SEGMENTS_BYTES = 16, 2**21  # of many parameters
 
 
@@ -162,7 +162,7 @@ class Segmentation(NamedTuple):
 
     per_block: int = 1
     per_run: int = MOST_SEGMENTS  # at most, of a run of chunks
-    level: int = 0  # so many times neighbouring runs of chunks are joined
+    level: int = 0  # how many times neighbouring runs of chunks are joined
 
     @classmethod
     def of(cls, data: Data, n_params: int) -> "Segmentation":

@@ -26,7 +26,7 @@ from .places import HeldHere, Place, open_place
 from .request import Request
 from .waiting import Look, calm
 
-SAMPLE_SHARE = 10  # the sample takes at most one of so many runs of chunks
+SAMPLE_SHARE = 10  # the sample takes at most one of this many runs of chunks
 SAMPLE_RUNS = 64  # and no more than these, or two per parameter: enough to see all regions of the data
 POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
 CHECKED = 8  # points of the sample on which the model is checked

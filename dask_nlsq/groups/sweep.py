@@ -43,7 +43,11 @@ FINEST = 1e-8
 ENOUGH = 1e-3  # standard errors of the shared parameters, below which what locals leave is of no account
 SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
-ENDED = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # without success: from afar, a fit begins anew
+ENDED = (
+    MapStatus.ITERATION_LIMIT,
+    MapStatus.STUCK,
+    MapStatus.UNDETERMINED,
+)  # without success: the next fit begins afresh
 NONE_USED = (
     "no group can be fitted: all have fewer valid points than parameters, or the model or its derivatives are not finite at "
     "p0 in all of them"

@@ -90,7 +90,7 @@ class KernelSpec(NamedTuple):
     loss: str
     tile: int | None
     whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
-    parts: int = 0  # at most so many runs of consecutive points, whose sums are told beside those of the block
+    parts: int = 0  # at most this many runs of consecutive points, whose sums are returned beside those of the block
 
 
 def tile_size(n_params: int, capacity: int) -> int:

@@ -51,7 +51,7 @@ class Scheme(NamedTuple):
 
     bounds: tuple[Any, Any] | None  # lower and upper
     x_scale: Any = "jac"  # of the parameters, where it does not follow the columns of J
-    gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
+    gtol_relative: bool = False  # MINPACK's test, a cosine, instead of the scaled gradient in the units of the data
     noise_known: bool = False  # the variance of the residuals is 1
     near_below: float = 0.0  # predicted share of the cost, below which only bounds count that are near
 

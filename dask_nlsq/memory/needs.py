@@ -129,7 +129,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
 
 
 def partition_size(n_runs: int, most: int) -> int:
-    """Runs per partition, of at most so many partitions: a power of two, so that they are subtrees of the merge."""
+    """Runs per partition, of at most this many partitions: a power of two, so that they are subtrees of the merge."""
     size = 1
     while size * most < n_runs:
         size *= 2

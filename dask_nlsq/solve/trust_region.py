@@ -91,7 +91,7 @@ class Options:
     ftol: float = 1e-8
     xtol: float = 1e-8
     gtol: float = 1e-8
-    gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
+    gtol_relative: bool = False  # MINPACK's test, a cosine, instead of the scaled gradient in the units of the data
     max_nfev: int | None = None  # 100 p
     reduction: Literal["gram", "qr", "auto"] = "auto"
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters

@@ -27,7 +27,7 @@ from .trust_region import NotFiniteAtStart, Options, Solution, solve
 SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample is useless
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
 SAMPLE_SWEEPS = 30  # over the sample at most: less than one over all data
-ALIKE = 3.0  # standard errors of the sample: what differs by less it cannot tell from the start
+ALIKE = 3.0  # standard errors of the sample: smaller differences from the start are not significant
 PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
