@@ -43,7 +43,7 @@ test-newest:               ## tests of the core with the newest versions, which 
 	.venv-newest/bin/python -m pytest -m "not slow" $(CORE)
 	.venv-newest/bin/python -m pip freeze --exclude-editable > .venv-newest/pinned.txt
 
-figures: .venv/ready       ## print every accuracy figure that the README quotes, and those of convergence
+figures: .venv/ready       ## print the accuracy figures of docs/benchmarks.md, and those of convergence
 	$(BIN)/python -m tests.accuracy
 	$(BIN)/python -m tests.convergence
 

@@ -29,17 +29,15 @@ from .kernels.jac_mode import choose_jac_mode
 from .kernels.rows import unpack
 from .kernels.rules import ACCURACY, STUCK, UNDETERMINED
 from .memory.plan import Plan
-from .model.params import Params
 from .options import FITS, GROUPS, WORKFLOWS, with_known_names
-from .parameters import Parameters
 from .prepare import Prepared, by_workflow, prepare
 from .presets import OptimizationGoal
 from .results.diagnostics import NO_COUNTS, scaled_covariance
 from .results.result import FitResult
 from .results.statistics import Totals
-from .results.uncertainty import followers, spread_out
+from .results.uncertainty import with_ties
 from .solve.multistart import Search, fit_again, polish, search
-from .solve.outcome import NotConvergedError, interrupted, not_converged, not_finite_at_start
+from .solve.outcome import WAY_OUT, NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .solve.warm_start import hybrid
@@ -95,132 +93,124 @@ def curve_fit(
     verbose: Literal[0, 1, 2] = 0,
     performance_report: str | Path | None = None,
 ) -> FitResult:
-    """Fit ``f(x, *params)`` to data by nonlinear least squares, wherever the data are.
+    """Fit ``f(x, *params)`` to data of any size by nonlinear least squares.
 
-    The arguments mean what they mean in `scipy.optimize.curve_fit`; the answer is the optimum and covariance of one fit
-    of all data, however they are chunked. Data first works too: ``curve_fit(xdata, ydata, f)``.
+    The arguments mean what they mean in `scipy.optimize.curve_fit`. The result is the optimum and covariance of one fit of
+    all data, however they are chunked. Data first works too: ``curve_fit(xdata, ydata, f)``.
 
     Parameters
     ----------
     f : callable
-        Model ``f(x, *params) -> y`` written with `jax.numpy`, one value per point. It must be pointwise: a value
+        Model ``f(x, *params) -> y``, written with `jax.numpy`, one value per point. It must be pointwise: each value
         depends on its own x only. It may close over arrays.
     xdata : array_like, tuple or None
-        An array of y's shape (or one that broadcasts against y), or of shape ``(k, *ydata.shape)``; the model gets flat
-        pieces of it, shape (n,) or (k, n), in float64. Or a tuple of k arrays that broadcast against y (axis vectors
-        stay vectors); the model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy,
-        Dask, `zarr.Array`, xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens
-        the Zarr array there, of a directory, a zip file or an object store, also as the member of a group; a list of these
-        is one array, joined along the first axis. Dates (datetime64 of NumPy, pandas, Dask or xarray) are seconds since the
-        earliest one, durations seconds; NaT counts as nan. Or what `dask_nlsq.hold` holds, in the place of all data.
+        An array that broadcasts against ydata, or one of shape ``(k, *ydata.shape)``; the model gets flat float64 pieces of
+        it, of shape (n,) or (k, n). Or a tuple of k arrays that broadcast against ydata (axis vectors stay vectors); the
+        model gets a tuple of (n,) arrays, integers as int64, so that they can index a table. NumPy, Dask, `zarr.Array`,
+        xarray, or anything on disk with ``shape``, ``dtype`` and ``__getitem__``. A path or URL opens a Zarr array in a
+        directory, a zip file or an object store, also inside a group; a list of paths is joined along the first axis. With
+        xarray also names of coordinates, or None for those of all dimensions. Dates become seconds since the earliest one,
+        durations seconds; NaT counts as nan. Data held by `dask_nlsq.hold` take the place of xdata and ydata.
     ydata : array_like
-        Dependent data of any shape, of the same kinds. The chunks of ydata rule, the others are rechunked to them.
+        Dependent data of any shape, of the same kinds. The other arrays are rechunked to the chunks of ydata.
     p0 : array_like, shape (p,), dict by name, or "guess", optional
-        Start. "guess", or None: what a model of `dask_nlsq.models` guesses from a sample of the data, as well as what a dict
-        does not name. Parameters of a result, or of lmfit with what they say of bounds, values held and ties. None with any
-        other model: ones, or the middle of the bounds, for as many parameters as ``f`` has.
+        Start. A model of `dask_nlsq.models` guesses it from a sample of the data for "guess" and None, and guesses what a
+        dict leaves out. For other models None means ones, or the middle of the bounds. Parameters of a result work as well,
+        and those of lmfit with their bounds, fixed values and expressions.
     sigma : scalar, array_like, (M, M) array or "poisson", optional
-        Standard deviation of y: one, or an array that broadcasts against y; or the covariance matrix of the M values of
-        y (strategy "standard" only). "poisson": the root of the model, reweighted until it settles, which is at the
-        parameters of ``loss="poisson"``; cost is half of Pearson's chi-square then, which also scales the covariance.
+        Standard deviation of y: one number, an array that broadcasts against y, or the covariance matrix of the M values of
+        y (strategy "standard" only). "poisson": the square root of the model, reweighted until it settles. This gives the
+        parameters of ``loss="poisson"``; the cost is half of Pearson's chi-square, which also scales the covariance.
     absolute_sigma : bool
         False: ``sigma`` is relative, and pcov is scaled so that the reduced chi-square is 1.
-    check_finite, nan_policy : bool, {None, "raise", "omit"}
-        By default, and with "raise", values of x, y or sigma that are not finite raise ValueError. "omit" leaves their
-        points out and counts them. ``check_finite=False`` alone skips the check.
     bounds : 2-tuple of array_like, `scipy.optimize.Bounds`, or dict of pairs by name
-        Lower and upper bounds; scalars for all parameters. In a dict None is no bound. The default is that of the model for
-        one of `dask_nlsq.models`; ``{name: (None, None)}`` takes it away.
-    method : {None, "auto", "trf", "lm", "dogbox"}
-        For SciPy's sake: all are solved by one trust-region reflective method, that of `dask_nlsq.solve.trust_region`.
-        "lm" with bounds is an error, as in SciPy.
-    jac : callable, optional
-        ``jac(x, *params) -> (n, p)``, in jax.numpy. None and SciPy's "2-point", "3-point", "cs": exact derivatives by
-        forward-mode differentiation.
-    full_output : bool
-        Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
+        Lower and upper bounds; a scalar holds for all parameters, None in a dict means unbounded. Models of
+        `dask_nlsq.models` have bounds of their own, which ``{name: (None, None)}`` removes.
     loss, f_scale : {"linear", "soft_l1", "huber", "cauchy", "arctan", "poisson"}, float
-        rho, as in `scipy.optimize.least_squares`; ``f_scale`` is where a residual (in units of sigma) is an outlier. Or the
-        maximum likelihood for counts, with half the deviance as cost, the inverse of Fisher's information as covariance
-        (never scaled), and a mean of at least 1e-10.
-    x_scale : "jac", scalar or array_like, shape (p,)
-        Characteristic scale of each parameter; "jac" takes it from the columns of the Jacobian.
-    ftol, xtol, gtol : float or None
-        Termination: relative reduction of the cost, relative step, gradient. None: that test is off. As in SciPy the
-        gradient counts in the units of the data for "trf", "dogbox" and with bounds, and without them otherwise, as the
-        cosine between the residual and the columns of the Jacobian.
-    accuracy : float or None
-        Standard errors. A fit has converged only where these tests pass and the optimum of the quadratic model is nearer
-        than that; see `dask_nlsq.kernels.rules`. None: SciPy's tests alone.
-    max_nfev, maxfev : int, optional
-        Most evaluations of the cost, one sweep over the data each. By default 100 p, and as many again where a fit from p0
-        has not converged and a second one is tried, from p0 with its linear parameters solved for; in a map 100 p.
+        As in `scipy.optimize.least_squares`; residuals above ``f_scale``, in units of sigma, count as outliers. "poisson" is
+        the maximum likelihood for counts: the cost is half the deviance, the covariance the inverse of the Fisher
+        information (never scaled), and the mean at least 1e-10.
     mask : array_like, optional
-        Broadcasts against y; where it is true (not zero) a point is left out. So are points where xdata, ydata or sigma are
-        masked arrays, NumPy's or Dask's.
-    mask_values : sequence of numbers, optional
-        Values of y, as they are stored, that stand for no data; their points count as masked. None: for arrays in Zarr
-        stores and HDF5 files the largest value of unsigned integers of 16 bits and more, which detectors write for dead
-        pixels and gaps; () for none at all.
-    valid_range : pair, optional
-        Lowest and highest value of y that counts, each may be None; where y is scaled (``decode_cf``), of the scaled
-        values.
-    xrange : pair, list of pairs, or dict of them by name or place of a coordinate, optional
-        Fit range: points whose x lies in none of the intervals (low, high) count as masked. Ends belong to them, None is no
-        limit. Of several coordinates ``{0: (1, 2)}`` is by place in ``xdata``, ``{"energy": (8.9, 9.6)}`` by name of
-        xarray's.
-    on_bad_chunk : {"raise", "mask"}
-        What becomes of chunks of Zarr arrays that cannot be read: an error that says which, or their points are left out
-        and the chunks listed in the result's ``damage``.
-    missing_chunks : {"error", "mask", "fill"}
-        What becomes of chunks that are absent: an error before anything is read, left out, or read as fill values.
-    decode_cf : bool
-        Whether the attributes ``scale_factor``, ``add_offset``, ``_FillValue``, ``missing_value``, ``valid_min``,
-        ``valid_max`` and ``valid_range`` of Zarr arrays and h5py data sets are applied; the plan says which were. They mask
-        stored values; an array's own fill value, which has no attribute, does not.
+        Broadcasts against y; points where it is true (nonzero) are left out. So are the masked points of masked arrays.
     param_names : sequence of str, optional
-        Names for messages and tables; from the signature of ``f`` by default.
+        Names for messages and tables; by default from the signature of ``f``.
     fixed : dict, optional
-        Values of parameters, by name, that are not fitted. They are in the result, with error 0.
+        Values, by name, of parameters that are not fitted. They are in the result, with error 0.
     expr : dict, optional
-        What a parameter is a function of, by name: ``{"width2": "width1"}``. Names that are no parameter are derived
-        quantities, ``{"area": "height * width"}``, in the result's ``derived``, with errors by the delta method. Text may
-        have names, numbers, ``+ - * / **`` and functions such as ``exp``; else a function, written with `jax.numpy`, whose
-        arguments are called like parameters, or which takes a dict of those that are not tied.
-    strategy : {"auto", "standard", "chunked", "streaming"}
-        "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or
-        in this process where there is none. "streaming": nothing is held, each sweep reads the data anew, here or on the
-        workers, and a fit of a small sample comes first; see `dask_nlsq.solve.warm_start`. "auto": "chunked" for Dask and
-        on-disk data with a Client, "streaming" where they do not fit in memory. The result says in ``plan`` what was
-        decided, and `plan_fit` says it beforehand.
-    reduction : {"auto", "gram", "qr"}
-        How rows are condensed: J^T J, or its triangular factor where the condition asks for it.
-    jac_mode : {"auto", "columns", "arguments"}
-        How the columns of J are formed: all at once, or argument by argument, which pays where each parameter touches a
-        part of the model only. "auto" times both on a few thousand points where the data are large, once per model.
-    tr_solver : {None, "exact", "cg"}
-        Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
-    memory_limit_gb : float, optional
-        GiB, the most that this process, or each of the workers, may take for the fit; by default 75 % (see
-        `get_adaptive_memory_threshold`) of what is available here, or of each worker's limit as far as Dask does not spill.
-    partitions_per_thread : int, optional
-        Tasks per sweep for each thread of the workers: many small ones even out the memory. None: 4, fewer on more
-        than 250 threads, or as many as are necessary, up to 16.
+        Ties by name, ``{"width2": "width1"}``. Names that are not parameters define derived quantities, as in
+        ``{"area": "height * width"}``; they are in the result's ``derived``, with errors by the delta method. Text may
+        contain names, numbers, ``+ - * / **`` and functions such as ``exp``. Instead of text, a function written with
+        `jax.numpy`, whose arguments are named like parameters, or which takes a dict of all untied ones.
+    xrange : pair, list of pairs, or dict of them by name or place of a coordinate, optional
+        Fit range: points whose x is outside all intervals (low, high) count as masked. The ends belong to the interval; None
+        means no limit. For several coordinates ``{0: (1, 2)}`` by place in ``xdata``, or by name in xarray.
     n_starts : int
-        0: p0 alone. Else the best of so many starts, p0 among them, is looked for on a small sample of the data before
-        all of them are fitted; see `dask_nlsq.solve.multistart`. The result lists them in ``starts``.
+        0: start from p0 only. Otherwise the best of this many starts, including p0, is found on a small sample of the data
+        before all data are fitted; see `dask_nlsq.solve.multistart`. The result lists them in ``starts``.
+    strategy : {"auto", "standard", "chunked", "streaming"}
+        "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or in
+        this process without a Client. "streaming": nothing is held, each sweep reads the data again, here or on the workers,
+        after a fit of a small sample (`dask_nlsq.solve.warm_start`). "auto": "chunked" for Dask and on-disk data with a
+        Client, "streaming" where they do not fit in memory; `plan_fit` and the result's ``plan`` show which.
+    memory_limit_gb : float, optional
+        GiB that this process, or each worker, may use for the fit. Default: 75 % (see `get_adaptive_memory_threshold`) of
+        the memory available here, or of each worker's limit up to which Dask does not spill.
     checkpoint : path, optional
-        Directory in which a fit that streams keeps what it has read, so that `resume`, or the same call again, goes on
-        after it was killed. SIGTERM and Ctrl-C then end the fit at the best point so far, with status -3.
-    callback : callable, optional
-        Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
+        Directory in which a streaming fit saves its sweeps. If it is killed, `resume`, or the same call again, continues it.
+        SIGTERM and Ctrl-C then return the best point so far, with status -3.
     progress : bool, optional
         Progress bar; None: in a terminal or notebook, for fits that take longer than two seconds.
     verbose : {0, 1, 2}
         1 prints a summary, 2 a line per sweep.
+    callback : callable, optional
+        Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
+    check_finite, nan_policy : bool, {None, "raise", "omit"}
+        By default, and with "raise", nonfinite values of x, y or sigma raise ValueError. "omit" leaves their points out and
+        counts them. ``check_finite=False`` alone skips the check.
+    mask_values : sequence of numbers, optional
+        Stored values of y that mark invalid points, which count as masked. None: the largest value of unsigned integers of
+        16 bits and more in Zarr stores and HDF5 files, since detectors mark dead pixels and gaps with it; (): nothing.
+    valid_range : pair, optional
+        Lowest and highest valid value of y, after scaling (``decode_cf``); either may be None.
+    on_bad_chunk : {"raise", "mask"}
+        Unreadable chunks of Zarr arrays: an error, or their points are left out and the result's ``damage`` lists them.
+    missing_chunks : {"error", "mask", "fill"}
+        Absent chunks: an error before anything is read, left out, or read as fill values.
+    decode_cf : bool
+        Whether to apply the attributes ``scale_factor``, ``add_offset``, ``_FillValue``, ``missing_value``, ``valid_min``,
+        ``valid_max`` and ``valid_range`` of Zarr arrays and h5py datasets; the plan lists those applied. Masks refer to
+        stored values. An array's own fill value, which is not an attribute, does not mask.
+    ftol, xtol, gtol : float or None
+        Termination: relative reduction of the cost, relative step, gradient; None turns a test off. As in SciPy, the
+        gradient is in the units of the data for "trf", "dogbox" and with bounds; otherwise it is the cosine between the
+        residual and the columns of the Jacobian.
+    accuracy : float or None
+        Largest distance, in standard errors, from the optimum of the quadratic model at which a fit that passes these tests
+        has converged; see `dask_nlsq.kernels.rules`. None: SciPy's tests only.
+    max_nfev, maxfev : int, optional
+        Maximum number of evaluations of the cost; each is one sweep. By default 100 p, and 100 p more if a fit from p0 does
+        not converge and is repeated with the linear parameters of p0 solved for; in a map 100 p.
+    x_scale : "jac", scalar or array_like, shape (p,)
+        Characteristic scale of each parameter; "jac" takes it from the columns of the Jacobian.
+    method : {None, "auto", "trf", "lm", "dogbox"}
+        For compatibility with SciPy: all use one trust-region reflective method, `dask_nlsq.solve.trust_region`. "lm" with
+        bounds is an error, as in SciPy.
+    jac : callable, optional
+        ``jac(x, *params) -> (n, p)``, in jax.numpy. None and SciPy's "2-point", "3-point", "cs": exact derivatives by
+        forward-mode differentiation.
+    reduction : {"auto", "gram", "qr"}
+        How rows are condensed: J^T J, or its triangular factor if the condition requires it.
+    jac_mode : {"auto", "columns", "arguments"}
+        Columns of J all at once, or argument by argument (faster if each parameter affects only a part of the model). For
+        large data "auto" times both on a few thousand points, once per model.
+    tr_solver : {None, "exact", "cg"}
+        Subproblem by SVD, or by conjugate gradients; None: exact up to 500 parameters.
+    partitions_per_thread : int, optional
+        Tasks per sweep and worker thread. None: 4, up to 16 if memory requires it, fewer on more than 250 threads.
     performance_report : path, optional
-        HTML file for Dask's `distributed.performance_report` of the fit; needs a Client. The page about the result is
-        ``result.report(path)``.
+        HTML file for Dask's `distributed.performance_report`; needs a Client. ``result.report(path)`` is about the result.
+    full_output : bool
+        Return SciPy's ``(popt, pcov, infodict, mesg, ier)``.
 
     Returns
     -------
@@ -229,34 +219,44 @@ def curve_fit(
 
     Raises
     ------
-    ValueError, TypeError
-        Input that cannot be fitted; the message says which, and what to do.
-    NotADirectoryError
-        A checkpoint that is a file.
+    ValueError, TypeError, NotADirectoryError
+        Input that cannot be fitted; the message says why, and what to do.
     MemoryBudgetError
-        Data that do not fit where they are to be held; a MemoryError, raised before anything is read.
+        The data do not fit where they are to be held; a MemoryError, raised before anything is read.
     BadChunkError, MissingChunksError
-        Chunks of a Zarr array that cannot be read, or that are absent.
+        Chunks of a Zarr array that cannot be read, or are absent.
     NotConvergedError
-        No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
+        Not converged within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
     Interrupted
         Ctrl-C in a fit without a checkpoint; a KeyboardInterrupt, whose ``result`` is the best so far.
     NoWorkersError
-        No workers for as long as ``nlsq.worker-deadline`` allows; a RuntimeError.
+        All workers were gone for longer than ``nlsq.worker-deadline``; a RuntimeError.
 
     Warns
     -----
     scipy.optimize.OptimizeWarning
-        Where the data do not determine the covariance; pcov is inf then. Where a fit ends without success: no step lowers
-        the cost although the optimum of the quadratic model is far (status 11), or the model does not depend on a parameter
-        (status 12).
+        The data do not determine the covariance (pcov is inf); no step lowers the cost although the optimum of the quadratic
+        model is far (status 11); or the model does not depend on a parameter (status 12).
     RuntimeWarning
-        Where a store was written to while its data were read anew in each sweep, or the checkpoint could not be written.
+        A store changed while a streaming fit read it, or the checkpoint could not be written.
+
+    See Also
+    --------
+    fit_map, fit_groups : One fit for each pixel; one with shared parameters and others for each group.
+    plan_fit, hold, resume : Memory before a fit; data for several fits; a killed fit, continued.
 
     Notes
     -----
-    Each sweep reads the data once and gives cost, gradient and the p x p matrix of the quadratic model together; see
-    `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows` for the methods and their sources.
+    The methods and their sources are in `dask_nlsq.solve.trust_region` and `dask_nlsq.kernels.rows`.
+
+    Examples
+    --------
+    >>> import dask.array as da, jax.numpy as jnp; from dask_nlsq import curve_fit
+    >>> def decay(x, amplitude, rate):
+    ...     return amplitude * jnp.exp(-rate * x)
+    >>> x = da.linspace(0, 5, 10_000, chunks=1000)
+    >>> curve_fit(decay, x, 2 * da.exp(-0.7 * x), p0=[1, 1]).popt.round(6)
+    array([2. , 0.7])
     """
     ready = prepare(dict(locals())).read_covariance()
     result, run = _run(ready)
@@ -273,11 +273,6 @@ def curve_fit(
     return result
 
 
-WAY_OUT = (
-    "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
-    "accuracy=None takes what SciPy's tests accept."
-)
-
 curve_fit_large = curve_fit  # NLSQ's name for it: here every fit may be large
 
 
@@ -293,7 +288,7 @@ def fit(
     n_starts: int | None = None,
     **curve_fit_options,
 ) -> FitResult:
-    """`curve_fit` with strategy, tolerances and number of starts by the name of a workflow.
+    """`curve_fit` with the strategy, tolerances and number of starts of a named workflow.
 
     Workflows that stream keep a checkpoint in a new directory below ``nlsq_checkpoints``, unless ``checkpoint`` is given.
 
@@ -312,18 +307,24 @@ def fit(
     Parameters
     ----------
     f, xdata, ydata, p0
-        As in `curve_fit`. Data that `dask_nlsq.hold` holds have a strategy already: that of the workflow is not applied.
+        As in `curve_fit`. Data held by `dask_nlsq.hold` keep their strategy.
     goal : OptimizationGoal or str, optional
-        Shifts the tolerances by a tier, and asks for several starts or for none; see `dask_nlsq.presets`.
-    n_starts : int, optional
-        Number of starts; by default that of the workflow and the goal.
-    **curve_fit_options
-        What is given here wins over the workflow.
+        Shifts the tolerances by a tier, and sets whether several starts are tried; see `dask_nlsq.presets`.
+    n_starts, **curve_fit_options : optional
+        Number of starts, and any other arguments of `curve_fit`; they override the workflow.
 
     Raises
     ------
     ValueError
         An unknown workflow or goal; and as `curve_fit`.
+
+    See Also
+    --------
+    curve_fit : Strategy, tolerances and starts one by one.
+
+    Examples
+    --------
+    >>> result = fit(decay, x, y, p0=[1, 1], workflow="quality")  # doctest: +SKIP
     """
     options = dict(curve_fit_options, workflow=workflow, goal=goal, n_starts=n_starts)
     return curve_fit(**by_workflow(f, xdata, ydata, p0, options))
@@ -340,30 +341,37 @@ def resume(
     trust: bool | str | Path = False,
     **options,
 ) -> FitResult | Any:  # `GroupResult`, of a checkpoint of `fit_groups`
-    """Go on with a fit that ``checkpoint=path`` has kept; the result has the bits of one that was never interrupted.
+    """Continue a fit that was saved with ``checkpoint=path``; the result is bit-identical to that of an uninterrupted fit.
 
     Parameters
     ----------
     path : path
         Directory of the checkpoint.
     f, xdata, ydata, sigma, mask
-        As in the call that is resumed. Needed only where the checkpoint does not hold them: a model that cannot be
-        imported by its name, Dask arrays, open stores, arrays in memory above 64 MiB.
+        As in the call that is resumed. Needed only if the checkpoint does not contain them: models that cannot be imported
+        by name, Dask arrays, open stores, arrays in memory above 64 MiB.
     trust : bool or path
-        The checkpoint may be anybody's: what it imports and opens is printed, and it may import modules of installed
-        packages, and those that this process has imported, and open paths. A directory: the modules in it as well.
-        True: all modules, and URLs.
+        False: the checkpoint may open paths, and import installed packages and modules that are already imported. A
+        directory: the modules in it as well. True: all modules, and URLs. What it imports and opens is printed.
     **options
-        Limits and what a fit tells may change: ``max_nfev``, ``memory_limit_gb``, ``callback``, ``progress``, ``verbose``.
+        May differ from the first call: ``max_nfev``, ``memory_limit_gb``, ``callback``, ``progress``, ``verbose``.
 
     Raises
     ------
     CheckpointError
-        No checkpoint, something that it does not hold, or another model, other data or options than it was made with.
+        No checkpoint, something missing in it, or a checkpoint of another model, other data or other options.
     UntrustedError
         A module or URL that ``trust`` does not allow; a ValueError.
     DamagedFileError
-        A file that is not as it was written; a ValueError.
+        A file that has changed since it was written; a ValueError.
+
+    See Also
+    --------
+    curve_fit, fit_groups
+
+    Examples
+    --------
+    >>> result = resume("fit.ckpt")  # doctest: +SKIP
     """
     f, data, kept = read_call(path, f, dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask), trust)
     if "local" in kept:
@@ -375,26 +383,32 @@ def resume(
 
 @with_known_names(FITS | WORKFLOWS | GROUPS)
 def plan_fit(f: Callable, xdata: Any, ydata: Any = None, p0=None, **options) -> Plan:
-    """How `curve_fit`, or `fit`, would run: where the data are held, in which pieces, and what that takes.
+    """Plan `curve_fit`, `fit` or `fit_groups`: strategy, number of tasks and memory.
 
-    Reads nothing but metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.
+    Reads only metadata and the keys of stores. ``plan_fit(...).explain()`` prints the plan as a table.
 
     Parameters
     ----------
     f, xdata, ydata, p0
         As in `curve_fit`.
     **options
-        Any other arguments of `curve_fit`; of `fit` where ``workflow`` or ``goal`` is among them, of `fit_groups` where
-        ``local`` is.
+        Any other arguments of `curve_fit`; of `fit` if ``workflow`` or ``goal`` is among them; of `fit_groups` if ``local``
+        is.
 
     Raises
     ------
     MemoryBudgetError
-        Where the data do not fit; the message has the numbers and the way out.
-    ValueError, TypeError, NotADirectoryError
-        As `curve_fit`, as far as it can be seen without the values of the data.
-    BadChunkError, MissingChunksError
-        Chunks of a Zarr array that are damaged or absent.
+        The data do not fit; the message has the numbers, and what to change.
+    ValueError, TypeError, NotADirectoryError, BadChunkError, MissingChunksError
+        As `curve_fit`, as far as this shows without the values of the data.
+
+    See Also
+    --------
+    curve_fit, fit, fit_groups
+
+    Examples
+    --------
+    >>> plan_fit(decay, x, y, p0=[1, 1], memory_limit_gb=4).explain()  # doctest: +SKIP
     """
     table, whose = (GROUPS, "fit_groups") if "local" in options else (FITS | WORKFLOWS, "curve_fit and fit")
     if unknown := sorted(options.keys() - table.keys()):
@@ -539,7 +553,7 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
     pcov = scaled_covariance(solution, variance, ready.names)
     popt = run.start.copy()
     popt[ready.free] = solution.params
-    popt, pcov, spread, derived = _followed(params, popt, pcov)
+    popt, pcov, spread, derived = with_ties(params, popt, pcov)
     tied = {} if params.ties is None else {name: params.ties.texts[name] for name in params.ties.tied}
     whitened, sigma = data.factor is not None, data.operands[1]
     one_sigma = float(np.asarray(sigma).item()) if sigma.size == 1 and not whitened else None
@@ -584,14 +598,3 @@ def _assemble(ready: Prepared, run: _Run) -> FitResult:
         _labels=None if whitened else ready.source.labels,  # whitened points have lost their places
         _origins=origins(ready.source.arrays["xdata"]),
     )
-
-
-def _followed(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
-    """Values, covariance and derivatives of all parameters, of which ``pcov`` has the free ones; what ``expr`` derives."""
-    p, ties = len(popt), params.ties
-    if ties is None:
-        spread = np.eye(p)[:, list(params.free)]
-        return popt, spread_out(pcov, spread), spread, Params()
-    values, spread = ties.at(popt, params.free)
-    every = spread_out(pcov, spread)
-    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, ties.derived)

@@ -36,7 +36,7 @@ def _as_given(name, value):
 
 
 def _plain_records(attribute: str):
-    """A check that puts ``attribute`` in the place of each `Parameter`, so that a result gives starts, bounds and values."""
+    """A check that puts ``attribute`` instead of each `Parameter`, so that a result gives starts, bounds and values."""
 
     def plain(value):
         if isinstance(value, Mapping):
@@ -181,7 +181,7 @@ _directory = _must(  # or what makes one
 )
 _names = _must(_are_names, "different names in a list or tuple", tuple)
 _values = _must(_are_numbers, "a sequence of numbers")
-_range = _must(_are_ends, "a pair (low, high), in order, None for no limit")
+_range = _must(_are_ends, "a pair (low, high), in order, None for unlimited")
 _tolerance = _must(
     lambda value: value is None or (is_number(value) and 0 <= value <= FLOAT_MAX),
     "a number >= 0 or None",
@@ -193,7 +193,7 @@ _scipys_most = _must(  # 0 is the default
     "None or a positive integer",
     lambda value: int(min(value, MOST_COUNT)) or None,
 )
-_starts = _must(lambda value: is_integer(value) and 0 <= value <= MOST_STARTS, "0 (p0 alone) or a number of starts", int)
+_starts = _must(lambda value: is_integer(value) and 0 <= value <= MOST_STARTS, "0 (only p0) or a number of starts", int)
 _scale = _must(lambda value: not isinstance(value, str) or value == "jac", "'jac' or positive numbers")
 _jacobian = _must(
     lambda value: callable(value) or (isinstance(value, (str, NoneType)) and value in (None, "2-point", "3-point", "cs")),
@@ -248,21 +248,21 @@ FITS = {  # of `curve_fit`, without the model and its data
     "gtol": Row(_tolerance, 1e-8, same=True, maps=True),
     "accuracy": Row(_accuracy, ACCURACY, same=True, maps=True, option=Option(
         f"Standard errors from the optimum at which a fit has converged: {ACCURACY}.", float)),
-    "max_nfev": Row(_optional(_most), None, limit=True, maps=True, option=Option("Most sweeps over the data.", int)),
+    "max_nfev": Row(_optional(_most), None, limit=True, maps=True, option=Option("Maximum number of sweeps.", int)),
     "maxfev": Row(_optional(_scipys_most), None, limit=True),
     "mask": Row(_mask, None, maps=True, option=Option("Path of a Zarr array that is true where a point is left out.")),
     "mask_values": Row(_optional(_values), None, same=True, maps=True, option=Option(
-        "Values of y that are invalid: 65535,0; or none. By default the largest value of unsigned integers.")),
+        "Values of y that mark invalid points: 65535,0; or none. By default the largest value of unsigned integers.")),
     "valid_range": Row(_optional(_range), None, same=True, maps=True, option=Option(
-        "Lowest and highest value of y that counts: 0:1000 or 0:")),
+        "Lowest and highest valid value of y: 0:1000 or 0:")),
     "xrange": Row(_optional(_intervals), None, same=True, maps=True, option=Option(
-        "Fit range of x, whose ends count: 8.9:9.6; several: 1:2,4:5; of coordinate 0 of several: 0=8.9:9.6", many=True)),
+        "Fit range of x, ends included: 8.9:9.6; several: 1:2,4:5; of coordinate 0 of several: 0=8.9:9.6", many=True)),
     "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
         "mask: leave out chunks that cannot be read.")),
     "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
         "What becomes of chunks that are absent.")),
     "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
-        "Fit values as they are stored: scale_factor, _FillValue and such are left.", bool)),
+        "Fit the stored values, without scale_factor, _FillValue and such.", bool)),
     "param_names": Row(_optional(_names), None, same=True, maps=True),
     "fixed": Row(_plain_records("value"), None, same=True, maps=True, option=Option(
         "Values that are not fitted: c=0.5", many=True)),
@@ -274,9 +274,9 @@ FITS = {  # of `curve_fit`, without the model and its data
     "jac_mode": Row(_choice("auto", "columns", "arguments"), "auto", same=True, maps=True),
     "tr_solver": Row(_choice(None, "exact", "cg"), None, same=True),
     "memory_limit_gb": Row(_optional(positive), None, limit=True, maps=True, option=Option(
-        "GiB, the most that each process may take.", float, "memory-limit")),
+        "Memory that each process may use, in GiB.", float, "memory-limit")),
     "partitions_per_thread": Row(_optional(count), None, limit=True),
-    "n_starts": Row(_starts, 0, same=True, option=Option("Look for the best of so many starts.", int)),
+    "n_starts": Row(_starts, 0, same=True, option=Option("Use the best of this many starts.", int)),
     "checkpoint": Row(_optional(_directory), None, option=Option("Directory from which a killed fit is resumed.", Path)),
     "callback": Row(_optional(_callback), None),
     "progress": Row(_optional(_flag), None),
@@ -289,7 +289,7 @@ WORKFLOWS = {  # of `fit`, besides
     "n_starts": Row(_optional(_starts), None),
 }
 MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
-    "axis": Row(_as_given, -1, option=Option("Of the spectra in STORE; the last one by default.", int, many=True)),
+    "axis": Row(_as_given, -1, option=Option("Axis of the spectra in STORE; the last one by default.", int, many=True)),
     "nan_policy": Row(_choice("omit", "raise"), "omit", option=FITS["nan_policy"].option),
     "guess": Row(_choice(None, "coarse-to-fine"), None, option=Option(
         "Pixels start from fits of the means of their neighbourhood.")),
@@ -298,9 +298,9 @@ MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
 GROUPS = {name: row for name, row in MAPS.items() if name not in ("axis", "guess")} | {  # of `fit_groups`
     "local": Row(
         _must(lambda value: isinstance(value, str) or _are_names(value), "the name of a parameter, or names"), (),
-        option=Option("Parameters that each group has of its own: scale,background", many=True)),
+        option=Option("Parameters that each group has for itself: scale,background", many=True)),
     "group_axes": Row(_as_given, None, option=Option("Axis of STORE along which the groups lie.", int, many=True)),
-    "groups": Row(_as_given, None, option=Option("Path of a Zarr array of labels, in place of --group-axes.")),
+    "groups": Row(_as_given, None, option=Option("Path of a Zarr array of labels, instead of --group-axes.")),
 } | {name: FITS[name] for name in ("jac", "checkpoint", "callback", "progress", "verbose")}  # fmt: skip
 SAME = [name for name, row in FITS.items() if row.same]
 LIMITS = [name for name, row in FITS.items() if row.limit]
@@ -340,7 +340,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
-    """A decorator that refuses a keyword which is no argument, with the nearest one: Python names it from 3.13 on.
+    """A decorator that refuses an unknown keyword, and names the nearest argument: Python names it from 3.13 on.
 
     And a model, where the function takes none.
     """
@@ -353,7 +353,7 @@ def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
         def call(*args, **options):
             if not takes_model and any(map(callable, (*args, options.get("f")))):
                 raise TypeError(
-                    f"{function.__name__} takes xdata and ydata, and no model: that is for each curve_fit(f, data, p0=...)"
+                    f"{function.__name__} takes xdata and ydata, not a model: give the model to curve_fit(f, data, p0=...)"
                 )
             for name in options.keys() - names:
                 if name == "report" and "performance_report" in names:
@@ -420,8 +420,8 @@ def is_reweighted(sigma) -> bool:
 def noise_of(call) -> Noise:
     if is_reweighted(call.sigma):
         if call.loss not in ("linear", "poisson"):
-            raise ValueError(f"sigma='poisson' is least squares: it does not go with loss={call.loss!r}")
+            raise ValueError(f"sigma='poisson' is least squares: it cannot be combined with loss={call.loss!r}")
         return Noise("poisson", call.absolute_sigma, True)
     if call.loss == "poisson" and call.sigma is not None:
-        raise ValueError(f"loss={call.loss!r} has the weights that belong to it: leave out `sigma`")
+        raise ValueError(f"loss={call.loss!r} determines the weights: leave out `sigma`")
     return Noise(call.loss, call.absolute_sigma or call.loss == "poisson", False)

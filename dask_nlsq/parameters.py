@@ -79,8 +79,8 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
         raise ValueError(f"`p0` must be numbers or 'guess', not {p0!r}")
     if isinstance(p0, str) and not getattr(f, "can_guess", False):
         raise ValueError(
-            f"`p0` is 'guess', but only ready models can guess: {function_name(f)} is none. Give p0 as numbers, or take "
-            "a model, or a sum of models, of dask_nlsq.models"
+            f"`p0` is 'guess', but only models from dask_nlsq.models can guess a start; {function_name(f)} is not one of "
+            "them. Give p0 as numbers, or use one of these models, or a sum of them"
         )
     if not isinstance(f, ReadyModel):
         return p0, bounds, ()
@@ -150,7 +150,7 @@ def _start_and_bounds(name, starts, pair, fixed, shape) -> tuple[Any, Any, Any]:
     low, high = (_value(f"bounds of {name}", each, shape) for each in ends)
     numbers = np.ndim(low) == np.ndim(high) == 0  # arrays count where a pixel has points
     if numbers and not (low == low and high == high):
-        raise ValueError("`bounds` must not contain nan: use -inf and inf where there is none")
+        raise ValueError("`bounds` must not contain nan: use -inf and inf for unbounded parameters")
     if name in fixed:
         value = _value(f"fixed[{name!r}]", fixed[name], shape)
         if np.ndim(value) == 0 and not np.isfinite(value):
@@ -240,7 +240,7 @@ def _value(name, value, shape):
 
 
 def _numbers(name, value):
-    """``value`` as float64: True, "1", None and complex values are no numbers."""
+    """``value`` as float64: True, "1", None and complex values are not numbers."""
     if has_masked(value):
         value = plain_array(name, value)
     try:

@@ -34,7 +34,7 @@ HELD_PARAMS = 20  # parameters that memory is reckoned for where the model is no
 class Source(NamedTuple):
     """The data of a fit: aligned, and where they will be swept, or are held already."""
 
-    arrays: dict[str, Any]  # xdata, ydata, sigma and mask as they came, but for plain arrays in the place of labelled ones
+    arrays: dict[str, Any]  # xdata, ydata, sigma and mask as they came, except that labelled arrays became plain ones
     labels: Labels | None  # of y
     data: Data
     stored: list[Stored]  # arrays in stores that are read
@@ -93,7 +93,7 @@ class Prepared:
 
 
 def prepare(given: Mapping[str, Any]) -> Prepared:
-    """Check the arguments of `dask_nlsq.curve_fit` and align the data, of which nothing is read but the keys of stores.
+    """Check the arguments of `dask_nlsq.curve_fit` and align the data, reading only the keys of stores.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
     if call.method == "lm" and call.loss != "linear":
         raise ValueError("method='lm' supports only 'linear' loss function. Use 'trf' or 'dogbox' instead.")
     if call.checkpoint is not None and call.strategy not in ("auto", "streaming"):
-        raise ValueError(f"`checkpoint` is for data that are read anew in each sweep: not for strategy={call.strategy!r}")
+        raise ValueError(f"`checkpoint` needs data that are read again in each sweep, not strategy={call.strategy!r}")
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"])
     noise, params = noise_of(call), read_parameters(f, call)
     options, n = _solver_options(call, noise, params), len(params.free)
@@ -117,8 +117,8 @@ def prepare(given: Mapping[str, Any]) -> Prepared:
         source = align(call, xdata, ydata, objective, n)
     if source.client is None and call.performance_report is not None:
         raise ValueError(
-            f"performance_report={str(call.performance_report)!r} is about the work of a cluster: it needs a Client, and "
-            "data that go there"
+            f"performance_report={str(call.performance_report)!r} reports the work of a cluster: it needs a "
+            "Client, and data on its workers"
         )
     ready = Prepared(given, call, params, noise, options, objective, source)
     if call.checkpoint is not None and not callable(call.checkpoint):
@@ -181,7 +181,7 @@ HELD = (  # arguments that belong to the data
 
 
 class HeldData:
-    """Data that several fits share, as `dask_nlsq.hold` gives them. A context manager, which gives the memory back."""
+    """Data from `dask_nlsq.hold` that several fits share. A context manager, which frees the memory."""
 
     def __init__(self, source: Source, given: Mapping[str, Any]):
         self._source = source = _with_factor(source)
@@ -193,7 +193,7 @@ class HeldData:
 
     @property
     def plan(self) -> Plan:
-        """Where the data are, and what that takes."""
+        """Where the data are held, and the memory that this takes."""
         return self._source.plan
 
     def __enter__(self):
@@ -203,19 +203,19 @@ class HeldData:
         self.close()
 
     def close(self) -> None:
-        """Give back what is held; no fit can use it any more."""
+        """Free the held data; fits can no longer use them."""
         if not self.closed:
             self.closed = True
             self._sweep.place.close()
 
     def __repr__(self):
-        state = "given back" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
+        state = "released" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
         return f"<HeldData {self.plan.n_points:,} points, {state}>"
 
     def __array__(self, *args, **options):
         raise TypeError(
-            "data that `hold` holds take the place of xdata, ydata and all that belongs to them, as in curve_fit(f, data): "
-            "elsewhere pass the arrays themselves"
+            "data from `hold` replace xdata, ydata, sigma and mask in a fit, as in curve_fit(f, data): elsewhere pass the "
+            "arrays themselves"
         )
 
     def source_for(self, call: SimpleNamespace, ydata, objective: Objective, n_params: int) -> Source:
@@ -228,7 +228,7 @@ class HeldData:
             once.
         """
         if self.closed:
-            raise ValueError("these data have been given back: use them within `with hold(...) as data:`")
+            raise ValueError("these data have been released: use them within `with hold(...) as data:`")
         client = self._source.client
         if client is not None and client.status != "running":
             raise ValueError("these data were held by the workers of a Client that is closed: hold them again")
@@ -238,9 +238,9 @@ class HeldData:
             alike = value is default or (isinstance(value, (str, bool)) and value == default)
             if not alike and not (name == "sigma" and reweighted):
                 way_out = "give it to hold(...)" + "; p0 goes by name: curve_fit(f, data, p0=...)" * (name == "ydata")
-                raise ValueError(f"`{name}` belongs to the data that are held: {way_out}")
+                raise ValueError(f"`{name}` belongs to the held data: {way_out}")
         if (objective.counts or reweighted) and self._source.arrays["sigma"] is not None:
-            raise ValueError("counts have weights of their own: hold them without `sigma`")
+            raise ValueError("the model determines the weights of counts: hold them without `sigma`")
         if call.checkpoint is not None and self.plan.strategy != "streaming":
             raise ValueError('`checkpoint` is for data that are read again in each sweep: hold(..., strategy="streaming")')
         if _admitted(objective, n_params, self._source.data):
@@ -273,14 +273,13 @@ def hold(
 ) -> HeldData:
     """Load data once for several fits: other models, starts or losses.
 
-    Within ``with hold(x, y) as data:`` each ``curve_fit(f, data, p0=...)`` works on what is held, in this process or on the
-    workers of the active Client. With ``strategy="streaming"`` nothing is held, but the sample that a fit begins with.
+    Within ``with hold(x, y) as data:`` each ``curve_fit(f, data, p0=...)`` uses the held data, in this process or on the
+    workers of the active Client. With ``strategy="streaming"`` only the sample that a fit begins with is held.
 
     Parameters
     ----------
     xdata, ydata, sigma, mask, ...
-        As in `dask_nlsq.curve_fit`, to which they cannot be given a second time; ``sigma="poisson"`` is an argument of the
-        fits.
+        As in `dask_nlsq.curve_fit`, which then does not accept them again; ``sigma="poisson"`` is given to the fits instead.
 
     Returns
     -------
@@ -289,7 +288,11 @@ def hold(
     Raises
     ------
     ValueError, TypeError, MemoryBudgetError, BadChunkError, MissingChunksError
-        As `dask_nlsq.curve_fit`; a TypeError for a model, too.
+        As `dask_nlsq.curve_fit`; a model is a TypeError.
+
+    See Also
+    --------
+    curve_fit, fit_map, compare
 
     Examples
     --------
@@ -300,7 +303,7 @@ def hold(
     given = dict(locals())
     call = checked({name: FITS[name] for name in HELD}, given)
     if is_reweighted(call.sigma):
-        raise ValueError("sigma='poisson' is not of the data: give it to curve_fit")
+        raise ValueError("sigma='poisson' does not belong to the data: give it to curve_fit")
     return HeldData(align(call, xdata, ydata, None, HELD_PARAMS), {name: given[name] for name in HELD})
 
 

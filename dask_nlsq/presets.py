@@ -1,4 +1,4 @@
-"""Presets and goals of `dask_nlsq.fit`, as data: what the name of a workflow means as arguments of `dask_nlsq.curve_fit`."""
+"""Presets and goals of `dask_nlsq.fit`, as data: the arguments of `dask_nlsq.curve_fit` for each workflow."""
 
 from bisect import bisect_right
 from enum import Enum

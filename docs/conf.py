@@ -24,22 +24,34 @@ nitpick_ignore_regex = [("py:.*", r"(?!dask_nlsq\.).*")]  # other projects' name
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"dask_nlsq {release}"
-html_theme_options = {"show_nav_level": 2, "navigation_with_keys": False, "navbar_align": "left"}
+html_theme_options = {
+    "show_nav_level": 2,
+    "navigation_with_keys": False,
+    "navbar_align": "left",
+    "header_links_before_dropdown": 5,  # up to the reference
+}
 html_show_sourcelink = False
+pages = ("start", "notebooks", "gallery", "how-it-works", "command-line", "configuration", "benchmarks", "limits")
+html_sidebars = {page: [] for page in pages}  # which have no pages below them
 
 
 def readable(app, what, name, obj, options, lines):
     """Docstrings are written for `help`: here formulas stay as they stand, and footnotes of several modules apart."""
     text = "\n".join(lines)
     if what == "module":
-        room = name.rpartition(".")[2]
+        module = name.rpartition(".")[2]
         text = re.sub(r"(?<!:):\n\n(?=    )", "::\n\n", text)
-        text = re.sub(r"\[(\d)\](?=_| )", rf"[#{room}-\1]", text)
+        text = re.sub(r"\[(\d)\](?=_| )", rf"[#{module}-\1]", text)
         text = re.sub(r"^(\w+)\n-+\n", r".. rubric:: \1\n\n", text, flags=re.MULTILINE)
     elif isinstance(obj, ReadyModel) or name.startswith("dask_nlsq.models."):
         text = re.sub(r"^([a-z]\w*(?:, [.\w]+)*) : ", r"* **\1**: ", text, flags=re.MULTILINE)
     text = re.sub(r"(?<!`)\(\*(?=\w)", r"(\\*", text)  # (*map, p) is no emphasis
     lines[:] = text.split("\n")
+
+
+def without_private(app, what, name, obj, options, signature, returned):
+    """Fields that only the package sets are not arguments of a class."""
+    return (re.sub(r",? ?\b_\w+.*", ")", signature), returned) if signature else None  # they come last
 
 
 def of_a_tuple(app, what, name, obj, skip, options):
@@ -49,4 +61,5 @@ def of_a_tuple(app, what, name, obj, skip, options):
 
 def setup(app):
     app.connect("autodoc-skip-member", of_a_tuple)
+    app.connect("autodoc-process-signature", without_private)
     app.connect("autodoc-process-docstring", readable, priority=100)  # before numpydoc

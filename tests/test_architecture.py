@@ -128,6 +128,35 @@ def test_public_modules_are_attributes_that_are_imported_when_they_are_used():
     assert said.split() == [*(f"dask_nlsq.{name}" for name in sorted(PUBLIC)), "True"]
 
 
+OFFERED = {  # by the public modules, to whoever presses the tab key
+    "models": {
+        "ReadyModel", "arctan_edge", "damped_sine", "exponential", "g2_double", "g2_single", "gaussian", "line",
+        "lorentzian", "moffat", "named", "polynomial", "power_law", "pseudo_voigt", "sigmoid", "stretched_exponential",
+        "voigt",
+    },
+    "plots": {
+        "contours", "convergence", "correlation", "fit", "images", "maps", "profile", "residual_histogram", "residuals",
+        "spectrum",
+    },
+    "statistics": {
+        "Noise", "Statistics", "Totals", "correlation", "distance_at", "largest_correlations", "quantile", "root",
+        "statistics",
+    },
+    "accessor": {"Accessor"},
+    "dashboard": {"dask_setup"},
+}  # fmt: skip
+
+
+def offered(module) -> set[str]:
+    return {name for name in dir(module) if not name.startswith("_")}
+
+
+def test_completion_offers_public_names_only():
+    dask_nlsq.curve_fit  # noqa: B018  which loads modules that become attributes of the package
+    assert offered(dask_nlsq) == {*dask_nlsq.__all__} | PUBLIC
+    assert {name: offered(getattr(dask_nlsq, name)) for name in PUBLIC} == OFFERED
+
+
 def test_no_module_hides_a_public_name():
     beside = {module for module in SOURCES if "." not in module} | {folder(module) for module in MODULES}
     assert not beside & set(dask_nlsq.__all__)

@@ -68,7 +68,7 @@ OPTIONS = {
     "p0 outside bounds": (r"Initial guess is outside of provided bounds: a = 5.0 is not in \[0.0, 2.0\]",
                           {"p0": [5, 1], "bounds": (0, 2)}),
     "p0 of the wrong length": (r"`p0` has 3 values, but decay takes 2 parameters", {"p0": [1, 2, 3]}),
-    "p0 masked": ("`p0` is a masked array, and each value is needed", {"p0": np.ma.masked_array([1.0, 2.0], [0, 1])}),
+    "p0 masked": ("`p0` is a masked array, and all values are needed", {"p0": np.ma.masked_array([1.0, 2.0], [0, 1])}),
     "bounds masked": (r"`bounds\[1\]` is a masked array", {"bounds": (0, np.ma.masked_array([1.0, 2.0], [0, 1]))}),
     "p0 not finite": ("`p0` must be finite: b is nan", {"p0": [1, np.nan]}),
     "p0 a matrix": ("`p0` must be a vector", {"p0": [[1, 2]]}),

@@ -180,7 +180,7 @@ def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
         ("'one' is not a number", ("fit", "STORE", *DECAY, "--p0", "a=one")),
         ("names 'a' twice", ("fit", "STORE", *DECAY, "--fixed", "a=1,a=2")),
         ("two ends with a colon", ("fit", "STORE", *DECAY, "--bounds", "a=1")),
-        ("only ready models can guess", ("fit", "STORE", *DECAY, "--p0", "guess")),
+        ("only models from dask_nlsq.models can guess", ("fit", "STORE", *DECAY, "--p0", "guess")),
         ("No such option.*--p1.*dask|nlsq fit --help", ("fit", "STORE", *DECAY, "--p1", "a=1")),
         ("Missing argument 'STORE'", ("plan",)),
         ("No such command 'fti'", ("fti",)),

@@ -80,14 +80,14 @@ def test_a_saved_sum_of_ready_models_has_its_components(tmp_path):
 def test_what_has_no_components_or_no_guess_or_no_names_says_so(fitted, tmp_path):
     with pytest.raises(ValueError, match=r"tail is not a sum of models: add a function to one of dask_nlsq\.models"):
         curve_fit(tail, X, Y, [1, 1]).components()
-    with pytest.raises(ValueError, match="`p0` is 'guess', but only ready models can guess"):
+    with pytest.raises(ValueError, match=r"only models from dask_nlsq\.models can guess a start; .* is not one of them"):
         curve_fit(SUM, X, Y, "guess")
     with pytest.raises(ValueError, match="`p0` has no 'gaussian_width'"):
         curve_fit(SUM, X, Y, {name: 1 for name in P0 if name != "gaussian_width"})
     for wrong in (lambda: models.line + 3, lambda: 2 * models.line, lambda: models.line * "a"):
         with pytest.raises(TypeError, match="is neither a model nor a function"):
             wrong()
-    with pytest.raises(TypeError, match="has no names for its parameters"):
+    with pytest.raises(TypeError, match=r"the parameters of .* have no names"):
         models.line + (lambda x, *params: x)
     fitted.save(tmp_path / "kept")
     with pytest.raises(ValueError, match="has no name to import it by"):

@@ -7,6 +7,7 @@ here.
 """
 
 import doctest
+import inspect
 import io
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 import yaml
 from distributed import default_client
 
+import dask_nlsq
 from dask_nlsq import __all__ as public
 from dask_nlsq import __version__
 from dask_nlsq.interface.cli import nlsq
@@ -152,8 +154,15 @@ def test_every_setting_is_on_its_page():
 
 
 def test_every_public_name_is_in_the_reference():
-    page = (ROOT / "docs" / "reference" / "index.md").read_text()
-    assert not [each for each in public if not re.search(rf"^\s+{each}$", page, re.MULTILINE)]
+    text = "".join((ROOT / "docs" / "reference" / f"{page}.md").read_text() for page in ("index", "compatibility"))
+    assert sorted(re.findall(r"^   (\w+)$", text, re.MULTILINE)) == sorted(public)
+
+
+def test_every_picture_is_in_the_gallery_and_every_notebook_on_its_page():
+    pictures, notebooks = (ROOT / "docs").glob("*.png"), (ROOT / "notebooks").glob("*.ipynb")
+    page = (ROOT / "docs/notebooks.md").read_text()
+    assert {each.name for each in pictures} == {*re.findall(r"\((\S+\.png)\)", (ROOT / "docs/gallery.md").read_text())}
+    assert {each.name for each in notebooks} == {*re.findall(r"notebooks/(\S+\.ipynb)>", page)}
 
 
 def test_contributors_find_every_module_in_its_order():
@@ -170,3 +179,22 @@ def in_order():
 
 def test_the_version_to_cite_is_that_of_the_package():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+@pytest.mark.parametrize(
+    "function", ["compare", "curve_fit", "fit", "fit_groups", "fit_map", "hold", "load", "plan_fit", "resume"]
+)
+def test_help_has_examples_that_run_and_names_related_functions(function):
+    function = getattr(dask_nlsq, function)
+    text = inspect.getdoc(function)
+    assert "\nSee Also\n" in text
+    example = doctest.DocTestParser().get_doctest(text, {}, function.__name__, None, None)
+    assert example.examples
+    assert doctest.DocTestRunner(optionflags=SAME).run(example, clear_globs=False).failed == 0  # models live on
+
+
+def test_help_of_curve_fit_has_everyday_arguments_first():
+    head = inspect.getdoc(dask_nlsq.curve_fit).split("Returns\n---")[0]
+    every = [name for line in re.findall(r"^(\w[\w, ]*) : ", head, re.M) for name in line.split(", ")]
+    assert every[:9] == ["f", "xdata", "ydata", "p0", "sigma", "absolute_sigma", "bounds", "loss", "f_scale"]
+    assert every[9:13] == ["mask", "param_names", "fixed", "expr"]

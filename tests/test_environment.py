@@ -79,7 +79,7 @@ def test_memory_limits_that_are_missing_or_uneven_are_named():
     small, none = large._replace(name="tcp://small", limit=2**30), large._replace(name="tcp://none", limited=False)
     assert advice([here, large, large._replace(limit=3.9 * 2**30)]) == []
     uneven, missing = advice([here, large, small, none])
-    assert uneven.startswith("tcp://small: memory limit 1.00 GiB, of others 4.00 GiB") and "--memory-limit" in uneven
+    assert uneven.startswith("tcp://small: memory limit 1.00 GiB, others 4.00 GiB") and "--memory-limit" in uneven
     assert missing.startswith("tcp://none: no memory limit") and "--memory-limit" in missing
     (single,) = advice([here, large._replace(x64="no")])
     assert "JAX_PLATFORMS=cpu" in single

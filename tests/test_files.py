@@ -117,7 +117,7 @@ def test_arrays_that_are_objects_are_never_loaded_nor_is_it_advised(fitted, tmp_
     fitted.save(tmp_path)
     (file,) = tmp_path.glob("*.npz")
     write_arrays(file, {"result.pcov": np.array([Evil()])}, schema.VERSION)
-    with pytest.raises(DamagedFileError, match="it does not hold arrays of numbers alone"):
+    with pytest.raises(DamagedFileError, match="it contains something other than arrays of numbers"):
         load(tmp_path)
     assert not (tmp_path / "run").exists()
 
@@ -152,7 +152,7 @@ def checkpoint(store, tmp_path):
 def test_a_file_of_another_fit_is_not_taken_for_one_of_this(checkpoint, store, tmp_path, name):
     curve_fit(decay, X, store, [1.1, 1.0, 0.1], checkpoint=tmp_path / "other")
     shutil.copy(tmp_path / "other" / f"{name}.npz", checkpoint)
-    with pytest.raises(CheckpointError, match=rf"{name}\.npz is of another fit than the fit\.json beside it: remove it"):
+    with pytest.raises(CheckpointError, match=rf"{name}\.npz belongs to another fit than the fit\.json beside it"):
         resume(checkpoint)
 
 
@@ -219,7 +219,8 @@ def test_a_checkpoint_imports_modules_of_packages_alone_unless_it_is_trusted(che
     names(checkpoint, model=["own_of_trust", "decay"])
     for trust in (False, tmp_path / "c"):
         with pytest.raises(
-            UntrustedError, match=r"own_of_trust \(.*own_of_trust\.py\) is not of an installed package.*name the directory"
+            UntrustedError,
+            match=r"own_of_trust \(.*own_of_trust\.py\) does not belong to an installed .*name the directory",
         ):
             resume(checkpoint, trust=trust)
     assert not trace.exists()

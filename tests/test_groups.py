@@ -228,8 +228,8 @@ def test_local_maps_are_written_and_read(tmp_path):
     ("options", "error", "message"),
     [
         (dict(local="amplitud"), ValueError, "`local` names 'amplitud', the parameters are"),
-        (dict(local=tuple(P0)), ValueError, "`local` names all parameters .*`fit_map`"),
-        (dict(local="beta", fixed=dict(beta=1.0)), ValueError, "`local` names no parameter that is fitted.*`curve_fit`"),
+        (dict(local=tuple(P0)), ValueError, "`local` names all fitted parameters.*`fit_map`"),
+        (dict(local="beta", fixed=dict(beta=1.0)), ValueError, "`local` does not name a fitted parameter.*`curve_fit`"),
         (dict(local=()), ValueError, "`local` must be"),
         (dict(group_axes=(0, 1)), ValueError, "`group_axes` names all axes"),
         (dict(group_axes=2), ValueError, "`group_axes` must name axes of `ydata`, which has 2"),

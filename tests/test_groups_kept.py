@@ -417,9 +417,9 @@ def test_diagnostics_name_what_can_change_places_unless_bounds_tell():
     y = a[0] * np.exp(-T / 0.4) + a[1] * np.exp(-T / 2.5) + np.random.default_rng(1).normal(0, 0.01, (12, N))
     options = dict(p0=dict(a1=1, a2=1, tau1=0.5, tau2=2), local=("a1", "a2"), group_axes=0)
     text = str(fit_groups(biexponential, T, y, **options).diagnostics)
-    assert "tau1 and tau2 can change places" in text
+    assert "tau1 and tau2 are interchangeable" in text
     told = dict(tau1=(0.01, 1), tau2=(1, 10))
-    assert "change places" not in str(fit_groups(biexponential, T, y, **options, bounds=told).diagnostics)
+    assert "interchangeable" not in str(fit_groups(biexponential, T, y, **options, bounds=told).diagnostics)
 
 
 def test_diagnostics_say_where_counts_are_too_few_and_which_groups_pull():
@@ -430,7 +430,7 @@ def test_diagnostics_say_where_counts_are_too_few_and_which_groups_pull():
         return a * jnp.exp(-t / tau) + b
 
     positive = dict(a=(0, None), b=(1e-3, None))
-    assert "counts in a group for 2 locals are few" in str(
+    assert "counts in a group are few for 2 locals" in str(
         fit_groups(f, T, few, loss="poisson", bounds=positive, **options).diagnostics
     )
     y = Y.copy()

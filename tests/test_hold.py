@@ -110,7 +110,7 @@ def test_a_workflow_applies_to_held_data_but_for_its_strategy(options, tmp_path,
     with hold(X, Y) as data:
         found = fit(decay, data, p0=[1, 1, 0], **options)
         assert plan_fit(decay, data, p0=[1, 1, 0], **options) == found.plan
-        with pytest.raises(ValueError, match="`strategy` belongs to the data"):
+        with pytest.raises(ValueError, match="`strategy` belongs to the held data"):
             fit(decay, data, None, [1, 1, 0], strategy="streaming", **options)
     expected = fit(decay, X, Y, p0=[1, 1, 0], **options | dict(strategy="standard"))
     assert (found.popt == expected.popt).all() and found.strategy == "standard"
@@ -169,11 +169,11 @@ def test_a_large_model_is_sent_to_each_worker_once(workers):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(sigma=2.0), "`sigma` belongs to the data"),
-        (dict(ydata=Y), "`ydata` belongs to the data"),
-        (dict(strategy="streaming"), "`strategy` belongs to the data"),
+        (dict(sigma=2.0), "`sigma` belongs to the held data"),
+        (dict(ydata=Y), "`ydata` belongs to the held data"),
+        (dict(strategy="streaming"), "`strategy` belongs to the held data"),
         (dict(checkpoint="here"), 'hold\\(..., strategy="streaming"\\)'),
-        (dict(mask=X > 1), "`mask` belongs to the data"),
+        (dict(mask=X > 1), "`mask` belongs to the held data"),
     ],
 )
 def test_what_belongs_to_the_data_is_given_once(options, message):
@@ -185,13 +185,13 @@ def test_what_belongs_to_the_data_is_given_once(options, message):
     "call, error, message",
     [
         (lambda data: curve_fit(decay, data, [1, 1, 0]), ValueError, r"p0 goes by name: curve_fit\(f, data, p0=...\)"),
-        (lambda data: curve_fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
-        (lambda data: fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
-        (lambda data: plan_fit(decay, X, data), TypeError, "take the place of xdata, ydata"),
-        (lambda data: hold(decay, X, Y), TypeError, "no model: that is for each curve_fit"),
-        (lambda data: hold(X, Y, decay), TypeError, "no model: that is for each curve_fit"),
-        (lambda data: hold(X, Y, f=decay), TypeError, "no model: that is for each curve_fit"),
-        (lambda data: hold(decay, X), TypeError, "no model: that is for each curve_fit"),
+        (lambda data: curve_fit(decay, X, data), TypeError, "data from `hold` replace xdata, ydata"),
+        (lambda data: fit(decay, X, data), TypeError, "data from `hold` replace xdata, ydata"),
+        (lambda data: plan_fit(decay, X, data), TypeError, "data from `hold` replace xdata, ydata"),
+        (lambda data: hold(decay, X, Y), TypeError, "not a model: give the model to curve_fit"),
+        (lambda data: hold(X, Y, decay), TypeError, "not a model: give the model to curve_fit"),
+        (lambda data: hold(X, Y, f=decay), TypeError, "not a model: give the model to curve_fit"),
+        (lambda data: hold(decay, X), TypeError, "not a model: give the model to curve_fit"),
     ],
 )
 def test_an_argument_in_the_wrong_place_is_named(call, error, message):
@@ -229,16 +229,16 @@ def test_a_default_may_be_given_in_any_form():
     ],
 )
 def test_held_data_are_named_where_an_array_belongs(call):
-    with hold(X, Y) as data, pytest.raises(TypeError, match="data that `hold` holds"):
+    with hold(X, Y) as data, pytest.raises(TypeError, match="data from `hold` replace"):
         call(data)
 
 
 def test_data_that_were_given_back_are_an_error():
     with hold(X, Y) as data:
         pass
-    with pytest.raises(ValueError, match="given back"):
+    with pytest.raises(ValueError, match="released"):
         curve_fit(decay, data, p0=[1, 1, 0])
-    assert "given back" in repr(data)
+    assert "released" in repr(data)
 
 
 def test_negative_values_are_refused_for_counts_only():

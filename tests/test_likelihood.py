@@ -103,7 +103,7 @@ def test_a_killed_fit_with_weights_from_the_model_goes_on_as_one(counts, tmp_pat
     "options, error",
     [
         (dict(loss="poisson", sigma=2.0), "leave out `sigma`"),
-        (dict(loss="huber", sigma="poisson"), "does not go with loss='huber'"),
+        (dict(loss="huber", sigma="poisson"), "cannot be combined with loss='huber'"),
     ],
 )
 def test_weights_that_contradict_the_likelihood_are_refused(counts, options, error):

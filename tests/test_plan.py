@@ -163,7 +163,7 @@ def test_lazy_data_that_do_not_fit_are_read_anew_in_each_sweep(client):
     x, y = da.linspace(0, 1, 10**9, chunks=10**6), unread(10**9, 10**6)
     plan = plan_fit(decay, x, y)
     assert plan.strategy == "streaming" and plan.held_bytes == 0
-    assert "read the data anew in each sweep, since the data take" in plan.reason
+    assert "read the data again in each sweep, since the data take" in plan.reason
     assert "from where they are stored" in str(plan)
 
 
@@ -248,7 +248,7 @@ def test_small_partitions_are_a_matter_of_the_goal(client):
 
 def test_a_cluster_without_workers_is_planned_for_all_the_same():
     with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster):
-        assert "no worker has come yet" in plan_fit(decay, *lazy(1000, 100)).reason
+        assert "no worker has joined yet" in plan_fit(decay, *lazy(1000, 100)).reason
 
 
 @pytest.mark.parametrize("n_runs", [1, 7, 512, 100_000])

@@ -158,8 +158,8 @@ def test_a_lower_cost_on_the_way_is_a_warning_that_says_where():
 @pytest.mark.parametrize(
     "how, message",
     [
-        (dict(loss="soft_l1"), "is no likelihood"),
-        (dict(sigma="poisson"), 'sigma="poisson" is no likelihood'),
+        (dict(loss="soft_l1"), "is not a likelihood"),
+        (dict(sigma="poisson"), 'sigma="poisson" is not a likelihood'),
         (dict(y=numpy_decay(X, 1, 1, 0.5)), "the noise, which is 0 here"),
     ],
     ids=["robust", "reweighted", "exact"],

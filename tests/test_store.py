@@ -155,9 +155,9 @@ def test_a_file_of_another_format_is_said(tmp_path):
     np.save(tmp_path / "y.npy", Y)
     for path in (tmp_path / "y.h5", tmp_path / "y.h5/entry/counts", str(tmp_path / "y.h5")):
         for call in (dict(xdata=X, ydata=path), dict(xdata=path, ydata=Y), dict(xdata=X, ydata=Y, sigma=path)):
-            with pytest.raises(TypeError, match=r"y.h5' is an HDF5 file: open it with h5py and pass one of its data sets"):
+            with pytest.raises(TypeError, match=r"y.h5' is an HDF5 file: open it with h5py and pass one of its datasets"):
                 curve_fit(decay, **call, p0=P0)
-    with pytest.raises(TypeError, match=r"`ydata`: '.*y.npy' is a file, and no Zarr store"):
+    with pytest.raises(TypeError, match=r"`ydata`: '.*y.npy' is a file that is not a Zarr store"):
         fit_map(decay, X, tmp_path / "y.npy", P0)
 
 
@@ -494,7 +494,7 @@ def test_a_chunk_that_vanishes_during_the_fit_is_no_fill_value(tmp_path):
     def remove(record):
         (tmp_path / "y.zarr" / "c" / "9").unlink(missing_ok=True)
 
-    with pytest.raises(BadChunkError, match=r"\(9,\) of `ydata`.*it was there when the fit began"):
+    with pytest.raises(BadChunkError, match=r"\(9,\) of `ydata`.*it existed when the fit began"):
         curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=remove)
 
 
@@ -555,5 +555,5 @@ def test_a_store_that_is_written_to_during_the_fit_is_told(tmp_path):
         if record.nfev == 1:
             array[:100] = Y[:100] + 1
 
-    with pytest.warns(RuntimeWarning, match="was written to during the fit"):
+    with pytest.warns(RuntimeWarning, match="changed during the fit"):
         curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=spoil)

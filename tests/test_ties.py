@@ -230,12 +230,12 @@ def test_what_is_more_than_arithmetic_is_refused(text):
     [
         ({"b": "amp"}, "`expr` for 'b' names 'amp', the parameters are a, b, c"),
         ({"ratio": "a", "b": "ratoi"}, "did you mean 'ratio'"),
-        ({"a": "b", "b": "c * d", "d": "a"}, "`expr` goes in a circle: "),
-        ({"a": "a + 1"}, "`expr` goes in a circle: a -> a"),
-        ({"a": lambda b, z: b}, "is a function of b, z: its arguments must be called like parameters"),
+        ({"a": "b", "b": "c * d", "d": "a"}, "`expr` is circular: "),
+        ({"a": "a + 1"}, "`expr` is circular: a -> a"),
+        ({"a": lambda b, z: b}, "is a function of b, z: its arguments must be named like parameters"),
         ({"a": lambda p: p["z"]}, "which fails .KeyError: 'z'.: it must return a number"),
         ({"b": "c", "a": lambda p: p["b"]}, "which fails .KeyError: 'b'"),
-        ({"a": lambda b: np.sin(b)}, "by jax.numpy"),
+        ({"a": lambda b: np.sin(b)}, "with jax.numpy"),
         ({"a": lambda b: jnp.stack([b, b])}, r"returned shape \(2,\): it must be one number"),
     ],
 )

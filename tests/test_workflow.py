@@ -89,7 +89,7 @@ def test_the_jacobian_of_a_chunk_fits_beside_what_is_held(n_points, n_params, li
 
 
 def test_a_single_point_that_does_not_fit_is_an_error_with_numbers():
-    with pytest.raises(MemoryError, match=r"a single point takes 763\.04 MiB.*raise the memory limit"):
+    with pytest.raises(MemoryError, match=r"a single point and the memory .* take 763\.04 MiB.*raise the memory limit"):
         MemoryBudgetSelector(0.5).select(10**6, 10_000, memory_limit_gb=1)
 
 

@@ -302,7 +302,7 @@ BAD = {
         ValueError,
         r"were identified as a dimension.*\('row', 'column', 't'\)",
     ),
-    "a misspelt coordinate": (dict(coords="roww"), ValueError, r"`coords` 'roww' is none of .*: did you mean 'row'\?"),
+    "a misspelt coordinate": (dict(coords="roww"), ValueError, r"`coords` 'roww' is not one of .*: did you mean 'row'\?"),
     "unknown dimension": (dict(reduce_dims="wor"), ValueError, "no dimension {'wor'}.*'row'"),
     "parameters": (dict(func=lambda t, *p: p[0] * t), ValueError, "`param_names` must be provided"),
     "bounds": (dict(bounds=(0, 1)), TypeError, r"`bounds` must be a dict.*\(0, 1\)"),
@@ -411,7 +411,7 @@ def test_predictions_have_the_labels_of_the_data_and_of_x(waves, chunks):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(xdata="u"), "`xdata` 'u' names no coordinate.*'x', 't'"),
+        (dict(xdata="u"), "`ydata` does not have a coordinate 'u', only.*'x', 't'"),
         (dict(xdata=None, ydata=xr.DataArray(S, dims="s")), "`xdata` None.*'s'"),
         (dict(sigma=xr.DataArray(np.ones(6), dims="u")), r"`sigma` has the dimensions \('u',\).*no 'u'.*its .data"),
         (dict(mask=lambda d: d.x.isel(x=slice(5)) > 2), "`mask`.*different labels along 'x': 5 and 6"),

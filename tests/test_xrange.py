@@ -96,7 +96,7 @@ def test_coordinates_of_labelled_data_are_named():
 def test_data_that_are_held_have_the_range(expected):
     with hold(X, Y, xrange=(3.5, 6.5)) as data:
         assert_same(curve_fit(line, data, p0=[1, 0]), expected)
-        with pytest.raises(ValueError, match="`xrange` belongs to the data that are held"):
+        with pytest.raises(ValueError, match="`xrange` belongs to the held data"):
             curve_fit(line, data, p0=[1, 0], xrange=(3, 4))
 
 

@@ -1,4 +1,4 @@
-"""Disks that are full, or about to be: a look at the room before hours of work, and what an error of them says."""
+"""Full disks: a check of the free space before hours of work, and messages of their errors."""
 
 import errno
 import shutil
@@ -26,8 +26,8 @@ def check_room(name: str, path: Path, nbytes: int) -> None:
     if nbytes > (free := free_bytes(path)):
         raise OSError(
             errno.ENOSPC,
-            f"`{name}` {path} takes up to {size(nbytes)}, and its disk has {size(free)} left: free some, or give a path on "
-            "another disk",
+            f"`{name}` {path} takes up to {size(nbytes)}, and its disk has {size(free)} left: free some space, or give a "
+            "path on another disk",
         )
 
 
@@ -42,5 +42,5 @@ def named_when_full(path: Path, nbytes: int) -> Iterator[None]:
         raise OSError(
             err.errno,
             f"{path} could not be written ({err.strerror}): it takes {size(nbytes)}, and its disk has "
-            f"{size(free_bytes(path))} left. Free some, or give a path on another disk",
+            f"{size(free_bytes(path))} left. Free some space, or give a path on another disk",
         ) from err

@@ -21,7 +21,7 @@ from .disk import existing, named_when_full
 CHECKSUM_BYTES = 16
 Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
-BLANK = "0" * 2 * CHECKSUM_BYTES  # in the place of a checksum, in what it is made of
+BLANK = "0" * 2 * CHECKSUM_BYTES  # stands for the checksum while it is computed
 LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
 ABANDONED = 3600.0  # seconds since it was written, from which nobody writes a file any more
 MALFORMED = (  # what parsing raises where a file is not what its name says, however it came to be
@@ -97,7 +97,7 @@ def check_directory(name: str, path: Path) -> None:
     """NotADirectoryError where the argument ``name`` cannot be a directory, since it is a file or below one."""
     there = existing(path)
     if not there.is_dir():
-        raise NotADirectoryError(f"`{name}` {path}: {there} is a file, give the path of a directory, which may be a new one")
+        raise NotADirectoryError(f"`{name}` {path}: {there} is a file: give the path of a directory, which need not exist")
 
 
 def sum_of_values(array: np.ndarray) -> int:
@@ -143,7 +143,7 @@ def read_json(path: Path, version: int, error: type[ValueError] = ValueError) ->
     Raises
     ------
     FileNotFoundError
-        Where there is none.
+        If there is none.
     DamagedFileError
         Where a byte is not as it was written.
     error
@@ -153,7 +153,7 @@ def read_json(path: Path, version: int, error: type[ValueError] = ValueError) ->
     with well_formed(path):
         found = json.loads(content)
     if not isinstance(found, dict) or "version" not in found:
-        raise DamagedFileError(path, "it names no version")
+        raise DamagedFileError(path, "it does not name a version")
     known = found.pop("checksum", None)
     if known is None:  # as of the first formats
         check_version(path, found["version"], version, error)
@@ -165,7 +165,7 @@ def read_json(path: Path, version: int, error: type[ValueError] = ValueError) ->
 
 def check_version(path: Path, found, version: int, error: type[ValueError] = ValueError) -> None:
     if found != version:
-        way_out = "use the release that has written it, or fit again"
+        way_out = "use the release that wrote it, or fit again"
         raise error(f"{path} has format {found}, and this release reads {version}: {way_out}")
 
 
@@ -191,7 +191,7 @@ def read_arrays(
             with np.load(BytesIO(content), allow_pickle=False) as found:
                 arrays = {name: found[name] for name in found.files}
         except ValueError:  # its text advises to allow pickles
-            raise ValueError("it does not hold arrays of numbers alone") from None
+            raise ValueError("it contains something other than arrays of numbers") from None
         values = json.loads(arrays.pop("__json__").tobytes())
         written = values.pop("version")
     check_version(path, written, version, error)

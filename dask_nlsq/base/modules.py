@@ -23,7 +23,7 @@ def is_installed(file: str) -> bool:
 
 
 class UntrustedError(ValueError):
-    """A file names code or an address that it takes the user's word to import or to open."""
+    """A file names code or an address that is imported or opened only with the user's consent."""
 
 
 def import_name(f) -> list[str] | None:
@@ -42,7 +42,7 @@ def origin(module: str, trust: Trust) -> str:
     UntrustedError
         Where it is neither of Python, nor of an installed package, nor in the directory ``trust``.
     ImportError
-        Where there is no such module.
+        The module does not exist.
     """
     names, found = module.split("."), ""
     for name in (".".join(names[: k + 1]) for k in range(len(names))):
@@ -56,7 +56,7 @@ def origin(module: str, trust: Trust) -> str:
         own = trust if isinstance(trust, bool) else Path(found).resolve().is_relative_to(Path(trust).resolve())
         if spec.origin not in (None, "built-in", "frozen") and not (own or is_installed(found)):
             raise UntrustedError(
-                f"the module {name} ({found}) is not of an installed package, and importing it runs its code"
+                f"the module {name} ({found}) does not belong to an installed package, and importing it runs its code"
             )
     return found
 

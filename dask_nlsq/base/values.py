@@ -41,7 +41,7 @@ def takes(function, n: int) -> bool:
 
 
 def real(name: str, value, unit: str = "") -> float:
-    """``value`` as a float; TypeError where it is no real number, ValueError where it is not finite."""
+    """``value`` as a float; TypeError if it is not a real number, ValueError if it is not finite."""
     if not is_number(value):
         raise TypeError(f"`{name}` must be a number{unit and ' of ' + unit}, not {value!r}")
     try:

@@ -42,7 +42,7 @@ def total_memory_gb(client) -> tuple[float, Method]:
     if total:
         return total / GB, method
     whose = "of this system" if client is None else "of the workers (there may be none yet: client.wait_for_workers(1))"
-    message = f"the memory {whose} cannot be detected: {FALLBACK_THRESHOLD_GB:g} GiB are taken as the threshold"
+    message = f"the memory {whose} cannot be detected: {FALLBACK_THRESHOLD_GB:g} GiB are used as the threshold"
     warnings.warn(message, stacklevel=3)
     return 0.0, "fallback"
 
@@ -65,7 +65,7 @@ class NLSQStrategy(Enum):
 
 
 class StrategyDecision(NamedTuple):
-    """A strategy, the GiB that it follows from, and the sentence that says so."""
+    """A strategy, the memory in GiB that it follows from, and the reason as a sentence."""
 
     strategy: NLSQStrategy
     threshold_gb: float

@@ -20,7 +20,7 @@ Algorithm = Literal["trf", "lm", "dogbox"]
 class MemoryManager:
     """Aligned arrays and reservations, as in `memory.pool.Pool`, and predictions of memory; safe between threads.
 
-    ``gc_threshold``: share of all memory in use above which the pool is let go and garbage is collected. ``safety_factor``:
+    ``gc_threshold``: share of memory in use above which the pool is freed and garbage is collected. ``safety_factor``:
     by which predictions exceed the formulas, at least 1. ``limit_bytes``: of arrays and reservations together.
     """
 
@@ -33,11 +33,11 @@ class MemoryManager:
         self.pool, self.safety_factor, self.peak = Pool(limit, gc_threshold), safety_factor, 0
 
     def allocate_array(self, shape: int | tuple[int, ...], dtype=np.float64, zero: bool = True) -> np.ndarray:
-        """A C-ordered array that starts on a 64-byte line; it holds anything unless ``zero``. See `Pool.lend`."""
+        """A C-ordered array that starts on a 64-byte line; it is not initialised unless ``zero``. See `Pool.lend`."""
         return self.pool.lend(shape, dtype, zero)
 
     def free_array(self, arr: np.ndarray) -> None:
-        """Give an array back: neither it nor a view of it may be used any longer. See `Pool.take_back`."""
+        """Return an array: do not use it, or a view of it, any longer. See `Pool.take_back`."""
         self.pool.take_back(arr)
 
     @contextmanager
@@ -50,7 +50,7 @@ class MemoryManager:
             self.free_array(array)
 
     def clear_pool(self) -> None:
-        """Let all buffers go that are not in use."""
+        """Free all buffers that are not in use."""
         self.pool.shrink()
 
     def optimize_memory_pool(self, max_arrays: int = MOST_FREE) -> None:
@@ -62,7 +62,7 @@ class MemoryManager:
         return self.pool.available()
 
     def memory_guard(self, bytes_needed: float, wait: bool = False) -> AbstractContextManager[None]:
-        """Reserve memory for the time of a block; MemoryError where there is less. See `Pool.reserve`."""
+        """Reserve memory during a block; MemoryError if less is available. See `Pool.reserve`."""
         return self.pool.reserve(positive("bytes_needed", bytes_needed, "bytes"), wait)
 
     def check_memory_availability(self, bytes_needed: float) -> tuple[bool, str]:
@@ -89,7 +89,7 @@ class MemoryManager:
     ) -> dict[str, bool | int | float]:
         """The fewest even chunks that a fit can take one after the other, of ``memory_limit_gb`` (GiB) at most each.
 
-        The limit is what is available by default; MemoryError where not even one point fits.
+        The limit is by default the available memory; MemoryError if not even one point fits.
         """
         total = self.predict_memory_requirement(n_points, n_params, algorithm)
         limit = self.get_available_memory() if memory_limit_gb is None else positive("memory_limit_gb", memory_limit_gb) * GB
@@ -105,7 +105,7 @@ class MemoryManager:
         }
 
     def get_memory_stats(self) -> dict[str, float | int]:
-        """What this process, and this manager, have taken."""
+        """The memory that this process and this manager use."""
         pool, counts = self.pool, self.pool.counts
         current, peak = process_memory()
         self.peak = max(self.peak, peak)

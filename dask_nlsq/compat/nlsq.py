@@ -1,4 +1,4 @@
-"""Names of NLSQ: how much memory a fit takes, and what follows. Arithmetic on metadata, nothing is computed.
+"""Names of NLSQ: the memory of a fit, and the strategy that follows. Arithmetic on metadata; data are not computed.
 
 For n points of k coordinates and p parameters, with b bytes per number:
 
@@ -38,11 +38,11 @@ def costs(fit: str, n_params: int, data: float = 2, width: float = 8) -> tuple[f
 
 
 def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> tuple[int, int]:
-    """Size and number of the fewest even chunks of at most ``room`` bytes; MemoryError where not even one point fits."""
+    """Size and number of the fewest even chunks of at most ``room`` bytes; MemoryError if not even one point fits."""
     largest = min(int((room - fixed) // per_point), n_points)
     if largest < 1:
         raise MemoryError(
-            f"a single point takes {size(fixed + per_point)} with what belongs to all points, and there are {size(room)}: "
+            f"a single point and the memory for all points take {size(fixed + per_point)}, but {size(room)} are available: "
             "raise the memory limit, or fit fewer parameters"
         )
     chunk = -(-n_points // -(-n_points // largest))
@@ -51,7 +51,7 @@ def even_chunks(n_points: int, room: float, per_point: float, fixed: float) -> t
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """What a fit takes and what it may take, in GiB."""
+    """The memory that a fit needs, and its limit, in GiB."""
 
     available_gb: float  # to this process now, or to the workers of a cluster, or as the user limits it
     threshold_gb: float  # the part of it that a fit may take

@@ -131,7 +131,7 @@ def build_data(
     scaled: str = "",
     decode_cf: bool = True,
 ) -> Data:
-    """Check shapes and dtypes and align the operands; reads no data.
+    """Check shapes and dtypes and align the operands, without reading data.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def build_data(
     sentinels : tuple
         ``mask_values`` and ``valid_range`` of `dask_nlsq.curve_fit`.
     xrange : dict, optional
-        Intervals by place of a coordinate, outside of which points are left out.
+        Fit ranges by place of a coordinate; points outside are left out.
     decoding : Decoding
         What the stored values of y mean.
     decoded, scaled, decode_cf
@@ -223,7 +223,7 @@ def build_data(
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:
-    """What a value of y must not be, of what ``dtype`` can hold: as it is stored, but for ``valid_range``."""
+    """The invalid values of y for this ``dtype``: stored values, except for ``valid_range``."""
     try:
         values = [value.item() if hasattr(value, "item") else value for value in mask_values]
         if values == ["largest"]:
@@ -349,7 +349,7 @@ def _aligned(operand, chunks, lazy):
 
 
 def whitened(data: Data) -> Data:
-    """Data with correlated noise, of which ``data.covariance`` is read: ``L L^T`` by Cholesky.
+    """Data with correlated noise; reads ``data.covariance``: ``L L^T`` by Cholesky.
 
     Its residual is ``L^-1 (f(x) - y)``, which needs all points at once; points left out are dropped beforehand, as SciPy
     does, so that the model sees those only that count.

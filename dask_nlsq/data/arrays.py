@@ -33,7 +33,7 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
     Raises
     ------
     TypeError
-        What is no array of real numbers; the message says what to pass instead.
+        Not an array of real numbers; the message says what to pass instead.
     ValueError
         Unknown chunk sizes, lists of different lengths.
     """
@@ -106,7 +106,7 @@ def stacked(name: str, data):
     Raises
     ------
     TypeError, ValueError
-        Collections that are no array, and lists of what does not fit together.
+        Collections that are not arrays, and lists of arrays that do not fit together.
     """
     _refuse_foreign(name, data)
     if not isinstance(data, (list, tuple)) or set(map(type, data)) <= NUMBERS:
@@ -237,7 +237,7 @@ class _Declared(NamedTuple):
                     index,
                     "is a masked array",
                     "a plain one",
-                    "else its mask is lost: as with meta=numpy.ma.masked_array([]) in map_blocks, or pass mask=",
+                    "otherwise its mask is lost: pass meta=numpy.ma.masked_array([]) to map_blocks, or pass mask=",
                 )
         elif hasattr(block, "todense"):
             raise self._error(index, "is sparse", "a dense one", TO_DENSE[True].format(name=self.name))
@@ -257,7 +257,7 @@ class _Declared(NamedTuple):
 
 
 def _checked(name: str, array: da.Array) -> da.Array:
-    """The same array, each chunk of which is compared with its declared shape, kind of dtype and maskedness."""
+    """The same array; each chunk is compared with its declared shape, kind of dtype and maskedness."""
     if array.name.startswith(CHECKED):
         return array
     axes = tuple(range(array.ndim))
@@ -313,7 +313,7 @@ def apart(name: str, data) -> tuple[Any, Any]:
 
 
 def plain_array(name: str, data) -> np.ndarray | da.Array:
-    """`as_array` of what is no data, such as starts and bounds, and must have all of its values.
+    """`as_array` of starts, bounds and others, which must not be masked.
 
     Raises
     ------
@@ -323,7 +323,7 @@ def plain_array(name: str, data) -> np.ndarray | da.Array:
     array, hidden = apart(name, data)
     if hidden is not None:
         raise ValueError(
-            f"`{name}` is a masked array, and each value is needed: fill those that it hides, as with .filled(0)"
+            f"`{name}` is a masked array, and all values are needed: fill the masked ones, for example with .filled(0)"
         )
     return array
 

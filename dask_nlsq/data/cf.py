@@ -1,7 +1,7 @@
-"""Packed numbers of CF conventions: which attributes of a stored array say what its values mean, and which are none.
+"""Packed numbers of CF conventions: which attributes of a stored array scale its values, and which mark them as invalid.
 
 ``decoded = stored * scale_factor + add_offset``. ``_FillValue``, ``missing_value``, ``valid_min``, ``valid_max`` and
-``valid_range`` are in the units of the stored values. xarray applies the same, but for the valid range.
+``valid_range`` are in the units of the stored values. xarray applies the same, except for the valid range.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Decoding(NamedTuple):
 
     scale: float = 1.0
     offset: float = 0.0
-    missing: tuple[float, ...] = ()  # stored values that stand for no data
+    missing: tuple[float, ...] = ()  # invalid stored values
     low: float | None = None  # limits of the stored values that count
     high: float | None = None
     said: tuple[str, ...] = ()  # the attributes, as they are to be shown
@@ -83,7 +83,7 @@ class Decoding(NamedTuple):
         return bool(self.missing) or self.low is not None or self.high is not None
 
     def decoded(self, stored: np.ndarray) -> np.ndarray:
-        """Values of what is stored; those that stand for no data as any other."""
+        """Decoded values; invalid ones like any others."""
         return stored.astype(np.float64) * self.scale + self.offset if self.scaled else stored
 
     def stored_limits(self, low, high, dtype) -> tuple[float | None, float | None]:
@@ -113,7 +113,7 @@ class Decoding(NamedTuple):
         return float(inside) if is_float else inside
 
     def hidden(self, stored: np.ndarray) -> np.ndarray:
-        """Where ``stored`` holds no data."""
+        """Where ``stored`` is invalid."""
         found = np.zeros(stored.shape, bool)
         for value in self.missing:
             found |= stored != stored if value != value else stored == value
@@ -168,7 +168,7 @@ def _numbers(name, attribute, value, dtype) -> tuple[float, ...]:
 
 
 def _number(value):
-    """A number, of text too: xarray writes fill values of floats into Zarr as base64 of 8 bytes. None of what is none."""
+    """A number, of text too: xarray writes fill values of floats into Zarr as base64 of 8 bytes. None for anything else."""
     if isinstance(value, (bytes, str)):
         text = value.decode(errors="replace") if isinstance(value, bytes) else value
         try:

@@ -217,7 +217,7 @@ def _may_spoil(piece):
     if piece.dtype.kind != "f":
         return False
     with np.errstate(over="ignore", invalid="ignore"):
-        return not np.isfinite(np.sum(piece))  # one pass and no temporary, right but for an overflow of the sum
+        return not np.isfinite(np.sum(piece))  # one pass and no temporary, right except for an overflow of the sum
 
 
 def _sample(preparation, shape, coordinates):

@@ -76,7 +76,7 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
 
 
 def _check_alike(opened: Opened, mask_values) -> None:
-    """Stored values that stand for no data are looked for in all arrays of a list, so they must mean the same."""
+    """All arrays of a list are searched for the same invalid values, so these must mean the same."""
     dtypes = [each.dtype for each in opened.stored]
     packed_alike = opened.decoding is not AS_STORED or all(how is AS_STORED for how in opened.decodings)
     if mask_values == ["largest"]:
@@ -86,13 +86,13 @@ def _check_alike(opened: Opened, mask_values) -> None:
     if unclear:
         raise ValueError(
             f"`ydata` is a list of arrays that differ in dtype or packing ({', '.join(map(str, dict.fromkeys(dtypes)))}), "
-            "so that it is not clear which of their values stand for no data: say mask_values=(), and leave points out with "
+            "so it is unclear which of their values are invalid: give mask_values=(), and leave points out with "
             "mask="
         )
 
 
 def align_data(data: dict[str, Any], strategy: str, values: dict[str, Any], whole: bool = False) -> Data:
-    """Align what `open_data` has opened; ``whole`` where all points are needed at once. Reads no data.
+    """Align what `open_data` has opened; ``whole`` if all points are needed at once. Does not read data.
 
     Raises
     ------

@@ -118,7 +118,7 @@ def label(values, labels: Labels | None):
 def labelled(data) -> bool:
     """Whether it is an xarray DataArray; a TypeError where it is a Dataset."""
     if hasattr(type(data), "data_vars"):  # of the object itself a Delayed has anything
-        raise TypeError(f"an xarray Dataset is no array: pass one of its variables, {list(data.data_vars)}")
+        raise TypeError(f"an xarray Dataset is not an array: pass one of its variables, {list(data.data_vars)}")
     return hasattr(type(data), "dims") and hasattr(type(data), "coords")
 
 
@@ -139,8 +139,8 @@ def _check_rows(xdata, ydata):
         pandas = all(hasattr(one, "to_numpy") and hasattr(one, "index") for one in (each, ydata))
         if pandas and not each.index.equals(ydata.index):
             raise ValueError(
-                "`xdata` and `ydata` have different row labels, and rows are paired by place: reindex one of them, or pass "
-                "to_numpy() of both"
+                "`xdata` and `ydata` have different row labels, and rows are paired by position: reindex one of them, or "
+                "pass to_numpy() of both"
             )
 
 
@@ -166,9 +166,7 @@ def coordinates_of(xdata, ydata, axes):
     for each, known in zip(given, named, strict=True):
         lost = isinstance(each, str) and not known and not Path(each).exists() and not is_address(each)
         if lost or (xdata is None and not known):
-            raise ValueError(
-                f"`xdata` {xdata!r} names no coordinate: `ydata` has none that is called {each!r}, only {list(coords)}"
-            )
+            raise ValueError(f"`xdata` {xdata!r}: `ydata` does not have a coordinate {each!r}, only {list(coords)}")
     if not any(known or labelled(each) for each, known in zip(given, named, strict=True)):
         return xdata
     fitted = [dim for dim in ydata.dims if dim in fitted]
@@ -216,7 +214,7 @@ def seconds(array, origin):
     if array.dtype.kind == "M":
         array = array.astype("M8[s]") - origin if _by_calendar(array) else array - origin
     if _by_calendar(array):
-        raise TypeError(f"`xdata` has durations of dtype {array.dtype}, of no fixed length: give days, or numbers")
+        raise TypeError(f"`xdata` has durations of dtype {array.dtype}, whose length varies: give days, or numbers")
     return array / np.timedelta64(1, "s")
 
 
@@ -276,8 +274,8 @@ def along_dims(name, array, ydata, dims=None):
     dims = ydata.dims if dims is None else dims
     if unknown := [dim for dim in array.dims if dim not in dims]:
         raise ValueError(
-            f"`{name}` has the dimensions {array.dims}, `ydata` {ydata.dims} has no {unknown[0]!r}: rename it, or pass "
-            "its .data, whose axes go by place"
+            f"`{name}` has the dimensions {array.dims}, `ydata` {ydata.dims} does not have {unknown[0]!r}: rename it, "
+            "or pass its .data, whose axes are matched by position"
         )
     _check_labels(name, array, ydata)
     array = array.transpose(*(dim for dim in dims if dim in array.dims))
@@ -294,8 +292,8 @@ def _check_labels(name, array, other, other_name="ydata"):
             k = int(np.argmax(mine != others))
             how = f"{mine[k]} and {others[k]} at place {k}, first"
         raise ValueError(
-            f"`{name}` and `{other_name}` have different labels along {dim!r}: {how}. Bring them together beforehand, as "
-            "with xarray.align or reindex_like, or pass its .data, whose axes go by place"
+            f"`{name}` and `{other_name}` have different labels along {dim!r}: {how}. Align them first, for example "
+            "with xarray.align or reindex_like, or pass its .data, whose axes are matched by position"
         )
 
 

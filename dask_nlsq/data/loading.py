@@ -71,7 +71,7 @@ class Load:
         return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
 
     def hidden(self, preparation: Preparation, known: Mapping) -> list[np.ndarray]:
-        """What `pieces` gives, but for what has one value per point: the mask, which is there, hides all of them."""
+        """What `pieces` gives, except that operands with one value per point are fully masked."""
         pieces = []
         for k, (operand, layout) in enumerate(zip(self.operands, preparation.layouts.operands, strict=True)):
             if k == 2 or (layout.dense and isinstance(operand, tuple)):
@@ -154,7 +154,7 @@ def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
 
 def _of_several(graph: Mapping[Any, GraphNode], loads: Sequence[Load]) -> tuple[set, set]:
     """Keys that are computed once before, and those that are passed on; constants are neither."""
-    users: dict[Any, Any] = {}  # the load that needs a task, or the set of those, but for what several need already
+    users: dict[Any, Any] = {}  # the load that needs a task, or the set of those, except what several need already
 
     def claim(key, who):
         known = users.setdefault(key, who)

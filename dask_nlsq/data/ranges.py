@@ -18,7 +18,7 @@ def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
     Raises
     ------
     ValueError
-        A name that is none of theirs.
+        A name that is not one of theirs.
     """
     names = [each for each in xrange or () if isinstance(each, str)]
     if xrange is None or not names:
@@ -41,7 +41,7 @@ def of_each(xrange: Ranges | None, n: int) -> list[Intervals | None]:
     Raises
     ------
     ValueError
-        Places that there are not, and one pair for several coordinates.
+        Places that do not exist, and one pair for several coordinates.
     """
     if xrange is None:
         return [None] * n

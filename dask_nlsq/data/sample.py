@@ -11,7 +11,7 @@ from .chunks import Chunk, Preparation, aligned_copy
 
 
 class NoSample(ValueError):
-    """There is no point to draw: none of those that were read counts."""
+    """All points that were read are masked or omitted."""
 
 
 class Sample(NamedTuple):
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 def spread(n: int, n_all: int, seed: int = 0) -> np.ndarray:
-    """``n`` of the numbers below ``n_all``, one at random in each of n equal stretches; all where there are no more."""
+    """``n`` of the numbers below ``n_all``, one at random in each of n equal stretches; all if there are at most n."""
     if n >= n_all:
         return np.arange(n_all)
     edges = np.arange(n + 1) * n_all // n
@@ -53,7 +53,7 @@ def stratified_places(chunks, preparation: Preparation, n: int) -> tuple[np.ndar
 
 
 def pick(preparation: Preparation, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Values of the operands but for the mask, (operands, m), at ``places`` (m,) of a chunk; and which points count."""
+    """Values of the operands except the mask, (operands, m), at ``places`` (m,) of a chunk; and which points count."""
     layouts, values = preparation.layouts, []
     begins = [block.geometry[1] for block in chunk.blocks]
     number = np.searchsorted(begins, places, side="right") - 1

@@ -1,6 +1,6 @@
 """Arrays in Zarr stores: how they are opened, looked at before the first sweep, and read with errors that say where.
 
-What Zarr does not tell: a chunk that is absent, a shard of no bytes and a directory in the place of a chunk read as fill
+What Zarr does not report: an absent chunk, an empty shard, and a directory instead of a chunk are read as fill
 values; an error of a codec names neither array nor chunk; a stalled object store is waited for without end. So all keys
 are looked at once before anything is read, each read has a deadline, and what may pass (a lost connection) is tried
 again, but never what a codec says.
@@ -33,7 +33,7 @@ from .cf import AS_STORED, Decoding
 BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
-SAMPLED, ENDS = 16, 2**15  # chunks that tell a copy from other data, and bytes at both of their ends
+SAMPLED, ENDS = 16, 2**15  # chunks that distinguish a copy from other data, and bytes at both of their ends
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
 TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 DECODING: tuple[type[Exception], ...] = (
@@ -54,7 +54,7 @@ _warned: set[str] = set()
 
 
 class Policy(NamedTuple):
-    """What becomes of chunks that cannot be read, and of chunks that are not there."""
+    """What to do with unreadable and absent chunks."""
 
     on_bad_chunk: Literal["raise", "mask"] = "raise"
     missing_chunks: Literal["error", "mask", "fill"] = "error"
@@ -134,7 +134,7 @@ def is_stored(data) -> bool:
 
 
 def _hint(name: str, source) -> str:
-    """What a text may mean that is no path."""
+    """What a text that is not a path may mean."""
     if name == "sigma":
         return near(str(source), ["poisson"])
     of_labels = name.startswith("xdata") and not {"/", "."} & {*str(source)}
@@ -186,9 +186,9 @@ def _store(name, source):
     with open(file, "rb") as opened:
         is_hdf5 = opened.read(len(HDF5)) == HDF5
     way_out = (
-        "an HDF5 file: open it with h5py and pass one of its data sets, as h5py.File(path)['entry/data']"
+        "an HDF5 file: open it with h5py and pass one of its datasets, as h5py.File(path)['entry/data']"
         if is_hdf5
-        else "a file, and no Zarr store: open it with a library for its format, and pass the array"
+        else "a file that is not a Zarr store: open it with a library for its format, and pass the array"
     )
     raise TypeError(f"`{name}`: {str(file)!r} is {way_out}")
 
@@ -216,9 +216,9 @@ class Opened(NamedTuple):
 def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
     """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
 
-    Several arrays are concatenated along their first axis. Values are decoded, and masked where there are none; but those of
-    ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
-    are masked as well, in place of an error.
+    Several arrays are concatenated along their first axis. Values are decoded, and masked where they are invalid; but those
+    of ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
+    are masked as well, instead of an error.
 
     Raises
     ------
@@ -251,7 +251,7 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
 def open_all(
     policy: Policy, decode_cf: bool = True, masks: bool = False, **arguments
 ) -> tuple[dict[str, Any], list[Opened]]:
-    """The arguments with Dask arrays in the place of what is stored, in a tuple of coordinates as well.
+    """The arguments with Dask arrays instead of stored ones, in a tuple of coordinates as well.
 
     The keys of all chunks are looked at; ``decode_cf`` and ``masks`` as in `as_dask`.
     """
@@ -280,8 +280,8 @@ def _say_unchecked(opened):
     _warned.update(places)
     if places:
         logger.warning(
-            "%s: no checksum, bits that have flipped are not found. Write with zarr.codecs.Crc32cCodec() behind the "
-            "compressor, or ZstdCodec(checksum=True)",
+            "%s: flipped bits are not detected, because there is no checksum. Write with zarr.codecs.Crc32cCodec() after "
+            "the compressor, or with ZstdCodec(checksum=True)",
             ", ".join(places),
         )
 
@@ -318,7 +318,7 @@ class Stored:
         return address(self.array)
 
     def describe(self) -> dict[str, Any]:
-        """What tells it from others, as far as that is cheap, and a copy of it from other data: see `same_store`."""
+        """What distinguishes it from other stores, as far as this is cheap: see `same_store`."""
         array = self.array
         layout = dict(shape=self.shape, dtype=str(self.dtype), chunks=self.chunks)
         layout |= dict(codecs=repr([*array.filters, *array.compressors]))
@@ -360,7 +360,7 @@ class Stored:
         if index in self.absent or not _is_full_of(self.array.fill_value, values):
             return values
         if await _size(self.array.store, self.key(index)) is None:
-            raise FileNotFoundError("it was there when the fit began, and is not any more")
+            raise FileNotFoundError("it existed when the fit began, and no longer does")
         return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
 
 
@@ -436,7 +436,7 @@ def scan_keys(stored: Stored) -> None:
         if size is None:
             missing.append(index)
         elif isinstance(size, str) or size[0] == 0:
-            cause = size if isinstance(size, str) else "it has no bytes"
+            cause = size if isinstance(size, str) else "it is empty"
             stored.damaged[index] = stored.error(index, cause, policy.on_bad_chunk == "mask")
     if stored.damaged and policy.on_bad_chunk == "raise":
         raise next(iter(stored.damaged.values()))
@@ -446,7 +446,7 @@ def scan_keys(stored: Stored) -> None:
         raise MissingChunksError(
             f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
             f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
-            'missing_chunks="mask"; or, where absent chunks mean fill values, say missing_chunks="fill"'
+            'missing_chunks="mask"; or, if absent chunks mean fill values, give missing_chunks="fill"'
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
@@ -455,18 +455,16 @@ def scan_keys(stored: Stored) -> None:
 
 
 def warn_if_changed(stored: Stored) -> None:
-    """Warn where a chunk is not the one, by size and time as far as the store tells, that it was before the fit."""
+    """Warn where a chunk is not the one, by size and time if the store has them, that it was before the fit."""
     try:
         if _stamp(_sizes(stored)) == stored.stamp:
             return
         text = (
-            f"{stored.place} was written to during the fit, so that its sweeps did not all see the same data: fit a copy, "
+            f"{stored.place} changed during the fit, so its sweeps did not all see the same data: fit a copy, "
             "or fit again when it is complete"
         )
     except BadChunkError as err:
-        text = (
-            f"whether {stored.place} was written to during the fit cannot be said, since it gives no answer now: {err.cause}"
-        )
+        text = f"{stored.place} does not answer now, so it is unknown whether it changed during the fit: {err.cause}"
     warn(text, RuntimeWarning)
 
 

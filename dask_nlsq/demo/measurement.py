@@ -158,7 +158,7 @@ def simulate_plane(measurement: Measurement, k: int) -> np.ndarray:
 
 
 def expected_cost(dof: int) -> float:
-    """Cost that the simulated noise alone leaves on average; ``dof`` are the points less the parameters."""
+    """Cost that the simulated noise alone leaves on average; ``dof`` is the number of points minus that of parameters."""
     return 0.5 * dof * NOISE**2
 
 

@@ -42,7 +42,7 @@ def _rms(pulls: np.ndarray) -> float:
 
 
 def reduced_chi_square(result) -> float:
-    """Cost in units of the expected one: 1, but for noise, where the model is right."""
+    """Cost in units of the expected one: 1, except for noise, if the model is right."""
     return result.cost / expected_cost(result.dof)
 
 

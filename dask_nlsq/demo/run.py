@@ -76,7 +76,7 @@ def run(
     found = all_parameters(result)
     pulls = compare(measurement, found)
     echo("\n".join([*parameter_table(measurement, found, pulls), *facts(result)]))
-    echo("\nThe same from a store that is read again in each sweep, cut off after the first one and resumed:")
+    echo("\nThe same from a store that is read again in each sweep, interrupted after the first one and resumed:")
     streamed = fit_streaming(measurement, store, directory / "streaming.ckpt", echo)
     apart = float(np.max(np.abs(all_parameters(streamed).popt - found.popt) / found.perr))
     echo("\n".join(streaming_facts(streamed, apart)))
@@ -153,8 +153,8 @@ def judge(measurement: Measurement, report: Report) -> None:
         raise RuntimeError(
             f"the fit missed the truth of {len(missed)} parameters ({', '.join(missed[-MANY:])}) by more than {MAX_PULL:g} "
             "standard errors or did not determine them, with a reduced chi-square of "
-            f"{reduced_chi_square(report.result):.3f}: where that is much more than 1 the start "
-            "led to a local minimum, and another seed gives another start"
+            f"{reduced_chi_square(report.result):.3f}: if that is much more than 1, the start "
+            "led to a local minimum; another seed gives another start"
         )
     if not report.apart <= MAX_APART:
         raise RuntimeError(f"the streaming fit ended {report.apart:.1e} standard errors from the other, not {MAX_APART:g}")

@@ -1,8 +1,8 @@
-"""What a fit has to keep on disk to go on after it was killed.
+"""The files from which a killed fit is resumed.
 
-A directory of plain files: ``fit.json`` says which fit it is, ``sample.npz`` holds the sample that it began with, and
-``state.npz`` every sweep that is finished, with the sums of the one that is not. The solver itself is not saved: given
-the same sweeps it takes the same steps, so a resumed fit runs from its start, and finds its first sweeps done.
+A directory of plain files: ``fit.json`` identifies the fit, ``sample.npz`` contains the sample that it began with, and
+``state.npz`` all completed sweeps and the partial current one. The state of the solver is not saved: given the same sweeps,
+it takes the same steps. So a resumed fit runs from its start, and finds its first sweeps already done.
 """
 
 import json
@@ -48,7 +48,7 @@ MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` 
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is of another fit, or of none."""
+    """A checkpoint that belongs to another fit, or that is incomplete."""
 
 
 class Checkpoint:
@@ -138,7 +138,9 @@ def _read(path: Path, fit: str) -> tuple[dict[str, np.ndarray], dict[str, Any]] 
     except FileNotFoundError:
         return None
     if values.pop("fit", None) != fit:
-        raise CheckpointError(f"{path} is of another fit than the {FIT_FILE} beside it: remove it, or give another path")
+        raise CheckpointError(
+            f"{path} belongs to another fit than the {FIT_FILE} beside it: remove it, or give another path"
+        )
     return arrays, values
 
 
@@ -154,8 +156,8 @@ def _compare(path: Path, identity: Mapping[str, Any], unknown: Collection[str] =
     ]
     if changed:
         raise CheckpointError(
-            f"`checkpoint` {path} is of another fit. Changed: {'; '.join(changed)}. Give what it was made with, or another "
-            "path"
+            f"`checkpoint` {path} belongs to another fit. Changed: {'; '.join(changed)}. Give the same arguments, or "
+            "another path"
         )
     return known
 
@@ -166,7 +168,7 @@ def read_fit(path: Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        Where there is none, or one of another version; a `DamagedFileError` for a damaged one.
+        No checkpoint, or one of another version; a `DamagedFileError` for a damaged one.
     """
     try:
         found = read_json(path / FIT_FILE, VERSION, CheckpointError)
@@ -179,12 +181,12 @@ def read_fit(path: Path) -> dict[str, Any]:
                 unknown := (data.keys() - DATA) | (options.keys() - {*SAME, *LIMITS, *GROUPS} | options.keys() & NOT_KEPT)
             ):
                 return found
-            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not an argument that it keeps so")
+            raise DamagedFileError(path / FIT_FILE, f"{min(unknown)} is not one of its arguments")
     raise DamagedFileError(path / FIT_FILE, "it does not describe a fit")
 
 
 def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The sweeps that are kept at ``path``, of a fit in one piece or in groups; nothing where there are none."""
+    """The sweeps that are kept at ``path``, of a fit in one piece or in groups; empty if there are none."""
     return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
 
 
@@ -239,7 +241,7 @@ def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
 def describe_fit(model: Model, data: Mapping[str, Any], problem: Data, stored, options):
     """Identity, call and arrays of a `Checkpoint`, of ``options`` of `dask_nlsq.curve_fit` and ``data`` as they were given.
 
-    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` tells.
+    What a Dask array holds is not looked at; what a store holds, as far as `Stored.describe` has it.
     """
     call, arrays = describe_call(own_function(model.f), data, {name: options[name] for name in (*SAME, *LIMITS)})
     identity = {name: call["options"][name] for name in SAME}
@@ -361,8 +363,8 @@ def read_call(
     def opened(name, place):
         if is_address(place) and trust is not True:
             raise UntrustedError(
-                f"the checkpoint {path} opens {place} as `{name}`: pass {name.split('[')[0]} yourself, or trust=True where "
-                "you know who has written it"
+                f"the checkpoint {path} opens {place} as `{name}`: pass {name.split('[')[0]} yourself, or trust=True if "
+                "you know who wrote it"
             )
         said.append(f"opens {place}")
         return place
@@ -377,20 +379,18 @@ def read_call(
             print(printable(f"{path}: {'; '.join(said)}"), flush=True)
         return f or import_by(call["model"], trust), data, call["options"]
     except UntrustedError as err:
-        raise UntrustedError(
-            f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True where you know who has written it"
-        ) from None
+        raise UntrustedError(f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True if you know who wrote it") from None
     except (ImportError, AttributeError) as err:
         raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:
-    """Create a new directory, ``base/name_YYYYmmdd_HHMMSS``, with a number behind it where that exists.
+    """Create a new directory, ``base/name_YYYYmmdd_HHMMSS``, with a number appended if it exists.
 
     Parameters
     ----------
     base : path, optional
-        ``nlsq_checkpoints`` in the current directory by default; created where it is missing.
+        By default ``nlsq_checkpoints`` in the current directory; created if it is missing.
     name : str, optional
         ``fit`` by default.
 

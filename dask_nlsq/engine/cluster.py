@@ -1,4 +1,4 @@
-"""Pieces of the data on the workers of a cluster, and what becomes of them when a worker, the scheduler or the fit ends.
+"""Pieces of the data on the workers of a cluster, and what happens to them when a worker, the scheduler or the fit ends.
 
 A piece is a run of chunks that one task takes. A worker that dies takes its pieces along; Dask makes them again from
 their recipe, and a task has the same bits wherever it runs. Arrays that were in memory have no recipe: they are sent
@@ -39,7 +39,7 @@ SUSPECTS_COME = 0.1  # seconds: pieces that were with the same workers each time
 
 
 class Deaths(SchedulerPlugin):
-    """Lets Dask give up tasks that are annotated so after so many deaths of workers which had them.
+    """Lets Dask give up tasks that are annotated so after this many deaths of workers which had them.
 
     Dask's own limit, which counts the same deaths, holds for all tasks of a scheduler: they begin with some counted.
     """
@@ -53,7 +53,7 @@ class Deaths(SchedulerPlugin):
 
 
 def given_up_after(n: int):
-    """Within, tasks that are sent are given up after so many deaths."""
+    """Within, tasks that are sent are given up after this many deaths."""
     return dask.annotate(nlsq_deaths=n)
 
 
@@ -278,7 +278,7 @@ def died(what: str, err: KilledWorker | None = None, n: int = DEATHS) -> str:
     last = "" if err is None else f", the last one {err.last_worker.address}"
     return (
         f"{n} workers died while they worked on {what}{last}. Their logs say why: if it was memory, start workers with "
-        "more of it or with fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
+        "more memory or fewer threads, or rechunk the data into smaller chunks; if these data make a library crash, "
         "leave them out"
     )
 
@@ -359,7 +359,7 @@ def computed(
 
 def give_back(client: Client, values: Any) -> None:
     """Cancel the futures that are in ``values``, whoever holds on to them."""
-    if client.status == "running":  # else there is no scheduler to tell
+    if client.status == "running":  # otherwise the scheduler is gone
         client.cancel(futures_of(values))
 
 
@@ -437,7 +437,7 @@ def attached(client: Client | None, report: str | Path | None = None):
         address = client.scheduler.address if client.scheduler is not None else "its address"
         raise ConnectionError(
             f"the scheduler at {address} went away during the fit: start one and a new Client, and fit again. A fit with "
-            "checkpoint= goes on where it was, by the same call or by resume(path)"
+            "checkpoint= continues with the same call or resume(path)"
         ) from err
     finally:
         if leaves:

@@ -1,4 +1,4 @@
-"""What all data are condensed to: one small matrix, a cost and sums over segments, merged in a fixed order."""
+"""The condensed form of all data: one small matrix, a cost and sums over segments, merged in a fixed order."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..kernels.rows import segment_size, unpack
 from ..kernels.rules import EPS, ROUNDING
 
 COLUMN_ROUNDING = 2**12 * EPS  # of columns of norm 1, from the evaluation of the model: closer ones count as the same
-MOST_SEGMENTS = 256  # the standard errors that are taken from the scatter of so many are good to 5 to 10 %
+MOST_SEGMENTS = 256  # the scatter of this many gives standard errors to 5 to 10 %
 FEWEST_SEGMENTS, SEGMENTS_BYTES = 16, 2**21  # of many parameters
 
 
@@ -106,7 +106,7 @@ def rank_tolerance(equations: Condensed) -> float:
 def factor(equations: Condensed) -> Factor:
     """What the trust-region method works on; all decisions about the rank are made on columns of norm 1.
 
-    Directions in which the columns are alike to rounding are kept at the size of the tolerance, since covariances and
+    Directions in which the columns are equal to rounding are kept at the size of the tolerance, since covariances and
     singular values need a regular R. A factor knows that the data say nothing about them: no step leads along. A gram matrix
     may only have lost the digits, so what the gradient has along them stays unless it is rounding. A column that is zero
     stays so.
@@ -150,7 +150,7 @@ def merge(matrices: np.ndarray, costs: np.ndarray, reduction: Reduction) -> tupl
 
 
 def join_neighbours(parts: np.ndarray, times: int) -> np.ndarray:
-    """Add neighbouring rows (k, m), pair by pair, so many times."""
+    """Add neighbouring rows (k, m), pair by pair, this many times."""
     for _ in range(times):
         even = len(parts) // 2 * 2
         parts = np.concatenate([parts[0:even:2] + parts[1:even:2], parts[even:]])
@@ -162,7 +162,7 @@ class Segmentation(NamedTuple):
 
     per_block: int = 1
     per_run: int = MOST_SEGMENTS  # at most, of a run of chunks
-    level: int = 0  # so many times neighbouring runs of chunks are joined
+    level: int = 0  # how many times neighbouring runs of chunks are joined
 
     @classmethod
     def of(cls, data: Data, n_params: int) -> "Segmentation":

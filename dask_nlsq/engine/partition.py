@@ -1,4 +1,4 @@
-"""Data in memory, ready for the kernels: what one task works on, and the kinds of work that there are."""
+"""Data in memory, ready for the kernels: what one task works on, and the kinds of work."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext

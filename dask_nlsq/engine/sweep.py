@@ -1,9 +1,9 @@
 """One read of all data answers requests: per block, merged in a fixed order, wherever the data are.
 
-The order of the merge is a binary tree over the blocks of a chunk and then over the runs of chunks in C order, and nothing
-else enters it. What one task takes is an aligned run of ``2^s`` of these runs, that is a subtree, so the sums have the same
-bits for any number of threads, workers and partitions, held or read again. What a sweep that is not finished has to keep is
-a few matrices.
+The order of the merge depends only on the chunks: it is a binary tree over the blocks of a chunk and then over the runs of
+chunks in C order. A task processes an aligned run of ``2^s`` of these runs, which is a subtree. So the sums are
+bit-identical for any number of threads, workers and partitions, whether the data are held or read again. The state of an
+incomplete sweep is a few matrices.
 """
 
 import time
@@ -106,7 +106,7 @@ class Sweep:
         ----------
         requests : sequence of Request
         begun : PartialSweep, optional
-            The same requests to the same data, of which a part has been done.
+            The same requests to the same data, of which a part is complete.
         after : callable, optional
             Is told after each unit, and may raise.
         look : callable, optional
@@ -148,8 +148,8 @@ class Sweep:
             self.sample = self.sample or begun.sample
         elif census != self.census:
             raise RuntimeError(
-                "the data have changed during the fit: points masked, not finite or not readable are not those of the first "
-                "sweep. Fit a copy that nobody writes to"
+                "the data changed during the fit: masked, nonfinite or unreadable points are not those of the first sweep. "
+                "Fit a copy that nothing writes to"
             )
         return census
 
@@ -170,7 +170,7 @@ class Sweep:
         layouts, n_stored = self.data.preparation.layouts, self.data.n_points
         if not self.place.held:
             if self.drawn is None or self.values is None or self.drawn.n_points == 0:
-                raise NoSample("none of the points of the sample counts: give p0 near the optimum, and n_starts=0")
+                raise NoSample("all points of the sample are masked or omitted: give p0 near the optimum, and n_starts=0")
             n_total = round(n_stored * self.values.shape[1] / max(self.drawn.n_points, 1))
             return as_sample(layouts, self.values, min(n, self.values.shape[1]), n_total)
         assert self.census is not None

@@ -1,8 +1,8 @@
-"""How a fit waits for others, and leaves when it is told to.
+"""How a fit waits for others, and stops on request.
 
-Ctrl-C raises nothing where it arrives: that could be within a callback of the garbage collector, which would swallow it, or
-leave a coroutine of the Client behind. It is noted, and whoever waits looks whether there was one. Where workers are waited
-for, it is also looked whether there are any.
+Ctrl-C does not raise where it arrives: that could be within a callback of the garbage collector, which would swallow it, or
+leave a coroutine of the Client behind. It is recorded, and code that waits checks for it. Code that waits for workers also
+checks whether there are any.
 """
 
 import logging
@@ -85,7 +85,7 @@ class StopOnSignal:
 
 
 class NoWorkersError(RuntimeError):
-    """No worker has been there for as long as ``nlsq.worker-deadline`` allows."""
+    """The cluster had no workers for longer than ``nlsq.worker-deadline``."""
 
 
 class Lookout:
@@ -107,7 +107,7 @@ class Lookout:
         if deadline is not None and waited > deadline:
             raise NoWorkersError(
                 f"the cluster has had no workers for {waited:.0f} s, and `nlsq.worker-deadline` is {deadline:g}: start "
-                "some, and fit again. A fit with checkpoint= goes on where it was, by the same call or by resume(path)"
+                "some, and fit again. A fit with checkpoint= continues with the same call or resume(path)"
             )
         if waited > PATIENCE and not self.said:
             self.said = True
@@ -141,7 +141,7 @@ def coming(
     Exception
         That of the first future which fails, a CancelledError where one was lost; what ``look`` raises.
     NoWorkersError
-        Where there are no workers for too long.
+        No workers for too long.
     """
     those, lookout = as_completed(futures), Lookout(client, look)
     total = those.count()

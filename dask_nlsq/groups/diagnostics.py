@@ -1,4 +1,4 @@
-"""What is remarkable about a grouped fit besides: too few counts, groups that pull, parameters that can change places."""
+"""Additional diagnostics of a grouped fit: too few counts, dominant groups, interchangeable parameters."""
 
 from itertools import combinations, permutations
 
@@ -25,16 +25,16 @@ def of_groups(shared) -> list[str]:
         bias = BIAS * n_locals * np.sqrt(about.n_groups / max(counts, 1.0))
         if bias > TOO_MUCH:
             lines.append(
-                f"{counts:.3g} counts in a group for {n_locals} locals are few: they bias the shared parameters, by some "
+                f"{counts:.3g} counts in a group are few for {n_locals} locals: they bias the shared parameters by about "
                 f"{bias:.1g} standard errors. More groups do not help: join neighbouring ones, or share more parameters"
             )
     if about.n_groups >= FEW and about.largest * about.n_groups > PULLING:
         lines.append(
             f"one group has {about.largest:.1%} of the cost, {about.largest * about.n_groups:.0f} times its share: see "
-            "chi2 of result.local, and mask it or use a robust loss if its data are not to be trusted"
+            "chi2 of result.local, and mask it or use a robust loss if its data are not reliable"
         )
     lines += [
-        f"{one} and {other} can change places: nothing but the start tells which is which; bounds do"
+        f"{one} and {other} are interchangeable: only the start determines which is which; bounds fix it"
         for one, other in about.interchangeable
     ]
     return lines

@@ -1,4 +1,4 @@
-"""fit_groups: one fit of data in groups, with parameters that all share and others of each group's own."""
+"""fit_groups: one fit of data in groups, with shared parameters and others for each group."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ReadyGroups:
 
     @property
     def interchangeable(self) -> tuple[tuple[str, str], ...]:
-        """Names of shared parameters that nothing tells apart."""
+        """Names of interchangeable shared parameters."""
         fit, shared, own = self.problem.fit, self.spec.shared, self.spec.locals.free
         pairs = interchangeable(fit.model, fit.spec.layouts, self.sample, self.values, shared, own)
         place = {k: n for n, k in enumerate(shared)}
@@ -153,50 +153,51 @@ def fit_groups(
     progress: bool | None = None,
     verbose: Literal[0, 1, 2] = 0,
 ) -> GroupResult:
-    """Fit ``f(x, *params)`` to data in groups, with parameters that all share and ``local`` ones of each group.
+    """Fit ``f(x, *params)`` to data in groups: some parameters are shared, the ``local`` ones belong to each group.
 
-    It is one least-squares problem, of s shared parameters and l local ones for each of G groups. Its cost is that of memory
-    and time of G small fits: the locals are eliminated group by group, and s + 1 numbers squared are what remains.
+    This is one least-squares problem of s shared parameters and l local ones for each of G groups. It takes the memory and
+    time of G small fits: the locals are eliminated group by group, which leaves an (s + 1) x (s + 1) matrix.
 
     Parameters
     ----------
     f : callable
         Model ``f(x, *params) -> y`` as in `dask_nlsq.curve_fit`: pointwise, written with `jax.numpy`.
     xdata, ydata, sigma, mask
-        As in `dask_nlsq.fit_map`, where the groups are the pixels: ``xdata`` has the shape of the other axes, or broadcasts
+        As in `dask_nlsq.fit_map`, with groups instead of pixels: ``xdata`` has the shape of the other axes, or broadcasts
         against ``ydata``.
-    expr : dict, optional
-        As in `dask_nlsq.curve_fit`. ``result.derived`` has those, tied parameters and derived quantities, that are functions
-        of shared parameters; ``result.local`` has all.
     p0, bounds, fixed
-        As in `dask_nlsq.fit_map`: numbers, or, of locals, arrays of the shape of the groups, by name.
+        As in `dask_nlsq.fit_map`, by name: numbers; for locals also arrays of the shape of the groups.
     local : str or sequence of str
-        Names of the parameters that each group has of its own.
+        Names of the parameters that each group has for itself.
     group_axes : int, str or tuple
         Axes of ``ydata`` along which the groups lie; names for xarray. This or ``groups``.
     groups : array_like of int, or str
-        Labels of the groups, which broadcast against ``ydata``; -1 leaves a point out. For xarray also the name of a
-        coordinate. The groups are in the order of their labels, in p0, bounds and the result; ``xdata`` broadcasts against
-        ``ydata``. All rows are as long as the largest group, so groups should be of like size.
-    strategy : {"auto", "standard", "chunked", "streaming"}
-        "standard", "chunked": hold the data; "streaming": read them in each sweep; "auto": hold them where they fit.
+        Labels of the groups, which broadcast against ``ydata``, as ``xdata`` does; -1 leaves a point out. For xarray also
+        the name of a coordinate. p0, bounds and the result have the groups in the order of their labels. All rows are as
+        long as the largest group, so the groups should have similar sizes.
+    expr : dict, optional
+        As in `dask_nlsq.curve_fit`. ``result.derived`` has the ties and derived quantities of shared parameters,
+        ``result.local`` those of all.
     full_covariance : bool
         Whether ``result.local`` has ``pcov``, of all parameters of each group.
+    strategy : {"auto", "standard", "chunked", "streaming"}
+        "standard", "chunked": hold the data; "streaming": read them in each sweep; "auto": hold them if they fit.
+    checkpoint : path, optional
+        Directory in which the fit saves its sweeps and the locals. If it is killed, `dask_nlsq.resume`, or the same call
+        again, continues it. The workers must be able to write there, too. SIGTERM and Ctrl-C then return the best point so
+        far, with status -3.
     max_nfev : int, optional
-        Most sweeps over the data.
+        Maximum number of sweeps.
     jac : callable, optional
         ``jac(x, *params) -> (n, p)``, as in `dask_nlsq.curve_fit`.
-    checkpoint : path, optional
-        Directory in which the fit keeps its sweeps and the locals, so that `dask_nlsq.resume`, or the same call again, goes
-        on after it was killed. Of a fit on workers: where they can write, too. SIGTERM and Ctrl-C then end it at the best
-        point so far, with status -3.
-    callback, progress, verbose
-        As in `dask_nlsq.curve_fit`.
+    callback, progress, verbose, absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, param_names, mask_values, \
+    valid_range, xrange, nan_policy, on_bad_chunk, missing_chunks, decode_cf, jac_mode, memory_limit_gb
+        As in `dask_nlsq.curve_fit` and `dask_nlsq.fit_map`.
 
     Returns
     -------
     GroupResult
-        ``popt, pcov = result`` are those of the shared parameters; ``result.local`` is a map of all of them.
+        ``popt, pcov = result`` are those of the shared parameters; ``result.local`` is a map of all parameters.
 
     Raises
     ------
@@ -207,14 +208,19 @@ def fit_groups(
     Interrupted
         Ctrl-C in a fit without a checkpoint; a KeyboardInterrupt, whose ``result`` is the best so far.
     NotConvergedError
-        No convergence within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
+        Not converged within ``max_nfev``; a RuntimeError, whose ``result`` is the best so far.
     CheckpointError
         A checkpoint of another fit.
 
     Warns
     -----
     OptimizeWarning
-        Where the fit has not converged, or the covariance cannot be estimated.
+        The fit has not converged, or the covariance cannot be estimated.
+
+    See Also
+    --------
+    curve_fit : All parameters are shared.
+    fit_map : No parameters are shared.
 
     Notes
     -----
@@ -231,7 +237,7 @@ def fit_groups(
     >>> result = fit_groups(decay, t, y, p0=[1, 1], local="amplitude", group_axes=0)
     >>> result.popt.round(6)
     array([0.7])
-    >>> result.local.popt[:, 0].round(6)
+    >>> result.local.compute().popt[:, 0].round(6)
     array([1., 2., 5.])
     """
     ready = prepare_groups(dict(locals()))
@@ -247,7 +253,7 @@ def fit_groups(
 
 
 def prepare_groups(given: Mapping[str, Any]) -> ReadyGroups:
-    """Check the arguments of `dask_nlsq.fit_groups` and align the data, of which labels alone are read.
+    """Check the arguments of `dask_nlsq.fit_groups` and align the data, of which only labels are read.
 
     Raises
     ------
@@ -266,7 +272,7 @@ def _prepared(given: Mapping[str, Any], too_large: JoiningError | None = None) -
     call.in_pieces = too_large is not None
     f, xdata, ydata = model_first(given["f"], given["xdata"], given["ydata"], "fit_groups")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
-        raise TypeError("fit_groups does not take data that `hold` holds: pass the arrays themselves")
+        raise TypeError("fit_groups does not take data from `hold`: pass the arrays themselves")
     if (call.group_axes is None) == (call.groups is None):
         raise ValueError("give either `group_axes`, axes of `ydata`, or `groups`, a label for each point")
     if call.groups is None:
@@ -395,15 +401,15 @@ def _locals(call) -> tuple[str, ...]:
 
 
 def _check_locals(problem: MapProblem, call) -> None:
-    """An error where ``local`` names what is no parameter, all of them, or none that is fitted."""
+    """An error if ``local`` names an unknown parameter, all fitted ones, or none of these."""
     names, own = problem.fit.names, _locals(call)
     if unknown := [name for name in own if name not in names]:
         raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}")
     fitted = {names[k] for k in problem.fit.spec.free}
     if not fitted & {*own}:
-        raise ValueError("`local` names no parameter that is fitted: without one this is a fit for `curve_fit`")
+        raise ValueError("`local` does not name a fitted parameter: without local parameters use `curve_fit`")
     if fitted <= {*own}:
-        raise ValueError("`local` names all parameters that are fitted: without a shared one this is a map, for `fit_map`")
+        raise ValueError("`local` names all fitted parameters: without shared parameters use `fit_map`")
 
 
 def _apart(problem: MapProblem, call):
@@ -492,7 +498,7 @@ def _head(array, sizes: dict[int, int]):
 
 
 def _number(what: str, operand: Operand, column: int) -> float:
-    """A value of a shared parameter, which all groups must have alike."""
+    """A value of a shared parameter, which must be the same for all groups."""
     values = np.unique(np.asarray(operand.array[..., column]))
     if len(values) > 1:
         raise ValueError(f"{what}: a parameter that all groups share has one value, not an array of the groups' shape")

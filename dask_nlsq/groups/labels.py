@@ -1,7 +1,6 @@
 """Groups by integer labels: the points of each are gathered in a row, so that the groups lie along the first of two axes.
 
-Labels are read at the door and sorted once. Rows are as long as the largest group; what is behind the last point of a
-smaller one is masked.
+Labels are read and sorted once, before the fit. Rows are as long as the largest group; the rest of shorter rows is masked.
 """
 
 from pathlib import Path
@@ -85,8 +84,8 @@ def read_labels(groups: Any, shape: tuple[int, ...]) -> LabelledGroups:
     groups = groups if hasattr(groups, "dtype") else np.asarray(groups)
     if groups.dtype.kind not in "iu" or isinstance(groups, np.ma.MaskedArray):
         raise ValueError(
-            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {groups.dtype}: of other names, "
-            "np.unique(names, return_inverse=True)[1] makes them"
+            f"`groups` must be integer labels, {LEFT_OUT} for points that are left out, not {groups.dtype}: for other "
+            "labels use np.unique(labels, return_inverse=True)[1]"
         )
     labels = np.asarray(as_array("groups", groups))
     try:

@@ -1,4 +1,4 @@
-"""Where the data of a grouped fit are during it, and what that takes: decided from sizes, before any is read."""
+"""Where a grouped fit holds its data, and the memory that this takes: decided from sizes, before any data are read."""
 
 from math import prod
 
@@ -43,16 +43,16 @@ def plan_groups(problem: MapProblem, spec: GroupSpec, call) -> Plan:
     if (needed := states + data * held) > room:
         limit = least_limit(rooms, lambda rooms: needed <= sum(each.nbytes for each in rooms))
         ways = [] if limit is None else [f"raise memory_limit_gb to {limit}"]
-        ways += ['use strategy="streaming", which holds no data'] if held and states < room else []
+        ways += ['use strategy="streaming", which does not hold the data'] if held and states < room else []
         raise MemoryBudgetError(
-            f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; there "
-            f"are {size(room)}",
+            f"the groups take {size(needed)} between the sweeps, {size(states)} of them for their local parameters; "
+            f"{size(room)} are available",
             *ways,
             "fit a part of the groups",
             "use more workers",
         )
-    what = f"of {size(room)}, of which the data take {size(data)} and the groups' local parameters {size(states)}"
-    reason = f"the data stay in memory, {what}" if held else f"the data are read anew in each sweep: {what}"
+    what = f"the data take {size(data)}, the groups' local parameters {size(states)}, of {size(room)}"
+    reason = f"the data stay in memory: {what}" if held else f"the data are read again in each sweep: {what}"
     reason += "; the groups are too large to be joined, so they are read in pieces" if problem.in_pieces else ""
     n_blocks, share = problem.plan.n_blocks, (states + data * held) / len(rooms)
     return Plan(

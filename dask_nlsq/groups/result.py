@@ -193,23 +193,32 @@ class GroupResult:
 
 
 def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult | StoredMap:
-    """The result that was saved at ``path``: all but the data, so that residuals need a new fit.
+    """Load a result from ``path``: everything except the data, so residuals need a new fit.
 
-    ``predict(x)`` and bands import the model by its name, when they are called, and make sure that it is the same. Of maps
-    that `MapResult.to_zarr` has written ``with_data`` does so.
+    ``predict(x)`` and bands import the model by its name when they are called, and check that it has not changed. With maps
+    that `MapResult.to_zarr` has written, ``with_data`` does so.
 
     Parameters
     ----------
     path : path
         Of a result, or of maps.
     trust : bool or path
-        Whose modules may be imported then: of installed packages alone, and those that are imported already; True: all of
-        them; a directory: those in it as well.
+        Modules that may be imported. False: installed packages and modules that are already imported; a directory: the
+        modules in it as well; True: all.
 
     Raises
     ------
     ValueError
-        Where there is no result, one of another version, or a file that is not as it was written.
+        No result there, a result of another version, or a file that has changed since it was written.
+
+    See Also
+    --------
+    FitResult.save, GroupResult.save
+
+    Examples
+    --------
+    >>> result.save("result")  # doctest: +SKIP
+    >>> result = load("result")  # doctest: +SKIP
     """
     if is_map(Path(path)):
         return StoredMap(Path(path), trust)

@@ -1,9 +1,9 @@
 """The sweep of a grouped fit: all blocks of groups, evaluated at shared parameters; Dask holds what stays with the data.
 
-A sweep is a task for each block, which gives sums for the client and the state of its groups (locals and W), which stays
-where it is made. The next sweep starts from the state at the accepted point. Dask knows how each state was made: that of a
-worker that dies is made again, with the same bits. A checkpoint keeps the sums of each sweep, and of the accepted point the
-states, each of which its own task writes; a fit that goes on finds its sweeps done, and takes the states from there.
+A sweep has one task per block. It returns sums to the client, and keeps the state of its groups (locals and W) where it was
+computed. The next sweep starts from the state at the accepted point. Dask knows how to compute each state: if a worker dies,
+its states are computed again, bit-identically. A checkpoint contains the sums of each sweep, and the states at the accepted
+point, each written by its own task. A resumed fit reads both instead of repeating the sweeps.
 """
 
 import threading
@@ -43,10 +43,14 @@ FINEST = 1e-8
 ENOUGH = 1e-3  # standard errors of the shared parameters, below which what locals leave is of no account
 SHARE = 0.1  # of the reduction that is predicted for the shared parameters, which the locals may leave
 INNER_TOLERANCE = 1e-4  # ftol, xtol and gtol of the locals: the distance decides
-ENDED = (MapStatus.ITERATION_LIMIT, MapStatus.STUCK, MapStatus.UNDETERMINED)  # without success: from afar, a fit begins anew
+ENDED = (
+    MapStatus.ITERATION_LIMIT,
+    MapStatus.STUCK,
+    MapStatus.UNDETERMINED,
+)  # without success: the next fit begins afresh
 NONE_USED = (
-    "no group can be fitted: none has as many points that count as it has parameters, or the model or its derivatives are "
-    "not finite at p0 in all of them"
+    "no group can be fitted: all have fewer valid points than parameters, or the model or its derivatives are not finite at "
+    "p0 in all of them"
 )
 
 
@@ -153,7 +157,7 @@ def kept_state(checkpoint: Checkpoint, name: str) -> LocalState:
     """The task: what `keep_state` has written."""
     found, path = checkpoint.load(name), checkpoint.path / f"{name}.npz"
     if found is None:
-        raise CheckpointError(f"the checkpoint has lost {path}: begin it anew, in another directory")
+        raise CheckpointError(f"the checkpoint has lost {path}: start the fit again, in another directory")
     with well_formed(path):
         leaves = [found[0][name] for name in LEAVES]
     n = len(LocalState._fields) - 1

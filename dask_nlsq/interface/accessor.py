@@ -31,7 +31,7 @@ SCIPYS = ("method", "check_finite")  # options of SciPy's curve_fit that have no
 @xr.register_dataset_accessor("nlsq")
 @xr.register_dataarray_accessor("nlsq")
 class Accessor:
-    """What ``.nlsq`` is of a DataArray or Dataset."""
+    """The attribute ``.nlsq`` of a DataArray or Dataset."""
 
     def __init__(self, data: xr.DataArray | xr.Dataset):
         self._data = data
@@ -49,7 +49,7 @@ class Accessor:
         kwargs: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> xr.Dataset:
-        """Fit ``func`` along some dimensions, once for each place along the others.
+        """Fit ``func`` along some dimensions, once for each position along the others.
 
         Arguments and result are those of `xarray.DataArray.curvefit` and `xarray.Dataset.curvefit`.
 
@@ -57,23 +57,23 @@ class Accessor:
         ----------
         coords : str, DataArray, or sequence of these
             Independent coordinates; the dimensions whose coordinates are among them are fitted along. Dates become seconds
-            since the earliest one, durations seconds. Coordinates may differ from place to place.
+            since the earliest one, durations seconds. Coordinates may differ between positions.
         func : callable
             Model ``func(x, *params)`` written with `jax.numpy`, one value per point. x is an array of shape (n,), or a tuple
             of such arrays where there are several coordinates.
         reduce_dims : hashable or sequence, optional
             Further dimensions to fit along.
         skipna : bool
-            True leaves out points that are not finite; a place without any point gets NaN. False: they are an error.
+            True leaves out nonfinite points; a position without points gets NaN. False: they are an error.
         p0 : dict, optional
             Start by name; numbers, or DataArrays along the dimensions that are left. Those not named: the default in the
             signature of ``func``, or 1, moved into the bounds. Or a function, as in `dask_nlsq.fit_map`.
         bounds : dict, optional
             ``{name: (lower, upper)}``; numbers or DataArrays as in ``p0``, None for no bound.
         param_names : sequence of str, optional
-            Needed where the signature of ``func`` does not tell.
+            Needed if the signature of ``func`` does not have them.
         errors : {"raise", "ignore"}
-            What becomes of fits that do not converge, or have fewer points than parameters: an error when they are computed,
+            Fits that do not converge, or have fewer points than parameters: an error when they are computed,
             or NaN.
         kwargs, **more
             Further options of `dask_nlsq.fit_map`, or, where no dimension is left, of `dask_nlsq.curve_fit`, such as
@@ -143,13 +143,13 @@ def _named(data, name: str):
     Raises
     ------
     ValueError
-        Where there is none of that name.
+        Unknown name.
     """
     try:
         return data[name]
     except KeyError:
         known = [str(each) for each in (*data.dims, *data.coords)]
-        raise ValueError(f"`coords` {name!r} is none of {sorted({*known})}{near(name, known)}") from None
+        raise ValueError(f"`coords` {name!r} is not one of {sorted({*known})}{near(name, known)}") from None
 
 
 def _map_of_fits(call, fitted, errors):
@@ -170,8 +170,8 @@ def _settled(record, errors, names):
     """The fits of a block, NaN where they failed, or an error; a warning where they have not converged."""
     if doubtful := _counts(record["status"], DOUBTFUL):
         warn(
-            f"not converged: {doubtful} of {record.size} fits of a block; start closer by p0 or bounds, or see `status` of "
-            "dask_nlsq.fit_map",
+            f"not converged: {doubtful} of {record.size} fits of a block; start closer with p0 or bounds, or see `status` "
+            "of dask_nlsq.fit_map",
             scipy.optimize.OptimizeWarning,
         )
     failed = np.isin(record["status"], FAILED)
@@ -182,7 +182,7 @@ def _settled(record, errors, names):
         at = ", ".join(f"{k}={v:.6g}" for k, v in zip(names, record["popt"][failed][0], strict=True))
         raise RuntimeError(
             f"Optimal parameters not found for {failed.sum()} of {failed.size} fits of a block: {why}; the first ended at "
-            f"{at}. Raise max_nfev, start closer by p0 or bounds, or take NaN there by errors='ignore'"
+            f"{at}. Raise max_nfev, start closer with p0 or bounds, or get NaN there with errors='ignore'"
         )
     record = record.copy()
     record["popt"][failed] = record["pcov"][failed] = np.nan

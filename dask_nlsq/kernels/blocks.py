@@ -36,7 +36,7 @@ class Layout(NamedTuple):
 
 
 class Invalid(NamedTuple):
-    """Values of y, as they are stored, that stand for no data: single ones, and those below ``low`` or above ``high``."""
+    """Invalid stored values of y: single ones, and those below ``low`` or above ``high``."""
 
     values: tuple[float, ...]
     low: float | None
@@ -90,11 +90,11 @@ class KernelSpec(NamedTuple):
     loss: str
     tile: int | None
     whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
-    parts: int = 0  # at most so many runs of consecutive points, whose sums are told beside those of the block
+    parts: int = 0  # at most this many runs of consecutive points, whose sums are returned beside those of the block
 
 
 def tile_size(n_params: int, capacity: int) -> int:
-    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is no longer than the block.
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is not longer than the block.
 
     On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
     """

@@ -113,8 +113,8 @@ LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pai
 def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], start: np.ndarray, places) -> bool:
     """Whether the model is linear in the parameters at ``places``: derivatives by them are computed without their values.
 
-    That is a proof, but for models that change in steps, of which no derivative tells. So it is tried at a few points, too,
-    for values of either sign.
+    This is a proof, except for models that change in steps, which derivatives do not show. So it is tried at a few points,
+    too, for values of either sign.
 
     Parameters
     ----------

@@ -1,17 +1,17 @@
 """One sweep of a grouped fit over a block: the locals of each group are fitted, and eliminated from its gram matrix.
 
-The residual of a point depends on the shared parameters s and on the locals l of its group. A group is evaluated where its
-locals are expected at s. With J = [J_l J_s] of the group, H its J^T J and g its J^T r, it has ::
+The residual of a point depends on the shared parameters s and on the locals l of its group. A group is evaluated at the
+predicted locals for s. With J = [J_l J_s] of the group, H its J^T J and g its J^T r, it has ::
 
     A = H_ll + diag(|g_k| / v_k),  W = A^-1 [H_ls g_l],  [H_ss g_s; g_s^T r^T r] - [H_ls g_l]^T W,
 
-v_k the distance of a local to a bound that its gradient pushes against; the sum of the last over the groups is the gram
-matrix of Gauss and Newton's method on the cost as a function of s alone [1]_ [2]_. No local number leaves the block. W
-predicts where the locals are at other s: l - W [ds; 1]. What the locals still leave, 1/2 g_l^T A^-1 g_l, is summed as well.
+where v_k is the distance of a local to a bound that its gradient pushes against. The sum of the last matrix over the groups
+is the Gauss-Newton matrix of the cost as a function of s [1]_ [2]_. Locals do not leave the block. W predicts the locals at
+other s: l - W [ds; 1]. The reduction that the locals still leave, 1/2 g_l^T A^-1 g_l, is summed as well.
 
-Locals that are farther from their optimum than the sweep needs are fitted by the lanes of a map, and the group is evaluated
-again. Where the model is linear in them, and the loss is least squares, l - A^-1 g_l is the optimum, and the cost there is
-known. Then the group is evaluated again only where the locals have moved far, for the derivatives by s.
+Locals that are farther from their optimum than the sweep allows are fitted by the lanes of a map, and the group is
+evaluated again. If the model is linear in them, and the loss is least squares, l - A^-1 g_l is the optimum, and the cost
+there is known. Then the group is evaluated again only if the locals have moved far, for the derivatives with respect to s.
 
 References
 ----------
@@ -261,7 +261,7 @@ def _nothing(spec: GroupSpec, n: int) -> Eliminated:
 
 
 def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order, n_wanted, known) -> Eliminated:
-    """Of the first ``n_wanted`` groups in ``order``, lane after lane, so many together as a map fits; of others as known."""
+    """Of the first ``n_wanted`` groups in ``order``, lane after lane, as many together as in a map; others as known."""
     n_groups = len(params)
     width = min(lanes_of(spec.locals, data.y), n_groups)
 

@@ -1,9 +1,9 @@
 """One bounded trust-region fit per pixel: all pixels of a block in one compiled loop.
 
-Pixels need from 3 to some 100 steps (`iterate`). So that the quick ones need not wait, the lanes of pixels that are done
-are given the next pixels of the block; that moves data, so it waits until a quarter of them are done. Those that work are
-gathered in front then, and only groups of lanes with work to do are evaluated, so that the last pixels do not cost a
-block's time.
+Pixels need between 3 and about 100 steps (`iterate`). So that quick pixels need not wait, the lanes of finished pixels get
+the next pixels of the block. This moves data, so it happens when a quarter of the lanes are finished. Active lanes are then
+moved to the front, and only groups with active lanes are evaluated, so that the last pixels do not take the time of a full
+block.
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """A step of many bounded trust-region fits at once, one in each *lane*.
 
 The points, candidate `steps` and `rules` are those of `trust_region`, on the gram matrix of each pixel's own rows
-``[J r]``; bounds count however far they are, since to tell costs as much here as it saves. Arrays end in the axis of the
+``[J r]``; bounds count at any distance, since checking it would cost as much as it saves. Arrays end in the axis of the
 lanes, ``params`` is (p, lanes), so that each operation on small matrices is one on vectors. The subproblem is solved by
-elimination, which vectorises, in place of the SVD: where the data do not determine a direction its pivot is rounding, and
+elimination, which vectorises, instead of the SVD: where the data do not determine a direction its pivot is rounding, and
 is kept at the size of it.
 """
 

@@ -1,8 +1,8 @@
 """One sweep over groups that are cut into pieces, for models that are linear in the locals, under least squares.
 
-No task sees a whole group. So each condenses its points to the matrix of [J_l J_s r] for each group; these are added up, and
-where the locals are best follows from the sum, as in `groups`. Where that is far from where they were evaluated the group
-is read once more, in another sweep.
+No task sees a whole group. So each task condenses its points to the matrix of [J_l J_s r] of each group. The matrices are
+added, and the best locals follow from the sum, as in `groups`. If these are far from the values at which the group was
+evaluated, it is read once more, in another sweep.
 """
 
 from functools import lru_cache, partial

@@ -1,11 +1,11 @@
 """From a block of data to one small matrix: residual, loss, Jacobian and their reduction, a tile at a time.
 
-A block holds ``n`` points as flat arrays. The kernel walks over it in tiles small enough that the rows ``[J r]`` of a
-tile never leave the cache, and condenses each to ``[J r]^T [J r]`` ("gram") or updates the triangular factor of all
-rows so far ("qr", TSQR [1]_), so J of the whole block never exists. For a robust loss the rows are rescaled first, so
+A block holds ``n`` points as flat arrays. The kernel goes through it in tiles small enough that the rows ``[J r]`` of a
+tile stay in the cache. It condenses each tile to ``[J r]^T [J r]`` ("gram") or updates the triangular factor of all
+rows so far ("qr", TSQR [1]_), so J of the whole block is never formed. For a robust loss the rows are rescaled first, so
 that ``J^T J`` is the Gauss-Newton matrix and ``J^T r`` the gradient of the robust cost [2]_.
 
-Arrays come as they are stored. Geometry (length, offsets, strides) is data, not code: blocks of different length,
+Arrays are passed as they are stored. Geometry (length, offsets, strides) is data, not code: blocks of different length,
 alignment or shape share one compilation as long as their buffers have the same capacity.
 
 References
@@ -37,8 +37,8 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     """Compiled ``(params, f_scale, block) -> matrix (p+1, p+1), cost, parts`` of one block.
 
     ``params`` is (p,) float64, ``matrix`` the gram matrix of ``[J r]`` or its upper triangular factor; ``parts`` what
-    `SegmentSums` takes apart but for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3). To be
-    called inside ``float64()``.
+    `SegmentSums` takes apart, except for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3).
+    To be called inside ``float64()``.
     """
     return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
 

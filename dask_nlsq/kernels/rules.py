@@ -1,17 +1,17 @@
-"""The rules of a trust-region fit: is a trial accepted, how does the radius follow, and has the fit converged.
+"""The rules of a trust-region fit: is a trial accepted, how does the radius change, and has the fit converged.
 
-They are array functions, so that one fit (numbers) and the lanes of a map (arrays of them) obey the same ones: ``xp`` is
+They are array functions, so the same rules apply to one fit (numbers) and to the lanes of a map (arrays): ``xp`` is
 `numpy` or `jax.numpy`.
 
-**SciPy's tests propose, the distance decides.** At each accepted point the quadratic model knows how much its minimum
-would still lower the cost, the decrement ``1/2 g^T (J^T J + diag(|g_k| / v_k))^-1 g``, with v_k the distance to a finite
+**SciPy's tests propose, the distance decides.** At each accepted point the quadratic model predicts how much its minimum
+would still lower the cost: the decrement ``1/2 g^T (J^T J + diag(|g_k| / v_k))^-1 g``, with v_k the distance to a finite
 bound that the gradient pushes against. With s2, the factor that scales the covariance there,
 
     distance = sqrt(2 decrement / s2)
 
-is the length of the step to that minimum in standard errors. It depends on no unit. A small reduction of the cost or a
-short step (``ftol``, ``xtol``, ``gtol`` [1]_) only proposes to stop: the fit has converged where the distance is below
-``accuracy`` as well. Where full steps contract the distance by kappa only (large residuals), what is left is that of a
+is the length of the step to that minimum in standard errors. It does not depend on units. A small reduction of the cost or a
+short step (``ftol``, ``xtol``, ``gtol`` [1]_) only proposes to stop: the fit has converged if the distance is below
+``accuracy`` as well. If full steps reduce the distance only by a factor kappa (large residuals), the remaining steps are a
 geometric series, and ``distance / (1 - kappa)`` counts. Exact data converge to the rounding of the residuals instead.
 
 References
@@ -233,7 +233,7 @@ def scale(xp, columns, longest):
     """Scale of the parameters, 1 over the length of their columns of J (p,): the longest so far, as far as remembered.
 
     A scale never grows, as in Moré's (and SciPy's) method, except where a column has become very much shorter than it was:
-    the region would leave its parameter no freedom. A column that is zero is no length scale.
+    the region would leave its parameter no freedom. A zero column is not a length scale.
     """
     lengths = xp.minimum(longest, xp.where(columns > 0, LENGTH_MEMORY * columns, xp.inf))
     return 1 / xp.where(lengths > 0, lengths, 1.0)
@@ -265,7 +265,7 @@ def at_bounds(params, perr, lower, upper):
     """-1 where a parameter is at its lower bound, 1 at its upper one, else 0; arrays (p,) of NumPy or of JAX.
 
     At a bound is what is nearer to it than to the other one, by less than a hundredth of a standard error, and by less than
-    a thousandth of the interval between the bounds. An error that tells nothing (inf, or many times the size of parameter
+    a thousandth of the interval between the bounds. An error without information (inf, or many times the size of parameter
     and bound) counts only where parameter and bound agree to three digits, or the bound is 0. All of it is the same in any
     units.
     """

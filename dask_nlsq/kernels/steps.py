@@ -1,17 +1,17 @@
-"""Where a fit stands, and the steps that it may try from there: pure functions of arrays for NumPy and JAX, as `rules` are.
+"""The state of a fit and its candidate steps: pure functions of arrays for NumPy and JAX, like `rules`.
 
-The method is that of Branch, Coleman and Li [1]_ in the form that SciPy gave it (``least_squares(method="trf")``). Around
-the current ``params`` the cost is modelled, in "hat" variables ``step = d * step_h``, by
+The method is that of Branch, Coleman and Li [1]_, as in SciPy's ``least_squares(method="trf")``. Around the
+current ``params`` the cost is modelled, in "hat" variables ``step = d * step_h``, by
 
     m(step_h) = g_h^T step_h + 1/2 step_h^T (J_h^T J_h + C) step_h,     J_h = J diag(d),  g_h = d * J^T r,
 
-where ``d = sqrt(v) * scale`` joins the scale of the parameters with the distance ``v`` to the bounds that the gradient
-pushes against, and the diagonal ``C = g * dv * scale`` is what the derivative of that distance adds. Both shorten steps
-even where the optimum is far from all bounds, and along weakly determined directions most; so where little is left to gain
-a bound counts only if it would cut the step to the minimum without any bounds to a small part.
+where ``d = sqrt(v) * scale`` combines the scale of the parameters with the distance ``v`` to the bounds that the gradient
+pushes against, and the diagonal ``C = g * dv * scale`` comes from the derivative of that distance. Both shorten steps even
+if the optimum is far from all bounds, above all along weakly determined directions. So once little is left to gain, a bound
+counts only if it would cut the step to the unbounded minimum to a small part.
 
-The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this one as far as the bound,
-its reflection there, and the one down the gradient in hat space.
+The step to the minimum in a ball may leave the bounds. Then the best of three steps is taken: this step up to the bound,
+its reflection at the bound, and the gradient step in hat space.
 
 Vectors are (p,), or (p, lanes) of the lanes of a map, for which numbers are arrays (lanes,).
 
@@ -51,7 +51,7 @@ class Scheme(NamedTuple):
 
     bounds: tuple[Any, Any] | None  # lower and upper
     x_scale: Any = "jac"  # of the parameters, where it does not follow the columns of J
-    gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
+    gtol_relative: bool = False  # MINPACK's test, a cosine, instead of the scaled gradient in the units of the data
     noise_known: bool = False  # the variance of the residuals is 1
     near_below: float = 0.0  # predicted share of the cost, below which only bounds count that are near
 
@@ -159,7 +159,7 @@ def _reach_of_bounds(xp, seen: Seen, scale, scheme: Scheme, solve_newton: Callab
 
 
 def hat_space(xp, params, gradient, scale, bounds, near=np.inf) -> HatSpace:
-    """Variables in which the bounds are far and the parameters alike ([1]_, eq. 2.2); bounds count as far as ``near``."""
+    """Variables with distant bounds and parameters of similar scale ([1]_, eq. 2.2); bounds count as far as ``near``."""
     lower, upper = bounds or (-xp.inf, xp.inf)
     to_upper, to_lower = (gradient < 0) & xp.isfinite(upper), (gradient > 0) & xp.isfinite(lower)
     pushed = to_upper | to_lower

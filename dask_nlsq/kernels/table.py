@@ -1,7 +1,7 @@
-"""Models that are linear in the locals as a table, which all groups share where they share x.
+"""Models that are linear in the locals as a table, which all groups share if they share x.
 
-f = c + sum over k of l_k b_k, where c and b_k depend on x and on the shared parameters alone. So they and their derivatives
-by the shared parameters are evaluated once in a sweep, and what is left for each group are a few products for each point.
+f = c + sum over k of l_k b_k, where c and b_k depend only on x and on the shared parameters. So they and their derivatives
+with respect to the shared parameters are evaluated once per sweep, and each group needs only a few products per point.
 """
 
 import functools

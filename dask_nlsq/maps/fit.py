@@ -63,60 +63,64 @@ def fit_map(
 ) -> MapResult:
     """Fit ``f(x, *params)`` to each pixel of a map by nonlinear least squares, lazily.
 
+    The axes that ``axis`` names are the spectrum; all others are the map.
+
     Parameters
     ----------
     f : callable
         Model ``f(x, *params) -> y`` as in `dask_nlsq.curve_fit`: pointwise, written with `jax.numpy`.
     xdata : array_like, tuple or None
         Coordinates that all pixels share: an array of the shape of the fit axes, or a tuple of arrays that broadcast against
-        them. An array with as many axes as ``ydata`` differs from pixel to pixel. With an xarray ``ydata`` as in
-        `dask_nlsq.curve_fit` the name of a coordinate, names, or DataArrays; None is the coordinates of the fit axes.
+        them. An array with as many axes as ``ydata`` differs from pixel to pixel. With an xarray ``ydata`` the name of a
+        coordinate, several names, or DataArrays, as in `dask_nlsq.curve_fit`; None: the coordinates of the fit axes.
     ydata : array_like, N-D
-        NumPy, Dask, a Zarr array or its path, or xarray. All axes but the fit axes are the map.
+        NumPy, Dask, a Zarr array or its path, or xarray. All axes except the fit axes are the map.
     p0 : optional
-        Start: a sequence with one value per parameter, or a dict by name; each value a number, or an array of the map's
-        shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`, which
-        gets the mean of the others in place of points that do not count. Starts that differ from pixel to pixel are moved
-        into the bounds. "guess", None: as in `dask_nlsq.curve_fit`, for each spectrum.
+        Start: a sequence with one value per parameter, or a dict by name; each value is a number or an array of the map's
+        shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`; in its
+        y, invalid points are replaced by the mean of the others. "guess", None: as in `dask_nlsq.curve_fit`, for each
+        spectrum. Starts that differ from pixel to pixel are moved into the bounds.
     axis : int, str or tuple
-        The fit axes, in the order that they have in ``ydata``; names for xarray.
+        The fit axes, in their order in ``ydata``; names for xarray.
     sigma, mask : array_like, optional
-        As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. Where
-        shapes are ambiguous, with as many axes as ydata.
+        As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. If that
+        is ambiguous, with as many axes as ydata.
+    absolute_sigma : bool
+        As in `dask_nlsq.curve_fit`.
     bounds : pair or dict
-        ``(lower, upper)`` or ``{name: (lower, upper)}``; numbers or arrays of the map's shape, None for no bound. Pixels
-        without points need none that make sense.
-    nan_policy : {"omit", "raise"}
-        "omit": points that are not finite do not count; a warning where that is in a coordinate that all pixels share.
-        "raise": they are an error when they are met.
+        ``(lower, upper)`` or ``{name: (lower, upper)}``; numbers or arrays of the map's shape, None for unbounded. The
+        bounds of pixels without points are not checked.
     fixed : dict, optional
         Values of parameters that are not fitted, by name; numbers or arrays of the map's shape.
     guess : {None, "coarse-to-fine"}
-        Fit the mean spectrum from p0, means of bins of 8 pixels to each side from there, and pixels from their bin's; that
-        reads the data once more. Bins end where blocks do, so other chunks of the map are other starts. A pixel that is far
-        too bright can lead its bin astray: mask it.
+        Fit the mean spectrum from p0, then the means of bins of 8 x 8 pixels from there, then each pixel from its bin; this
+        reads the data once more. Bins end at blocks, so other chunks of the map give other starts. A pixel that is far too
+        bright can mislead its bin: mask it.
     full_covariance : bool
         Whether the result has ``pcov``.
-    strategy : {"auto", "standard", "chunked", "streaming"}
-        Where data are cut along the fit axes: read at once ("standard", "chunked"), or, where they do not fit in memory, in
-        several passes ("auto", "streaming").
+    nan_policy : {"omit", "raise"}
+        "omit": nonfinite points are left out, with a warning if a coordinate that all pixels share is not finite.
+        "raise": they are an error when they are read.
     on_bad_chunk : {"raise", "mask"}
-        As in `dask_nlsq.curve_fit`; chunks that are left out are in the log, and missing from ``n_points``.
-    absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, expr, mask_values, valid_range, \
-    xrange, missing_chunks, decode_cf, jac_mode
-        As in `dask_nlsq.curve_fit`.
+        As in `dask_nlsq.curve_fit`; the log lists the chunks that are left out, and ``n_points`` does not count them.
+    strategy : {"auto", "standard", "chunked", "streaming"}
+        If chunks cut the fit axes: read all at once ("standard", "chunked"), or in several passes if they do not fit in
+        memory ("auto", "streaming").
     memory_limit_gb : float, optional
-        GiB that may be taken for data; by default 75 % of what is available.
+        GiB for the data; by default 75 % of the available memory.
+    loss, f_scale, ftol, xtol, gtol, accuracy, max_nfev, param_names, expr, mask_values, valid_range, xrange, \
+    missing_chunks, decode_cf, jac_mode
+        As in `dask_nlsq.curve_fit`.
 
     Returns
     -------
     MapResult
-        Lazy: nothing is read before ``compute()``, ``to_zarr(path)`` or the use of one of its Dask arrays.
+        Lazy: data are read by ``compute()``, by ``to_zarr(path)``, or when one of its Dask arrays is computed.
 
     Raises
     ------
     ValueError, TypeError
-        Arguments that do not fit together, at once; values of sigma that are not positive when they are read.
+        Arguments that do not fit together, at once; values of sigma that are not positive, when they are read.
     MemoryBudgetError
         Blocks that do not fit in memory.
     BadChunkError, MissingChunksError
@@ -125,18 +129,37 @@ def fit_map(
     Warns
     -----
     RuntimeWarning
-        Where points are left out of every pixel since a shared coordinate is not finite there.
+        Points are left out of every pixel because a shared coordinate is not finite.
+
+    See Also
+    --------
+    curve_fit : One fit of all data.
+    fit_groups : One fit with shared parameters and others for each group.
 
     Notes
     -----
-    The normal equations of a pixel are formed as a product ``J^T J``. Where its condition number (with columns of length 1)
-    is above some 1e6 the covariance loses digits, and above some 1e7 the pixel counts as singular: `dask_nlsq.curve_fit`
-    goes on to QR there. See `dask_nlsq.kernels.lane_loop` for the method.
+    The normal equations of a pixel are formed as a product ``J^T J``. Above a condition number of about 1e6 (with columns of
+    length 1) the covariance loses digits, and above about 1e7 the pixel counts as singular; `dask_nlsq.curve_fit` uses QR
+    there. See `dask_nlsq.kernels.lane_loop` for the method.
+
+    Examples
+    --------
+    >>> import numpy as np, jax.numpy as jnp
+    >>> from dask_nlsq import fit_map
+    >>> def decay(t, amplitude, rate):
+    ...     return amplitude * jnp.exp(-rate * t)
+    >>> t = np.linspace(0, 5, 50)
+    >>> y = np.array([[1.0], [2.0], [5.0]]) * np.exp(-0.7 * t)  # three pixels
+    >>> fits = fit_map(decay, t, y, p0=[1, 1]).compute()
+    >>> fits.popt.round(6)
+    array([[1. , 0.7],
+           [2. , 0.7],
+           [5. , 0.7]])
     """
     call = checked(MAPS, dict(locals()))
     f, xdata, ydata = model_first(f, xdata, ydata, "fit_map")
     if isinstance(xdata, HeldData) or isinstance(ydata, HeldData):
-        raise TypeError("fit_map does not take data that `hold` holds: pass the arrays themselves")
+        raise TypeError("fit_map does not take data from `hold`: pass the arrays themselves")
     problem, labels = align_map(f, xdata, ydata, call)
     if guess is not None:
         problem = _coarse_to_fine(problem)

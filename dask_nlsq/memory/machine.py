@@ -51,7 +51,7 @@ _V2 = _Files("memory.max", "memory.current", "inactive_file", 2)
 
 
 def cgroup_memory(root: Path | str = "/") -> Cgroup | None:
-    """Limits of the control groups of this process, None where there are none.
+    """Limits of the control groups of this process, None if there are none.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def detect_memory(root: Path | str = "/") -> Detected:
 
 
 def detect_total_system_memory() -> float | None:
-    """Bytes of memory that this process can ever have, None where they cannot be found out.
+    """Bytes of memory that this process can have at most; None if this cannot be determined.
 
     Physical memory by psutil, else by ``os.sysconf``; a smaller limit of a control group (v1 or v2) wins.
     """
@@ -130,7 +130,7 @@ def available_memory(root: Path | str = "/") -> float:
     Raises
     ------
     MemoryError
-        Where neither psutil, ``os.sysconf`` nor a control group tells.
+        Neither psutil, ``os.sysconf`` nor a control group has it.
     """
     physical, cgroup = _physical("available", "SC_AVPHYS_PAGES"), cgroup_memory(root)
     known = [] if physical.total is None else [physical.total]
@@ -138,7 +138,7 @@ def available_memory(root: Path | str = "/") -> float:
         known.append(float(cgroup.headroom))
     if not known:
         raise MemoryError(
-            "available memory cannot be found out here: give memory_limit_gb, or limit_bytes to a MemoryManager"
+            "the available memory cannot be determined here: give memory_limit_gb, or limit_bytes to a MemoryManager"
         )
     return min(known)
 
@@ -194,7 +194,7 @@ def active_client(client: Client | Literal[False] | None = None) -> Client | Non
 
 
 def workers_memory(client: Client) -> dict[str, float] | None:
-    """Bytes that each worker (by address) may hold, None where there is no worker yet, or one that cannot tell.
+    """Bytes that each worker (by address) may hold, None if there are no workers yet, or if a worker does not know.
 
     A worker without a limit is asked what its machine has, of which it gets the share of one of the workers there.
     """

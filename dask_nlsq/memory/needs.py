@@ -1,16 +1,16 @@
-"""What a fit or a map needs of memory: arithmetic on a few plain numbers.
+"""The memory that a fit or a map needs: arithmetic on a few plain numbers.
 
-A process that takes part has at its peak what it has already, plus
+The peak of a process is the memory that it already uses, plus
 
 * start: JAX, the compilation of the kernels, the graph;
 * held: prepared data, in the dtype in which they are stored, and the factor of a covariance matrix; or the chunks that a
   map joins and its results;
 * shared: values of the user's graph that all chunks need, computed once;
-* in flight: runs of chunks while they are read, values that are passed on from one to the next, and, where a fit streams,
-  the sample with which it begins or, later, what malloc keeps;
+* in flight: runs of chunks while they are read, values that are passed from one to the next, and for a streaming fit the
+  sample with which it begins or, later, memory that malloc keeps;
 * scratch: for each thread the rows [J r] of a tile and their copies.
 
-The Jacobian of all points never exists, unless the model or a covariance matrix needs all points at once. Measured with
+The Jacobian of all points is never formed, unless the model or a covariance matrix needs all points at once. Measured with
 ``python -m benchmarks.memory`` and, for single constants, with tracemalloc and VmHWM on two cores (glibc 2.36).
 """
 
@@ -129,7 +129,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
 
 
 def partition_size(n_runs: int, most: int) -> int:
-    """Runs per partition, of at most so many partitions: a power of two, so that they are subtrees of the merge."""
+    """Runs per partition, of at most this many partitions: a power of two, so that they are subtrees of the merge."""
     size = 1
     while size * most < n_runs:
         size *= 2

@@ -25,7 +25,7 @@ FEW_TASKS = 1000  # of a sweep: a scheduler takes seconds for thousands, and a t
 
 
 class MemoryBudgetError(MemoryError):
-    """A fit that cannot work with the memory there is: the ``numbers``, and the ways out."""
+    """A fit that cannot run with the available memory: the ``numbers``, and ``ways_out``, which say what to change."""
 
     def __init__(self, numbers: str, *ways_out: str):
         super().__init__(numbers, *ways_out)
@@ -42,7 +42,7 @@ class JoiningError(MemoryBudgetError):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a fit will run; made by `dask_nlsq.plan_fit`, and kept in `FitResult.plan`. Sizes in bytes.
+    """How a fit will run; from `dask_nlsq.plan_fit` or `FitResult.plan`. Sizes are in bytes.
 
     Attributes
     ----------
@@ -53,15 +53,15 @@ class Plan:
     n_partitions : int
         Tasks per sweep.
     sweep_bytes : int
-        That each sweep reads: the data as they are stored.
+        Data that each sweep reads, as they are stored.
     held_bytes : int
-        That the fit holds of the data, over all processes; arrays that this process has already do not count.
+        Data that the fit holds, over all processes; arrays that this process already has do not count.
     in_flight_bytes : int
-        That one thread needs beside them to read one run of chunks.
+        Additional memory that one thread needs to read a run of chunks.
     places : tuple of Place
         This process first, then the workers that hold data.
     decoded : tuple of str
-        Attributes of stored arrays that are applied to their values, a line for each array.
+        Applied attributes of stored arrays, a line for each array.
     """
 
     strategy: Strategy
@@ -103,7 +103,7 @@ class Plan:
     def __str__(self):
         where = {True: "of the workers", False: "of this process"}[len(self.places) > 1]
         held = (
-            f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing beside the arrays themselves"
+            f"{size(self.held_bytes)} in the memory {where}" if self.held_bytes else "nothing except the arrays themselves"
         )
         source = "where they are stored" if self.strategy == "streaming" else "memory"
         rows = [
@@ -145,7 +145,7 @@ def make_plan(
     ----------
     strategy
         "auto": on the workers of ``client`` where data are lazy, else in this process; lazy data that do not fit there are
-        not held but read anew in each sweep.
+        not held but read again in each sweep.
     memory_limit_gb : float, optional
         GiB, the most that this process, or each worker, may take for the fit. None: the share of the memory that
         `effective_fraction` allows, of what is available here or of the limit of each worker.
@@ -217,14 +217,14 @@ def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
             there = "a distributed.Client whose workers together have more memory"
             ways.append(f"use {there}" if streams else f'use strategy="chunked" and {there}')
         raise MemoryBudgetError(
-            f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, of which "
+            f"the data take {size(wanted.held)} in memory, and this process {size(working)} beside them, including "
             f"{size(in_flight)} to read {several(n_threads, 'run')} of chunks at once; it may take {size(room.nbytes)} "
             f"({room.source})",
             *ways,
         )
     reason = "the data are in this process already"
     if streams:
-        reason = "the data are read anew in each sweep"
+        reason = "the data are read again in each sweep"
     elif sizes.lazy:
         reason = f"the data take {size(wanted.held)}, and this process may take {size(room.nbytes)} ({room.source})"
     return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads),)
@@ -242,7 +242,7 @@ def tasks_per_thread(n_threads: int) -> int:
 
 
 def count_partitions(n_runs: int, n_threads: int, per_thread: int) -> int:
-    """At least so many for each thread, where there are as many runs, and fewer than twice as many."""
+    """At least this many for each thread, if there are as many runs, and fewer than twice as many."""
     return -(-n_runs // partition_size(n_runs, max(2 * per_thread * n_threads - 2, 1)))
 
 
@@ -287,8 +287,8 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
             fewer = wanted.working(1) <= room.nbytes
             start = " or ".join(["more memory"] * larger + ["fewer threads"] * fewer)
             raise MemoryBudgetError(
-                f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, of "
-                f"which {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
+                f"worker {room.name} may have {may_have} and needs {size(room.base + works)} before it holds any data, "
+                f"including {size(wanted.in_flight(room.n_threads))} to read runs of chunks of {size(wanted.runs[0])} in "
                 f"{several(room.n_threads, 'thread')}",
                 *ways,
                 *([f"start workers with {start}"] if start else []),
@@ -303,12 +303,13 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
         )
     reason = f"{several(len(rooms), 'worker')} hold the data of {size(wanted.held)} together"
     if strategy == "streaming":
-        reason = f"{several(len(rooms), 'worker')} read the data anew in each sweep"
+        reason = f"{several(len(rooms), 'worker')} read the data again in each sweep"
     if not rooms:
-        reason = f"the data take {size(wanted.held)}; no worker has come yet, so that nothing is known of their memory"
+        reason = f"the data take {size(wanted.held)}; no worker has joined yet, so their memory is unknown"
         with_ = f" with the resources {asked}, as `dask worker --resources`" if (asked := wanted_resources()) else ""
         logger.warning(
-            "the cluster has no workers yet%s, and the fit waits for one: start it, as with client.cluster.scale(2)", with_
+            "the cluster has no workers yet%s, and the fit waits for one: start some, as with client.cluster.scale(2)",
+            with_,
         )
     sent = 0 if sizes.lazy else sizes.nbytes
     client = needs(sizes, strategy).start + CLIENT_BYTES + sent
@@ -342,7 +343,7 @@ def least_limit(rooms: Sequence[Room], fits: Callable[[Sequence[Room]], bool]) -
 def ways_out(
     sizes: Sizes, tried: Sequence[Strategy], rooms: Sequence[Room], fits: Callable[[Sizes, Strategy, Sequence[Room]], bool]
 ) -> list[str]:
-    """What to change, of which each passes the check ``fits`` that ``sizes`` pass by none of the strategies ``tried``."""
+    """What to change: each entry would pass the check ``fits`` that ``sizes`` fails with all strategies ``tried``."""
 
     def passes(sizes: Sizes, rooms: Sequence[Room] = rooms) -> bool:
         return any(fits(sizes, strategy, rooms) for strategy in tried)
@@ -354,9 +355,9 @@ def ways_out(
     if rechunked:
         ways.append(RECHUNK)
     if can_stream and fits(sizes, "streaming", rooms):
-        ways.append('use strategy="streaming", which holds none')
+        ways.append('use strategy="streaming", which does not hold the data')
     elif can_stream and not rechunked and any(fits(each, "streaming", rooms) for each in smaller):
-        ways.append(f'{RECHUNK} and use strategy="streaming", which holds none')
+        ways.append(f'{RECHUNK} and use strategy="streaming", which does not hold the data')
     return [*ways, "fit a part of the data"] if passes(_a_part(sizes)) else ways
 
 

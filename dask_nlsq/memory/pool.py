@@ -1,12 +1,12 @@
 """Buffers that start on a cache line, lent from a pool, and reservations of memory among threads.
 
 XLA takes a NumPy array without a copy if it starts on a 64-byte line, and the first touch of fresh memory costs more than
-all later ones, so buffers that come back are kept. A buffer is a flat uint8 array. The array that is lent is a view of it;
-what the user derives from that keeps the buffer alive.
+all later ones, so returned buffers are kept. A buffer is a flat uint8 array. The lent array is a view of it; arrays that the
+user derives from it keep the buffer alive.
 
-What is available to a thread is what the system and the pool's own limit leave, with the free buffers, which can be let go
-at any time, less what other threads have reserved and not yet been lent. Memory that they take elsewhere (``np.empty``)
-within a reservation counts twice, so the answer errs on the safe side.
+The memory available to a thread is what the system and the pool's own limit leave, plus the free buffers, which can be freed
+at any time, minus the unused reservations of other threads. Memory that they allocate elsewhere (``np.empty``) within a
+reservation counts twice, so the result errs on the safe side.
 """
 
 import gc
@@ -165,7 +165,7 @@ class Pool:
     def lend(self, shape: int | tuple[int, ...], dtype=np.float64, zero: bool = True) -> np.ndarray:
         """A C-ordered array that starts on a 64-byte line; it holds anything unless ``zero``.
 
-        MemoryError where there is less memory; TypeError or ValueError for shapes that are no sizes, and dtypes of objects.
+        MemoryError if there is less memory; TypeError or ValueError for invalid shapes, and dtypes of objects.
         """
         like = np.broadcast_to(np.zeros((), dtype), shape)  # has its shape, dtype and number of bytes, and takes none
         if like.dtype.hasobject:

@@ -167,19 +167,19 @@ def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
         if theirs != version:
             yield f"{package} {theirs}, here {version}: `pip install {package}=={version}` there, and restart the worker"
     if place.python.split(".")[:2] != ours.python.split(".")[:2]:
-        yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or the other way"
+        yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or vice versa"
     n, of_jax = place.n_threads, int(said) if (said := place.pjrt_nproc or "").isdigit() else place.cores
     if n > 1 and of_jax != n:
         why = f"JAX runs {of_jax} kernels at once" if of_jax < n else f"each of them may start {of_jax} more"
         yield f"it has {n} threads, and {why}: set PJRT_NPROC={n} in its environment before it starts"
     if place.x64 == NO_X64:
-        yield "its device has no float64: set JAX_PLATFORMS=cpu in its environment before it starts"
+        yield "its device does not support float64: set JAX_PLATFORMS=cpu in its environment before it starts"
     if not place.limited:
-        yield "no memory limit, so that Dask does not write to disk what is too much: `dask worker --memory-limit 8GB`"
+        yield "no memory limit, so Dask never spills to disk: `dask worker --memory-limit 8GB`"
     elif place.limit < EVEN * most:
         yield (
-            f"memory limit {size(place.limit)}, of others {size(most)}: each thread gets as much data as any other, so the "
-            f"smallest counts: `dask worker --memory-limit`, or fewer `--nthreads`"
+            f"memory limit {size(place.limit)}, others {size(most)}: all threads get equal amounts of data, so the "
+            f"smallest limit counts: `dask worker --memory-limit`, or fewer `--nthreads`"
         )
 
 

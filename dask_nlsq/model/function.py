@@ -1,6 +1,6 @@
 """The user's function, interned by content, so that each process compiles it once.
 
-A function from a notebook is unpickled anew in every task, and a new function object means a new compilation. `Model`
+A function from a notebook is unpickled again in every task, and a new function object means a new compilation. `Model`
 therefore pickles as ``(token, payload, buffers)`` and is looked up by token, a hash of the pickled function, in a registry
 of the process before anything is unpickled. Arrays that it closes over are the ``buffers``, which are not copied. Whatever
 is compiled for the model is kept in `Model.compiled`.

@@ -1,16 +1,16 @@
-"""A start from the data: few candidates for what a model is not linear in, and linear least squares for the rest.
+"""A start from the data: a few candidates for the nonlinear parameters, and linear least squares for the others.
 
-Amplitudes and offsets enter a model linearly, so of a sum of parts only places, widths and rates have to be guessed
-(variable projection [1]_). Each part proposes candidates for its own from the data: a peak those of the boxcar windows,
-one for each length, that lower the sum of squares most, which cumulative sums give for all windows at once; an
-exponential a ladder of rates. Of each of a few groups of neighbouring candidates, narrow to wide, the one is refined with
-which the columns of the part, beside those of all other parts, fit the data best, by a few Levenberg-Marquardt steps. Parts
-are chosen one after the other, the linear ones always being there, and then each once more beside the final others
-(backfitting [2]_). Where peaks overlap, the best one for the first part may be a wide one in place of two: so several of its
-candidates are followed to the end, all parts are refined together, and the best sum is taken.
+Amplitudes and offsets enter a model linearly, so only positions, widths and rates have to be guessed (variable projection
+[1]_). Each part proposes candidates from the data. For a peak these are boxcar windows: for each length the one that lowers
+the sum of squares most, found with cumulative sums for all windows at once. For an exponential they are a ladder of rates.
+Neighbouring candidates form a few groups, narrow to wide. In each group the candidate is chosen with which the columns of
+the part fit the data best, together with those of all other parts, and is refined by a few Levenberg-Marquardt steps. Parts
+are chosen one after the other, always together with the linear ones, and then each once more together with the final others
+(backfitting [2]_). Where peaks overlap, the best candidate for the first part may be one wide peak instead of two.
+Therefore several candidates are followed to the end, all parts are refined together, and the best sum is taken.
 
-All is written in `jax.numpy` with shapes that depend on the number of points alone, so that it runs under `jax.vmap`:
-one guess for each pixel of a map. A point where x or y is not finite does not count.
+The code uses `jax.numpy` with shapes that depend only on the number of points, so that it runs under `jax.vmap`: one guess
+for each pixel of a map. Points where x or y is not finite are left out.
 
 References
 ----------
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     shape: Callable
     ends: tuple[tuple[float, float], ...]  # bounds of all
     linear: tuple[int, ...]  # places
-    candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None where there are none
+    candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None if there are none
     finish: Callable  # params of ``shape`` -> params of the model
 
     @property

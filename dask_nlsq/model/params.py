@@ -15,21 +15,21 @@ SIDES = {-1: "at its lower bound", 0: "", 1: "at its upper bound"}
 class Parameter:
     """A parameter of a result; of a map its fields are arrays of its shape, DataArrays where it has labels.
 
-    ``p0``, ``bounds`` and ``fixed`` of other fits take it in the place of numbers, NumPy takes it for its value.
+    ``p0``, ``bounds`` and ``fixed`` of other fits accept it instead of numbers; for NumPy it is its value.
 
     Attributes
     ----------
     name : str
     value, error : float or array
-        With its standard error, 0 where it was held.
+        The value and its standard error, 0 if it was fixed.
     at_bound : int or array
-        -1 where it is at its lower bound, 1 at its upper one, else 0.
+        -1 at its lower bound, 1 at its upper bound, otherwise 0.
     bounds : tuple of float or None
-        Lower and upper bound; None of a map.
+        Lower and upper bound; None for a map.
     fixed : bool or None
-        Whether it was held; None of a map.
+        Whether it was fixed; None for a map.
     expr : str or None
-        What it is a function of, where it was tied, or is a derived quantity.
+        Expression of a tied parameter or derived quantity; otherwise None.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Params(Mapping[str, Parameter]):
 
 
 def unknown(name, names) -> KeyError:
-    """The error for what is no parameter."""
+    """The error for an unknown name."""
     return KeyError(f"there is no parameter {name!r}, only {', '.join(names)}{near(str(name), names, '; ')}")
 
 

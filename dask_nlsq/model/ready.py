@@ -1,13 +1,13 @@
 """Ready-made models: formula, names, bounds, a guess of the start; sums and products of them and of the user's functions.
 
-``curve_fit(gaussian + line, x, y)`` needs no p0: without one, and with ``p0="guess"``, the start is guessed from a small
-sample of the data (`dask_nlsq.model.guesses`), and the bounds of the model hold where the user gives none. The names in a
-sum have that of their part before them, ``gaussian_center``, with numbers where there are several of a kind,
-``gaussian1_center``. A function of the user's own takes part in a sum or product, ``gaussian * efficiency + line``; its
-parameters are called ``efficiency_slope``, and p0 is needed then, as well as for products.
+``curve_fit(gaussian + line, x, y)`` does not need p0: without it, and with ``p0="guess"``, the start is guessed from a
+small sample of the data (`dask_nlsq.model.guesses`). The bounds of the model apply unless the user gives others. In a sum,
+the name of the part becomes a prefix of its parameters, ``gaussian_center``, with a number if there are several of a kind,
+``gaussian1_center``. User functions can be part of a sum or product, ``gaussian * efficiency + line``; their parameters get
+names such as ``efficiency_slope``. Such models and products need p0.
 
-Every model is a function of one coordinate x, and of parameters in the units that its docstring says, [x] and [y] being
-those of the data.
+Every model is a function of one coordinate x. Its docstring says the units of the parameters, where [x] and [y] are those of
+the data.
 """
 
 import inspect
@@ -29,9 +29,14 @@ from .faddeeva import faddeeva_real
 from .function import Model, function_name, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
+__all__ = [
+    "ReadyModel", "arctan_edge", "damped_sine", "exponential", "g2_double", "g2_single", "gaussian", "line", "lorentzian",
+    "moffat", "named", "polynomial", "power_law", "pseudo_voigt", "sigmoid", "stretched_exponential", "voigt",
+]  # fmt: skip
+
 POSITIVE, SHARE = (0.0, inf), (0.0, 1.0)
 RELAXATION = (0.0, 3.0)  # of exponents: 1 for diffusion, 2 for flow; far above, a single point makes a step
-MOST_DEGREES = 20  # of a polynomial: beyond, powers of x tell nothing apart
+MOST_DEGREES = 20  # of a polynomial: beyond, powers of x are indistinguishable
 PUBLIC = "dask_nlsq.models"  # the path of these models that stays
 POSITIVE_ONLY = "positive"  # in a recipe: amplitudes are bounded
 STEEPEST = 7.0  # logarithm of the largest exponent: exp(-exp(7)) is 0
@@ -73,13 +78,13 @@ class Term(NamedTuple):
         """Of a function ``f(x, *params)``, whose signature names its parameters."""
         name, names = function_name(function), parameter_names(function)
         if names is None:
-            raise TypeError(f"{name} has no names for its parameters: write f(x, a, b), to add it to a model or multiply it")
+            raise TypeError(f"the parameters of {name} have no names: write it as f(x, a, b), to add or multiply it")
         name = name if name.isidentifier() else "own"
         return cls((name, function), function, dict.fromkeys(names, (-inf, inf)), None)
 
 
 class ReadyModel:
-    """A model ``f(x, *params)`` that knows its parameters, or sums and products of such models and of the user's functions.
+    """A model ``f(x, *params)`` with named parameters and bounds; also sums and products of such models and user functions.
 
     Attributes
     ----------
@@ -110,7 +115,7 @@ class ReadyModel:
         return self.value(self.tree, x, params)
 
     def value(self, tree: Tree, x, params):
-        """Of a part of it, with the parameters of all."""
+        """The value of a part of the model, given all parameters."""
         if isinstance(tree, int):
             begin = sum(len(term.bounds) for term in self.terms[:tree])
             term = self.terms[tree]
@@ -135,7 +140,7 @@ class ReadyModel:
 
     @property
     def is_sum(self) -> bool:
-        """Whether nothing in it is multiplied."""
+        """Whether the model has only sums, not products."""
         return len(_summands(self.tree)) == len(self.terms)
 
     @property
@@ -145,18 +150,18 @@ class ReadyModel:
 
     @property
     def own_functions(self) -> list[Callable]:
-        """Those of the user."""
+        """The user's functions in the model."""
         return [term.function for term in self.terms if term.part is None]
 
     @property
     def components(self) -> dict[str, "Component"]:
-        """What it is the sum of, by name: functions of x and of all parameters."""
+        """The summands by name: functions of x and of all parameters."""
         trees = _summands(self.tree)
         labels = numbered([self._label(tree) for tree in trees])
         return {label: Component(self, tree) for label, tree in zip(labels, trees, strict=True)}
 
     def guess(self, x, y):
-        """Parameters (p,) from x (n,) and y (n,), to start a fit from; points that are not finite do not count.
+        """Parameters (p,) from x (n,) and y (n,), to start a fit from; nonfinite points are left out.
 
         Written with `jax.numpy`, for one data set; `jax.vmap` makes it one for many.
         """
@@ -238,7 +243,7 @@ def _combined(how: str, one: Any, other: Any) -> ReadyModel:
     for each in (one, other):
         if not callable(each):
             raise TypeError(
-                f"{each!r} is neither a model nor a function f(x, a, b, ...): only these are added and multiplied"
+                f"{each!r} is neither a model nor a function f(x, a, b, ...): only these can be added and multiplied"
             )
     one, other = (each if isinstance(each, ReadyModel) else ReadyModel(Term.of_user(each)) for each in (one, other))
     made = ReadyModel(*one.terms, *other.terms, tree=(how, one.tree, _moved(other.tree, len(one.terms))))
@@ -271,7 +276,7 @@ def named(text: str) -> ReadyModel:
     Raises
     ------
     ValueError
-        Where there is none; the message names those that there are.
+        Unknown name; the message lists the known ones.
     """
     return reduce(add, map(_one, text.split("+")))
 

@@ -1,7 +1,7 @@
 """Parameters that are functions of others, and quantities that are derived from them: ``expr`` of a fit.
 
-Text becomes Python's syntax tree, of which `_meaning` knows a few nodes: nothing is evaluated as code. Errors are
-those of the delta method, ``G C G^T`` with the derivatives G of all values by the parameters that are fitted.
+Text is parsed into Python's syntax tree. `_meaning` accepts a few of its nodes, so text is never evaluated as code. Errors
+come from the delta method, ``G C G^T`` with the derivatives G of all values with respect to the fitted parameters.
 """
 
 import ast
@@ -51,7 +51,7 @@ class Ties:
     Raises
     ------
     ValueError
-        Names that are unknown, circles, and what is no expression.
+        Unknown names, circles, and invalid expressions.
     """
 
     def __init__(self, names: Sequence[str], expr: Mapping[str, Rule]):
@@ -63,7 +63,7 @@ class Ties:
             self.expr = {name: expr[name] for name in order}
             self.needs = {name: needs[name] for name in self.expr}
         except CycleError as err:
-            raise ValueError(f"`expr` goes in a circle: {' -> '.join(err.args[1][::-1])}") from None
+            raise ValueError(f"`expr` is circular: {' -> '.join(err.args[1][::-1])}") from None
         self.tied = tuple(name for name in names if name in expr)
         self.derived = tuple(name for name in expr if name not in names)
         with float64():
@@ -88,7 +88,7 @@ class Ties:
         return found
 
     def every(self, params: Sequence) -> dict[str, Any]:
-        """Values of all names, from those of the parameters of the model, of which tied ones do not matter."""
+        """Values of all names, from those of the parameters of the model; values of tied ones are ignored."""
         given = zip(self.names, params, strict=True)
         untied = {name: value for name, value in given if name not in self.tied}  # what a function of a dict sees
         values: dict[str, Any] = dict(untied)
@@ -136,8 +136,8 @@ def _needs(name: str, rule: Rule, known: Sequence[str], untied: Sequence[str]) -
     if len(arguments) == 1:
         return {*untied}  # a dict of them
     raise ValueError(
-        f"`expr` for {name!r} is a function of {', '.join(arguments) or 'nothing'}: its arguments must be called like "
-        f"parameters, which are {', '.join(known)}; or it takes one, which is a dict of them"
+        f"`expr` for {name!r} is a function of {', '.join(arguments) or 'nothing'}: its arguments must be named like "
+        f"parameters, {', '.join(known)}; or it takes a single argument, a dict of them"
     )
 
 
@@ -151,7 +151,7 @@ def _value(name: str, rule: Rule, values: Mapping[str, Any], untied: Mapping[str
     except (TypeError, KeyError, jax.errors.JAXTypeError) as err:
         raise ValueError(
             f"`expr` for {name!r} is {_called(rule)}, which fails ({type(err).__name__}: {str(err).splitlines()[0]}): it "
-            "must return a number, by jax.numpy, from the parameters that are not tied"
+            "must return a number, with jax.numpy, from the untied parameters"
         ) from None
     if found.shape != ():
         raise ValueError(
@@ -205,6 +205,6 @@ def _meaning(node, text: str, names: set[str]) -> Callable[[Mapping], Any]:
             function, inside = getattr(jnp, name), [_meaning(each, text, names) for each in args]
             return lambda values: function(*(each(values) for each in inside))
     raise ValueError(
-        f"`expr` {text!r} has {ast.unparse(node)!r}: it may have numbers, names, pi, e, + - * / **, and the functions "
+        f"`expr` {text!r} has {ast.unparse(node)!r}: it may contain numbers, names, pi, e, + - * / **, and the functions "
         f"{', '.join(ONE)} of one value and {', '.join(TWO)} of two; for anything else give a function"
     )

@@ -1,11 +1,11 @@
-"""Fits of the same points compared: information criteria, and the test whether the larger of two nested models is needed.
+"""Compare fits of the same points: information criteria, and a test whether the larger of two nested models is needed.
 
 With the chi-square X and the number k of fitted parameters of two least-squares fits, and n points [1]_:
 
     F = (X1 - X2) / (k2 - k1) / (X2 / (n - k2))      F distribution of k2 - k1 and n - k2
 
-Of a Poisson likelihood the deviance falls by X1 - X2, which has the chi-square distribution of k2 - k1 [2]_. Both hold where
-the smaller model does, and no parameter is at a bound.
+For a Poisson likelihood the deviance decreases by X1 - X2, which has the chi-square distribution of k2 - k1 [2]_. Both hold
+if the smaller model is true, and no parameter is at a bound.
 
 References
 ----------
@@ -29,7 +29,7 @@ CRITERIA = {"aic": "AIC", "aicc": "AICc", "bic": "BIC"}
 
 
 class Compared(NamedTuple):
-    """A fit among others."""
+    """One of the compared fits."""
 
     name: str
     n_params: int  # fitted
@@ -45,7 +45,7 @@ class Compared(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """What `compare` returns; prints as a table."""
+    """The result of `compare`; prints as a table."""
 
     rows: tuple[Compared, ...]  # as they were given
     likelihood: bool  # of counts
@@ -57,7 +57,7 @@ class Comparison(NamedTuple):
         return min(self.rows, key=lambda row: getattr(row, criterion)).name
 
     def cells(self) -> list[tuple[str, ...]]:
-        """Of the table, the head among them; the criteria less the smallest of each."""
+        """Of the table, the head among them; each criterion minus its smallest value."""
         chi, test = ("deviance", "chi-square") if self.likelihood else ("chi-square", "F")
         least = {name: min(getattr(row, name) for row in self.rows) for name in CRITERIA}
         found = [("", "parameters", chi, f"reduced {chi}", *CRITERIA.values(), test, "p", "")]
@@ -85,18 +85,32 @@ def compare(*results: Any, nested: bool | None = None, **named: Any) -> Comparis
     *results, **named : FitResult or GroupResult
         Two or more; ``compare(flat=one, sloped=two)`` names them, others are called like their models.
     nested : bool, optional
-        Whether each model is a special case of those with more parameters. None: where all of its fitted parameters are
-        among those of the larger one, by name, or its terms where both are ready models or sums of them.
+        Whether each model is a special case of those with more parameters. None: yes if the larger one has all of its fitted
+        parameters, by name, or all of its terms if both are ready models or sums of them.
 
     Returns
     -------
     Comparison
-        AIC, AICc and BIC of each, and the F test (of counts the test of the deviance) against the largest model within it.
+        AIC, AICc and BIC of each, and the F test (for counts the deviance test) against the largest model within it.
 
     Raises
     ------
     TypeError, ValueError
         Fewer than two results, fits of different points, of different noise, or without a likelihood.
+
+    See Also
+    --------
+    hold : Load the data once for all models.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from dask_nlsq import compare, curve_fit
+    >>> from dask_nlsq.models import line, polynomial
+    >>> x = np.linspace(0, 1, 200)
+    >>> y = x**2 + np.random.default_rng(0).normal(0, 0.05, x.size)
+    >>> compare(curve_fit(line, x, y), curve_fit(polynomial(2), x, y)).best()
+    'polynomial(2)'
     """
     given = [getattr(each, "shared", each) for each in (*results, *named.values())]
     if len(given) < 2 or not all(hasattr(each, "statistics") and hasattr(each, "totals") for each in given):
@@ -124,7 +138,7 @@ def _model_name(fit) -> str:
 def _check_alike(first: str, one, name: str, other) -> None:
     """An error where two fits are of other points, or of other noise."""
     if one.noise != other.noise:
-        raise ValueError(f"{first} and {name} differ in loss or sigma, {one.noise} and {other.noise}: fit both alike")
+        raise ValueError(f"{first} and {name} differ in loss or sigma, {one.noise} and {other.noise}: make them the same")
     for which, fit in ((first, one), (name, other)):
         if np.isnan(fit.aic):
             raise ValueError(
@@ -161,7 +175,7 @@ def _compared(name: str, fits: dict[str, Any], nested: bool | None) -> Compared:
 
 
 def _is_within(small, large) -> bool:
-    """Whether a model is a special case of another, as far as names tell."""
+    """Whether a model is a special case of another, by the names of parameters or terms."""
     if not (large.fixed.items() <= small.fixed.items() and large.tied.items() <= small.tied.items()):
         return False  # it holds what the other does not
     models = [own_function(getattr(each.objective.model, "f", None)) for each in (small, large)]

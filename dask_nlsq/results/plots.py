@@ -14,6 +14,8 @@ from .binning import BEYOND, Binned, Images, Log, binned
 from .binning import images as images_of
 from .coordinates import coordinates
 
+__all__ = ["contours", "convergence", "correlation", "fit", "images", "profile", "residual_histogram", "residuals"]
+
 DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colour-blind eyes too
 CURVE_POINTS = 500  # of a model between few points of data
 PANELS = (5, 2)  # heights of a fit and of its residuals

@@ -1,16 +1,16 @@
-"""Profile likelihood: how far a parameter, or two of them, can be moved until the data object, all others fitted again.
+"""Profile likelihood: how far one or two parameters can be moved, with all others fitted again, at a given level.
 
 With the cost ``c(v)`` of the best fit with a parameter held at v [1]_, [2]_:
 
     d(v) = sqrt(2 (c(v) - c(popt)) / s2)            in standard errors
 
-s2 is the factor that scales pcov: 1 where the noise is known and for counts, else the reduced chi-square. Where the model is
+s2 is the factor that scales pcov: 1 if the noise is known and for counts, otherwise the reduced chi-square. If the model is
 linear in its parameters, d is ``|v - popt| / perr``. The interval of a level is where d is below ``sqrt(m F)``, with the
 quantile F of the F distribution of m and n - p, chi-square / m of m where the noise is known; m = 1, or 2 for a contour. It
-follows the shape of the cost, of which the standard errors only know the curvature.
+follows the shape of the cost; standard errors use only its curvature at the optimum.
 
-The ends are found on rays from popt, along each of which the values are moved until d has the right size, by the secant
-method. All trial fits, of all rays and parameters, share the reads of the data; see `dask_nlsq.solve.together`.
+The ends are found on rays from popt by the secant method: the values move along each ray until d reaches its limit. All
+trial fits, of all rays and parameters, share the reads of the data; see `dask_nlsq.solve.together`.
 
 References
 ----------
@@ -81,16 +81,16 @@ class LikelihoodProfile:
         Of the fit, with its standard error.
     levels : tuple of float
     intervals : ndarray, shape (levels, 2)
-        Lower and upper ends; a bound of the parameter where the data do not object before, inf where they never do.
+        Lower and upper ends; a bound of the parameter if it comes first, inf if the interval is unbounded.
     values, distance : ndarray, shape (m,)
-        Values at which the others were fitted, and d there, negative below the optimum.
+        Values at which the others were fitted, and d there, which is negative below the optimum.
     params : ndarray, shape (m, q)
-        All that were fitted, there; ``names`` says which.
+        All fitted parameters there, in the order of ``names``.
     names : tuple of str
     success : bool
         Whether all trial fits have converged.
     reads : int
-        Of the data, which all parameters of a call share.
+        Reads of the data, which all parameters of a call share.
     """
 
     name: str
@@ -165,10 +165,9 @@ class LikelihoodContour:
         Of the fit.
     levels : tuple of float
     points : ndarray, shape (levels, rays, 2)
-        On the border of each region, one after the other around it, along a bound where that is first; nan where the data
-        never object.
+        The border of each region, in order around it, along a bound if that comes first; nan in unbounded directions.
     ellipses : ndarray, shape (levels, rays, 2)
-        What the covariance says, along the same rays.
+        The ellipses of the covariance, along the same rays.
     success, reads
         As in `LikelihoodProfile`.
     """
@@ -196,15 +195,15 @@ class LikelihoodContour:
 def profile(
     result, name: str | Sequence[str] | None = None, level: float | Sequence[float] = 0.95, *, progress: bool | None = None
 ) -> LikelihoodProfile | LikelihoodProfiles:
-    """Confidence intervals by the profile likelihood: exact where the standard errors are not, as lmfit's ``conf_interval``.
+    """Confidence intervals by the profile likelihood: for nonlinear models, like lmfit's ``conf_interval``.
 
-    Each end takes about three trial fits of the other parameters, of two or three sweeps each; all of them share reads, so
-    that some ten reads of the data give the intervals of all parameters. Nothing of the model is compiled again.
+    Each end takes about three trial fits of the other parameters, of two or three sweeps each. All of them share reads, so
+    about ten reads of the data give the intervals of all parameters. The model is not compiled again.
 
     Parameters
     ----------
     name : str or sequence of str, optional
-        Parameters that were fitted; all of them by default.
+        Fitted parameters; by default all of them.
     level : float or sequence of floats
         Probability of the interval, or of several.
     progress : bool, optional
@@ -213,18 +212,18 @@ def profile(
     Returns
     -------
     LikelihoodProfile
-        Of one ``name``; of several a mapping of them by name.
+        For one ``name``; for several a mapping by name.
 
     Raises
     ------
     ValueError
-        A parameter that was not fitted; no data at hand, as after `dask_nlsq.load`; a robust loss or weights from the model,
-        which are no likelihood; data that do not determine the parameters; data without noise.
+        A parameter that was not fitted; a result without its data, as after `dask_nlsq.load`; a robust loss or weights from
+        the model, which are not a likelihood; data that do not determine the parameters; data without noise.
 
     Warns
     -----
     scipy.optimize.OptimizeWarning
-        Where a trial fit ends lower than the fit: that was not the best optimum.
+        A trial fit ends at a lower cost: the fit was not at the best optimum.
 
     Examples
     --------
@@ -330,14 +329,14 @@ class _Problem:
             )
         if not result.noise.squares or result.noise.reweighted:
             kind = 'sigma="poisson"' if result.noise.reweighted else f"loss={result.noise.loss!r}"
-            raise ValueError(f'{kind} is no likelihood: profiles are of least squares and of loss="poisson"')
+            raise ValueError(f'{kind} is not a likelihood: profiles need least squares or loss="poisson"')
         free = [*result.free]
         self.result, self.names = result, tuple(result.param_names[k] for k in free)
         self.popt, self.C = result.popt[free], result.pcov[np.ix_(free, free)]
         self.lower, self.upper = result.bounds[:, free]
         self.variance = 1.0 if result.noise.absolute else 2 * result.cost / max(result.dof, 1)  # without any, pcov is inf
         if not np.isfinite(self.C).all() or not np.all(np.diag(self.C) > 0):
-            raise ValueError("the data do not determine the parameters (pcov is inf), so that there is no profile")
+            raise ValueError("the data do not determine the parameters (pcov is inf), so there is no profile")
         if not 2 * result.cost > ROUNDING**2 * np.nan_to_num(result.totals.squares):
             raise ValueError("a profile compares with the noise, which is 0 here: give sigma= with absolute_sigma=True")
         enough = max(FTOL, TOLERANCE * self.variance / result.cost)  # of the cost, for d

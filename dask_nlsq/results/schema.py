@@ -110,7 +110,7 @@ def fields(kind: Kind) -> dict[str, str]:
 
 
 def encode(value, place: str, arrays: dict[str, np.ndarray]):
-    """JSON of a value; its larger arrays go to ``arrays`` by their places. What JSON does not tell apart is an object."""
+    """JSON of a value; its larger arrays go to ``arrays`` by their places. What JSON cannot distinguish is an object."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not isfinite(value):
@@ -223,7 +223,7 @@ def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def _what_else(path: Path) -> str:
-    """What is there in the place of a result."""
+    """What is there instead of a result."""
     return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 

@@ -14,13 +14,17 @@ without sigma):
     AICc [2]_                    AIC + 2 k (k + 1) / (n - k - 1)
     BIC [3]_                     L + k log(n)
 
-AIC and BIC have the constants of lmfit: differences between models of the same data mean something, the numbers do not.
-The standard deviation of the noise does not count among the ``k``.
+AIC and BIC have the constants of lmfit: only differences between models of the same data have a meaning.
+The standard deviation of the noise is not counted in ``k``.
 
-A statistic that does not exist is nan: chi-square and all that is made of it with a robust loss, whose cost is not a sum of
-squares; R^2 and RMSE of counts, and with a covariance matrix as sigma; R^2 where the mean of y is some 1e5 times its spread,
-which takes its digits; AIC, AICc and BIC with weights from the model (``sigma="poisson"``), which are no likelihood:
-``loss="poisson"`` has the same parameters, and one; whatever divides by a number that is not positive.
+A statistic that is not defined is nan:
+
+* with a robust loss, whose cost is not a sum of squares: chi-square and everything derived from it;
+* for counts, and with a covariance matrix as sigma: R^2 and RMSE;
+* if the mean of y is above about 1e5 times its spread, so that the digits are lost: R^2;
+* with weights from the model (``sigma="poisson"``), which are not a likelihood: AIC, AICc and BIC. Use ``loss="poisson"``,
+  which has the same parameters and a likelihood;
+* everything that divides by a number that is not positive.
 
 References
 ----------
@@ -38,6 +42,10 @@ import scipy  # `scipy.special` alone where it does: scipy.stats takes 0.3 s to 
 
 from ..options import Noise
 
+__all__ = [
+    "Noise", "Statistics", "Totals", "correlation", "distance_at", "largest_correlations", "quantile", "root", "statistics",
+]  # fmt: skip
+
 FLAT = 1e-10  # of sum w y^2, below which the spread of y around its mean is no longer known to 1e-6
 LARGE = 0.1  # least correlation that is worth a word, as in lmfit
 
@@ -51,7 +59,7 @@ class Groups(NamedTuple):
     local_distance: float
     accuracy: float
     largest: float  # share of the cost that one group has
-    interchangeable: tuple[tuple[str, str], ...]  # shared parameters, and nothing tells which is which
+    interchangeable: tuple[tuple[str, str], ...]  # shared parameters
 
 
 class Totals(NamedTuple):
@@ -65,7 +73,7 @@ class Totals(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """As the head of this room defines them."""
+    """As defined in the docstring of this module."""
 
     chi_square: float
     dof: int

@@ -1,13 +1,12 @@
-"""Covariance of the parameters, from the condensed matrix of all data and from those of its parts; nothing is read.
+"""Covariance of the parameters, from the condensed matrix of all data and those of its parts, without reading data.
 
 With ``C = (J^T J)^-1`` and the gradient ``g_b = J_b^T r_b`` of each part b, all at the optimum:
 
-* the usual covariance is C times the variance of the noise, right where the noise is alike everywhere and independent;
-* the sandwich [1]_ ``C (sum_t g_t g_t^T) C`` over tiles t, at most 4096 consecutive points each, takes the scatter of the
-  residuals as it is: right where the size of the noise changes from place to place, and where it is correlated over less
-  than a tile;
+* the usual covariance is C times the variance of the noise, valid for homoscedastic, independent noise;
+* the sandwich [1]_ ``C (sum_t g_t g_t^T) C`` over tiles t, at most 4096 consecutive points each, uses the scatter of the
+  residuals: valid for heteroscedastic noise, and for noise that is correlated over less than a tile;
 * the delete-one jackknife [2]_ leaves out each of the parts in turn: without part b the optimum moves, to first order, by
-  ``(J^T J - J_b^T J_b)^-1 g_b``. Right as the sandwich is, and for correlations as long as a part.
+  ``(J^T J - J_b^T J_b)^-1 g_b``. It is valid like the sandwich, and also for correlations as long as a part.
 
 References
 ----------
@@ -25,6 +24,7 @@ from ..engine.condensed import Factor
 from ..kernels.rows import SegmentSums
 from ..model.params import Parameter, Params
 from ..model.ties import Ties
+from ..parameters import Parameters
 
 STEEPEST = 1e6  # condition number beyond which the gradient of a part has lost its digits along the weakest direction
 WHOLE = 1e-10  # share of the information on a direction, next to 1, above which one part has all of it
@@ -46,7 +46,7 @@ def _root(factor):
 
 
 def spread_out(matrix: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """``G C G^T`` (..., n, n) of covariances C (..., p, p) and derivatives G (..., n, p); what C does not know stays so.
+    """``G C G^T`` (..., n, n) of covariances C (..., p, p) and derivatives G (..., n, p); entries unknown in C stay unknown.
 
     Parameters that are held have rows of zeros in G, those that are fitted rows of the unit matrix.
     """
@@ -67,6 +67,17 @@ def followers(ties: Ties, values: np.ndarray, matrix: np.ndarray, names: Sequenc
             for each in names
         )
     )
+
+
+def with_ties(params: Parameters, popt: np.ndarray, pcov: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, Params]:
+    """Values, covariance and derivatives of all parameters, from the ``pcov`` of the free ones; and derived quantities."""
+    p, ties = len(popt), params.ties
+    if ties is None:
+        spread = np.eye(p)[:, list(params.free)]
+        return popt, spread_out(pcov, spread), spread, Params()
+    values, spread = ties.at(popt, params.free)
+    every = spread_out(pcov, spread)
+    return values[:p], every[:p, :p], spread[:p], followers(ties, values, every, ties.derived)
 
 
 def sandwich(factor: Factor, parts: SegmentSums) -> np.ndarray:

@@ -1,15 +1,15 @@
-"""The best basin from many starts, found on a small sample, so that all data are swept for one fit only.
+"""The best basin from many starts, found on a small sample, so that only one fit needs sweeps over all data.
 
-Candidates come from a scrambled Sobol sequence [1]_ with p0 before them: over the box where both bounds are finite, else
-around p0 on the scale that the data show. All of them take a few Levenberg-Marquardt steps at once on a part of the
-sample; the best go on with all of it (successive halving [2]_), until ``n_starts`` are left, which run to convergence.
-What is found on the sample only has to lie in the right basin: the trust-region loop does the rest on all data.
+Candidates are p0 and a scrambled Sobol sequence [1]_: over the box for parameters with two finite bounds, otherwise around
+p0 on a scale from the data. All of them take a few Levenberg-Marquardt steps on a part of the sample; the best continue
+with all of it (successive halving [2]_), until ``n_starts`` are left, which run to convergence. The result on the sample
+only has to lie in the right basin; the trust-region loop continues from there on all data.
 
 Parameters in which the model is linear (amplitudes, offsets) are found by evaluating it, and solved for before a
-candidate takes its first step (variable projection [3]_), so the candidates need to cover the others only.
+candidate takes its first step (variable projection [3]_), so the candidates only need to cover the others.
 
-Two optima are told apart by a paired test: the sample's costs differ by ``sum d_i``, ``d_i`` the difference at point i,
-with a standard deviation of ``sqrt(m) std(d)``. Where that leaves doubt, one sweep of all data decides.
+Two optima are compared by a paired test: the sample's costs differ by ``sum d_i``, ``d_i`` the difference at point i,
+with a standard deviation of ``sqrt(m) std(d)``. If the test is not significant, one sweep over all data decides.
 
 References
 ----------
@@ -65,7 +65,7 @@ class Search(NamedTuple):
 
     ``starts`` (n, p) and their ``start_costs`` (n,), inf where the model is not finite; ``params`` (n, p), the optimum on
     the sample that each leads to, and ``costs`` (n,). ``basin`` (n,) numbers these optima, 0 the lowest, -1 where there is
-    none. ``chosen``: starts whose optima the sample cannot tell apart by their costs, the best first; ``winner``: the one
+    none. ``chosen``: starts whose optima the sample cannot distinguish by their costs, the best first; ``winner``: the one
     that was then fitted to all data. ``n_candidates``, from which the starts were chosen; ``n_points`` of the sample.
     """
 
@@ -348,7 +348,7 @@ def _equal(costs):
 
 
 def _rivals(screen, params, costs, basin, distance):
-    """Starts (the best first) that stand for the optima whose costs the sample cannot tell apart.
+    """Starts (the best first) that stand for the optima whose costs the sample cannot distinguish.
 
     Of equivalent ones the nearest to p0 counts, by ``distance`` (k,).
     """

@@ -1,4 +1,4 @@
-"""What is said where a fit does not converge, or cannot begin."""
+"""Messages of fits that do not converge, or cannot begin."""
 
 import logging
 
@@ -11,9 +11,14 @@ from .trust_region import INTERRUPTED, Solution
 
 logger = logging.getLogger("dask_nlsq")
 
+WAY_OUT = (
+    "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
+    "accuracy=None takes what SciPy's tests accept."
+)
+
 
 class NotConvergedError(RuntimeError):
-    """No convergence within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
+    """Not converged within ``max_nfev``; ``result`` is the best `FitResult` so far, whose ``success`` is false."""
 
     def __init__(self, message: str, result):
         super().__init__(message, result)
@@ -32,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interrupted(result, stop: StopOnSignal, checkpoint: Checkpoint | None) -> None:
-    """Where a signal has come, `Interrupted`; of a fit with a checkpoint, what becomes of it."""
+    """Raise `Interrupted` after a signal; with a checkpoint, log where it is."""
     if checkpoint is None and stop.signal is not None:
         raise Interrupted(result)
     if checkpoint is not None and result.status == INTERRUPTED:

@@ -1,4 +1,4 @@
-"""Several trust-region loops share the reads of the data: one sweep answers what all of them ask for next."""
+"""Several trust-region loops share the reads of the data: one sweep answers the next requests of all of them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

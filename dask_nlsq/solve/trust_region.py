@@ -1,17 +1,17 @@
 """The trust-region reflective loop over sweeps.
 
-It minimises ``cost(params) = 1/2 sum rho(r^2)`` within bounds, and all it knows of the data is ``sweep(params,
-reduction)``, which reads them once and returns cost and normal equations together. So a step costs one sweep whether it
-is accepted or not, and nothing is read twice. The method is SciPy's ``trf`` [1]_, its decisions in `rules`, its candidate
+It minimises ``cost(params) = 1/2 sum rho(r^2)`` within bounds. It sees the data only through ``sweep(params,
+reduction)``, which reads them once and returns cost and normal equations together. So each step costs one sweep, whether it
+is accepted or not. The method is SciPy's ``trf`` [1]_, its decisions in `rules`, its candidate
 steps in `steps`, the step in the ball in `subproblem`.
 
-Four things are added. **The gate:** SciPy's tests propose to stop, and the loop stops where the optimum of the quadratic
-model is near in standard errors as well; see `rules`. A fit that can go no further although it is far has the status
-`STUCK`, one with a parameter that the model does not depend on `UNDETERMINED`. **Far bounds:** once little is left to gain
-they no longer shorten steps; see `steps`. **Reduction:** where the condition of ``R`` says that the gram matrix has lost
-digits, the next sweep uses QR. **The last digits:** once the predicted reduction is below the rounding of the cost, the
-actual one is noise, and SciPy's loop refuses good steps. The gradient is still accurate then, so a step is judged by it: it
-is accepted if it lowers the decrement.
+Four things are added. **The gate:** SciPy's tests propose to stop, and the loop stops if the optimum of the quadratic
+model is also near in standard errors; see `rules`. A fit that cannot progress although it is far has the status `STUCK`; if
+the model does not depend on a parameter, the status is `UNDETERMINED`. **Far bounds:** once little is left to gain, they no
+longer shorten steps; see `steps`. **Reduction:** if the condition of ``R`` shows that the gram matrix has lost digits, the
+next sweep uses QR. **The last digits:** once the predicted reduction is below the rounding of the cost, the actual one is
+noise, and SciPy's loop rejects good steps. The gradient is still accurate then, so it decides: a step is accepted if it
+lowers the decrement.
 
 References
 ----------
@@ -56,7 +56,7 @@ MESSAGES = {
 
 
 class Record(NamedTuple):
-    """One trial step; what ``callback`` receives and ``FitResult.history`` lists. The first has no step."""
+    """One trial step, as ``callback`` receives it and ``FitResult.history`` lists it. The first record is the start."""
 
     iteration: int
     nfev: int
@@ -91,7 +91,7 @@ class Options:
     ftol: float = 1e-8
     xtol: float = 1e-8
     gtol: float = 1e-8
-    gtol_relative: bool = False  # MINPACK's test, a cosine, in place of the scaled gradient in the units of the data
+    gtol_relative: bool = False  # MINPACK's test, a cosine, instead of the scaled gradient in the units of the data
     max_nfev: int | None = None  # 100 p
     reduction: Literal["gram", "qr", "auto"] = "auto"
     tr_solver: Literal["exact", "cg"] | None = None  # by the number of parameters

@@ -1,8 +1,8 @@
-"""A fit of a sample comes first where every sweep reads all data, so that few sweeps are needed.
+"""A fit of a sample comes first if every sweep reads all data, to need fewer sweeps.
 
-The sample is of points drawn from chunks that are spread over the whole store. A trust-region fit of it ends about
-sqrt(N / n) standard errors from the optimum of all N points, from where two or three sweeps are left. Convergence is decided
-by sweeps over everything. (L-BFGS takes 3 to 12 times as many passes over the sample, so there is none.)
+The sample consists of points from chunks that are spread over the whole store. A trust-region fit of it ends about
+sqrt(N / n) standard errors from the optimum of all N points. Full sweeps continue from there, and decide whether the fit has
+converged. (L-BFGS is not used: it takes 3 to 12 times as many passes over the sample.)
 """
 
 import itertools
@@ -24,10 +24,10 @@ from ..kernels.rules import OFF_BOUND, off_the_bounds
 from .multistart import predicted_cost
 from .trust_region import NotFiniteAtStart, Options, Solution, solve
 
-SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample tells nothing
+SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample is useless
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
 SAMPLE_SWEEPS = 80  # over the sample at most: work of two over all data, and no reads; 53 parameters took 55
-ALIKE = 3.0  # standard errors of the sample: what differs by less it cannot tell from the start
+ALIKE = 3.0  # standard errors of the sample: smaller differences from the start are not significant
 PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
@@ -50,9 +50,9 @@ def sample_evaluator(evaluator: Evaluator, sample: Sample) -> Evaluator:
 
 
 def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarray:
-    """Where the fit of a sample ended, but as at ``start`` along directions in which the sample cannot tell the two apart.
+    """Where the fit of a sample ended, except along directions in which the sample cannot distinguish it from ``start``.
 
-    A peak that the sample has missed keeps its start so, in place of what the noise made of it. Directions are those of the
+    A peak that the sample has missed keeps its start so, instead of one from the noise. Directions are those of the
     singular vectors of J at the end, with columns of norm 1.
     """
     factor, equations = found.factor, found.equations
