@@ -13,7 +13,7 @@ LOOSE_ACCURACY = {1e-6: 0.03, 1e-5: 0.1}  # standard errors, of the loosest tole
 
 
 class OptimizationGoal(Enum):
-    """What a fit is for; `EFFECTS` says what follows."""
+    """The goal of a fit; see `dask_nlsq.presets`."""
 
     FAST = "fast"
     ROBUST = "robust"

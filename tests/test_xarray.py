@@ -413,7 +413,7 @@ def test_predictions_have_the_labels_of_the_data_and_of_x(waves, chunks):
     [
         (dict(xdata="u"), "`ydata` does not have a coordinate 'u', only.*'x', 't'"),
         (dict(xdata=None, ydata=xr.DataArray(S, dims="s")), "`xdata` None.*'s'"),
-        (dict(sigma=xr.DataArray(np.ones(6), dims="u")), r"`sigma` has the dimensions \('u',\).*no 'u'.*its .data"),
+        (dict(sigma=xr.DataArray(np.ones(6), dims="u")), r"`sigma` has the dimensions \('u',\).*not have 'u'.*its .data"),
         (dict(mask=lambda d: d.x.isel(x=slice(5)) > 2), "`mask`.*different labels along 'x': 5 and 6"),
         (dict(sigma=lambda d: 1 + d.assign_coords(t=d.t + 0.25)), "`sigma`.*labels along 't': 0.25 and 0.0 at place 0"),
         (dict(xdata=lambda d: d.x[::-1]), "`xdata`.*labels along 'x': 1.0 and 0.0 at place 0, first.*xarray.align"),

@@ -17,7 +17,7 @@ JACOBIAN_OVERHEAD = 6.5  # J's at the peak of a fit that materialises J and its 
 
 
 def get_adaptive_memory_threshold(memory_fraction=None, client=None) -> tuple[float, dict[str, Any]]:
-    """GiB that a fit may take, and a dict that says why: a fraction of all the memory there is.
+    """GiB that a fit may take, a fraction of the total memory, and a dict with the reason.
 
     The memory is that of the workers of ``client`` (by default of the active one) together; with False, or without a client,
     of this process. ``memory_fraction`` is by default ``NLSQ_MEMORY_FRACTION`` of the environment, else 0.75; it is clamped
@@ -57,7 +57,7 @@ def estimate_peak_memory_gb(
 
 
 class NLSQStrategy(Enum):
-    """How to fit where J would be materialised."""
+    """The strategies of homodyne, whose fits hold J in memory."""
 
     STANDARD = "standard"  # J in memory
     OUT_OF_CORE = "out_of_core"  # J^T J summed over chunks
@@ -75,7 +75,7 @@ class StrategyDecision(NamedTuple):
 
 
 def select_nlsq_strategy(n_points: int, n_params: int, memory_fraction=None, client=None) -> StrategyDecision:
-    """How to fit by memory alone: by an index of the points first, then by the peak with J in memory.
+    """Choose a strategy from memory: first from the size of an index of the points, then from the peak with J in memory.
 
     Without parameters the peak cannot be estimated and counts as 0. ValueError or TypeError: a number of points that is
     negative, or no number. ``memory_fraction`` and ``client`` as in `get_adaptive_memory_threshold`.
