@@ -12,8 +12,6 @@ import numpy as np
 from ..base.lazy import zarr
 from .labels import labelled
 
-SYMBOLS = {"um": "µm", "micron": "µm", "microns": "µm", "angstrom": "Å", "degree": "°", "degrees": "°"}
-
 
 class Axes(NamedTuple):
     """What is known of the axes of an array."""
@@ -70,15 +68,3 @@ def _group_of(array: zarr.Array) -> Any:
 def _texts(attrs: Mapping) -> dict[str, Any]:
     """Attributes, with texts of HDF5 as texts."""
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
-
-
-def unit_of(attrs: Mapping) -> str:
-    """The unit of an array by its attributes, as people write it; empty where there is none."""
-    unit = str(attrs.get("units", attrs.get("unit", "")) or "")
-    return "" if unit == "1" else SYMBOLS.get(unit, unit)
-
-
-def titled(name: str, attrs: Mapping) -> str:
-    """A name for people, with its unit: "energy (keV)"."""
-    name, unit = str(attrs.get("long_name") or name), unit_of(attrs)
-    return f"{name} ({unit})" if unit else name

@@ -30,6 +30,9 @@ class Labels(NamedTuple):
         return cls(tuple(dims), coords)
 
 
+SYMBOLS = {"um": "µm", "micron": "µm", "microns": "µm", "angstrom": "Å", "degree": "°", "degrees": "°"}
+
+
 class Quantity(NamedTuple):
     """What an array holds, as far as it says so."""
 
@@ -44,10 +47,16 @@ class Quantity(NamedTuple):
     def of(cls, array) -> "Quantity":
         """Of an array of xarray, h5py, Zarr or pandas; others have no name that anyone has given them."""
         attrs = getattr(array, "attrs", {})
-        title, unit = (_text(attrs.get(each)) if isinstance(attrs, Mapping) else "" for each in ("long_name", "units"))
+        found = cls.named(_own_name(array), attrs if isinstance(attrs, Mapping) else {})
         if is_kind(array, "mM"):
-            unit = "s" if is_kind(array, "m") else "s since the first date"
-        return cls(_own_name(array), unit, title)
+            found = found._replace(unit="s" if is_kind(array, "m") else "s since the first date")
+        return found
+
+    @classmethod
+    def named(cls, name: str, attrs: Mapping) -> "Quantity":
+        """Of an array of this name with these attributes."""
+        unit = _text(attrs.get("units", attrs.get("unit")))
+        return cls(name, "" if unit == "1" else SYMBOLS.get(unit, unit), _text(attrs.get("long_name")))
 
 
 class Names(NamedTuple):

@@ -13,8 +13,8 @@ import numpy as np
 from dask.graph_manipulation import clone
 
 from ..base.lazy import da
-from ..data.axes import axes_named, titled
-from ..data.labels import along_dims, labelled, map_values, warn_if_packed
+from ..data.axes import axes_named
+from ..data.labels import Quantity, along_dims, labelled, map_values, warn_if_packed
 from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
 from ..options import MAPS, checked, model_first, with_known_names
@@ -193,9 +193,9 @@ def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
     kept = {name: c for name, c in coords.items() if set(c[0]) <= set(dims)}
     along = {name: c for name, c in coords.items() if name not in kept}
     x = problem.fit.x[0] if len(problem.fit.x) == 1 else None
-    same = (titled(name, c[2]) for name, c in along.items() if x is not None and _same_values(x, c[1]))
+    same = (str(Quantity.named(name, c[2])) for name, c in along.items() if x is not None and _same_values(x, c[1]))
     attrs = found.attrs if labelled(ydata) else {}
-    names = dict(x=next(same, "x"), y=titled(found.name or "y", found.attrs))
+    names = dict(x=next(same, "x"), y=str(Quantity.named(found.name or "y", found.attrs)))
     return dict(dims=dims, coords=kept, attrs=attrs, all_dims=found.dims, along=along, **names)
 
 

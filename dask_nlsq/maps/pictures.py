@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from ..data.axes import titled, unit_of
+from ..data.labels import Quantity
 from ..kernels.lanes import MapStatus
 from ..results.plots import DATA, MODEL, PANELS, need_matplotlib
 
@@ -64,7 +64,8 @@ def axis_of(dim: str, n: int, coordinate) -> Axis:
     """
     if coordinate is None or tuple(coordinate[0]) != (dim,) or np.shape(coordinate[1]) != (n,) or n < 2:
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    values, label, unit = np.asarray(coordinate[1]), titled(dim, coordinate[2]), unit_of(coordinate[2])
+    values, quantity = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2])
+    label, unit = str(quantity), quantity.unit
     if values.dtype.kind == "M":
         label, unit = f"{dim} (s since {str(values[0])[:19]})", "s"
         values = (values - values[0]) / np.timedelta64(1, "s")
