@@ -77,6 +77,7 @@ mutants-draw:              ## other changes in place of those whose line is not 
 	.venv-mutants/bin/python -m tests.mutants --draw
 
 docs: .venv/docs live-pictures ## pages in docs/_build, with warnings as errors
+	$(BIN)/python -m benchmarks.gallery
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
 
 live-pictures: .venv/ready  ## the live page in each of its states; needs a Chromium, and leaves them without one

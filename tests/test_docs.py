@@ -159,9 +159,12 @@ def test_every_public_name_is_in_the_reference():
 
 
 def test_every_picture_is_in_the_gallery_and_every_notebook_on_its_page():
-    pictures, notebooks = (ROOT / "docs").glob("*.png"), (ROOT / "notebooks").glob("*.ipynb")
+    notebooks = (ROOT / "notebooks").glob("*.ipynb")
+    pictures = [*(ROOT / "docs").glob("*.png"), *(ROOT / "docs" / "gallery").glob("*.png")]
     page = (ROOT / "docs/notebooks.md").read_text()
-    assert {each.name for each in pictures} == {*re.findall(r"\((\S+\.png)\)", (ROOT / "docs/gallery.md").read_text())}
+    assert {each.relative_to(ROOT / "docs").as_posix() for each in pictures} == {
+        *re.findall(r"\((\S+\.png)\)", (ROOT / "docs/gallery.md").read_text())
+    }
     assert {each.name for each in notebooks} == {*re.findall(r"notebooks/(\S+\.ipynb)>", page)}
 
 

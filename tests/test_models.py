@@ -368,7 +368,7 @@ def test_amplitudes_that_are_to_be_positive_are_so_in_the_guess_and_in_the_fit()
     again = pickle.loads(cloudpickle.dumps(model))
     assert again.bounds == model.bounds and intern(again).token == intern(model).token
     assert named(model.__name__).bounds == model.bounds
-    assert polynomial(2).positive.terms == polynomial(2).terms and g2_single.positive.bounds == g2_single.bounds
+    assert polynomial(2).positive.terms[0].recipe == ("polynomial", 2) and g2_single.positive.bounds == g2_single.bounds
 
 
 def test_bounds_of_the_call_are_those_of_the_guess():

@@ -257,7 +257,7 @@ def profile(found, ax=None):
         if np.isfinite(ends[1]):
             axes.annotate(f" {100 * level:.3g} %", (ends[1], found.distance[0]), color=MODEL, fontsize="small")
     axes.set_xlabel(found.name, parse_math=False)
-    axes.set_ylabel("distance from the optimum, standard errors")
+    axes.set_ylabel("distance (standard errors)")
     axes.legend(frameon=False, fontsize="small")
     return axes
 
