@@ -260,7 +260,7 @@ FITS = {  # of `curve_fit`, without the model and its data
     "on_bad_chunk": Row(_choice("raise", "mask"), "raise", same=True, maps=True, option=Option(
         "mask: leave out chunks that cannot be read.")),
     "missing_chunks": Row(_choice("error", "mask", "fill"), "error", same=True, maps=True, option=Option(
-        "What becomes of chunks that are absent.")),
+        "What to do with absent chunks.")),
     "decode_cf": Row(_flag, True, same=True, maps=True, option=Option(
         "Fit the stored values, without scale_factor, _FillValue and such.", bool)),
     "param_names": Row(_optional(_names), None, same=True, maps=True),

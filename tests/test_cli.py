@@ -326,7 +326,7 @@ def test_map_goes_on_with_what_is_there_and_counts_pixels(tmp_path):
     arguments = ("map", counts, "--model", "gaussian", "--x", x, *start, "--out", tmp_path / "m.zarr")
     outcome = converges(*arguments)
     assert "23 of 24 converged" in outcome.stdout and re.search(r"1 +masked", outcome.stdout)
-    fails(2, "exists: go on with it", *arguments)
+    fails(2, "exists: continue it", *arguments)
     assert converges(*arguments, "--resume").stdout == outcome.stdout == converges("info", tmp_path / "m.zarr").stdout
     group = zarr.open_group(tmp_path / "m.zarr")
     expected = fit_map(gaussian, x, counts, [50, 10, 0.3], bounds=dict(width=(0.01, 2))).compute()
@@ -398,7 +398,7 @@ def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bit
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 3, errors
-    assert "Stopped by a signal" in errors and f"dask nlsq resume {checkpoint} goes on" in errors
+    assert "Stopped by a signal" in errors and f"ontinue with dask nlsq resume {checkpoint}" in errors
     assert load(tmp_path / "r").status == -3
     converges("resume", checkpoint, *out)
     same_bits(load(tmp_path / "r"), load(tmp_path / "whole"))

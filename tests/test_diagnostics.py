@@ -1,4 +1,4 @@
-"""What a fit says about itself, and covariances that do not take the noise for alike everywhere."""
+"""What a fit says about itself, and covariances for heteroscedastic noise."""
 
 import dask.array as da
 import jax.numpy as jnp

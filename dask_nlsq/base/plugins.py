@@ -1,4 +1,4 @@
-"""Plugins that a fit brings to a scheduler, which goes on without them."""
+"""Plugins that a fit brings to a scheduler, which works without them."""
 
 import logging
 

@@ -79,7 +79,7 @@ class SharedResult(FitResult):
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
-        """As of any fit, with what is remarkable about the groups."""
+        """As for any fit, with problems of the groups."""
         found = diagnose(self)
         return found._replace(lines=(*found.lines, *of_groups(self)))
 

@@ -272,9 +272,11 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
         except (KeyboardInterrupt, SystemExit):
             if checkpoint is None or not (checkpoint / FIT_FILE).exists():
                 raise
-            raise Failure(f"stopped before the first sweep was finished: dask nlsq resume {checkpoint} goes on", 3) from None
+            raise Failure(
+                f"stopped before the first sweep was finished: continue with dask nlsq resume {checkpoint}", 3
+            ) from None
         if result.status == -3:
-            failed = f"{result.message} dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'} goes on"
+            failed = f"{result.message} Continue with dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'}"
         elif result.status > 0 and not result.success:
             failed = failed or result.message
         click.echo(printable(result.summary()))
@@ -330,7 +332,7 @@ def resume(directory, model, x, models, trust, scheduler, out, report, log, **li
         sys.path.insert(0, str((models or Path()).resolve()))
     call = dict(limits, path=directory, f=model and words.model(model), trust=trust or models or False)
     if x and "path" not in (kept["data"]["ydata"] or {}):
-        raise ValueError(f"--x: {directory} does not know the path of its data: go on in Python, dask_nlsq.resume")
+        raise ValueError(f"--x: {directory} does not know the path of its data: continue in Python with dask_nlsq.resume")
     if x:
         decode_cf = kept["options"]["decode_cf"]
         call["xdata"] = words.coordinates(x, open_array("STORE", kept["data"]["ydata"]["path"]), decode_cf=decode_cf)

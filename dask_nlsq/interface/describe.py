@@ -42,7 +42,7 @@ def describe_checkpoint(path: Path) -> str:
     lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]
     lines.append(f"finished sweeps: {len(costs)}" + (f"; lowest cost {min(costs):.9g}" if len(costs) else ""))
     lines += ["one more is begun"] if "begun" in values else []
-    return "\n".join([*lines, f"to go on: dask nlsq resume {path}"])
+    return "\n".join([*lines, f"to continue: dask nlsq resume {path}"])
 
 
 def describe_map(path: Path) -> str:
@@ -51,6 +51,6 @@ def describe_map(path: Path) -> str:
     shape = " x ".join(map(str, status.shape))
     lines = [f"{path}: {shape or 1} pixel{'s' * (status.size != 1)}, {', '.join(about['parameters'])} of {about['model']}"]
     if not np.all(done):
-        return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume goes on"])
+        return "\n".join([*lines, f"{np.sum(done)} of {np.size(done)} blocks are done; dask nlsq map --resume continues"])
     lines.append(f"{np.sum(found.success):,} of {status.size:,} converged")
     return "\n".join([*lines, *status_counts(status)])

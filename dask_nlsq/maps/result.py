@@ -190,7 +190,7 @@ class FittedMaps(Maps):
         return dict(model=import_name(own_function(fit.model.f)), bounds=bounds, expr=rules if kept else None)
 
     def to_zarr(self, path: str | Path, resume: bool = False, progress: bool | None = None, **options) -> zarr.Group:
-        """Fit block by block and write each when it is done, so that a killed job goes on where it was.
+        """Fit block by block and write each when it is done, so that a killed job can continue.
 
         Parameters
         ----------
@@ -226,7 +226,7 @@ class FittedMaps(Maps):
         if store.is_begun(path):
             about = store.read_about(path)
             if not resume:
-                raise FileExistsError(f"{path} exists: go on with it by resume=True, or give another path")
+                raise FileExistsError(f"{path} exists: continue it with resume=True, or give another path")
             refuse_another(path, store.identity_of(about), identity)
             blocks = tuple(map(tuple, about["blocks"]))
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun

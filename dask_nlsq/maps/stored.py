@@ -84,7 +84,7 @@ class StoredMap(Maps):
     def heading(self) -> str:
         """What this is, in a line."""
         done = read_done(self.path)
-        state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) goes on"
+        state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) continues"
         return f"StoredMap {shown(self.shape, self.param_names)}, at {self.path}{state}"
 
     @property
@@ -129,7 +129,7 @@ class StoredMap(Maps):
         if not done.all():
             raise ValueError(
                 f"{self.path}: {done.sum()} of {done.size} blocks are done. The same call of fit_map(...).to_zarr(path, "
-                "resume=True) goes on"
+                "resume=True) continues it"
             )
         fits = xdata if isinstance(xdata, MapResult) else fit_map(f or self._model(), xdata, ydata, **self._call() | options)
         refuse_another(self.path, identity_of(self.about), fits.provenance, STARTS)

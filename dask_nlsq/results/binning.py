@@ -133,7 +133,7 @@ def binned(result, coordinate: int | str | None = 0, bins: int = 200, log: Log =
         Which array of ``xdata``, by place or name; None, and where the fit has no xdata: the place along the first axis of
         ydata.
     bins : int
-        About so many, of equal width between the smallest and the largest value that occurs.
+        Approximate number, of equal width between the smallest and the largest value that occurs.
     log : {None, True, False, "x", "y", "xy"}
         Logarithmic axes: none, both, or these. On that of x bins have equal width in the logarithm, and points where it is
         not positive are left out. None: x where all its values are positive and span two decades, and half of the points

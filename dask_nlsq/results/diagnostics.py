@@ -1,4 +1,4 @@
-"""What the condensed matrices of the last sweep tell about a fit, in words; nothing is read.
+"""What the condensed matrices of the last sweep say about a fit, in words; nothing is read.
 
 Segments are runs of consecutive points of the data (chunks in C order), up to 256 of them, so that up to 256 points are
 parts of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have few points
@@ -228,7 +228,7 @@ def _uneven(result, blocks, counts):
 def _in_order(runs, residuals, what):
     """Signs of the residuals that come in longer runs than by chance.
 
-    Where the noise is skewed, as that of few counts, and not alike everywhere, its signs come in runs too. There are more of
+    Where the noise is skewed, as that of few counts, and heteroscedastic, its signs come in runs too. There are more of
     one sign then; the products of neighbours are 0 on average still, and must be positive for a misfit.
     """
     count, expected, deviation = runs
@@ -291,7 +291,7 @@ def _compared(result, names):
         return []
     return [
         f"the residuals scatter so that errors are up to {ratio[k]:.2g} times as large ({names[k]}): `result.sandwich` "
-        "has the covariance for noise that is not alike everywhere"
+        "has the covariance for heteroscedastic noise"
     ]
 
 

@@ -185,7 +185,7 @@ class FitResult:
 
     @property
     def sandwich(self) -> np.ndarray:
-        """Covariance (p, p) that allows for noise which is not alike everywhere; see `dask_nlsq.results.uncertainty`.
+        """Covariance (p, p) that allows for heteroscedastic noise; see `dask_nlsq.results.uncertainty`.
 
         From sums of the last sweep. Nan where the data do not determine the parameters, and for few points.
         """
@@ -201,7 +201,7 @@ class FitResult:
 
     @cached_property
     def diagnostics(self) -> Diagnostics:
-        """What is remarkable about the fit, in words; see `dask_nlsq.results.diagnostics`. Nothing is read."""
+        """Problems of the fit, in words; see `dask_nlsq.results.diagnostics`. Nothing is read."""
         held = self.data is not None and not self.data.lazy and self.preparation.whole  # as one part
         residuals = np.ravel(self.residuals()) if held else None
         return diagnose(self, residuals if residuals is None else residuals[np.isfinite(residuals)])
@@ -232,7 +232,7 @@ class FitResult:
         Raises
         ------
         ValueError
-            A level that is no probability.
+            A level that is not a probability.
         """
         half = quantile(level, self.dof, self.noise) * self.perr
         return np.stack([self.popt - half, self.popt + half], axis=1)

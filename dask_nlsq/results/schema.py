@@ -224,7 +224,7 @@ def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _what_else(path: Path) -> str:
     """What is there instead of a result."""
-    return "it is a checkpoint, dask_nlsq.resume(path) goes on" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
+    return "it is a checkpoint, dask_nlsq.resume(path) continues it" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 
 def load(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -1,8 +1,8 @@
 """A live page at ``/nlsq`` of the scheduler's dashboard: what fits on the cluster do.
 
 `LivePage` is a scheduler plugin that `open_page`, a fit with a Client, or ``dask scheduler --preload dask_nlsq.dashboard``
-brings. Fits tell it what they do by `Client.log_event`, a small message for each sweep and a few while one goes on. The page
-uses parts of Dask that are not public: where they, or bokeh, are missing, the log says so, and everything else goes on.
+brings. Fits report to it with `Client.log_event`, a small message for each sweep and a few while one goes on. The page
+uses parts of Dask that are not public. If they, or bokeh, are missing, the log says so, and everything else works.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What a fit tells while it runs: the user's callback, a progress bar, printed lines, the live page."""
+"""What a running fit reports: the user's callback, a progress bar, printed lines, the live page."""
 
 import logging
 import sys
@@ -35,7 +35,7 @@ COMPILING = (
 
 
 class Live:
-    """Tells the dashboard of ``client`` how a fit goes; nothing where there is none, or ``nlsq.dashboard`` is false.
+    """Reports a fit to the dashboard of ``client``; does nothing without a client, or if ``nlsq.dashboard`` is false.
 
     A context manager; leaving it by an error makes that the status of the fit.
     """
@@ -124,7 +124,7 @@ class Stages:
 
 
 class Observers:
-    """The callback of the solver: tells the user's callback, a progress bar, the terminal and the live page of each step.
+    """The callback of the solver: reports each step to the user's callback, a progress bar, the terminal and the live page.
 
     ``at`` is told what happens between the steps, as `engine.waiting.Watch`. A context manager; leaving it closes the bar.
     """
