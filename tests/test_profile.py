@@ -179,6 +179,8 @@ def test_wrong_arguments_are_named(fitted, tmp_path):
         (lambda: fitted.contour("a", "a"), "`other` must be another parameter"),
         (lambda: fitted.contour("a", "b", rays=2), "`rays` must be an integer of at least 3, not 2"),
         (lambda: fitted.profile("a", 95), "`level` must be a probability"),
+        (lambda: fitted.profile([]), "`name` must be a parameter, or several, not an empty sequence"),
+        (lambda: fitted.profile("a", []), "`level` must be a probability, or several, not an empty sequence"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

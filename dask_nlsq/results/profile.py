@@ -18,6 +18,7 @@ References
 .. [2] S. A. Murphy, A. W. van der Vaart, "On profile likelihood", J. Am. Stat. Assoc. 95 (2000) 449-465.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ import scipy
 from tqdm.auto import tqdm
 
 from ..base.text import html_table, several, table
+from ..base.values import is_integer
 from ..base.warn import warn
 from ..data.sizes import sizes_of
 from ..engine.cluster import attached
@@ -64,7 +66,7 @@ class Trial(NamedTuple):
 
 
 class Ray(NamedTuple):
-    """What was found along one, for one level."""
+    """The border of a region along one ray."""
 
     end: float  # r; inf where there is none
     trials: tuple[Trial, ...]
@@ -193,12 +195,17 @@ class LikelihoodContour:
 
 
 def profile(
-    result, name: str | Sequence[str] | None = None, level: float | Sequence[float] = 0.95, *, progress: bool | None = None
+    result,
+    name: str | Sequence[str] | None = None,
+    level: float | Sequence[float] = 0.95,
+    *,
+    progress: bool | None = None,
+    memory_limit_gb: float | None = None,
 ) -> LikelihoodProfile | LikelihoodProfiles:
     """Confidence intervals by the profile likelihood: for nonlinear models, like lmfit's ``conf_interval``.
 
-    Each end takes about three trial fits of the other parameters, of two or three sweeps each. All of them share reads, so
-    about ten reads of the data give the intervals of all parameters. The model is not compiled again.
+    Each end takes about three trial fits of the other parameters, of two or three sweeps each. Up to 64 of them share
+    each read, so about ten reads of the data give the intervals of 30 parameters. Data are loaded as they were for the fit.
 
     Parameters
     ----------
@@ -208,6 +215,8 @@ def profile(
         Probability of the interval, or of several.
     progress : bool, optional
         Progress bar; None: in a terminal or notebook, after two seconds.
+    memory_limit_gb : float, optional
+        As in `dask_nlsq.curve_fit`.
 
     Returns
     -------
@@ -231,10 +240,13 @@ def profile(
     """
     names = [name] if isinstance(name, str) else [result.param_names[k] for k in result.free] if name is None else [*name]
     problem, levels = _Problem(result), _levels(level)
+    if not names:
+        raise ValueError("`name` must be a parameter, or several, not an empty sequence")
     places = [problem.place("name", each) for each in names]
     targets = [distance_at(each, 1, result.dof, result.noise) for each in levels]
     ways = [([k], np.array([sign * np.sqrt(problem.C[k, k])])) for k in places for sign in (-1, 1)]
-    found, reads = _search(problem, [(*way, target) for way in ways for target in targets], progress, "profile")
+    rays = [(*way, target) for way in ways for target in targets]
+    found, reads = _search(problem, rays, progress, memory_limit_gb, "profile")
     each = 2 * len(levels)
     profiles = [
         _profile(problem, k, levels, found[begin : begin + each], reads)
@@ -266,10 +278,11 @@ def contour(
     *,
     rays: int = RAYS,
     progress: bool | None = None,
+    memory_limit_gb: float | None = None,
 ) -> LikelihoodContour:
     """Joint confidence regions of two parameters by the profile likelihood, others fitted again.
 
-    Their border is looked for on rays from the optimum, so that a region has to be one that each ray leaves once.
+    The border is searched along rays from the optimum. Each ray must leave the region only once.
 
     Parameters
     ----------
@@ -279,7 +292,7 @@ def contour(
         Probability that both are in the region.
     rays : int
         Points on each border.
-    progress : bool, optional
+    progress, memory_limit_gb : optional
         As in `profile`.
 
     Raises
@@ -291,14 +304,14 @@ def contour(
     places = [problem.place("name", name), problem.place("other", other)]
     if name == other:
         raise ValueError(f"`other` must be another parameter than `name`, {name!r}")
-    if not (isinstance(rays, int) and rays >= 3):
+    if not (is_integer(rays) and rays >= 3):
         raise ValueError(f"`rays` must be an integer of at least 3, not {rays!r}")
     angles = 2 * np.pi * np.arange(rays) / rays
     root = np.linalg.cholesky(problem.C[np.ix_(places, places)])
     directions = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ root.T
     targets = [distance_at(each, 2, result.dof, result.noise) for each in levels]
     ways = [(places, each, target) for target in targets for each in directions]
-    found, reads = _search(problem, ways, progress, "contour")
+    found, reads = _search(problem, ways, progress, memory_limit_gb, "contour")
     value, radii = problem.popt[places], np.reshape([ray.end for ray in found], (len(levels), rays))
     with np.errstate(invalid="ignore"):
         points = value + np.where(np.isfinite(radii), radii, np.nan)[..., None] * directions
@@ -313,6 +326,8 @@ def contour(
 
 def _levels(level) -> tuple[float, ...]:
     levels = tuple([level] if np.ndim(level) == 0 else level)
+    if not levels:
+        raise ValueError("`level` must be a probability, or several, not an empty sequence")
     for each in levels:
         check_level(each)
     return tuple(sorted(levels))
@@ -382,7 +397,7 @@ class _Problem:
         with np.errstate(divide="ignore", invalid="ignore"):
             room = np.where(direction > 0, self.upper[places], self.lower[places]) - self.popt[places]
             last = float(np.max(np.where(direction != 0, room / direction, 0.0)))  # where bounds have stopped all
-        trials, end = [Trial(0.0, 0.0, self.popt, True)], np.inf
+        trials, end = [Trial(0.0, 0.0, self.popt, True)], np.inf if last > 0 else 0.0
         for _ in range(MOST_TRIALS):
             r = min(following(trials, target), last)
             if r > FARTHEST * target or r == trials[-1].r:
@@ -410,18 +425,20 @@ def following(trials: Sequence[Trial], target: float) -> float:
     return min(r, FASTEST * (below or target))
 
 
-def _search(problem: _Problem, rays, progress, what: str) -> tuple[list[Ray], int]:
+def _search(problem: _Problem, rays, progress, limit, what: str) -> tuple[list[Ray], int]:
     """Search all rays; how often the data were read for them."""
     result = problem.result
     data, plan, n = result.data, result.plan, len(problem.popt)
     client = active_client() if plan.strategy != "standard" else None
-    plan = make_plan(sizes_of(data, n), plan.strategy, None, client)
-    shown = None if progress is None else not progress
+    plan = make_plan(sizes_of(data, n), plan.strategy, limit, client)
+    shown = progress or (progress is None and (sys.stderr.isatty() or "ipykernel" in sys.modules))
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(desc=what, unit=" reads", delay=PROGRESS_DELAY, disable=shown))
+        delay = 0 if progress else PROGRESS_DELAY
+        bar = stack.enter_context(tqdm(desc=what, unit=" reads", delay=delay, disable=not shown))
         stack.enter_context(attached(client))
         sweep = stack.enter_context(open_sweep(data, plan.strategy, client, plan.n_partitions))
-        joined = Segmentation(1, 1, (sweep.place.n_runs - 1).bit_length())
+        level = (sweep.place.n_runs - 1).bit_length()
+        joined = Segmentation.of(data, n)._replace(per_run=1, level=level)  # in blocks as in the fit, so with its kernels
         evaluator = Evaluator(sweep, result.objective, n, joined)
         evaluator.jac_mode = result.jac_mode if result.jac_mode != "user" else "columns"
         evaluator.stop = stack.enter_context(StopOnSignal(False))
@@ -433,7 +450,7 @@ def _search(problem: _Problem, rays, progress, what: str) -> tuple[list[Ray], in
             return found
 
         try:
-            found = together(at, [problem.ray(*each) for each in rays])
+            found = together(at, (problem.ray(*each) for each in rays))
         except ToldToLeave as stop:
             raise stop.exit from stop
     best = min((trial for ray in found for trial in ray.trials), key=lambda each: each.distance)

@@ -9,12 +9,13 @@ from ..engine.condensed import Condensed
 from ..kernels.blocks import Reduction
 from .trust_region import Asks, T
 
-MOST = 64  # answers of one sweep: each costs a kernel per block and a matrix per task, and the read is well shared by then
+MOST = 64  # loops at a time: each costs a kernel per block and a matrix per task, and reads are well shared by then
 
 
 def together(at: Callable[[Sequence[np.ndarray], Reduction], list[Condensed]], loops: Iterable[Asks[T]]) -> list[T]:
     """What each of ``loops`` returns, such as `trust_region.solving`; ``at(points, reduction)`` is one read of the data."""
-    running = dict(enumerate(loops))
+    left = enumerate(loops)
+    running: dict[int, Asks[T]] = {}
     asked: dict[int, tuple[np.ndarray, Reduction]] = {}
     found: dict[int, T] = {}
 
@@ -22,14 +23,17 @@ def together(at: Callable[[Sequence[np.ndarray], Reduction], list[Condensed]], l
         try:
             asked[k] = running[k].send(answer)
         except StopIteration as end:
+            del running[k]
             found[k] = end.value
 
-    for k in running:
-        go_on(k, None)
-    while asked:
+    while True:
+        while len(asked) < MOST and (new := next(left, None)) is not None:
+            running[new[0]] = new[1]
+            go_on(new[0], None)
+        if not asked:
+            return [found[k] for k in sorted(found)]
         reduction = next(iter(asked.values()))[1]
-        alike = [k for k, each in asked.items() if each[1] == reduction][:MOST]
+        alike = [k for k, each in asked.items() if each[1] == reduction]
         points = [asked.pop(k)[0] for k in alike]
         for k, answer in zip(alike, at(points, reduction), strict=True):
             go_on(k, answer)
-    return [found[k] for k in running]
