@@ -32,6 +32,7 @@ COMPILING = (
     "compiling the model, {:.0f} s so far: quadratures written as Python loops compile slowly, broadcast sums do not; see "
     '"Slow compilation" in the documentation of models'
 )
+PERHAPS = "waiting for the first results, perhaps "  # on workers, of which only that is known
 
 
 class Live:
@@ -153,20 +154,21 @@ class Observers:
     def at(self, stage: str, done: int = 0, total: int = 0) -> None:
         if not self.stages(stage, done, total):
             return
-        first = stage == "sweep 1" and total and not done and self.plan.strategy == "chunked"  # nothing else takes time
+        first = stage == "sweep 1" and total and not done and self.plan.strategy == "chunked"  # which the data are there for
         if first and self.stages.so_far > SLOW:
-            self.compiling(self.stages.so_far)
+            self.compiling(self.stages.so_far, PERHAPS)
         else:
             gb_per_s = self.stages.share_per_s * self.plan.sweep_bytes / 1e9
             known = stage.startswith("sweep") and isfinite(gb_per_s)
             self._show(self.stages.text + (f", {gb_per_s:.2g} GB/s" if known else ""))
 
-    def compiling(self, seconds: float) -> None:
+    def compiling(self, seconds: float, before: str = "") -> None:
+        text = before + COMPILING.format(seconds)
         if not self.said:
             self.said = True
-            logger.info("%s", COMPILING.format(seconds))
-        self.live.tell(stage=COMPILING.format(seconds), done=0, total=0, left=nan, so_far=0.0)
-        self._show(COMPILING.format(seconds))
+            logger.info("%s", text)
+        self.live.tell(stage=text, done=0, total=0, left=nan, so_far=0.0)
+        self._show(text)
 
     def resumed(self) -> None:
         """After what an earlier process has done has been read."""
