@@ -90,8 +90,13 @@ def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:
         bounds = own | dict(bounds)
     elif are_endless(bounds):
         bounds = bounds if getattr(call, "method", None) == "lm" else own  # "lm" knows no bounds
+    if p0 is None and not f.can_guess:
+        raise ValueError(
+            f"`p0` is needed: {function_name(f)} cannot guess its start, since it is a product, or has functions that are "
+            f"not from dask_nlsq.models. Give a value for each of {', '.join(names)}"
+        )
     if p0 is None or isinstance(p0, str):
-        return None, bounds, tuple(names) if f.can_guess else ()
+        return None, bounds, tuple(names)
     return p0, bounds, tuple(name for name in names if name not in p0) if isinstance(p0, Mapping) and f.can_guess else ()
 
 

@@ -174,7 +174,7 @@ def test_what_was_not_kept_is_asked_for(tmp_path):
 
 
 def test_checkpoints_are_for_data_that_are_read_anew(tmp_path):
-    with pytest.raises(ValueError, match="`checkpoint` is for data"):
+    with pytest.raises(ValueError, match="`checkpoint` needs data that are read again"):
         curve_fit(decay, X, Y, P0, checkpoint=tmp_path / "c", strategy="standard")
 
 

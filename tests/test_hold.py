@@ -140,7 +140,7 @@ def test_workers_hold_data_for_several_fits(workers):
 
 
 def test_data_that_stream_keep_their_sample(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # 10 chunks are enough to draw a sample
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # each chunk is a run
     y, lazy = counted()
     with hold(da.from_array(X, CHUNK), lazy, strategy="streaming") as data:
         first = curve_fit(decay, data, p0=[1, 1, 0])

@@ -18,6 +18,7 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.engine.partition import partition_nbytes
 from dask_nlsq.engine.places import HeldHere
+from dask_nlsq.engine.waiting import calm
 from dask_nlsq.memory.needs import partition_size
 from dask_nlsq.memory.plan import count_partitions
 
@@ -84,7 +85,7 @@ def test_a_hundred_thousand_chunks_are_planned_within_a_second_and_without_a_com
 def test_what_will_be_held_is_known_to_a_page_of_memory(n, chunks, dtype, masked):
     x, y = lazy(n, chunks, dtype)
     problem = build_data(x, y, None, y > 1 if masked else None, check=True, omit=False)
-    held = partition_nbytes(HeldHere.load(problem, 1).partition)
+    held = partition_nbytes(HeldHere.load(problem, 1, calm).partition)
     known = sizes_of(problem, 3).held
     assert held <= known + mmap.PAGESIZE and known <= 1.08 * held  # where arrays begin, and so how they are aligned, varies
 

@@ -7,6 +7,7 @@ import pytest
 import scipy
 
 from dask_nlsq import curve_fit, fit_groups, plots
+from dask_nlsq.base.text import measured
 
 X = np.linspace(0, 5, 30)
 Y = 2 * np.exp(-0.7 * X) + 0.3 + 0.15 * np.random.default_rng(0).normal(size=30)
@@ -143,7 +144,7 @@ def test_parameters_held_stay_and_those_tied_follow():
     np.testing.assert_allclose(fitted.profile("b").intervals, free.profile("b").intervals, rtol=1e-6)
     tied = curve_fit(decay, X, Y, [1, 1, 0], expr={"c": "a / 7"})
     assert [*tied.profile()] == ["a", "b"]
-    with pytest.raises(ValueError, match="`name` names 'c'; parameters that were fitted are a, b"):
+    with pytest.raises(ValueError, match="`name` names 'c', the fitted parameters are a, b"):
         tied.profile("c")
 
 
@@ -153,6 +154,26 @@ def test_a_lower_cost_on_the_way_is_a_warning_that_says_where():
     away = curve_fit(lambda x, w, a: a * jnp.sin(w * x), x, y, [2.2, 0.1])
     with pytest.warns(scipy.optimize.OptimizeWarning, match=r"not at the best optimum.*p0=dict\(w="):
         away.profile("w", 0.999)
+
+
+def test_an_end_where_the_model_ends_or_rounding_hides_it_is_enclosed():
+    x = np.linspace(0, 5, 60)
+    y = np.sqrt(5.02 - x) + np.random.default_rng(3).normal(0, 0.3, 60)
+    found = curve_fit(lambda x, a, b: a * jnp.sqrt(b - x), x, y, [1, 6]).profile()
+    assert found["a"].success and 1.03 < found["a"].intervals[0, 1] < 1.06
+    assert not found["b"].success and found["b"].intervals[0, 0] == pytest.approx(5, abs=1e-3)  # nan below
+    x = np.linspace(0, 5, 10_000)
+    y = numpy_decay(x, 2, 0.7, 0.3) + 1e-12 * np.random.default_rng(0).normal(size=10_000)
+    fitted = curve_fit(decay, x, y, [1, 1, 0])
+    for each in fitted.profile().values():
+        ends = each.value + each.error * np.array([-1.96, 1.96])
+        np.testing.assert_allclose(each.intervals[0], ends, atol=0.1 * each.error)
+        assert each.reads < 60
+
+
+def test_a_known_noise_needs_no_degrees_of_freedom():
+    fitted = curve_fit(line, np.array([0.0, 1]), np.array([1.0, 2]), sigma=1, absolute_sigma=True)
+    assert fitted.profile("slope").intervals[0] == pytest.approx(fitted.confidence_intervals()[0])
 
 
 @pytest.mark.parametrize(
@@ -196,10 +217,11 @@ def test_profiles_print_as_tables_and_are_drawn(fitted):
     found = fitted.profile(["a", "c"], [0.68, 0.95])
     head, first, *_ = f"{found!r}".splitlines()[1:]
     assert head.split() == ["parameter", "value", "level", "from", "to", "s.e.", "s.e."]
-    assert first.split()[:3] == ["a", f"{fitted.popt[0]:.6g}", "68.00%"]
+    assert first.split()[:3] == ["a", measured(fitted.popt[0], fitted.perr[0])[0], "68.00%"]
     assert found._repr_html_().count("<tr>") == 5 and found["c"]._repr_html_().count("<tr>") == 3
     axes = found["c"].plot()
     assert axes.get_xlabel() == "c"
+    assert [axes.get_xlabel() for axes in found.plot()] == ["a", "c"]
     region = fitted.contour("b", "c", [0.5, 0.9])
     assert "90.00%: b from" in repr(region)
     assert plots.contours(region).get_ylabel() == "c"

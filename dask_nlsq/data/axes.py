@@ -4,6 +4,8 @@ A coordinate of a stored array is the array along one axis, in the same group, t
 writes them. NeXus names the axes in the attribute ``axes`` of the group (NXdata), with "." for one without a name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

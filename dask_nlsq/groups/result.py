@@ -46,7 +46,7 @@ from .sweep import GroupSweep
 LOCAL_MAPS = "local.zarr"  # beside a result that is saved
 NO_CURVE = (
     "the shared parameters alone give no curve: call the model with the parameters of a group, f(x, *local.popt[k]) of "
-    "result.local.compute(); result.local.plot() shows those of all"
+    "result.local.compute(), which also has residuals(), predict(), spectrum(k) and plot()"
 )
 
 

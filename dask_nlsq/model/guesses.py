@@ -48,6 +48,7 @@ class View(NamedTuple):
     count: Any  # points that count
     left: Any  # (n,) of y, what the columns of the other parts leave
     others: Any  # (n, m) orthonormal columns of the other parts
+    ends: tuple[Any, Any] = (-np.inf, np.inf)  # of places of windows and steps
     sign: Any = 0.0  # that all linear parameters of parts with candidates are to have; 0: any
 
 
@@ -143,7 +144,7 @@ def _beside(view: View, y, columns) -> View:
 def _choose(part: Part, view: View, rank):
     """Where a few Levenberg-Marquardt steps from candidates lead, (q,): the best, or that of a later rank."""
     assert part.candidates is not None
-    candidates = part.candidates(view)
+    candidates = part.candidates(view._replace(ends=part.ends[part.others[0]]))
     costs = lax.map(partial(_cost, part, view), candidates)
     edges = np.unique(np.linspace(0, len(candidates), REFINED + 1).astype(int))
     few = jnp.stack([low + jnp.argmin(costs[low:high]) for low, high in itertools.pairwise(edges)])
@@ -243,7 +244,8 @@ def _windows(view: View):
     low = jnp.clip(k - half[:, None], 0, last)
     high = jnp.clip(k + half[:, None], 0, last)
     gain = _gain_of_runs(view, low, high + 1)
-    best = jnp.argmax(jnp.where(k <= last, gain, -1.0), axis=1)
+    inside = (k <= last) & (view.ends[0] <= view.x) & (view.x <= view.ends[1])
+    best = jnp.argmax(jnp.where(inside, gain, -1.0), axis=1)
     center = view.x[best]
     low, high = (jnp.take_along_axis(each, best[:, None], axis=1)[:, 0] for each in (low, high))
     reach = jnp.maximum(view.x[high] - center, center - view.x[low])
@@ -267,7 +269,8 @@ def steps(view: View):
     """Of a place and a width: the best place of a sudden step and others all over the data, with widths narrow to wide."""
     k, last = jnp.arange(len(view.x)), jnp.maximum(view.count - 1, 0)
     gain = _gain_of_runs(view, k, jnp.maximum(view.count, k))
-    best = jnp.argmax(jnp.where((k > 0) & (k <= last), gain, -1.0))
+    inside = (view.ends[0] <= view.x) & (view.x <= view.ends[1])
+    best = jnp.argmax(jnp.where((k > 0) & (k <= last) & inside, gain, -1.0))
     spread = jnp.linspace(0.02, 0.98, STEP_PLACES) * last
     center = jnp.concatenate([view.x[best][None], view.x[spread.astype(int)]])
     length = _length(view)

@@ -92,6 +92,9 @@ class Params(Mapping[str, Parameter]):
     def __len__(self):
         return len(self._by_name)
 
+    def _ipython_key_completions_(self):
+        return [*self]
+
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         return tuple(self._by_name.values())

@@ -58,6 +58,11 @@ class Term(NamedTuple):
         return self.recipe[0]
 
     @property
+    def kind(self) -> tuple:
+        """The recipe without bounds."""
+        return tuple(each for each in self.recipe if each != POSITIVE_ONLY)
+
+    @property
     def label(self) -> str:
         return self.name + "".join(f"({argument})" for argument in self.recipe[1:] if self.part is not None)
 
@@ -157,18 +162,16 @@ class ReadyModel:
     def components(self) -> dict[str, "Component"]:
         """The summands by name: functions of x and of all parameters."""
         trees = _summands(self.tree)
-        labels = numbered([self._label(tree) for tree in trees])
+        labels = numbered([self._label(tree).replace(f"({POSITIVE_ONLY})", "") for tree in trees])
         return {label: Component(self, tree) for label, tree in zip(labels, trees, strict=True)}
 
-    def guess(self, x, y):
-        """Parameters (p,) from x (n,) and y (n,), to start a fit from; nonfinite points are left out.
-
-        Written with `jax.numpy`, for one data set; `jax.vmap` makes it one for many.
-        """
-        return self.guess_within(tuple(self.bounds.values()))(x, y)
+    def guess(self, x, y) -> np.ndarray:
+        """Parameters (p,) from x (n,) and y (n,), to start a fit from; nonfinite points are left out."""
+        with float64():
+            return np.asarray(self.guess_within(tuple(self.bounds.values()))(x, y))
 
     def guess_within(self, bounds: Sequence[tuple[float, float]]) -> "Guess":
-        """`guess` with these bounds in the place of its own."""
+        """`guess` with these bounds instead of its own, for `jax.vmap` too."""
         return Guess(self, tuple((float(low), float(high)) for low, high in bounds))
 
     def __add__(self, other):

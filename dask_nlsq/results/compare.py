@@ -180,7 +180,7 @@ def _is_within(small, large) -> bool:
         return False  # it holds what the other does not
     models = [own_function(getattr(each.objective.model, "f", None)) for each in (small, large)]
     if all(isinstance(each, ReadyModel) for each in models):
-        terms = [Counter(term.recipe for term in each.terms) for each in models]
+        terms = [Counter(term.kind for term in each.terms) for each in models]
         if terms[0] != terms[1] or models[0].tree != models[1].tree:
             return all(each.is_sum for each in models) and terms[0] <= terms[1]
     fitted = [{each.param_names[k] for k in each.free} for each in (small, large)]

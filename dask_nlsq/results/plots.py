@@ -36,6 +36,7 @@ def fit(
     coordinate: int | str | None = 0,
     log: Log = None,
     residuals: bool = False,
+    components: bool = False,
     seen: Binned | None = None,
 ):
     """Data and model against a coordinate.
@@ -55,6 +56,8 @@ def fit(
         As in `dask_nlsq.results.binning.binned`: by default axes are logarithmic where the data span decades.
     residuals : bool
         Whether residuals are drawn in axes below.
+    components : bool
+        Whether the summands of the model are drawn, too, for a sum of models of one coordinate.
     seen : Binned, optional
         What `dask_nlsq.results.binning.binned` has returned: no pass then, and the three arguments before do not count.
 
@@ -90,6 +93,11 @@ def fit(
         drawn, line = (seen.x, seen.y, seen.error), (seen.x, seen.model)
     if x is not None:
         line = np.asarray(x, float), np.asarray(result.predict(np.asarray(x, float)))
+    if components:
+        if not _smooth(result):
+            raise ValueError("`components` is for models of one coordinate and data of one axis")
+        for name, values in result.components(np.asarray(line[0], float)).items():
+            top.plot(line[0], np.asarray(values), "--", linewidth=1, label=name, zorder=2.5)
     _points(top, *drawn, hidden=int(np.sum(~(drawn[1] > 0))) if seen.log_y else 0)
     top.plot(*line, color=MODEL, linewidth=1.5, label="model", zorder=3)
     top.set_ylabel(_wrapped(seen.y_name if few is not None else f"mean of {seen.y_name}"), parse_math=False)
@@ -238,6 +246,11 @@ def correlation(result, ax=None):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", size=8, color="w" if abs(value) > 0.6 else "k")
     axes.figure.colorbar(image, ax=axes, label="correlation", fraction=0.046, pad=0.04)
     return axes
+
+
+def row_of_axes(axes, n: int):
+    """An array of ``n`` matplotlib axes beside each other: the given ones, or new ones."""
+    return np.ravel(_axes(axes, 1, n, figsize=(4.8 * n, 3.6), squeeze=False))
 
 
 def profile(found, ax=None):

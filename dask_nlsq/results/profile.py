@@ -28,7 +28,7 @@ import numpy as np
 import scipy
 from tqdm.auto import tqdm
 
-from ..base.text import html_table, several, table
+from ..base.text import html_table, measured, near, several, table
 from ..base.values import is_integer
 from ..base.warn import warn
 from ..data.sizes import sizes_of
@@ -37,7 +37,7 @@ from ..engine.condensed import Segmentation, held_at
 from ..engine.evaluator import Evaluator
 from ..engine.sweep import open_sweep
 from ..engine.waiting import StopOnSignal, ToldToLeave
-from ..kernels.rules import ROUNDING
+from ..kernels.rules import ROUNDING, TO_ROUNDING
 from ..memory.machine import active_client
 from ..memory.plan import make_plan
 from ..solve.together import together
@@ -48,6 +48,7 @@ from .statistics import check_level, distance_at
 TOLERANCE = 1e-3  # of d: ends are exact to that share of their distance from popt
 NEAR = 0.05  # standard errors to the optimum of a trial fit, which shift d by less than that
 FTOL = 1e-8  # as that of `dask_nlsq.curve_fit`
+MOST_SWEEPS = 30  # of a trial fit
 MOST_TRIALS = 12  # fits for one end
 FASTEST = 4.0  # most that a trial goes farther than the one before
 FARTHEST = 100.0  # times the distance of a linear model, where an end is not looked for any more
@@ -70,6 +71,7 @@ class Ray(NamedTuple):
 
     end: float  # r; inf where there is none
     trials: tuple[Trial, ...]
+    success: bool  # False: the end is only enclosed by two trials
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -90,7 +92,7 @@ class LikelihoodProfile:
         All fitted parameters there, in the order of ``names``.
     names : tuple of str
     success : bool
-        Whether all trial fits have converged.
+        Whether all trial fits have converged, and all ends are exact; else the ends are approximate.
     reads : int
         Reads of the data, which all parameters of a call share.
     """
@@ -112,9 +114,10 @@ class LikelihoodProfile:
         found = []
         for k, (level, ends) in enumerate(zip(self.levels, self.intervals, strict=True)):
             away = (ends - self.value) / self.error
-            head = (self.name, f"{self.value:.6g}") if k == 0 else ("", "")
-            remark = "" if self.success or k else "not all trial fits converged"
-            found.append((*head, f"{level:.2%}", *(f"{end:.6g}" for end in ends), *(f"{d:+.2f}" for d in away), remark))
+            head = (self.name, measured(self.value, self.error)[0]) if k == 0 else ("", "")
+            remark = "" if self.success or k else "approximate"
+            marks = (*(measured(end, self.error)[0] for end in ends), *(f"{d:+.2f}" for d in away))
+            found.append((*head, f"{level:.2%}", *marks, remark))
         return found
 
     def __repr__(self):
@@ -145,6 +148,16 @@ class LikelihoodProfiles(Mapping[str, LikelihoodProfile]):
 
     def __len__(self):
         return len(self._by_name)
+
+    def _ipython_key_completions_(self):
+        return [*self]
+
+    def plot(self, axes=None):
+        """Each of them: `dask_nlsq.plots.profile`, in an array of axes."""
+        axes = plots.row_of_axes(axes, len(self))
+        for each, ax in zip(self.values(), axes, strict=True):
+            each.plot(ax)
+        return axes
 
     def rows(self) -> list[tuple[str, ...]]:
         return [row for each in self.values() for row in each.rows()]
@@ -264,7 +277,8 @@ def _profile(problem, k: int, levels, rays: Sequence[Ray], reads: int) -> Likeli
     values = np.array(sorted(trials))
     few = [trials[each] for each in values]
     distance = np.array([each.distance for each in few]) * np.sign(values - value)
-    params, success = np.stack([each.params for each in few]), all(each.success for each in few)
+    params = np.stack([each.params for each in few])
+    success = all(each.success for each in few) and all(each.success for each in rays)
     return LikelihoodProfile(
         problem.names[k], value, error, levels, ends, values, distance, params, problem.names, success, reads
     )
@@ -317,7 +331,7 @@ def contour(
         points = value + np.where(np.isfinite(radii), radii, np.nan)[..., None] * directions
         points = np.clip(points, problem.lower[places], problem.upper[places])
     ellipses = value + np.array(targets)[:, None, None] * directions
-    success = all(trial.success for ray in found for trial in ray.trials)
+    success = all(ray.success and all(each.success for each in ray.trials) for ray in found)
     return LikelihoodContour((name, other), value, levels, points, ellipses, success, reads)
 
 
@@ -339,8 +353,8 @@ class _Problem:
     def __init__(self, result):
         if result.data is None:
             raise ValueError(
-                "trial fits need the data, which this result does not have: it was loaded, pickled, or is of groups; fit "
-                "again from popt"
+                "trial fits need the data, which this result does not have: it was loaded or pickled, so fit again from "
+                "popt; fits of groups have no profiles"
             )
         if not result.noise.squares or result.noise.reweighted:
             kind = 'sigma="poisson"' if result.noise.reweighted else f"loss={result.noise.loss!r}"
@@ -352,41 +366,47 @@ class _Problem:
         self.variance = 1.0 if result.noise.absolute else 2 * result.cost / max(result.dof, 1)  # without any, pcov is inf
         if not np.isfinite(self.C).all() or not np.all(np.diag(self.C) > 0):
             raise ValueError("the data do not determine the parameters (pcov is inf), so there is no profile")
-        if not 2 * result.cost > ROUNDING**2 * np.nan_to_num(result.totals.squares):
+        exact = not 2 * result.cost > ROUNDING**2 * np.nan_to_num(result.totals.squares)
+        if exact and not result.noise.absolute:
             raise ValueError("a profile compares with the noise, which is 0 here: give sigma= with absolute_sigma=True")
-        enough = max(FTOL, TOLERANCE * self.variance / result.cost)  # of the cost, for d
-        self.options = Options(
-            self.lower, self.upper, ftol=enough, accuracy=NEAR, noise=result.noise.variance, near_below=np.inf
-        )
+        enough = max(FTOL, TOLERANCE * self.variance / max(result.cost, TOLERANCE * self.variance))  # of the cost, for d
+        limits = dict(ftol=enough, max_nfev=MOST_SWEEPS, accuracy=NEAR, near_below=np.inf)
+        self.options = Options(self.lower, self.upper, noise=result.noise.variance, **limits)
 
     def place(self, argument: str, name: str) -> int:
         if name not in self.names:
-            raise ValueError(f"`{argument}` names {name!r}; parameters that were fitted are {', '.join(self.names)}")
+            hint = near(str(name), self.names, "; ")
+            raise ValueError(f"`{argument}` names {name!r}, the fitted parameters are {', '.join(self.names)}{hint}")
         return self.names.index(name)
 
-    def trial(self, places: Sequence[int], direction: np.ndarray, r: float) -> Asks[Trial]:
-        """The fit with the parameters at ``places`` held at popt + r * direction, or where bounds stop each of them."""
+    def trial(self, places: Sequence[int], direction: np.ndarray, r: float, near: Trial) -> Asks[Trial]:
+        """The fit with the parameters at ``places`` held at popt + r * direction, or where bounds stop each of them.
+
+        The others start as a linear model has them, from the trial ``near``; if that is not finite, from its own values.
+        """
         free, places = [k for k in range(len(self.popt)) if k not in places], [*places]
-        params = self.popt.copy()
-        params[places] = np.clip(params[places] + r * direction, self.lower[places], self.upper[places])
-        step = params[places] - self.popt[places]
-        params[free] += self.C[np.ix_(free, places)] @ np.linalg.solve(self.C[np.ix_(places, places)], step)
-        params = np.clip(params, self.lower, self.upper)
+        params = near.params.copy()
+        params[places] = np.clip(self.popt[places] + r * direction, self.lower[places], self.upper[places])
+        step = params[places] - near.params[places]
+        shift = self.C[np.ix_(free, places)] @ np.linalg.solve(self.C[np.ix_(places, places)], step)
         if not free:
             equations = yield params, "gram"
             return self._found(r, equations.cost if equations.finite else np.inf, params, True)
-        loop = solving(params[free], replace(self.options, lower=self.lower[free], upper=self.upper[free]))
-        try:
-            asked, reduction = next(loop)
-            while True:
-                params = params.copy()
-                params[free] = asked
-                asked, reduction = loop.send(held_at((yield params, reduction), free))
-        except NotFiniteAtStart:
-            return self._found(r, np.inf, params, True)
-        except StopIteration as end:
-            params[free] = end.value.params
-            return self._found(r, end.value.equations.cost, params, 0 < end.value.status <= 5)
+        options = replace(self.options, lower=self.lower[free], upper=self.upper[free])
+        for start in (near.params[free] + shift, near.params[free]):
+            loop = solving(np.clip(start, self.lower[free], self.upper[free]), options)
+            try:
+                asked, reduction = next(loop)
+                while True:
+                    params = params.copy()
+                    params[free] = asked
+                    asked, reduction = loop.send(held_at((yield params, reduction), free))
+            except NotFiniteAtStart:
+                continue
+            except StopIteration as end:
+                params[free] = end.value.params
+                return self._found(r, end.value.equations.cost, params, 0 < end.value.status <= TO_ROUNDING)
+        return self._found(r, np.inf, params, True)
 
     def _found(self, r: float, cost: float, params: np.ndarray, success: bool) -> Trial:
         above = 2 * (cost - self.result.cost) / self.variance
@@ -402,11 +422,14 @@ class _Problem:
             r = min(following(trials, target), last)
             if r > FARTHEST * target or r == trials[-1].r:
                 break
-            trials.append((yield from self.trial(places, direction, r)))
+            known = [each for each in trials if each.success and np.isfinite(each.distance)]
+            near = min(known, key=lambda each: abs(each.r - r))
+            trials.append((yield from self.trial(places, direction, r, near)))
             if abs(trials[-1].distance - target) <= TOLERANCE * target or (r == last and trials[-1].distance < target):
-                end = min(following(trials, target), last)
-                break
-        return Ray(end, tuple(trials))
+                return Ray(min(following(trials, target), last), tuple(trials), True)
+        if any(not each.distance <= target for each in trials):  # the border is enclosed, though not found exactly
+            return Ray(min(following(trials, target), last), tuple(trials), False)
+        return Ray(end, tuple(trials), True)
 
 
 def following(trials: Sequence[Trial], target: float) -> float:

@@ -231,7 +231,12 @@ def _diagnostics(result, seen):
 
 def _pictures_of_data(result, seen, images):
     if result.data is None:
-        return '<p class="faint">Without pictures of the data, which this result does not hold.</p>'
+        what = (
+            "which belong to the groups: result.local.compute().report(path) has them"
+            if hasattr(result, "groups")
+            else ("which this result does not hold")
+        )
+        return f'<p class="faint">Without pictures of the data, {what}.</p>'
     pictures = []
     if images is not None:
         about = f"Means over the points of each bin: {images.names[0]} against {images.names[1]}"
@@ -279,7 +284,7 @@ def _figure(kind, caption, draw, grid=(1, 1), size=SMALL):
 
 
 def _history(result):
-    head = ["sweep", "cost", "reduction", "predicted", "step", "distance", "", "seconds"]
+    head = ["sweep", "cost", "reduction", "predicted", "step", "distance", "", "after (s)"]
     read = any(record.read for record in result.history)
     rows = []
     for record in result.history:

@@ -250,6 +250,9 @@ class FitResult:
             return (self.popt, self.pcov)[item]
         return self.derived[item] if item in self.derived else self.params[item]
 
+    def _ipython_key_completions_(self):
+        return [*self.param_names, *self.derived]
+
     @property
     def params(self) -> Params:
         """The parameters by name, with value, error, bounds, ``at_bound`` and ``fixed``; ``result["rate"]`` is one."""

@@ -279,7 +279,7 @@ def distance_left(record: Record) -> str:
 
 def _print_record(record: Record):
     if record.iteration == 0:
-        columns = ("Iteration", "Sweeps", "Cost", "Cost reduction", "Step norm", "Distance", "Reduction", "Seconds")
+        columns = ("Iteration", "Sweeps", "Cost", "Cost reduction", "Step norm", "Distance", "Reduction", "After (s)")
         print("".join(f"{column:^15}" for column in columns))
     step = ("", "") if record.iteration == 0 else (f"{record.actual:.2e}", f"{record.step_norm:.2e}")
     values = (record.iteration, record.nfev, f"{record.cost:.6e}", *step, f"{record.distance:.2e}", record.reduction)
