@@ -12,7 +12,11 @@ import xarray as xr
 import zarr
 
 from dask_nlsq import curve_fit, hold, plots
+from dask_nlsq.base import config
+from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import coordinate_names
+from dask_nlsq.results import binning
 from dask_nlsq.results.binning import binned, images
 from dask_nlsq.results.coordinates import over_decades
 
@@ -323,6 +327,46 @@ def test_images_read_a_store_once(tmp_path):
     reads.clear()
     found.report(tmp_path / "fit.html")  # with a panel for each coordinate
     assert set(reads.values()) == {1}
+
+
+def tilted(axes, a, b):
+    return a + b * axes[0] - axes[1]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """How many tallies are in memory at once, at most."""
+
+    class Counted(binning.Tally):
+        alive = peak = 0
+
+        def __new__(cls, *args):
+            Counted.alive += 1
+            Counted.peak = max(Counted.peak, Counted.alive)
+            return super().__new__(cls, *args)
+
+        def __del__(self):
+            Counted.alive -= 1
+
+    monkeypatch.setattr(binning, "Tally", Counted)
+    return Counted
+
+
+@pytest.mark.parametrize(("n", "chunks"), [(6 * BLOCK_POINTS, None), (6 * BLOCK_POINTS, -1), (40_000, 1000)])
+def test_the_bins_in_memory_do_not_grow_with_the_number_of_blocks(n, chunks, at_once, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr(binning, "AT_ONCE", 2)
+    t, q = (np.random.default_rng(k).uniform(0, 1, n) for k in (0, 1))
+    data = [each if chunks is None else da.from_array(each, chunks) for each in (t, q, 2 + t - q)]
+    found = curve_fit(tilted, (data[0], data[1]), data[2], p0=[1, 1])
+    few = images(found)
+    assert few.data.shape == (256, 256) and np.nanmax(few.data) > 2.9
+    in_flight = 2 * (config.threads() + READ_AHEAD) + config.threads() if chunks == 1000 else 2
+    assert 2 <= at_once.peak <= in_flight + 3
+    if chunks is None:
+        monkeypatch.setattr(binning, "AT_ONCE", 64)
+        many = images(found)
+        assert all(np.array_equal(getattr(few, each), getattr(many, each), equal_nan=True) for each in ("data", "residual"))
 
 
 # ---------------------------------------------------------------- where

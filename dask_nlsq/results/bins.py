@@ -67,16 +67,19 @@ def merged(parts: Sequence[Bins | None]) -> Bins | None:
         return None
     n_columns, n = len(found[0].sums), len(found[0].k)
     ks, firsts, sizes, shifts = zip(*(_common(found, d) for d in range(n)), strict=True)
-    sums = np.zeros((n_columns, prod(sizes)))
+    sums = np.zeros((n_columns, *sizes))
     for number, each in enumerate(found):
         places = [
             (np.arange(m) + first >> shift[number]) - begin
             for m, first, shift, begin in zip(each.sums.shape[1:], each.first, shifts, firsts, strict=True)
         ]
+        if not any(shift[number] for shift in shifts):
+            sums[:, *(slice(place[0], place[-1] + 1) for place in places)] += each.sums
+            continue
         flat = np.ravel_multi_index(np.ix_(*places), sizes).ravel()
         for total, row in zip(sums, each.sums, strict=True):
-            total += np.bincount(flat, row.ravel(), len(total))
-    return Bins(ks, firsts, sums.reshape(n_columns, *sizes))
+            total += np.bincount(flat, row.ravel(), total.size).reshape(total.shape)
+    return Bins(ks, firsts, sums)
 
 
 def _common(parts: Sequence[Bins], d: int) -> tuple[int, int, int, list[int]]:
