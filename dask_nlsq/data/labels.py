@@ -104,7 +104,7 @@ def _own_name(array) -> str:
         kind, _, place = str(array.store_path).partition("://")
         return PurePosixPath(array.path if kind == "memory" else place).name.removesuffix(".zarr").removesuffix(".zip")
     if labelled(array) or hasattr(array, "to_numpy") or hasattr(array, "file"):
-        return PurePosixPath(_text(array.name)).name
+        return PurePosixPath(_text(getattr(array, "name", None))).name  # a table of pandas has none
     return ""
 
 
@@ -145,7 +145,7 @@ def by_name(xdata, ydata, sigma, mask):
 def _check_rows(xdata, ydata):
     """Refuse pandas objects whose rows have other labels than those of y, since rows are paired by place."""
     for each in xdata if isinstance(xdata, tuple) else (xdata,):
-        pandas = all(hasattr(one, "to_numpy") and hasattr(one, "index") for one in (each, ydata))
+        pandas = all(hasattr(one, "to_numpy") and hasattr(getattr(one, "index", None), "equals") for one in (each, ydata))
         if pandas and not each.index.equals(ydata.index):
             raise ValueError(
                 "`xdata` and `ydata` have different row labels, and rows are paired by position: reindex one of them, or "
