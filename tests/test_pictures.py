@@ -1,5 +1,7 @@
 """What pictures are labelled with, which axes are logarithmic, and images of data with several axes."""
 
+import tracemalloc
+
 import dask.array as da
 import h5py
 import jax.numpy as jnp
@@ -11,14 +13,14 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_nlsq import curve_fit, hold, plots
+from dask_nlsq import curve_fit, hold, plan_fit, plots
 from dask_nlsq.base import config
 from dask_nlsq.kernels.blocks import BLOCK_POINTS
 from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import coordinate_names
 from dask_nlsq.results import binning
 from dask_nlsq.results.binning import binned, images
-from dask_nlsq.results.coordinates import over_decades
+from dask_nlsq.results.coordinates import between, over_decades
 
 from .spectra import counted
 
@@ -392,6 +394,42 @@ def test_a_part_of_data_with_several_axes_is_named_by_its_places(chunks):
     assert "(axis 0 = 3, t from " in uneven(found)
     low, high = (float(each) for each in uneven(found).split(", t from ")[1].split(")")[0].split(" to "))
     assert 4.5 <= low <= high <= 10.5  # rows 10 to 19, half a unit each
+
+
+def level(y, a):
+    return a + 0 * y
+
+
+@pytest.mark.parametrize("cut", [(8, 100, 300), (100, 300), (8, 100, 1)])
+def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
+    mask = np.random.default_rng(0).random(cut) < 0.3
+    found = curve_fit(level, np.arange(300.0), np.ones((8, 100, 300)), p0=[0.5], mask=mask)
+    places = np.argwhere(np.broadcast_to(~mask, (8, 100, 300)))
+    assert found.n_points == len(places)
+    for number in (0, len(places) // 2, len(places) - 1):
+        tracemalloc.start()
+        where = between(found, number, number)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert where == "axis 0 = {}, row = {}, y = {}".format(*places[number]) and peak < 1e5
+
+
+def test_coordinates_of_axes_are_read_by_pictures_alone():
+    reads = []
+
+    def energies(x):
+        reads.append(len(x))
+        return x + 8.0
+
+    energy = da.from_array(ANGLE, 45).map_blocks(energies, meta=np.zeros(0))
+    coords = xr.Coordinates({"energy": ("energy", energy)}, indexes={})  # those with an index are in memory
+    y = xr.DataArray(PLANE, dims=("frame", "energy"), coords=coords)
+    x = TIME[:, None], ANGLE
+    plan_fit(surface, x, y, p0=[1, 1])
+    found = curve_fit(surface, x, y, p0=[1, 1])
+    found.summary()
+    assert not reads
+    assert images(found).edges[1][[0, -1]] == pytest.approx([6, 10], abs=0.03) and reads
 
 
 def test_residuals_that_follow_a_coordinate_are_named_in_the_report(tmp_path):

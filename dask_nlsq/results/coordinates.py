@@ -1,6 +1,7 @@
 """What the coordinates and the axes of the data of a fit are called, and what pictures draw along them."""
 
 from functools import reduce
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +54,7 @@ def axes(result) -> list[Along]:
     data, _ = data_of(result)
     n = len(data.shape)
     known = data.names.axes if len(data.names.axes) == n else (Quantity(),) * n
-    values = data.names.places if len(data.names.places) == n else (None,) * n
+    values = data.names.places if len(data.names.along) == n else (None,) * n
     plain = ["point"] if n == 1 else [*(f"axis {k}" for k in range(n - 2)), "row", "column"]
     names = [each._replace(name=each.name or name) for each, name in zip(known, plain, strict=True)]
     found = [
@@ -64,7 +65,9 @@ def axes(result) -> list[Along]:
         long = [k for k, size in enumerate(operand.shape) if size > 1]
         if len(long) == 1 and isinstance(operand, np.ndarray) and found[long[0]].values is None:
             named = found[long[0]] if each.name.endswith("]") else each  # it has no name of its own
-            found[long[0]] = named._replace(coordinate=None, axis=long[0], values=operand.ravel().astype(np.float64))
+            found[long[0]] = named._replace(
+                coordinate=None, axis=long[0], values=operand.ravel().astype(np.float64, copy=False)
+            )
     return found
 
 
@@ -139,7 +142,7 @@ def between(result, first: int, last: int) -> str:
         mask = data.operands[2] if layouts.mask is not None else None
         if result.n_omitted or layouts.invalid is not None or not isinstance(mask, np.ndarray) or data.n_chunks > 1:
             return ""
-        first, last = np.flatnonzero(np.broadcast_to(mask == 0, data.shape))[[first, last]]
+        first, last = (_place_of(number, mask, data.shape) for number in (first, last))
     lengths: Any = reduce(np.multiply.outer, map(np.array, data.chunks))
     ends = np.cumsum(lengths)
     number = int(np.searchsorted(ends, first, side="right"))
@@ -159,6 +162,20 @@ def between(result, first: int, last: int) -> str:
         within = f"{axis.label} from {places[0]:.6g} to {places[1]:.6g}"
         words.append(within if a != b else f"{axis.label} = {places[0]:.6g}")
     return ", ".join(words)
+
+
+def _place_of(number: int, mask: np.ndarray, shape: tuple[int, ...]) -> int:
+    """Place in the data of the point used with this number; halves of each axis are counted, which takes no memory."""
+    place = 0
+    for k, size in enumerate(shape):
+        low, high = 0, size
+        while high - low > 1:
+            middle = (low + high) // 2
+            part = mask[low:middle] if len(mask) > 1 else mask
+            used = (part.size - int(np.count_nonzero(part))) * ((middle - low) * prod(shape[k + 1 :]) // part.size)
+            low, high, number = (middle, high, number - used) if number >= used else (low, middle, number)
+        mask, place = mask[low if len(mask) > 1 else 0], place * size + low
+    return place
 
 
 def over_decades(values: np.ndarray, counts: np.ndarray | None = None) -> bool:
