@@ -53,6 +53,7 @@ KINDS = {
     "list": lambda a, path: a.tolist(),
     "jax": lambda a, path: dask.compute(jnp.asarray(a, dtype=jnp.float32))[0],
     "pandas": lambda a, path: pd.Series(a),
+    "pandas array": lambda a, path: pd.array(a),
     "dask": lambda a, path: da.from_array(a, chunks=77),
     "dask ragged": lambda a, path: da.from_array(a, chunks=((1, 500, 0, 398, 100),)),
     "zarr": in_zarr,
@@ -567,6 +568,14 @@ def test_dates_by_the_calendar_become_seconds_and_durations_by_it_are_refused():
     np.testing.assert_allclose(fit.popt, [1, 0], atol=1e-6)
     with pytest.raises(TypeError, match="whose length varies"):
         curve_fit(lambda x, a, b: a * x + b, np.arange(5).astype("m8[M]"), np.arange(5.0), [1, 1])
+
+
+def test_a_table_of_pandas_is_data_with_two_axes():
+    table = pd.DataFrame(2 * np.arange(6.0)[:, None] + 3 * np.arange(3.0), columns=["name", "low", "high"])
+    found = curve_fit(lambda axes, a, b: a * axes[0] + b * axes[1], (np.arange(6.0)[:, None], np.arange(3.0)), table, [1, 1])
+    np.testing.assert_allclose(found.popt, [2, 3])
+    found = curve_fit(lambda x, a, b: a * x[0] + b * x[1], table[["name", "low"]].T, np.arange(6.0), [1, 1])
+    np.testing.assert_allclose(found.popt, [0.5, 0], atol=1e-9)
 
 
 def test_pandas_rows_with_other_labels_are_refused():

@@ -1,5 +1,7 @@
 """What pictures are labelled with, which axes are logarithmic, and images of data with several axes."""
 
+import tracemalloc
+
 import dask.array as da
 import h5py
 import jax.numpy as jnp
@@ -11,10 +13,14 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_nlsq import curve_fit, hold, plots
+from dask_nlsq import curve_fit, hold, plan_fit, plots
+from dask_nlsq.base import config
+from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import coordinate_names
+from dask_nlsq.results import binning
 from dask_nlsq.results.binning import binned, images
-from dask_nlsq.results.coordinates import over_decades
+from dask_nlsq.results.coordinates import between, over_decades
 
 from .spectra import counted
 
@@ -325,6 +331,46 @@ def test_images_read_a_store_once(tmp_path):
     assert set(reads.values()) == {1}
 
 
+def tilted(axes, a, b):
+    return a + b * axes[0] - axes[1]
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """How many tallies are in memory at once, at most."""
+
+    class Counted(binning.Tally):
+        alive = peak = 0
+
+        def __new__(cls, *args):
+            Counted.alive += 1
+            Counted.peak = max(Counted.peak, Counted.alive)
+            return super().__new__(cls, *args)
+
+        def __del__(self):
+            Counted.alive -= 1
+
+    monkeypatch.setattr(binning, "Tally", Counted)
+    return Counted
+
+
+@pytest.mark.parametrize(("n", "chunks"), [(6 * BLOCK_POINTS, None), (6 * BLOCK_POINTS, -1), (40_000, 1000)])
+def test_the_bins_in_memory_do_not_grow_with_the_number_of_blocks(n, chunks, at_once, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr(binning, "AT_ONCE", 2)
+    t, q = (np.random.default_rng(k).uniform(0, 1, n) for k in (0, 1))
+    data = [each if chunks is None else da.from_array(each, chunks) for each in (t, q, 2 + t - q)]
+    found = curve_fit(tilted, (data[0], data[1]), data[2], p0=[1, 1])
+    few = images(found)
+    assert few.data.shape == (256, 256) and np.nanmax(few.data) > 2.9
+    in_flight = 2 * (config.threads() + READ_AHEAD) + config.threads() if chunks == 1000 else 2
+    assert 2 <= at_once.peak <= in_flight + 3
+    if chunks is None:
+        monkeypatch.setattr(binning, "AT_ONCE", 64)
+        many = images(found)
+        assert all(np.array_equal(getattr(few, each), getattr(many, each), equal_nan=True) for each in ("data", "residual"))
+
+
 # ---------------------------------------------------------------- where
 
 
@@ -348,6 +394,42 @@ def test_a_part_of_data_with_several_axes_is_named_by_its_places(chunks):
     assert "(axis 0 = 3, t from " in uneven(found)
     low, high = (float(each) for each in uneven(found).split(", t from ")[1].split(")")[0].split(" to "))
     assert 4.5 <= low <= high <= 10.5  # rows 10 to 19, half a unit each
+
+
+def level(y, a):
+    return a + 0 * y
+
+
+@pytest.mark.parametrize("cut", [(8, 100, 300), (100, 300), (8, 100, 1)])
+def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
+    mask = np.random.default_rng(0).random(cut) < 0.3
+    found = curve_fit(level, np.arange(300.0), np.ones((8, 100, 300)), p0=[0.5], mask=mask)
+    places = np.argwhere(np.broadcast_to(~mask, (8, 100, 300)))
+    assert found.n_points == len(places)
+    for number in (0, len(places) // 2, len(places) - 1):
+        tracemalloc.start()
+        where = between(found, number, number)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert where == "axis 0 = {}, row = {}, y = {}".format(*places[number]) and peak < 1e5
+
+
+def test_coordinates_of_axes_are_read_by_pictures_alone():
+    reads = []
+
+    def energies(x):
+        reads.append(len(x))
+        return x + 8.0
+
+    energy = da.from_array(ANGLE, 45).map_blocks(energies, meta=np.zeros(0))
+    coords = xr.Coordinates({"energy": ("energy", energy)}, indexes={})  # those with an index are in memory
+    y = xr.DataArray(PLANE, dims=("frame", "energy"), coords=coords)
+    x = TIME[:, None], ANGLE
+    plan_fit(surface, x, y, p0=[1, 1])
+    found = curve_fit(surface, x, y, p0=[1, 1])
+    found.summary()
+    assert not reads
+    assert images(found).edges[1][[0, -1]] == pytest.approx([6, 10], abs=0.03) and reads
 
 
 def test_residuals_that_follow_a_coordinate_are_named_in_the_report(tmp_path):

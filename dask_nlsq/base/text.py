@@ -59,7 +59,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def measured(value: float, error: float, full: bool = False) -> tuple[str, str]:
-    """A value and its standard error, which is rounded to two significant digits; they rule the digits of the value.
+    """A value and its standard error. The error has two significant digits; the value ends at the same decimal place.
 
     So the Guide to the Expression of Uncertainty in Measurement has it (JCGM 100:2008, 7.2.6): 20.070 and 0.043. Very large
     and very small ones share the exponent of the larger. With ``full`` all digits of both.

@@ -60,12 +60,17 @@ class Quantity(NamedTuple):
 
 
 class Names(NamedTuple):
-    """What y, each coordinate, and each axis of y is called; ``places`` are the values along those axes that have any."""
+    """What y, each coordinate, and each axis of y is called; ``along`` are xarray's coordinates of axes that have any."""
 
     y: Quantity = Quantity()
     x: tuple[Quantity, ...] = ()
     axes: tuple[Quantity, ...] = ()
-    places: tuple[np.ndarray | None, ...] = ()
+    along: tuple[Any, ...] = ()  # not their values, which only pictures and diagnostics need
+
+    @property
+    def places(self) -> tuple[np.ndarray | None, ...]:
+        """The values along each axis that has any."""
+        return tuple(map(_numbers_along, self.along))
 
 
 NAMELESS = Names()
@@ -84,7 +89,7 @@ def names_of(xdata, ydata, stored: Mapping[str, Any]) -> Names:
     if labelled(ydata):
         along = [coords.get(dim) for dim in ydata.dims]
         axes = [Quantity(str(dim)) if c is None else Quantity.of(c) for dim, c in zip(ydata.dims, along, strict=True)]
-        return Names(Quantity.of(ydata), x, tuple(axes), tuple(map(_numbers_along, along)))
+        return Names(Quantity.of(ydata), x, tuple(axes), tuple(along))
     source = stored.get("ydata", stored.get("ydata[0]", ydata))
     dims = getattr(getattr(source, "metadata", None), "dimension_names", None)  # of Zarr; of HDF5
     dims = dims or [getattr(each, "label", "") for each in getattr(source, "dims", ())]
@@ -96,7 +101,7 @@ def _numbers_along(coordinate) -> np.ndarray | None:
     if coordinate is None or coordinate.ndim != 1 or coordinate.dtype.kind not in "iufmM":
         return None
     values = coordinate.values
-    return seconds(values, earliest(values)) if values.dtype.kind in "mM" else values.astype(np.float64)
+    return seconds(values, earliest(values)) if values.dtype.kind in "mM" else values.astype(np.float64, copy=False)
 
 
 def _own_name(array) -> str:
@@ -104,7 +109,7 @@ def _own_name(array) -> str:
         kind, _, place = str(array.store_path).partition("://")
         return PurePosixPath(array.path if kind == "memory" else place).name.removesuffix(".zarr").removesuffix(".zip")
     if labelled(array) or hasattr(array, "to_numpy") or hasattr(array, "file"):
-        return PurePosixPath(_text(array.name)).name
+        return PurePosixPath(_text(getattr(array, "name", None))).name  # a table of pandas has none
     return ""
 
 
@@ -145,7 +150,7 @@ def by_name(xdata, ydata, sigma, mask):
 def _check_rows(xdata, ydata):
     """Refuse pandas objects whose rows have other labels than those of y, since rows are paired by place."""
     for each in xdata if isinstance(xdata, tuple) else (xdata,):
-        pandas = all(hasattr(one, "to_numpy") and hasattr(one, "index") for one in (each, ydata))
+        pandas = all(hasattr(one, "to_numpy") and hasattr(getattr(one, "index", None), "equals") for one in (each, ydata))
         if pandas and not each.index.equals(ydata.index):
             raise ValueError(
                 "`xdata` and `ydata` have different row labels, and rows are paired by position: reindex one of them, or "

@@ -13,8 +13,8 @@ References
 .. [1] P. K. Dunn, G. K. Smyth, "Randomized quantile residuals", J. Comput. Graph. Statist. 5 (1996) 236-244.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -41,6 +41,7 @@ FEW = 2000  # points up to which all are shown
 BEYOND = 6.0  # residuals with larger values are counted together, in units of what the noise should be
 PER_BIN = 25  # points in the histogram of residuals, at least on average
 MOST_TASKS = 64  # of a pass on workers, each of which sends some megabytes of sums at most
+AT_ONCE = 64  # blocks of held data that threads share before their sums are added up
 POSITIVE = 0.95  # share of the data that must be positive for a logarithmic axis
 FARTHEST = 37.5  # standard deviations of a normal variable that has a probability in float64
 
@@ -225,16 +226,28 @@ def survey(
 def _tally_all(data: Data, objective: Objective, ask: _Ask) -> Tally:
     client = active_client() if data.lazy else None
     with attached(client), open_sweep(data, "streaming" if data.lazy else "standard", client, MOST_TASKS) as sweep:
-        found = sorted(sweep.place.each(TALLY, None, (objective,), ask), key=lambda each: each[0])
-        return merge(tally for _, tally in found)
+        return merge(_in_order(sweep.place.each(TALLY, None, (objective,), ask)))
+
+
+def _in_order(found: Iterable[tuple[int, Tally]]) -> Iterator[Tally]:
+    """Those of units by number, from 0 on; on workers some come early and have to wait, up to one of each task."""
+    early: dict[int, Tally] = {}
+    number = 0
+    for unit, tally in found:
+        early[unit] = tally
+        while number in early:
+            yield early.pop(number)
+            number += 1
 
 
 def _tally(partition: Partition, objectives, ask: _Ask, share: Share = alone) -> Tally:
     ask = ask._replace(request=ask.request._replace(objective=objectives[0]))
+    at_once = 1 if share is alone else AT_ONCE
     return merge(
         tally
         for chunk in partition.chunks
-        for tally in share(partial(_tally_blocks, partition.preparation, ask, chunk), chunk.blocks)
+        for k in range(0, len(chunk.blocks), at_once)
+        for tally in share(partial(_tally_blocks, partition.preparation, ask, chunk), chunk.blocks[k : k + at_once])
     )
 
 
@@ -319,14 +332,16 @@ def _uniform(seeds: np.ndarray) -> np.ndarray:
 
 
 def merge(tallies: Iterable[Tally], ask: _Ask | None = None) -> Tally:
-    """One of all, in their order."""
-    tallies = list(tallies)
-    points = None if tallies[0].points is None else np.concatenate([each.points for each in tallies], axis=1)
+    """One of all: each is added to the sum of those before it as soon as it comes, so that few are in memory."""
+    return reduce(_pair, tallies)
+
+
+def _pair(one: Tally, other: Tally) -> Tally:
     return Tally(
-        [merged(each) for each in zip(*(tally.profiles for tally in tallies), strict=True)],
-        merged([each.image for each in tallies]),
-        np.sum([each.histogram for each in tallies], axis=0),
-        points,
+        [merged(pair) for pair in zip(one.profiles, other.profiles, strict=True)],
+        merged([one.image, other.image]),
+        one.histogram + other.histogram,
+        None if one.points is None or other.points is None else np.concatenate([one.points, other.points], axis=1),
     )
 
 

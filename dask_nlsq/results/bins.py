@@ -1,8 +1,8 @@
 """Sums in the bins of one or two coordinates whose ranges are not known before all data have been read.
 
-Bins have widths of 2^k and edges at multiples of that: each block takes the smallest k with which it needs so many bins at
-most, two blocks are merged by making the finer bins as coarse as the others, two by two, and the bins of all data are those
-that all data at once would get.
+Bins have widths of 2^k and edges at multiples of that. Each block takes the smallest k for which `FINEST` bins cover it. To
+merge two blocks, neighbouring bins of the finer one are joined in pairs until both have the same k. The result has the bins
+that all data together would get.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-FINEST = {1: 2048, 2: 256}  # bins along each of so many coordinates while data are merged
-SMALLEST = -1000  # k of a block that holds but zeros
-UNIT = 0  # k of whole numbers, which have no finer bins
+FINEST = {1: 2048, 2: 256}  # most bins along each coordinate while data are merged, by the number of coordinates
+SMALLEST = -1000  # k of a block of zeros
+UNIT = 0  # k of integers, whose bins are not finer
 
 
 class Bins(NamedTuple):
@@ -32,7 +32,7 @@ class Bins(NamedTuple):
 
 
 def exponent(low: float, high: float, finest: int) -> int:
-    """The smallest k with which [low, high] takes ``finest`` bins at most, that are numbered exactly."""
+    """The smallest k for which at most ``finest`` bins cover [low, high], and float64 has their numbers exactly."""
     peak = max(abs(low), abs(high))
     k = int(np.frexp(peak)[1]) - 52 if peak else SMALLEST
     if high > low:
@@ -43,7 +43,7 @@ def exponent(low: float, high: float, finest: int) -> int:
 
 
 def in_bins(coordinates: Sequence[np.ndarray], columns: Sequence[np.ndarray | None]) -> Bins | None:
-    """Sums of columns (n,) over points, None of ones; of integer coordinates no bin is narrower than 1."""
+    """Sums of columns (n,) over points; None is a column of ones. Integer coordinates have bins of width 1 or more."""
     if not len(coordinates[0]):
         return None
     ks, firsts, places = [], [], []
@@ -61,29 +61,32 @@ def in_bins(coordinates: Sequence[np.ndarray], columns: Sequence[np.ndarray | No
 
 
 def merged(parts: Sequence[Bins | None]) -> Bins | None:
-    """The bins of all parts; None where none has any."""
+    """The bins of all parts; None if all parts are None."""
     found = [each for each in parts if each is not None]
     if not found:
         return None
     n_columns, n = len(found[0].sums), len(found[0].k)
     ks, firsts, sizes, shifts = zip(*(_common(found, d) for d in range(n)), strict=True)
-    sums = np.zeros((n_columns, prod(sizes)))
+    sums = np.zeros((n_columns, *sizes))
     for number, each in enumerate(found):
         places = [
             (np.arange(m) + first >> shift[number]) - begin
             for m, first, shift, begin in zip(each.sums.shape[1:], each.first, shifts, firsts, strict=True)
         ]
+        if not any(shift[number] for shift in shifts):
+            sums[:, *(slice(place[0], place[-1] + 1) for place in places)] += each.sums
+            continue
         flat = np.ravel_multi_index(np.ix_(*places), sizes).ravel()
         for total, row in zip(sums, each.sums, strict=True):
-            total += np.bincount(flat, row.ravel(), len(total))
-    return Bins(ks, firsts, sums.reshape(n_columns, *sizes))
+            total += np.bincount(flat, row.ravel(), total.size).reshape(total.shape)
+    return Bins(ks, firsts, sums)
 
 
 def _common(parts: Sequence[Bins], d: int) -> tuple[int, int, int, list[int]]:
-    """Along coordinate ``d``: k, the first bin and the number of bins of all parts, and by how much each is coarser."""
+    """Along coordinate ``d``: common k, first bin and number of bins, and by how much k exceeds that of each part."""
     k = max(each.k[d] for each in parts)
     while True:
-        shifts = [min(k - each.k[d], 63) for each in parts]  # by more there is the sign left
+        shifts = [min(k - each.k[d], 63) for each in parts]  # larger shifts leave only the sign
         begins = [each.first[d] >> shift for each, shift in zip(parts, shifts, strict=True)]
         ends = [each.first[d] + each.sums.shape[1 + d] - 1 >> s for each, s in zip(parts, shifts, strict=True)]
         first, size = min(begins), max(ends) - min(begins) + 1

@@ -1,6 +1,7 @@
-"""What the coordinates and the axes of the data of a fit are called, and what pictures draw along them."""
+"""Names and values of the coordinates and axes of the data of a fit, for pictures and diagnostics."""
 
 from functools import reduce
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,22 +12,22 @@ from ..data.labels import Quantity
 from ..engine.request import Objective
 from ..model.function import coordinate_names, own_function
 
-DECADES = 1.99  # two, which bins do not quite reach
-LOWEST = 0.1  # of the range of a coordinate: where half of its values lie in it, they are spread over decades
+DECADES = 1.99  # two, less the width of a bin
+LOWEST = 0.1  # share of the range of a coordinate; if it contains half of the values, they are spread over decades
 
 
 class Along(NamedTuple):
-    """What points are drawn along: a coordinate, or the place along an axis of y."""
+    """The variable on an axis of a picture: a coordinate, or the index along an axis of y."""
 
     label: str  # with the unit
     name: str
-    coordinate: int | None = None  # its place in xdata
+    coordinate: int | None = None  # its position in xdata
     axis: int | None = None  # of y; one of the two is None
-    values: np.ndarray | None = None  # at each place of the axis
+    values: np.ndarray | None = None  # at each index of the axis
 
 
 def data_of(result) -> tuple[Data, Objective]:
-    """The data of a fit, and what was minimised."""
+    """The data and the objective of a fit."""
     if result.data is None:
         raise ValueError(
             "this result does not hold the data, since it was pickled or loaded: pictures of the data need the result of "
@@ -36,7 +37,7 @@ def data_of(result) -> tuple[Data, Objective]:
 
 
 def coordinates(result) -> list[Along]:
-    """Those of xdata: named by the data, else by the model."""
+    """The coordinates in xdata, with the names from the data, or else from the model."""
     data, objective = data_of(result)
     n = len(data.preparation.layouts.x)
     argument, parts = coordinate_names(own_function(objective.model.f))
@@ -49,11 +50,11 @@ def coordinates(result) -> list[Along]:
 
 
 def axes(result) -> list[Along]:
-    """Those of y: with the values of a coordinate that changes along one of them alone, or of xarray's."""
+    """The axes of y, with the values of xarray's coordinate or of one that varies along this axis alone."""
     data, _ = data_of(result)
     n = len(data.shape)
     known = data.names.axes if len(data.names.axes) == n else (Quantity(),) * n
-    values = data.names.places if len(data.names.places) == n else (None,) * n
+    values = data.names.places if len(data.names.along) == n else (None,) * n
     plain = ["point"] if n == 1 else [*(f"axis {k}" for k in range(n - 2)), "row", "column"]
     names = [each._replace(name=each.name or name) for each, name in zip(known, plain, strict=True)]
     found = [
@@ -64,12 +65,14 @@ def axes(result) -> list[Along]:
         long = [k for k, size in enumerate(operand.shape) if size > 1]
         if len(long) == 1 and isinstance(operand, np.ndarray) and found[long[0]].values is None:
             named = found[long[0]] if each.name.endswith("]") else each  # it has no name of its own
-            found[long[0]] = named._replace(coordinate=None, axis=long[0], values=operand.ravel().astype(np.float64))
+            found[long[0]] = named._replace(
+                coordinate=None, axis=long[0], values=operand.ravel().astype(np.float64, copy=False)
+            )
     return found
 
 
 def coordinate(result, which: int | str | None) -> Along:
-    """The coordinate with this place in xdata, or of this name; for None, or the name of an axis, the place along it."""
+    """The coordinate with this position in xdata or this name; for None or the name of an axis, the index along it."""
     of_x, of_y = coordinates(result), axes(result)
     if which is None or (not of_x and which == 0):
         return _place(of_y[0])
@@ -88,15 +91,15 @@ def _place(axis: Along) -> Along:
 
 
 def _drawn(axis: Along) -> Along:
-    """With values only that rise or fall all along."""
+    """The axis, with its values only if they rise or fall monotonically."""
     steps = np.diff(axis.values) if axis.values is not None else np.zeros(1)
     return axis if len(steps) and (np.all(steps > 0) or np.all(steps < 0)) else _place(axis)
 
 
 def plane(result, along) -> tuple[Along, Along]:
-    """Rows and columns of images: two different axes of y, by place or name, or coordinates by name.
+    """Rows and columns of images: two different axes of y, by number or name, or coordinates by name.
 
-    By default the last two axes; of data with one axis, the first two coordinates.
+    By default these are the last two axes; for data with one axis, the first two coordinates.
     """
     of_x, of_y = coordinates(result), axes(result)
     if along is None:
@@ -127,10 +130,10 @@ def _named(argument: str, name: str, known: list[Along]) -> Along:
 
 
 def between(result, first: int, last: int) -> str:
-    """Where the points used lie that are number ``first`` to ``last`` in the order of the data; "" where that is not known.
+    """Where the used points with the numbers ``first`` to ``last``, in the order of the data, are; "" if that is unknown.
 
-    It is known where all points are used, or masked by an array in memory alone, of data with several axes, for points of
-    one chunk.
+    It is known for data with several axes and points within one chunk, if all points are used, or if only a mask in memory
+    leaves points out.
     """
     if result.data is None or len(result.data.shape) == 1:
         return ""
@@ -139,7 +142,7 @@ def between(result, first: int, last: int) -> str:
         mask = data.operands[2] if layouts.mask is not None else None
         if result.n_omitted or layouts.invalid is not None or not isinstance(mask, np.ndarray) or data.n_chunks > 1:
             return ""
-        first, last = np.flatnonzero(np.broadcast_to(mask == 0, data.shape))[[first, last]]
+        first, last = (_place_of(number, mask, data.shape) for number in (first, last))
     lengths: Any = reduce(np.multiply.outer, map(np.array, data.chunks))
     ends = np.cumsum(lengths)
     number = int(np.searchsorted(ends, first, side="right"))
@@ -154,15 +157,29 @@ def between(result, first: int, last: int) -> str:
     words = []
     for k, (axis, a, b) in enumerate(zip(axes(result), low + begin, high + begin, strict=True)):
         if k > differ and b - a + 1 == data.shape[k]:
-            continue  # all along it
+            continue  # the whole axis
         places = (a, b) if axis.values is None else (axis.values[a], axis.values[b])
         within = f"{axis.label} from {places[0]:.6g} to {places[1]:.6g}"
         words.append(within if a != b else f"{axis.label} = {places[0]:.6g}")
     return ", ".join(words)
 
 
+def _place_of(number: int, mask: np.ndarray, shape: tuple[int, ...]) -> int:
+    """Flat index of the used point with this number. Counting halves of each axis takes no memory."""
+    place = 0
+    for k, size in enumerate(shape):
+        low, high = 0, size
+        while high - low > 1:
+            middle = (low + high) // 2
+            part = mask[low:middle] if len(mask) > 1 else mask
+            used = (part.size - int(np.count_nonzero(part))) * ((middle - low) * prod(shape[k + 1 :]) // part.size)
+            low, high, number = (middle, high, number - used) if number >= used else (low, middle, number)
+        mask, place = mask[low if len(mask) > 1 else 0], place * size + low
+    return place
+
+
 def over_decades(values: np.ndarray, counts: np.ndarray | None = None) -> bool:
-    """Whether values, with so many points each, want a logarithmic axis: positive, over two decades, most of them low."""
+    """Whether values need a logarithmic axis: positive, over two decades, most of them low; ``counts`` of points each."""
     if not len(values) or not np.min(values) > 0 or np.log10(np.max(values) / np.min(values)) < DECADES:
         return False
     order = np.argsort(values)

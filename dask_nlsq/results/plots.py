@@ -1,8 +1,8 @@
 """Pictures of a fit. Each function draws on ``ax``, or on axes of a new figure, and returns them.
 
-However large the data are, what comes back for a picture are the sums in some bins: see `dask_nlsq.results.binning`.
-Nothing is shown and nothing saved: that is ``axes.figure.savefig(path)``, or the notebook's part. Names are drawn as they
-are: a dollar sign in them begins no mathematics. Needs the extra ``plot``.
+A picture needs only sums in a fixed number of bins, however large the data are: see `dask_nlsq.results.binning`. The
+functions do not show or save anything: notebooks show the figure, and ``axes.figure.savefig(path)`` saves it. Names are
+drawn literally; a dollar sign does not start a formula. Needs the extra ``plot``.
 """
 
 import textwrap
@@ -16,15 +16,15 @@ from .coordinates import coordinates
 
 __all__ = ["contours", "convergence", "correlation", "fit", "images", "profile", "residual_histogram", "residuals"]
 
-DATA, MODEL = "#0072b2", "#d55e00"  # of M. Okabe and K. Ito, told apart by colour-blind eyes too
-CURVE_POINTS = 500  # of a model between few points of data
+DATA, MODEL = "#0072b2", "#d55e00"  # palette of M. Okabe and K. Ito, for colour-blind readers too
+CURVE_POINTS = 500  # at which a model is drawn between few points of data
 PANELS = (5, 2)  # heights of a fit and of its residuals
-LABELLED = 12  # parameters up to which each correlation is written as a number
+LABELLED = 12  # most parameters with which each correlation is written as a number
 SHOWN = (0.5, 99.5)  # percentiles of the data between which images are coloured
 ROOM = 1.6  # factor between the least and the most that is drawn and the ends of a logarithmic axis
-ROW = 24  # letters of names of parameters that stand beside each other
-LINE = 40  # letters of a line of a label
-LONG = 28  # letters of a name in a picture, of longer ones the middle is left out
+ROW = 24  # most letters of all names in a row; longer rows are turned
+LINE = 40  # letters in a line of a label
+LONG = 28  # letters of a name in a picture; longer names lose their middle
 
 
 def fit(
@@ -59,7 +59,8 @@ def fit(
     components : bool
         Whether the summands of the model are drawn, too, for a sum of models of one coordinate.
     seen : Binned, optional
-        What `dask_nlsq.results.binning.binned` has returned: no pass then, and the three arguments before do not count.
+        What `dask_nlsq.results.binning.binned` has returned: then the data are not read, and ``bins``,
+        ``coordinate`` and ``log`` are ignored.
 
     Returns
     -------
@@ -145,7 +146,8 @@ def images(result, axes=None, along=None, *, log: bool | None = None, seen: Imag
     log : bool, optional
         Colours by the logarithm; by default where the data span two decades.
     seen : Images, optional
-        What `dask_nlsq.results.binning.images` has returned: no pass then, and ``along`` and ``log`` do not count.
+        What `dask_nlsq.results.binning.images` has returned: then the data are not read, and ``along``
+        and ``log`` are ignored.
 
     Returns
     -------
