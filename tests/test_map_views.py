@@ -91,6 +91,57 @@ def test_maps_are_drawn_in_the_coordinates_and_units_of_the_data(source, tmp_pat
     np.testing.assert_array_equal(found.to_xarray().row, ROW)
 
 
+RESERVED = ("distance", "status", "energy")  # the first two are arrays of a map too
+
+
+def zarr_called_like_a_map(folder):
+    y = zarr.create_group(folder / "scan").create_array("y", data=Y, chunks=(*BLOCK, N), dimension_names=RESERVED)
+    zarr.open_group(folder / "scan")["distance"] = ROW
+    return y
+
+
+@pytest.mark.parametrize("source", ["xarray", "zarr"])
+def test_axes_and_coordinates_called_like_arrays_of_the_result_get_another_name(source, tmp_path):
+    coords = {"distance": ROW, "chi2": ("distance", 2 * ROW)}
+    data = (
+        xr.DataArray(blocks_of(Y), dims=RESERVED, coords=coords) if source == "xarray" else zarr_called_like_a_map(tmp_path)
+    )
+    found = fit_map(peak, X, data, P0, axis=2)
+    found.to_zarr(tmp_path / "fits")
+    found, again = found.compute(), xr.open_zarr(tmp_path / "fits")
+    for each in (found.to_xarray(), again):
+        assert each.popt.dims == ("distance_of_data", "status_of_data", "param")
+        np.testing.assert_array_equal(each.distance_of_data, ROW)
+        for name in ("distance", "status", "chi2"):
+            np.testing.assert_array_equal(each[name], getattr(found, name))
+    same_bits(load(tmp_path / "fits"), found)
+    assert found.residuals().dims == RESERVED
+    np.testing.assert_array_equal(found.residuals().distance, ROW)
+    if source == "xarray":
+        np.testing.assert_array_equal(again.chi2_of_data, 2 * ROW)
+
+
+def test_attributes_that_only_hdf5_can_hold_are_left_out_of_a_map(tmp_path):
+    data = nexus(tmp_path)
+    data.parent["row"].make_scale("row")
+    data.dims[0].attach_scale(data.parent["row"])
+    data.parent["row"].attrs["where"] = np.bytes_("30 µm".encode("latin-1"))
+    fit_map(peak, X, data, P0, axis=2).to_zarr(tmp_path / "fits")
+    attrs = xr.open_zarr(tmp_path / "fits").row.attrs
+    assert attrs["units"] == "um" and attrs["where"] == "30 \ufffdm" and "REFERENCE_LIST" not in attrs
+
+
+def test_axes_that_cannot_be_read_are_left_out_and_the_log_says_so(tmp_path, caplog):
+    path = Path(zarr_with_names(tmp_path))
+    (path.parent / "row" / "c" / "0").write_bytes(b"damaged")
+    found = fit_map(peak, X, str(path), P0, axis=2)
+    assert set(found.labels["coords"]) == {"column"} and found.map_dims == ("row", "column")
+    assert "the coordinate 'row' beside" in caplog.text
+    (path.parent / "zarr.json").write_text("{")
+    assert fit_map(peak, X, str(path), P0, axis=2).labels["coords"] == {}
+    assert "names and coordinates of the axes beside" in caplog.text
+
+
 def test_maps_without_names_have_numbers_of_pixels_and_the_first_row_at_the_top():
     ax = fitted(blocks_of(Y)).plot(names=["area"])[0]
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_ylim()) == ("axis_1", "axis_0", (9.5, -0.5))
