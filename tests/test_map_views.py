@@ -4,6 +4,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,9 +18,9 @@ import xarray as xr
 import zarr
 
 from dask_nlsq import MapResult, MapStatus, UntrustedError, fit_groups, fit_map, load
-from dask_nlsq.maps import viewer
+from dask_nlsq.maps import viewer, views
 from dask_nlsq.maps.pictures import limits
-from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
+from tests.spectra import BLOCK, NAMES, P0, Counting, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
 from tests.test_dashboard import CHROMIUM, opened, wait
 from tests.test_groups import LOCAL, G, T, decay
 from tests.test_groups import P0 as GROUPS_P0
@@ -209,6 +210,13 @@ def test_colours_and_their_ends_go_through_of_all_or_by_name(named):
         named.plot(names=["area"], vmin={"height": 0})
 
 
+def test_maps_without_pixels_and_pictures_without_names_are_errors(named):
+    with pytest.raises(ValueError, match="`names` is empty"):
+        named.plot(names=[])
+    with pytest.raises(ValueError, match="`ydata` must not be empty"):
+        fit_map(peak, X, Y[:, :0], P0)
+
+
 def test_long_names_fit_their_panels():
     names = ["the_area_of_the_first_component_of_the_line", "center", "width", "offset"]
     figure = fitted(blocks_of(Y), param_names=names).plot()[0].figure
@@ -274,9 +282,14 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     ):
         with pytest.raises(error, match=message):
             named.spectrum(**wrong)
-    with pytest.raises(IndexError, match=r"no pixel \(3, 6\) in a map of 10 x 6"):
+    with pytest.raises(IndexError, match=r"no pixel \(3, 6\) in a map of 10 x 6: the length of axis 'column' is 6"):
         named.spectrum(3, 6)
-    with pytest.raises(ValueError, match="no coordinates of numbers along 'axis_0'"):
+    with pytest.raises(IndexError, match="the length of axis 'row' is 10"):
+        named.spectrum(-11, 0)
+    with pytest.raises(TypeError, match=r"by integers, or coordinates by name, as spectrum\(row=..., column=...\), not by"):
+        named.spectrum(1.7, 3.4)
+    assert named.spectrum(np.int64(-1), -6).place == (9, 0)
+    with pytest.raises(ValueError, match="axis 'axis_0' of the map does not have numeric coordinates"):
         fitted(Y[:5]).spectrum(axis_0=1, axis_1=2)
 
 
@@ -383,6 +396,12 @@ def test_with_its_data_a_map_goes_on_where_it_was(kept):
         assert again.status[3, 4] == MapStatus.NON_FINITE and mended.success[3, 4]
 
 
+def test_arguments_beside_a_map_result_are_an_error_and_not_ignored(kept):
+    folder, fits = kept
+    with pytest.raises(ValueError, match="`xdata` is a MapResult, which has its own ydata, f, sigma: leave that out"):
+        load(folder / "fits.zarr").with_data(fits, Y, f=peak, sigma=0.3)
+
+
 def other(x, area, center, width, offset):
     return area / (1 + ((x - center) / width) ** 2) + offset
 
@@ -404,7 +423,7 @@ def test_another_model_or_other_data_are_refused(kept, tmp_path):
 
 def test_a_model_that_has_no_name_has_to_be_given(tmp_path):
     counting().to_zarr(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"no name to import it by: give it as f="):
+    with pytest.raises(ValueError, match=r"cannot be imported by name: give it as f="):
         load(tmp_path / "m").with_data(TIMES, COUNTS)
     found = load(tmp_path / "m").with_data(TIMES, COUNTS, f=lambda t, a: a * jnp.exp(-t))  # bounds and loss are in the store
     same_bits(found, load(tmp_path / "m"))
@@ -418,6 +437,34 @@ def test_a_map_that_is_not_done_takes_no_data(kept, tmp_path):
     assert "1 of 2 blocks are done" in repr(found)
     with pytest.raises(ValueError, match="1 of 2 blocks are done"):
         found.with_data(X, folder / "y", sigma=0.15)
+
+
+def test_each_array_of_a_map_that_is_not_done_is_read_once_for_its_text(kept, tmp_path):
+    folder, _ = kept
+    shutil.copytree(folder / "fits.zarr", tmp_path / "m")
+    zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 0
+    found, reads = load(tmp_path / "m"), Counter()
+    store = Counting(tmp_path / "m", read_only=True)
+    store.reads = reads
+    found._group = zarr.open_group(store, mode="r")
+    text = repr(found)
+    assert "median" in text and "1 of 2 blocks are done" in text
+    assert reads["popt/c/0/0/0"] == reads["popt/c/1/0/0"] == reads["status/c/0/0"] == 1 == max(reads.values())
+    zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 1
+    assert "blocks are done" not in repr(found)
+
+
+def test_the_text_of_a_large_stored_map_reads_no_values_and_pictures_are_refused(kept, monkeypatch):
+    folder, fits = kept
+    monkeypatch.setattr(views, "MOST_TOLD", 59)
+    monkeypatch.setattr(views, "MOST_PIXELS", 59)
+    found = load(folder / "fits.zarr")
+    for text in (repr(found), found._repr_html_()):
+        assert "StoredMap 10 x 6 pixels" in text and "too large to be read" in text and str(folder / "y") in text
+        assert "median" not in text and not found._kept
+    with pytest.raises(ValueError, match=r"60 pixels is in a store, .* \(limit 59\): draw a part of to_xarray\(\)"):
+        found.plot()
+    assert "median" in repr(fits)
 
 
 SCRIPT = """

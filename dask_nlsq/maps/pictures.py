@@ -1,8 +1,8 @@
 """Pictures of maps of fits, and of one of their spectra, with the names, coordinates and units of the data.
 
-Colours range over pixels that the data determine: those of success whose error is among the small ones, or whose value is
-far from the middle of the map in units of its error. So a lifetime of 1e8 +- 1e12 in a dark pixel blacks out no map, and
-a bright spot that is certain does not fall off it.
+Colours range over pixels that the data determine: converged ones whose error is among the small ones, or whose value is far
+from the median of the map in units of its error. So a lifetime of 1e8 +- 1e12 in a dark pixel does not make the rest of the
+map black, and a bright spot with a small error stays within the range.
 """
 
 import base64
@@ -101,6 +101,8 @@ def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
         Maps with other numbers of axes, unknown names, lazy maps that are too large.
     """
     names = list(found.param_names if names is None else [names] if isinstance(names, str) else names)
+    if not names:
+        raise ValueError("`names` is empty: give what to draw, or None for all parameters")
     for name in names:
         found.check_name(name)
     for what, given in dict(vmin=vmin, vmax=vmax, cmap=cmap).items():

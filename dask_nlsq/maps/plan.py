@@ -216,7 +216,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
 
 
 def map_sizes(arrays, n: int, n_params: int, record_bytes: int) -> Sizes:
-    """Sizes of a map of spectra of ``n`` points, with chunks of y in the place of blocks."""
+    """Sizes of a map of spectra of ``n`` points, with chunks of y as blocks."""
     return Sizes(
         n_points=arrays[0].size,
         n_params=n_params,

@@ -13,6 +13,8 @@ import dask
 import numpy as np
 
 from ..base.lazy import da
+from ..base.text import several
+from ..base.values import is_integer
 from ..base.x64 import float64
 from ..data.labels import Labels, at_labels, label, since
 from ..kernels.lane_loop import Pixels
@@ -155,18 +157,25 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
     Raises
     ------
     TypeError
-        Neither, or both.
+        Neither, or both; numbers that are not integers.
     IndexError
         Numbers outside of the map.
     ValueError
-        Names that are no axes of the map, or have no coordinates; values outside of them.
+        Names that the map does not have as axes, axes without coordinates, values outside of these.
     """
     dims, shape = found.map_dims, found.shape
     if bool(place) == bool(labels) and dims:
         raise TypeError(f"give the pixel by {len(dims)} numbers, or by its coordinates along {', '.join(dims)}")
     if not labels:
-        if len(place) != len(shape) or not all(-n <= k < n for k, n in zip(place, shape, strict=False)):
-            raise IndexError(f"there is no pixel {place} in a map of {' x '.join(map(str, shape))}")
+        if not all(map(is_integer, place)):
+            by_name = f", or coordinates by name, as spectrum({', '.join(f'{dim}=...' for dim in dims)})"
+            raise TypeError(f"a pixel is given by integers{by_name if dims else ''}, not by {place}")
+        missing = f"there is no pixel {place} in a map of {' x '.join(map(str, shape))}"
+        if len(place) != len(shape):
+            raise IndexError(f"{missing}: give {several(len(shape), 'number')}")
+        for dim, k, n in zip(dims, place, shape, strict=True):
+            if not -n <= k < n:
+                raise IndexError(f"{missing}: the length of axis {dim!r} is {n}")
         return tuple(int(k) % n for k, n in zip(place, shape, strict=True))
     if {*labels} != {*dims}:
         raise ValueError(f"a pixel of this map has coordinates along {', '.join(dims)}, not {', '.join(labels)}")
@@ -175,7 +184,7 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
 
 def _nearest(dim: str, axis: pictures.Axis, value) -> int:
     if not axis.known:
-        raise ValueError(f"the map has no coordinates of numbers along {dim!r}: give the pixel by its numbers")
+        raise ValueError(f"axis {dim!r} of the map does not have numeric coordinates: give the pixel by integers")
     low, high = float(axis.values.min()), float(axis.values.max())
     step = (high - low) / max(len(axis.values) - 1, 1)
     if not low - step <= value <= high + step:

@@ -1,4 +1,4 @@
-"""What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, kept in a store, shown, mended."""
+"""What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, stored, shown and fitted again."""
 
 from __future__ import annotations
 
