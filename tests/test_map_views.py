@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from zarr.storage import LocalStore
 
 from dask_nlsq import MapResult, MapStatus, UntrustedError, fit_groups, fit_map, load
 from dask_nlsq.maps import viewer, views
 from dask_nlsq.maps.pictures import limits
-from tests.spectra import BLOCK, NAMES, P0, Counting, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
+from dask_nlsq.maps.points import some_points
+from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
 from tests.test_dashboard import CHROMIUM, opened, wait
 from tests.test_groups import LOCAL, G, T, decay
 from tests.test_groups import P0 as GROUPS_P0
@@ -439,29 +441,40 @@ def test_a_map_that_is_not_done_takes_no_data(kept, tmp_path):
         found.with_data(X, folder / "y", sigma=0.15)
 
 
-def test_each_array_of_a_map_that_is_not_done_is_read_once_for_its_text(kept, tmp_path):
+@pytest.fixture
+def store_reads(monkeypatch):
+    """How often each file of a store on this machine is read."""
+    reads, get = Counter(), LocalStore.get
+
+    def counting(self, key, *args, **options):
+        reads[key] += 1
+        return get(self, key, *args, **options)
+
+    monkeypatch.setattr(LocalStore, "get", counting)
+    return reads
+
+
+def test_each_array_of_a_map_that_is_not_done_is_read_once_for_its_text(kept, tmp_path, store_reads):
     folder, _ = kept
     shutil.copytree(folder / "fits.zarr", tmp_path / "m")
     zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 0
-    found, reads = load(tmp_path / "m"), Counter()
-    store = Counting(tmp_path / "m", read_only=True)
-    store.reads = reads
-    found._group = zarr.open_group(store, mode="r")
+    found = load(tmp_path / "m")
     text = repr(found)
     assert "median" in text and "1 of 2 blocks are done" in text
-    assert reads["popt/c/0/0/0"] == reads["popt/c/1/0/0"] == reads["status/c/0/0"] == 1 == max(reads.values())
+    assert all(store_reads[key] == 1 for key in ("popt/c/0/0/0", "popt/c/1/0/0", "perr/c/0/0/0", "status/c/0/0"))
     zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 1
     assert "blocks are done" not in repr(found)
 
 
-def test_the_text_of_a_large_stored_map_reads_no_values_and_pictures_are_refused(kept, monkeypatch):
+def test_the_text_of_a_large_stored_map_reads_no_values_and_pictures_are_refused(kept, store_reads, monkeypatch):
     folder, fits = kept
     monkeypatch.setattr(views, "MOST_TOLD", 59)
     monkeypatch.setattr(views, "MOST_PIXELS", 59)
     found = load(folder / "fits.zarr")
     for text in (repr(found), found._repr_html_()):
         assert "StoredMap 10 x 6 pixels" in text and "too large to be read" in text and str(folder / "y") in text
-        assert "median" not in text and not found._kept
+        assert "median" not in text
+    assert not any("/c/" in key for key in store_reads)
     with pytest.raises(ValueError, match=r"60 pixels is in a store, .* \(limit 59\): draw a part of to_xarray\(\)"):
         found.plot()
     assert "median" in repr(fits)
@@ -540,9 +553,11 @@ def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
                 return where in browser.value(f"{TEXT}.text")
 
             wait(clicked, "the click shows no other pixel")
-            for name, values in (("y", Y[row, column]), ("model", values_at(X, *named.popt[row, column]))):
-                np.testing.assert_allclose(browser.value(f"Array.from({CURVE}.data.{name})"), values, rtol=1e-6)
-            shown = named.spectrum(row, column).params["center"].row()
+            seen = named.spectrum(row, column)
+            for name in ("y", "model", "residual"):
+                expected = np.float32(getattr(seen, name))
+                np.testing.assert_allclose(browser.value(f"Array.from({CURVE}.data.{name})"), expected, rtol=1e-6)
+            shown = seen.params["center"].row()
             assert f"{shown[1].strip()} {shown[2].replace('+-', '±')}" in browser.value(f"{TEXT}.text")
         assert not browser.value("document.querySelectorAll('[src], link[href]').length")
 
@@ -550,7 +565,7 @@ def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
 def test_a_page_is_bounded_and_says_what_it_holds(named, monkeypatch):
     whole = named.view().html
     assert "holds one in" not in whole and len(whole) < 4e6
-    monkeypatch.setattr(viewer, "SPECTRA", 17 * (2 * 4 * N * 4 // 3 + 6 * 24))
+    monkeypatch.setattr(viewer, "SPECTRA", 17 * (3 * 4 * N * 4 // 3 + 6 * 24))
     monkeypatch.setattr(viewer, "MAPS", 1000)
     thinned = named.view().html
     assert "of the maps this page holds one in 2 pixels along each axis" in thinned
@@ -560,6 +575,32 @@ def test_a_page_is_bounded_and_says_what_it_holds(named, monkeypatch):
         ValueError, match=r"a spectrum of 40 points takes .* look at single ones by spectrum\(...\).plot\(\)"
     ):
         named.view()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["energy last", "energy first"])
+def test_a_page_has_what_spectrum_gives_and_reads_only_chunks_with_pixels_that_it_shows(first, tmp_path):
+    y, sigma = np.moveaxis(Y, -1, 0) if first else Y, 0.1 + 0.01 * np.arange(6)
+    data, reads = counted(tmp_path / "y", y, (N, 1, 6) if first else (1, 6, N))
+    found = fit_map(peak, X, data, P0, axis=0 if first else -1, sigma=np.tile(sigma, (10, 1))).compute()
+    reads.clear()
+    values = some_points(found, (4, 4))
+    chunks = [f"c/0/{k}/0" if first else f"c/{k}/0/0" for k in (0, 4, 8)]
+    assert values.shape == (3, 3, 2, N) and {*reads} == {*chunks} and max(reads.values()) == 1
+    seen = found.spectrum(8, 4)
+    for part, expected in zip(values[:, 2, 1], (seen.y, seen.model, seen.residual), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen.residual, (seen.model - seen.y) / sigma[4], rtol=1e-9)
+
+
+def test_a_page_says_what_spectra_are_drawn_against_and_what_residuals_are():
+    dates = np.datetime64("2026-01-01", "ns") + np.timedelta64(60, "s") * np.arange(10)
+    found = fit_map(peak, np.broadcast_to(X, Y.shape), labelled().assign_coords(row=dates), P0, axis="energy", sigma=0.2)
+    found = found.compute()
+    page = found.view().html
+    assert '"axis_label":"point"' in page and r'"axis_label":"(model - data)\n/ sigma"' in page
+    assert '["row","s since 2026-01-01T00:00:00"]' in page
+    assert "at row 120 s since 2026-01-01T00:00:00, column 6 µm" in found.spectrum(2, 3).title
+    assert '"axis_label":"deviance residual"' in counting().view().html
 
 
 def test_a_notebook_shows_the_viewer_and_names_in_it_are_text(kept):

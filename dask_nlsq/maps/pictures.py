@@ -65,14 +65,13 @@ def axis_of(dim: str, n: int, coordinate) -> Axis:
     if coordinate is None or tuple(coordinate[0]) != (dim,) or np.shape(coordinate[1]) != (n,) or n < 2:
         return Axis(dim, "", np.arange(n, dtype=float), False)
     values, quantity = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2])
-    label, unit = str(quantity), quantity.unit
     if values.dtype.kind == "M":
-        label, unit = f"{dim} (s since {str(values[0])[:19]})", "s"
+        quantity = quantity._replace(unit=f"s since {str(values[0])[:19]}")
         values = (values - values[0]) / np.timedelta64(1, "s")
     steps = np.diff(values.astype(float)) if values.dtype.kind in "iuf" else np.zeros(1)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    return Axis(label, unit, values.astype(float), True)
+    return Axis(str(quantity), quantity.unit, values.astype(float), True)
 
 
 def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):

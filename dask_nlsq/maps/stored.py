@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -35,10 +34,10 @@ class StoredMap(Maps):
 
     stored = True
 
-    def __init__(self, path: Path, trust: Trust = False):
+    def __init__(self, path: Path, trust: Trust = False, done: np.ndarray | None = None):
         self.path, self.about, self._trust = path, read_about(path), trust
         self._kept: dict[str, Any] = {}
-        self._known: np.ndarray | None = None
+        self._known = done
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names = tuple(self.about["parameters"])
@@ -111,9 +110,7 @@ class StoredMap(Maps):
         done = self._done
         if self._known is not None:
             return self
-        found = copy(self)
-        found._kept, found._known = {}, done
-        return found
+        return StoredMap(self.path, self._trust, done)
 
     def to_xarray(self):
         """The `xarray.Dataset` of the store."""
