@@ -26,7 +26,7 @@ DECADES = 100  # ratio of these percentiles above which colours of positive valu
 PER_ROW, PANEL = 4, 3.2  # panels beside each other; the width of one in inches
 MOST_SMALL = 8  # parameters that a notebook shows in small
 BINS = 60  # of a histogram
-LONGEST = 26  # characters in a line of a title
+LONGEST = 26  # characters in a line of a title, or beside a map
 SLIM = 2.5  # ratio of the sides of a map from which they are drawn as if they were alike
 EVEN = 1e-3  # of a step, by which the steps of an even axis may differ
 COLOURS = {  # of each status
@@ -80,7 +80,7 @@ def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
     Parameters
     ----------
     found : MapResult
-        Where it is lazy, it is computed for the picture alone, up to 4 million pixels.
+        Lazy maps are computed, and stored ones read, for the picture alone, up to 4 million pixels.
     names : sequence of str, optional
         What to draw; all parameters by default. Also derived quantities, "chi2", "distance", "status", "n_points", "nfev",
         and errors, as "rate.error".
@@ -97,7 +97,7 @@ def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
     Raises
     ------
     ValueError
-        Maps with other numbers of axes, unknown names, lazy maps that are too large.
+        Maps with other numbers of axes, unknown names or none, lazy and stored maps that are too large.
     """
     names = list(found.param_names if names is None else [names] if isinstance(names, str) else names)
     if not names:
@@ -269,7 +269,7 @@ def _mesh(ax, along, values, **options):
     ax.set_xlim(*sorted(ax.get_xlim()))
     ax.set_ylim(*sorted(ax.get_ylim(), reverse=not y.known))
     ax.set_xlabel(x.label, parse_math=False)
-    ax.set_ylabel(y.label, parse_math=False)
+    ax.set_ylabel("\n".join(wrap(y.label, LONGEST)), parse_math=False)
     ax.spines[:].set_visible(True)
     ax.spines[:].set_color("#b0b0b0")
     ax.locator_params(nbins=5)

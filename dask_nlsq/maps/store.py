@@ -154,7 +154,7 @@ def is_begun(path: Path) -> bool:
 
 
 def is_map(path: Path) -> bool:
-    """Whether `read_about` takes what is there for a map of ours, be it damaged or not."""
+    """Whether `read_about` takes what is there for a map of ours, damaged or not."""
     try:
         read_about(path)
     except NoMapError:

@@ -92,7 +92,8 @@ def viewer(found) -> Viewer:
     Raises
     ------
     ValueError
-        Other numbers of axes, lazy maps that are too large; spectra of so many points that not even a few fit in a page.
+        Other numbers of axes, lazy and stored maps that are too large; spectra of so many points that not even a few fit in
+        a page.
     ModuleNotFoundError
         Without bokeh.
     """
