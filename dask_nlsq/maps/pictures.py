@@ -250,7 +250,7 @@ def panels(figure, n: int, along, width: float = PANEL):
 
 
 def shape(along) -> float | None:
-    """Height by width of a map whose axes have the same unit; None where they have not, or one is much the longer."""
+    """Height by width of a map whose axes have the same unit; None where the units differ, or one axis is much longer."""
     if len(along) != 2 or along[0].unit != along[1].unit or along[0].known != along[1].known:
         return None
     (bottom, top), (left, right) = (each.edges for each in along)

@@ -92,8 +92,7 @@ def viewer(found) -> Viewer:
     Raises
     ------
     ValueError
-        Other numbers of axes, lazy and stored maps that are too large; spectra of so many points that not even a few fit in
-        a page.
+        Other numbers of axes, lazy and stored maps that are too large; spectra that are too long for a page.
     ModuleNotFoundError
         Without bokeh.
     """
@@ -143,7 +142,7 @@ def viewer(found) -> Viewer:
 
 
 def _every(sizes: tuple[int, ...], most: float) -> tuple[int, ...]:
-    """Steps along the axes, so that at most so many pixels are left."""
+    """Steps along the axes, that leave at most ``most`` pixels."""
     step = 1
     while prod(ceil(n / step) for n in sizes) > most:
         step += 1

@@ -46,7 +46,7 @@ class Maps:
     status = _field("status", "A `MapStatus` for each pixel, uint8; from 1 to 6 the fit has converged.")
     at_bound = _field("at_bound", "-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (*map, p), int8.")
     derived = _field(
-        "derived", "Quantities that ``expr`` derives, (*map, d), as ``derived_names`` names them; with such alone."
+        "derived", "Quantities that ``expr`` derives, (*map, d), as ``derived_names`` names them; only where there are some."
     )
     derived_error = _field("derived_error", "Their standard errors, (*map, d).")
 
@@ -110,7 +110,7 @@ class Maps:
             )
 
     def values_of(self, name: str):
-        """A map, NaN where there is no success (or, of what is no parameter, no fit), and its errors if it has some."""
+        """A map and its errors, if any: NaN where a fit failed; of others than parameters only where there was no fit."""
         base, _, what = name.rpartition(".")
         for names, fields in ((self.param_names, ("popt", "perr")), (self.derived_names, ("derived", "derived_error"))):
             if name in names or (base in names and what == "error"):
