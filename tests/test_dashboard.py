@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from distributed import Client, Security
 
-from dask_nlsq import cluster_report, curve_fit, fit_map
+from dask_nlsq import cluster_report, curve_fit, fit_groups, fit_map
 from dask_nlsq.watch.live_page import FITS, LONGEST, LivePage, _curves, _progress, _recent, _state, _values, _workers
 
 from .browser import CHROMIUM, opened, wait
@@ -219,6 +219,19 @@ def test_a_map_is_on_the_page_with_its_blocks_and_the_pixels_that_failed(tmp_pat
         assert (fit["what"], fit["n_fits"], fit["model"], fit["n_points"]) == ("fit_map", 6, "decay", 300)
         assert fit["status"] == f"done: {6 - n_failed} of 6 pixels without a failure" and n == len(maps.problem.places)
         assert "fit_map: 6 pixels, 300 points" in _progress(fit)
+
+
+def test_the_maps_of_a_grouped_fit_are_not_shown_in_its_place(client):
+    t = np.linspace(0, 5, 50)
+    y = np.arange(1, 7)[:, None] * np.exp(-0.7 * t) + np.random.default_rng(1).normal(0, 0.01, (6, 50))
+    with client.as_current():
+        result = fit_groups(decay, t, da.from_array(y, (3, -1)), [1, 1, 0], local="a", group_axes=0)
+        result.local.compute()
+    fit = fits(client)[-1]
+    assert fit["what"] == "maps of groups" and fit["status"] == "done: 6 of 6 groups without a failure"
+    assert "maps of groups: 6 groups, 300 points in 2 blocks" in _progress(fit)
+    shown = client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.plugins["nlsq-page"].shown)
+    assert shown[1]["what"] == "fit_groups"
 
 
 def test_the_cluster_report_opens_the_page_before_any_fit_and_it_can_be_turned_off():

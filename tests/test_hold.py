@@ -19,7 +19,7 @@ from dask_nlsq.model.function import intern, is_known
 
 from .clusters import assert_nothing_left
 
-N, CHUNK = 300_000, 30_000
+N, CHUNK = 300_000, 25_000
 LOCK = Lock()
 RNG = np.random.default_rng(5)
 X = np.linspace(0, 5, N)

@@ -4,6 +4,7 @@ import inspect
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,10 +16,12 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from zarr.storage import LocalStore
 
 from dask_nlsq import MapResult, MapStatus, UntrustedError, fit_groups, fit_map, load
-from dask_nlsq.maps import viewer
+from dask_nlsq.maps import viewer, views
 from dask_nlsq.maps.pictures import limits
+from dask_nlsq.maps.points import some_points
 from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
 from tests.test_dashboard import CHROMIUM, opened, wait
 from tests.test_groups import LOCAL, G, T, decay
@@ -91,6 +94,57 @@ def test_maps_are_drawn_in_the_coordinates_and_units_of_the_data(source, tmp_pat
     np.testing.assert_array_equal(found.to_xarray().row, ROW)
 
 
+RESERVED = ("distance", "status", "energy")  # the first two are arrays of a map too
+
+
+def zarr_called_like_a_map(folder):
+    y = zarr.create_group(folder / "scan").create_array("y", data=Y, chunks=(*BLOCK, N), dimension_names=RESERVED)
+    zarr.open_group(folder / "scan")["distance"] = ROW
+    return y
+
+
+@pytest.mark.parametrize("source", ["xarray", "zarr"])
+def test_axes_and_coordinates_called_like_arrays_of_the_result_get_another_name(source, tmp_path):
+    coords = {"distance": ROW, "chi2": ("distance", 2 * ROW)}
+    data = (
+        xr.DataArray(blocks_of(Y), dims=RESERVED, coords=coords) if source == "xarray" else zarr_called_like_a_map(tmp_path)
+    )
+    found = fit_map(peak, X, data, P0, axis=2)
+    found.to_zarr(tmp_path / "fits")
+    found, again = found.compute(), xr.open_zarr(tmp_path / "fits")
+    for each in (found.to_xarray(), again):
+        assert each.popt.dims == ("distance_of_data", "status_of_data", "param")
+        np.testing.assert_array_equal(each.distance_of_data, ROW)
+        for name in ("distance", "status", "chi2"):
+            np.testing.assert_array_equal(each[name], getattr(found, name))
+    same_bits(load(tmp_path / "fits"), found)
+    assert found.residuals().dims == RESERVED
+    np.testing.assert_array_equal(found.residuals().distance, ROW)
+    if source == "xarray":
+        np.testing.assert_array_equal(again.chi2_of_data, 2 * ROW)
+
+
+def test_attributes_that_only_hdf5_can_hold_are_left_out_of_a_map(tmp_path):
+    data = nexus(tmp_path)
+    data.parent["row"].make_scale("row")
+    data.dims[0].attach_scale(data.parent["row"])
+    data.parent["row"].attrs["where"] = np.bytes_("30 µm".encode("latin-1"))
+    fit_map(peak, X, data, P0, axis=2).to_zarr(tmp_path / "fits")
+    attrs = xr.open_zarr(tmp_path / "fits").row.attrs
+    assert attrs["units"] == "um" and attrs["where"] == "30 \ufffdm" and "REFERENCE_LIST" not in attrs
+
+
+def test_axes_that_cannot_be_read_are_left_out_and_the_log_says_so(tmp_path, caplog):
+    path = Path(zarr_with_names(tmp_path))
+    (path.parent / "row" / "c" / "0").write_bytes(b"damaged")
+    found = fit_map(peak, X, str(path), P0, axis=2)
+    assert set(found.labels["coords"]) == {"column"} and found.map_dims == ("row", "column")
+    assert "the coordinate 'row' beside" in caplog.text
+    (path.parent / "zarr.json").write_text("{")
+    assert fit_map(peak, X, str(path), P0, axis=2).labels["coords"] == {}
+    assert "names and coordinates of the axes beside" in caplog.text
+
+
 def test_maps_without_names_have_numbers_of_pixels_and_the_first_row_at_the_top():
     ax = fitted(blocks_of(Y)).plot(names=["area"])[0]
     assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_ylim()) == ("axis_1", "axis_0", (9.5, -0.5))
@@ -102,7 +156,7 @@ def test_uneven_and_descending_coordinates_and_dates_are_drawn():
     assert ax.collections and ax.get_ylim() == (2.75, 7.75)
     dates = np.datetime64("2026-01-01", "ns") + np.timedelta64(60, "s") * np.arange(10)
     found = fit_map(peak, "energy", data.assign_coords(row=dates), P0, axis="energy").compute()
-    assert found.plot(names=["area"])[0].get_ylabel() == "row (s since 2026-01-01T00:00:00)"
+    assert found.plot(names=["area"])[0].get_ylabel() == "row (s since\n2026-01-01T00:00:00)"
 
 
 def test_a_map_of_one_axis_is_a_curve_with_errors_over_its_coordinate(named):
@@ -156,6 +210,13 @@ def test_colours_and_their_ends_go_through_of_all_or_by_name(named):
     assert (area.get_cmap().name, center.get_cmap().name) == ("viridis", "magma")
     with pytest.raises(ValueError, match="`vmin` names height; drawn are area"):
         named.plot(names=["area"], vmin={"height": 0})
+
+
+def test_maps_without_pixels_and_pictures_without_names_are_errors(named):
+    with pytest.raises(ValueError, match="`names` is empty"):
+        named.plot(names=[])
+    with pytest.raises(ValueError, match="`ydata` must not be empty"):
+        fit_map(peak, X, Y[:, :0], P0)
 
 
 def test_long_names_fit_their_panels():
@@ -223,9 +284,14 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     ):
         with pytest.raises(error, match=message):
             named.spectrum(**wrong)
-    with pytest.raises(IndexError, match=r"no pixel \(3, 6\) in a map of 10 x 6"):
+    with pytest.raises(IndexError, match=r"no pixel \(3, 6\) in a map of 10 x 6: the length of axis 'column' is 6"):
         named.spectrum(3, 6)
-    with pytest.raises(ValueError, match="no coordinates of numbers along 'axis_0'"):
+    with pytest.raises(IndexError, match="the length of axis 'row' is 10"):
+        named.spectrum(-11, 0)
+    with pytest.raises(TypeError, match=r"by integers, or coordinates by name, as spectrum\(row=..., column=...\), not by"):
+        named.spectrum(1.7, 3.4)
+    assert named.spectrum(np.int64(-1), -6).place == (9, 0)
+    with pytest.raises(ValueError, match="axis 'axis_0' of the map does not have numeric coordinates"):
         fitted(Y[:5]).spectrum(axis_0=1, axis_1=2)
 
 
@@ -332,6 +398,12 @@ def test_with_its_data_a_map_goes_on_where_it_was(kept):
         assert again.status[3, 4] == MapStatus.NON_FINITE and mended.success[3, 4]
 
 
+def test_arguments_beside_a_map_result_are_an_error_and_not_ignored(kept):
+    folder, fits = kept
+    with pytest.raises(ValueError, match="`xdata` is a MapResult, which has its own ydata, f, sigma: leave that out"):
+        load(folder / "fits.zarr").with_data(fits, Y, f=peak, sigma=0.3)
+
+
 def other(x, area, center, width, offset):
     return area / (1 + ((x - center) / width) ** 2) + offset
 
@@ -353,7 +425,7 @@ def test_another_model_or_other_data_are_refused(kept, tmp_path):
 
 def test_a_model_that_has_no_name_has_to_be_given(tmp_path):
     counting().to_zarr(tmp_path / "m")
-    with pytest.raises(ValueError, match=r"no name to import it by: give it as f="):
+    with pytest.raises(ValueError, match=r"cannot be imported by name: give it as f="):
         load(tmp_path / "m").with_data(TIMES, COUNTS)
     found = load(tmp_path / "m").with_data(TIMES, COUNTS, f=lambda t, a: a * jnp.exp(-t))  # bounds and loss are in the store
     same_bits(found, load(tmp_path / "m"))
@@ -367,6 +439,45 @@ def test_a_map_that_is_not_done_takes_no_data(kept, tmp_path):
     assert "1 of 2 blocks are done" in repr(found)
     with pytest.raises(ValueError, match="1 of 2 blocks are done"):
         found.with_data(X, folder / "y", sigma=0.15)
+
+
+@pytest.fixture
+def store_reads(monkeypatch):
+    """How often each file of a store on this machine is read."""
+    reads, get = Counter(), LocalStore.get
+
+    def counting(self, key, *args, **options):
+        reads[key] += 1
+        return get(self, key, *args, **options)
+
+    monkeypatch.setattr(LocalStore, "get", counting)
+    return reads
+
+
+def test_each_array_of_a_map_that_is_not_done_is_read_once_for_its_text(kept, tmp_path, store_reads):
+    folder, _ = kept
+    shutil.copytree(folder / "fits.zarr", tmp_path / "m")
+    zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 0
+    found = load(tmp_path / "m")
+    text = repr(found)
+    assert "median" in text and "1 of 2 blocks are done" in text
+    assert all(store_reads[key] == 1 for key in ("popt/c/0/0/0", "popt/c/1/0/0", "perr/c/0/0/0", "status/c/0/0"))
+    zarr.open_array(tmp_path / "m" / "done", mode="r+")[0] = 1
+    assert "blocks are done" not in repr(found)
+
+
+def test_the_text_of_a_large_stored_map_reads_no_values_and_pictures_are_refused(kept, store_reads, monkeypatch):
+    folder, fits = kept
+    monkeypatch.setattr(views, "MOST_TOLD", 59)
+    monkeypatch.setattr(views, "MOST_PIXELS", 59)
+    found = load(folder / "fits.zarr")
+    for text in (repr(found), found._repr_html_()):
+        assert "StoredMap 10 x 6 pixels" in text and "too large to be read" in text and str(folder / "y") in text
+        assert "median" not in text
+    assert not any("/c/" in key for key in store_reads)
+    with pytest.raises(ValueError, match=r"60 pixels is in a store, .* \(limit 59\): draw a part of to_xarray\(\)"):
+        found.plot()
+    assert "median" in repr(fits)
 
 
 SCRIPT = """
@@ -442,9 +553,11 @@ def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
                 return where in browser.value(f"{TEXT}.text")
 
             wait(clicked, "the click shows no other pixel")
-            for name, values in (("y", Y[row, column]), ("model", values_at(X, *named.popt[row, column]))):
-                np.testing.assert_allclose(browser.value(f"Array.from({CURVE}.data.{name})"), values, rtol=1e-6)
-            shown = named.spectrum(row, column).params["center"].row()
+            seen = named.spectrum(row, column)
+            for name in ("y", "model", "residual"):
+                expected = np.float32(getattr(seen, name))
+                np.testing.assert_allclose(browser.value(f"Array.from({CURVE}.data.{name})"), expected, rtol=1e-6)
+            shown = seen.params["center"].row()
             assert f"{shown[1].strip()} {shown[2].replace('+-', '±')}" in browser.value(f"{TEXT}.text")
         assert not browser.value("document.querySelectorAll('[src], link[href]').length")
 
@@ -452,7 +565,7 @@ def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
 def test_a_page_is_bounded_and_says_what_it_holds(named, monkeypatch):
     whole = named.view().html
     assert "holds one in" not in whole and len(whole) < 4e6
-    monkeypatch.setattr(viewer, "SPECTRA", 17 * (2 * 4 * N * 4 // 3 + 6 * 24))
+    monkeypatch.setattr(viewer, "SPECTRA", 17 * (3 * 4 * N * 4 // 3 + 6 * 24))
     monkeypatch.setattr(viewer, "MAPS", 1000)
     thinned = named.view().html
     assert "of the maps this page holds one in 2 pixels along each axis" in thinned
@@ -462,6 +575,32 @@ def test_a_page_is_bounded_and_says_what_it_holds(named, monkeypatch):
         ValueError, match=r"a spectrum of 40 points takes .* look at single ones by spectrum\(...\).plot\(\)"
     ):
         named.view()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["energy last", "energy first"])
+def test_a_page_has_what_spectrum_gives_and_reads_only_chunks_with_pixels_that_it_shows(first, tmp_path):
+    y, sigma = np.moveaxis(Y, -1, 0) if first else Y, 0.1 + 0.01 * np.arange(6)
+    data, reads = counted(tmp_path / "y", y, (N, 1, 6) if first else (1, 6, N))
+    found = fit_map(peak, X, data, P0, axis=0 if first else -1, sigma=np.tile(sigma, (10, 1))).compute()
+    reads.clear()
+    values = some_points(found, (4, 4))
+    chunks = [f"c/0/{k}/0" if first else f"c/{k}/0/0" for k in (0, 4, 8)]
+    assert values.shape == (3, 3, 2, N) and {*reads} == {*chunks} and max(reads.values()) == 1
+    seen = found.spectrum(8, 4)
+    for part, expected in zip(values[:, 2, 1], (seen.y, seen.model, seen.residual), strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(seen.residual, (seen.model - seen.y) / sigma[4], rtol=1e-9)
+
+
+def test_a_page_says_what_spectra_are_drawn_against_and_what_residuals_are():
+    dates = np.datetime64("2026-01-01", "ns") + np.timedelta64(60, "s") * np.arange(10)
+    found = fit_map(peak, np.broadcast_to(X, Y.shape), labelled().assign_coords(row=dates), P0, axis="energy", sigma=0.2)
+    found = found.compute()
+    page = found.view().html
+    assert '"axis_label":"point"' in page and r'"axis_label":"(model - data)\n/ sigma"' in page
+    assert '["row","s since 2026-01-01T00:00:00"]' in page
+    assert "at row 120 s since 2026-01-01T00:00:00, column 6 µm" in found.spectrum(2, 3).title
+    assert '"axis_label":"deviance residual"' in counting().view().html
 
 
 def test_a_notebook_shows_the_viewer_and_names_in_it_are_text(kept):

@@ -6,13 +6,17 @@ writes them. NeXus names the axes in the attribute ``axes`` of the group (NXdata
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..base.files import MALFORMED
 from ..base.lazy import zarr
 from .labels import labelled
+
+logger = logging.getLogger("dask_nlsq")
 
 
 class Axes(NamedTuple):
@@ -25,12 +29,20 @@ class Axes(NamedTuple):
 
 
 def axes_named(array: Any) -> Axes | None:
-    """Of an xarray, Zarr or h5py array; None where the axes have no names, or twice the same one."""
+    """Of an xarray, Zarr or h5py array; None where the axes have no names, or twice the same one.
+
+    Names and coordinates in a store are left out where they cannot be read, and the log says so: the data need none.
+    """
     if labelled(array):
         known: dict[str, Any] = {name: (c.dims, c.data, dict(c.attrs)) for name, c in array.coords.items()}
         return Axes(tuple(map(str, array.dims)), known, dict(array.attrs), str(array.name or ""))
     if isinstance(array, zarr.Array):
-        names, group = getattr(array.metadata, "dimension_names", None), _group_of(array)
+        names = getattr(array.metadata, "dimension_names", None)
+        try:
+            group = _group_of(array)
+        except MALFORMED as err:
+            _left_out("names and coordinates of the axes", array.store_path, err)
+            group = None
     elif hasattr(array, "file") and hasattr(array, "parent"):  # of h5py
         names, group = None, array.parent
     else:
@@ -43,13 +55,24 @@ def axes_named(array: Any) -> Axes | None:
     dims = tuple(name or f"axis_{k}" for k, name in enumerate(names))
     if len({*dims}) < len(dims):
         return None
-    coords: dict[str, Any] = {}
-    for dim, n in zip(dims, array.shape, strict=True):
-        other: Any = group[dim] if group is not None and dim in group else None
-        if getattr(other, "shape", None) == (n,):
-            coords[dim] = ((dim,), np.asarray(other[...]), _texts(other.attrs))
     place = str(getattr(array, "store_path", array.name) or "")
-    return Axes(dims, coords, _texts(array.attrs), place.rpartition("/")[2].removesuffix(".zarr"))
+    coords = {} if group is None else dict(_coordinates(group, dims, array.shape, place))
+    return Axes(dims, coords, _plain(array.attrs), place.rpartition("/")[2].removesuffix(".zarr"))
+
+
+def _coordinates(group: Any, dims, shape, place: str) -> Iterable[tuple[str, Any]]:
+    """Those of the axes that have one in the group, and one that can be read."""
+    for dim, n in zip(dims, shape, strict=True):
+        try:
+            other: Any = group.get(dim)
+            if getattr(other, "shape", None) == (n,):
+                yield dim, ((dim,), np.asarray(other[...]), _plain(other.attrs))
+        except MALFORMED as err:
+            _left_out(f"the coordinate {dim!r}", place, err)
+
+
+def _left_out(what: str, place: Any, err: BaseException) -> None:
+    logger.warning("%s beside %s cannot be read, and are left out: %s: %s", what, place, type(err).__name__, err)
 
 
 def _group_of(array: zarr.Array) -> Any:
@@ -67,6 +90,12 @@ def _group_of(array: zarr.Array) -> Any:
         return None
 
 
-def _texts(attrs: Mapping) -> dict[str, Any]:
-    """Attributes, with texts of HDF5 as texts."""
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in attrs.items()}
+def _plain(attrs: Mapping) -> dict[str, Any]:
+    """Attributes that are a text or a number; HDF5 has references and others too, which no other file can hold."""
+    found = {}
+    for name, value in attrs.items():
+        value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
+        value = value.decode(errors="replace") if isinstance(value, bytes) else value
+        if isinstance(value, (str, bool, int, float)):
+            found[name] = value
+    return found

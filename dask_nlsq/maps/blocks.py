@@ -161,7 +161,7 @@ class BlockFit:
         return array if not missing else np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
 
     def _check(self, pixel, y, sigma, mask, x, lower, upper):
-        """Values that cannot be fitted are an error, but for points and pixels that do not count anyway."""
+        """Values that cannot be fitted are an error, except in points and pixels that do not count."""
 
         def counted():
             invalid = self.spec.layouts.invalid

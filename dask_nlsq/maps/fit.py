@@ -19,10 +19,13 @@ from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
 from ..options import MAPS, checked, model_first, with_known_names
 from ..prepare import HeldData
-from .blocks import MapProblem, Operand, build_map
+from .blocks import MapProblem, Operand, build_map, record_dtype
 from .plan import axes_of
 from .result import MapResult
+from .store import DONE
 
+OF_DATA = "_of_data"  # behind the name of an axis of the data that an array of the result has
+RESERVED = {*(record_dtype(1, True, 1).names or ()), "param", "param_", "quantity", DONE}
 BIN = 8  # pixels to each side of a bin of the coarse map
 
 
@@ -181,8 +184,9 @@ def align_map(f: Callable, xdata: Any, ydata: Any, call) -> tuple[MapProblem, di
 def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
     """What is known of the axes of y; nothing where they have no names.
 
-    ``dims``, ``coords`` and ``attrs`` of the map, as xarray takes them; ``all_dims`` of y, and ``along``, the coordinates
-    that the map does not have; ``x`` and ``y``, names for pictures of spectra.
+    ``dims``, ``coords`` and ``attrs`` of the map, as xarray takes them, in which axes and coordinates that are called like
+    an array of the result have another name; ``all_dims`` and ``all_coords`` of y, as they are called; ``x`` and ``y``,
+    names for pictures of spectra.
     """
     stored = (each.array for each in problem.sources if each.name in ("ydata", "ydata[0]"))
     found = axes_named(next(stored, ydata))
@@ -190,13 +194,26 @@ def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
         return {}
     sizes, dims = dict(zip(found.dims, problem.y.shape, strict=True)), tuple(found.dims[k] for k in problem.map_axes)
     coords = {name: c for name, c in found.coords.items() if np.shape(c[1]) == tuple(sizes[str(dim)] for dim in c[0])}
-    kept = {name: c for name, c in coords.items() if set(c[0]) <= set(dims)}
-    along = {name: c for name, c in coords.items() if name not in kept}
+    own = _own_names([*dims, *coords])
+    kept = {own[n]: (tuple(own[d] for d in c[0]), *c[1:]) for n, c in coords.items() if set(c[0]) <= set(dims)}
+    along = {name: c for name, c in coords.items() if not set(c[0]) <= set(dims)}
     x = problem.fit.x[0] if len(problem.fit.x) == 1 else None
     same = (str(Quantity.named(name, c[2])) for name, c in along.items() if x is not None and _same_values(x, c[1]))
     attrs = found.attrs if labelled(ydata) else {}
     names = dict(x=next(same, "x"), y=str(Quantity.named(found.name or "y", found.attrs)))
-    return dict(dims=dims, coords=kept, attrs=attrs, all_dims=found.dims, along=along, **names)
+    map_dims = tuple(own[dim] for dim in dims)
+    return dict(dims=map_dims, coords=kept, attrs=attrs, all_dims=found.dims, all_coords=coords, **names)
+
+
+def _own_names(names) -> dict[Any, Any]:
+    """By the names of axes and coordinates of data those that they have in a map."""
+    own: dict[Any, Any] = {}
+    for name in dict.fromkeys(names):
+        other = name
+        while other in RESERVED or (other != name and other in (*names, *own.values())):
+            other = f"{other}{OF_DATA}"
+        own[name] = other
+    return own
 
 
 def _same_values(x: np.ndarray, values) -> bool:

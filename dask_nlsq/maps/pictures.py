@@ -1,8 +1,8 @@
 """Pictures of maps of fits, and of one of their spectra, with the names, coordinates and units of the data.
 
-Colours range over pixels that the data determine: those of success whose error is among the small ones, or whose value is
-far from the middle of the map in units of its error. So a lifetime of 1e8 +- 1e12 in a dark pixel blacks out no map, and
-a bright spot that is certain does not fall off it.
+Colours range over pixels that the data determine: converged ones whose error is among the small ones, or whose value is far
+from the median of the map in units of its error. So a lifetime of 1e8 +- 1e12 in a dark pixel does not make the rest of the
+map black, and a bright spot with a small error stays within the range.
 """
 
 import base64
@@ -26,7 +26,7 @@ DECADES = 100  # ratio of these percentiles above which colours of positive valu
 PER_ROW, PANEL = 4, 3.2  # panels beside each other; the width of one in inches
 MOST_SMALL = 8  # parameters that a notebook shows in small
 BINS = 60  # of a histogram
-LONGEST = 26  # characters in a line of a title
+LONGEST = 26  # characters in a line of a title, or beside a map
 SLIM = 2.5  # ratio of the sides of a map from which they are drawn as if they were alike
 EVEN = 1e-3  # of a step, by which the steps of an even axis may differ
 COLOURS = {  # of each status
@@ -65,14 +65,13 @@ def axis_of(dim: str, n: int, coordinate) -> Axis:
     if coordinate is None or tuple(coordinate[0]) != (dim,) or np.shape(coordinate[1]) != (n,) or n < 2:
         return Axis(dim, "", np.arange(n, dtype=float), False)
     values, quantity = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2])
-    label, unit = str(quantity), quantity.unit
     if values.dtype.kind == "M":
-        label, unit = f"{dim} (s since {str(values[0])[:19]})", "s"
+        quantity = quantity._replace(unit=f"s since {str(values[0])[:19]}")
         values = (values - values[0]) / np.timedelta64(1, "s")
     steps = np.diff(values.astype(float)) if values.dtype.kind in "iuf" else np.zeros(1)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    return Axis(label, unit, values.astype(float), True)
+    return Axis(str(quantity), quantity.unit, values.astype(float), True)
 
 
 def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
@@ -81,7 +80,7 @@ def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
     Parameters
     ----------
     found : MapResult
-        Where it is lazy, it is computed for the picture alone, up to 4 million pixels.
+        Lazy maps are computed, and stored ones read, for the picture alone, up to 4 million pixels.
     names : sequence of str, optional
         What to draw; all parameters by default. Also derived quantities, "chi2", "distance", "status", "n_points", "nfev",
         and errors, as "rate.error".
@@ -98,9 +97,11 @@ def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
     Raises
     ------
     ValueError
-        Maps with other numbers of axes, unknown names, lazy maps that are too large.
+        Maps with other numbers of axes, unknown names or none, lazy and stored maps that are too large.
     """
     names = list(found.param_names if names is None else [names] if isinstance(names, str) else names)
+    if not names:
+        raise ValueError("`names` is empty: give what to draw, or None for all parameters")
     for name in names:
         found.check_name(name)
     for what, given in dict(vmin=vmin, vmax=vmax, cmap=cmap).items():
@@ -249,7 +250,7 @@ def panels(figure, n: int, along, width: float = PANEL):
 
 
 def shape(along) -> float | None:
-    """Height by width of a map whose axes have the same unit; None where they have not, or one is much the longer."""
+    """Height by width of a map whose axes have the same unit; None where the units differ, or one axis is much longer."""
     if len(along) != 2 or along[0].unit != along[1].unit or along[0].known != along[1].known:
         return None
     (bottom, top), (left, right) = (each.edges for each in along)
@@ -268,7 +269,7 @@ def _mesh(ax, along, values, **options):
     ax.set_xlim(*sorted(ax.get_xlim()))
     ax.set_ylim(*sorted(ax.get_ylim(), reverse=not y.known))
     ax.set_xlabel(x.label, parse_math=False)
-    ax.set_ylabel(y.label, parse_math=False)
+    ax.set_ylabel("\n".join(wrap(y.label, LONGEST)), parse_math=False)
     ax.spines[:].set_visible(True)
     ax.spines[:].set_color("#b0b0b0")
     ax.locator_params(nbins=5)

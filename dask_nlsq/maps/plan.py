@@ -17,7 +17,7 @@ from ..memory.processes import Room, room_here, rooms_of_workers
 
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 FEWEST_VALUES = 2**16  # of y in a task, up to which chunks are joined: a millisecond of work, as much as a task costs
-MANY_BLOCKS = 256  # the tasks of so many cost a few tenths of a second by themselves
+MANY_BLOCKS = 256  # whose tasks cost a few tenths of a second by themselves
 SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
@@ -70,7 +70,7 @@ class MapPlan:
 
 
 class AllBut(NamedTuple):
-    """The fit axes, by those that are none."""
+    """The fit axes, given by all other axes."""
 
     axes: Any
     name: str  # of the argument
@@ -216,7 +216,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
 
 
 def map_sizes(arrays, n: int, n_params: int, record_bytes: int) -> Sizes:
-    """Sizes of a map of spectra of ``n`` points, with chunks of y in the place of blocks."""
+    """Sizes of a map of spectra of ``n`` points, with chunks of y as blocks."""
     return Sizes(
         n_points=arrays[0].size,
         n_params=n_params,

@@ -13,14 +13,19 @@ import dask
 import numpy as np
 
 from ..base.lazy import da
+from ..base.text import several
+from ..base.values import is_integer
 from ..base.x64 import float64
 from ..data.labels import Labels, at_labels, label, since
+from ..engine.cluster import computed
 from ..kernels.lane_loop import Pixels
 from ..kernels.lanes import MapStatus
 from ..kernels.values import PixelWhat, pixels_kernel
+from ..memory.machine import large_arrays_given_back
 from ..model.params import Parameter, Params
 from . import pictures
-from .blocks import DERIVED, BlockFit, MapProblem, Operand
+from .blocks import DERIVED, BlockFit, MapProblem, Operand, threads_on_device
+from .plan import capacity
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -122,31 +127,48 @@ def one_spectrum(found, place: tuple[int, ...]) -> Spectrum:
     problem = found.problem
     fit = replace(problem.fit, capacity=1)
     own = {name: each for name, each in problem.operands.items() if name not in ("start", "lower", "upper")}
-    arrays = [_of_pixel(each, place, problem.map_axes) for each in (Operand(problem.y), *own.values())]
-    record, *arrays = dask.compute(found.record[place], *arrays)
+    where = tuple(slice(k, k + 1) for k in place)
+    arrays = [_some(each, where, problem.map_axes) for each in (Operand(problem.y), *own.values())]
+    task = dask.delayed(list, pure=False)(dask.optimize(found.record[place], *arrays))  # which cuts what is read
+    with large_arrays_given_back(problem.plan.read_bytes), threads_on_device():
+        ((record, *arrays),) = computed([task], [f"{fit.word} {place}"])
     y, values = arrays[0], dict(zip(own, arrays[1:], strict=True))
     unbounded = np.full(len(fit.spec.free), np.inf)
     vectors = dict(start=np.asarray(record["popt"]), lower=-unbounded, upper=unbounded)
     ordered = [(values | vectors)[name] for name in problem.operands]
-    where = tuple(slice(k, k + 1) for k in place)
     pixels = fit.gather(where, y, *ordered).pixels
     data, model, residual = (_computed(fit, what, pixels)[0] for what in ("data", "model", "residual"))
     sigma = np.broadcast_to(pixels.sigma[0], data.shape)
-    known = problem.operands["sigma"].array.size > 1 or bool(np.any(sigma != 1))
     return Spectrum(
         place=place,
         at={dim: axis.values[k] for dim, axis, k in zip(found.map_dims, found.axes, place, strict=True) if axis.known},
         x=tuple(np.asarray(c[0]) for c in pixels.x),
         y=data,
-        sigma=sigma if known else None,
+        sigma=sigma if _weighted(problem) else None,
         model=model,
         residual=residual,
         params=_params(found, record),
         status=MapStatus(int(record["status"])),
         chi2=float(record["chi2"]),
         labels={f"unit of {dim}": axis.unit for dim, axis in zip(found.map_dims, found.axes, strict=True)}
-        | dict(x=found.labels.get("x", "x"), y=found.labels.get("y", "y"), residual=_measure(fit, known)),
+        | dict(x=found.labels.get("x", "x"), y=found.labels.get("y", "y"), residual=residual_label(problem)),
     )
+
+
+def some_points(found, every: tuple[int, ...]) -> np.ndarray:
+    """Data, model values and residuals, (3, *map, n), float32, of one in ``every`` pixels along each axis of the map.
+
+    Reads the chunks that have some of these, and evaluates the model of no other pixel.
+    """
+    problem = _problem_of_some(_problem_at(found), tuple(slice(None, None, step) for step in every))
+    tasks: Any = problem.band(problem.bands[0], partial(_points_of_block, problem.fit)).to_delayed()
+    values = np.empty((3, *problem.shape, problem.plan.n_points), np.float32)
+    with large_arrays_given_back(problem.plan.read_bytes), threads_on_device():
+        indices = [index for index, _ in problem.places]
+        blocks = computed([tasks[each] for each in indices], [f"block {each} of the spectra" for each in indices])
+    for (_, place), block in zip(problem.places, blocks, strict=True):
+        values[(slice(None), *place)] = block
+    return values
 
 
 def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int, ...]:
@@ -155,18 +177,25 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
     Raises
     ------
     TypeError
-        Neither, or both.
+        Neither, or both; numbers that are not integers.
     IndexError
         Numbers outside of the map.
     ValueError
-        Names that are no axes of the map, or have no coordinates; values outside of them.
+        Names that the map does not have as axes, axes without coordinates, values outside of these.
     """
     dims, shape = found.map_dims, found.shape
     if bool(place) == bool(labels) and dims:
         raise TypeError(f"give the pixel by {len(dims)} numbers, or by its coordinates along {', '.join(dims)}")
     if not labels:
-        if len(place) != len(shape) or not all(-n <= k < n for k, n in zip(place, shape, strict=False)):
-            raise IndexError(f"there is no pixel {place} in a map of {' x '.join(map(str, shape))}")
+        if not all(map(is_integer, place)):
+            by_name = f", or coordinates by name, as spectrum({', '.join(f'{dim}=...' for dim in dims)})"
+            raise TypeError(f"a pixel is given by integers{by_name if dims else ''}, not by {place}")
+        missing = f"there is no pixel {place} in a map of {' x '.join(map(str, shape))}"
+        if len(place) != len(shape):
+            raise IndexError(f"{missing}: give {several(len(shape), 'number')}")
+        for dim, k, n in zip(dims, place, shape, strict=True):
+            if not -n <= k < n:
+                raise IndexError(f"{missing}: the length of axis {dim!r} is {n}")
         return tuple(int(k) % n for k, n in zip(place, shape, strict=True))
     if {*labels} != {*dims}:
         raise ValueError(f"a pixel of this map has coordinates along {', '.join(dims)}, not {', '.join(labels)}")
@@ -175,7 +204,7 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
 
 def _nearest(dim: str, axis: pictures.Axis, value) -> int:
     if not axis.known:
-        raise ValueError(f"the map has no coordinates of numbers along {dim!r}: give the pixel by its numbers")
+        raise ValueError(f"axis {dim!r} of the map does not have numeric coordinates: give the pixel by integers")
     low, high = float(axis.values.min()), float(axis.values.max())
     step = (high - low) / max(len(axis.values) - 1, 1)
     if not low - step <= value <= high + step:
@@ -183,14 +212,14 @@ def _nearest(dim: str, axis: pictures.Axis, value) -> int:
     return int(np.argmin(np.abs(axis.values - value)))
 
 
-def _of_pixel(operand: Operand, place, map_axes):
-    """An operand at a pixel, with its axes."""
+def _some(operand: Operand, places: tuple[slice, ...], map_axes):
+    """An operand at some pixels, with its axes."""
     array, index = operand.array, [slice(None)] * operand.array.ndim
     if array.ndim == operand.last:
         return array
-    for k, n in zip(map_axes, place, strict=True):
+    for k, place in zip(map_axes, places, strict=True):
         if array.shape[k] > 1:
-            index[k] = slice(n, n + 1)
+            index[k] = place
     return array[tuple(index)]
 
 
@@ -204,10 +233,17 @@ def _params(found, record) -> Params:
     return Params(*params, *(Parameter(name, float(v), float(e), 0, expr=texts[name]) for name, v, e in rows))
 
 
-def _measure(fit: BlockFit, known: bool) -> str:
-    if fit.spec.loss == "poisson":
+def residual_label(problem: MapProblem) -> str:
+    """What the residuals of a map are."""
+    if problem.fit.spec.loss == "poisson":
         return "deviance residual"
-    return "(model - data) / sigma" if known else "model - data"
+    return "(model - data) / sigma" if _weighted(problem) else "model - data"
+
+
+def _weighted(problem: MapProblem) -> bool:
+    """Whether there is a sigma."""
+    sigma = problem.operands["sigma"].array
+    return sigma.size > 1 or bool(np.any(np.asarray(sigma) != 1))
 
 
 def _problem_at(found) -> MapProblem:
@@ -218,6 +254,26 @@ def _problem_at(found) -> MapProblem:
     return problem.with_operands(
         start=Operand(popt.reshape(*mapped, popt.shape[-1]), 1), lower=Operand(-unbounded, 1), upper=Operand(unbounded, 1)
     )
+
+
+def _problem_of_some(problem: MapProblem, places: tuple[slice, ...]) -> MapProblem:
+    """The problem of some pixels, ascending ones, in the blocks that have some of them and in one band."""
+    axes, blocks = problem.map_axes, []
+    for sizes, place in zip(problem.blocks, places, strict=True):
+        kept = np.diff(np.searchsorted(np.arange(sum(sizes))[place], [0, *np.cumsum(sizes)]))
+        blocks.append(tuple(kept[kept > 0].tolist()))
+    operands = {name: Operand(_some(each, places, axes), each.last) for name, each in problem.operands.items()}
+    y, band = _some(Operand(problem.y), places, axes), slice(0, sum(blocks[0]))
+    fit = replace(problem.fit, capacity=capacity(blocks, problem.plan.n_points))
+    return replace(problem, fit=fit, y=y, operands=operands, blocks=tuple(blocks), bands=(band,), in_pieces=False)
+
+
+def _points_of_block(fit: BlockFit, place, *arrays, first=0) -> np.ndarray:
+    """The task: data, model values and residuals of a block, (3, *block, n), float32."""
+    block = fit.gather(place, *arrays, first=first)
+    whats: tuple[PixelWhat, ...] = ("data", "model", "residual")
+    values = np.stack([_computed(fit, what, block.pixels)[: block.n_pixels] for what in whats])
+    return values.reshape(3, *block.shape, -1).astype(np.float32)
 
 
 def _block_values(fit: BlockFit, what: PixelWhat, place, y, *arrays, first=0) -> np.ndarray:

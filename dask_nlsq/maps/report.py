@@ -30,7 +30,7 @@ def report(found, path: str | Path) -> Path:
     Parameters
     ----------
     found : MapResult
-        Where it is lazy, it is computed for the page alone, up to 4 million pixels.
+        Lazy maps are computed, and stored ones read, for the page alone, up to 4 million pixels.
     path : path
         Of an HTML file; one that is there is replaced when all is done.
 

@@ -1,4 +1,4 @@
-"""What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, kept in a store, shown, mended."""
+"""What `dask_nlsq.fit_map` returns: lazy maps of parameters, and how they are computed, stored, shown and fitted again."""
 
 from __future__ import annotations
 
@@ -278,8 +278,7 @@ class FittedMaps(Maps):
 
     def _named(self, values):
         dims = self.labels.get("all_dims")
-        coords = self.labels.get("coords", {}) | self.labels.get("along", {})
-        return label(values, Labels(dims, coords) if dims and self.labelled else None)
+        return label(values, Labels(dims, self.labels["all_coords"]) if dims and self.labelled else None)
 
 
 class MapResult(FittedMaps):

@@ -45,7 +45,7 @@ PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of me
 
 
 def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[str, Any]) -> None:
-    """Make the group of a `MapResult`, in the place of one whose creation was interrupted, and seal it.
+    """Make the group of a `MapResult`, and seal it; one whose creation was interrupted is replaced.
 
     ``identity`` is compared when the map goes on, ``call`` makes it easier to make the call again.
     """
@@ -154,7 +154,7 @@ def is_begun(path: Path) -> bool:
 
 
 def is_map(path: Path) -> bool:
-    """Whether `read_about` takes what is there for a map of ours, be it damaged or not."""
+    """Whether `read_about` takes what is there for a map of ours, damaged or not."""
     try:
         read_about(path)
     except NoMapError:

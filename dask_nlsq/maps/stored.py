@@ -1,4 +1,4 @@
-"""Maps that `MapResult.to_zarr` has written, opened again: seen as they are, and mended once their data are given back."""
+"""Maps that `MapResult.to_zarr` has written, opened again: shown as they are, and fitted further with their data."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ class StoredMap(Maps):
         Where they are not as they were written.
     """
 
-    def __init__(self, path: Path, trust: Trust = False):
+    stored = True
+
+    def __init__(self, path: Path, trust: Trust = False, done: np.ndarray | None = None):
         self.path, self.about, self._trust = path, read_about(path), trust
         self._kept: dict[str, Any] = {}
+        self._known = done
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names = tuple(self.about["parameters"])
@@ -54,18 +57,28 @@ class StoredMap(Maps):
             hint = "with_data(xdata, ydata) gives the data back, which it needs" if name in WITH_DATA else hint
             raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
         array = self._group[name]
+        done = self._done
         with well_formed(self.path / name, self.path):
-            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks):
+            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks, done):
                 raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
             values = array[...]
-        if read_done(self.path).all():
+        if self._known is not None:
             self._kept[name] = values
         return values
 
-    def _n_chunks(self, chunks: tuple[int, ...]) -> int:
+    @property
+    def _done(self) -> np.ndarray:
+        """Which blocks are done; not read again once all are, nor of what `compute` returns."""
+        if self._known is not None:
+            return self._known
+        done = read_done(self.path)
+        self._known = done if done.all() else None
+        return done
+
+    def _n_chunks(self, chunks: tuple[int, ...], done: np.ndarray) -> int:
         """Of the blocks that are done."""
         along = [-(-np.array(sizes) // chunk) for sizes, chunk in zip(self.about["blocks"], chunks, strict=False)]
-        return int(reduce(np.multiply.outer, along, np.array(1))[read_done(self.path)].sum())
+        return int(reduce(np.multiply.outer, along, np.array(1))[done].sum())
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +96,7 @@ class StoredMap(Maps):
     @property
     def heading(self) -> str:
         """What this is, in a line."""
-        done = read_done(self.path)
+        done = self._done
         state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) continues"
         return f"StoredMap {shown(self.shape, self.param_names)}, at {self.path}{state}"
 
@@ -93,8 +106,11 @@ class StoredMap(Maps):
         return [("store", str(self.path.absolute())), *origins(self.about)]
 
     def compute(self, progress: bool | None = None, **options) -> StoredMap:
-        """The same: all is computed."""
-        return self
+        """The same; while blocks are missing, with those that are done by now, each array of which is read once."""
+        done = self._done
+        if self._known is not None:
+            return self
+        return StoredMap(self.path, self._trust, done)
 
     def to_xarray(self):
         """The `xarray.Dataset` of the store."""
@@ -118,19 +134,22 @@ class StoredMap(Maps):
         Raises
         ------
         ValueError
-            Where the model computes something else, or data or arguments are not those of the fit; the message says which.
-            An `UntrustedError` where the model may not be imported.
+            Where a `MapResult` comes with further arguments; where the model computes something else, or data or arguments
+            are not those of the fit; the message says which. An `UntrustedError` where the model may not be imported.
         """
         if "shared" in self.about:
             raise ValueError(
                 f"{self.path} is a map of fit_groups, whose groups are not fitted one by one: call fit_groups again"
             )
-        done = read_done(self.path)
+        done = self._done
         if not done.all():
             raise ValueError(
                 f"{self.path}: {done.sum()} of {done.size} blocks are done. The same call of fit_map(...).to_zarr(path, "
                 "resume=True) continues it"
             )
+        given = dict(ydata=ydata, f=f, **options)
+        if isinstance(xdata, MapResult) and (more := [name for name, value in given.items() if value is not None]):
+            raise ValueError(f"with_data: `xdata` is a MapResult, which has its own {', '.join(more)}: leave that out")
         fits = xdata if isinstance(xdata, MapResult) else fit_map(f or self._model(), xdata, ydata, **self._call() | options)
         refuse_another(self.path, identity_of(self.about), fits.provenance, STARTS)
         record = np.empty(fits.shape, fits.record.dtype)
@@ -143,7 +162,7 @@ class StoredMap(Maps):
         way_out = "give it as f="
         name = self.about.get("call", {}).get("model")
         if name is None:
-            raise ValueError(f"{self.path}: the model {self.about['model']} has no name to import it by: {way_out}")
+            raise ValueError(f"{self.path}: the model {self.about['model']} cannot be imported by name: {way_out}")
         if not (isinstance(name, list) and [*map(type, name)] == [str, str]):
             raise DamagedFileError(self.path / METADATA, "it does not name its model", self.path)
         try:

@@ -12,7 +12,6 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import dask
 import numpy as np
 
 from ..base.files import write_whole
@@ -21,7 +20,9 @@ from ..kernels.lanes import MapStatus
 from ..model.params import Parameter
 from ..results.plots import DATA, MODEL
 from .pictures import COLOURS, Axis, limits, shape, status_name
+from .points import residual_label, some_points
 
+CURVES = ("y", "model", "residual")
 BASE64 = 4 / 3  # bytes of text for one of data
 MAPS, SPECTRA = 6 * 10**6, 14 * 10**6  # bytes of a page for the maps, and for what clicks show
 TEXT = 24  # bytes of a value with its error
@@ -44,8 +45,7 @@ for (const line of lines) line.location = at[0]
 const n = curve.data.x.length
 if (n > 0) {
   const cut = name => Array.from({length: n}, (_, i) => spectra.data[name][k * n + i])
-  const [y, model] = [cut('y'), cut('model')]
-  curve.data = {x: curve.data.x, y, model, residual: y.map((value, i) => model[i] - value)}
+  curve.data = {x: curve.data.x, y: cut('y'), model: cut('model'), residual: cut('residual')}
 }
 const rows = pixels.data.values[k].split('|').map((value, i) => `<tr><td>${names[i]}</td><td>${value}</td></tr>`)
 const where = units.map(([name, unit], axis) => `${name} ${Number(at[axis].toPrecision(6))} ${unit}`.trim()).join(', ')
@@ -62,8 +62,7 @@ class Shown(NamedTuple):
     counts: tuple[int, ...]
     pixels: dict[str, list[str]]  # status and values as text
     x: np.ndarray  # (n,), ascending; none without data
-    y: np.ndarray  # (pixels * n,) float32
-    model: np.ndarray
+    curves: dict[str, np.ndarray]  # y, model and residual, (pixels * n,) float32
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,7 +92,7 @@ def viewer(found) -> Viewer:
     Raises
     ------
     ValueError
-        Other numbers of axes, lazy maps that are too large; spectra of so many points that not even a few fit in a page.
+        Other numbers of axes, lazy and stored maps that are too large; spectra that are too long for a page.
     ModuleNotFoundError
         Without bokeh.
     """
@@ -109,7 +108,7 @@ def viewer(found) -> Viewer:
     shown, names, axes = _shown(found), [*found.param_names, *found.derived_names], [_even(each) for each in found.axes]
     panels = [*names, "chi2", "status"]
     every = _every(found.shape, MAPS / (len(panels) * 4 * BASE64))
-    curve = ColumnDataSource(dict(x=shown.x, **dict.fromkeys(("y", "model", "residual"), 0 * shown.x)), name="curve")
+    curve = ColumnDataSource(dict(x=shown.x, **dict.fromkeys(CURVES, 0 * shown.x)), name="curve")
     chosen = ColumnDataSource(dict(x=[], y=[]), tags=[_first(found, shown)], name="chosen")
     drawn = [_panel(found, name, axes, every, chosen) for name in panels]
     for plot, _ in drawn[1:]:
@@ -121,7 +120,7 @@ def viewer(found) -> Viewer:
     units = [(escape(each.label.removesuffix(f" ({each.unit})")), escape(each.unit)) for each in axes if each.known]
     args |= dict(units=units if len(units) == len(axes) else [], names=[*map(escape, names), "chi2"])
     args |= dict(curve=curve, chosen=chosen, text=text, lines=[line for _, line in drawn if line is not None])
-    args |= dict(pixels=ColumnDataSource(shown.pixels), spectra=ColumnDataSource(dict(y=shown.y, model=shown.model)))
+    args |= dict(pixels=ColumnDataSource(shown.pixels), spectra=ColumnDataSource(shown.curves))
     clicked = CustomJS(args=args, code=CLICKED)
     for plot, _ in drawn:
         plot.js_on_event("tap", clicked)
@@ -143,7 +142,7 @@ def viewer(found) -> Viewer:
 
 
 def _every(sizes: tuple[int, ...], most: float) -> tuple[int, ...]:
-    """Steps along the axes, so that at most so many pixels are left."""
+    """Steps along the axes, that leave at most ``most`` pixels."""
     step = 1
     while prod(ceil(n / step) for n in sizes) > most:
         step += 1
@@ -151,9 +150,9 @@ def _every(sizes: tuple[int, ...], most: float) -> tuple[int, ...]:
 
 
 def _shown(found) -> Shown:
-    """Read the data of these pixels, if there are some, and their chunks with them."""
+    """Read the chunks that have some of these pixels, if the maps have data."""
     n = found.plan.n_points if hasattr(found, "spectrum") else 0
-    each = 2 * 4 * BASE64 * n + TEXT * (len(found.param_names) + len(found.derived_names) + 2)
+    each = len(CURVES) * 4 * BASE64 * n + TEXT * (len(found.param_names) + len(found.derived_names) + 2)
     if each * FEWEST > SPECTRA:
         raise ValueError(
             f"a spectrum of {n:,} points takes {size(each)} in a page, which may have {size(SPECTRA)} of them, fewer than "
@@ -174,17 +173,19 @@ def _shown(found) -> Shown:
     pixels = dict(
         status=[status_name(code) for code in found.status[taken].ravel()], values=["|".join(each) for each in texts]
     )
-    nothing = np.empty(0, np.float32)
     if not n:
-        return Shown(every, counts, pixels, nothing, nothing, nothing)
-    axes = found.problem.map_axes
-    index = tuple(taken[axes.index(k)] if k in axes else slice(None) for k in range(found.problem.y.ndim))
-    kept = (np.moveaxis(each[index], axes, range(len(axes))) for each in found.points("data", "model"))
-    data = [each.reshape(prod(counts), n).astype(np.float32) for each in dask.compute(*kept)]
-    shared = found.problem.fit.x
-    x = shared[0] if len(shared) == 1 and shared[0] is not None else np.arange(n)
+        return Shown(every, counts, pixels, np.empty(0), dict.fromkeys(CURVES, np.empty(0, np.float32)))
+    x = _shared_x(found)
+    x = np.arange(n) if x is None else x
     order = np.argsort(x, kind="stable")
-    return Shown(every, counts, pixels, x[order].astype(float), *(each[:, order].ravel() for each in data))
+    values = some_points(found, every).reshape(len(CURVES), -1, n)[..., order]
+    return Shown(every, counts, pixels, x[order].astype(float), dict(zip(CURVES, map(np.ravel, values), strict=True)))
+
+
+def _shared_x(found) -> np.ndarray | None:
+    """What spectra are drawn against; None where there are several coordinates, or pixels have their own."""
+    shared = found.problem.fit.x
+    return shared[0] if len(shared) == 1 else None
 
 
 def _text(value, error, side) -> str:
@@ -296,13 +297,14 @@ def _spectrum(found, curve):
     if not len(curve.data["x"]):
         return []
     x, y = (found.labels.get(name, name) for name in "xy")
-    x = x if len(found.problem.fit.x) == 1 else "point"
+    x = "point" if _shared_x(found) is None else x
+    residual = residual_label(found.problem).replace(" / ", "\n/ ")
     tools = "pan,wheel_zoom,box_zoom,reset,save"
     top = figure(width=BESIDE, height=300, y_axis_label=y, tools=tools, name="spectrum")
     top.scatter("x", "y", source=curve, color=DATA, size=4, legend_label="data")
     top.line("x", "model", source=curve, color=MODEL, line_width=2, legend_label="model")
     top.legend.background_fill_alpha = top.legend.border_line_alpha = 0
-    below = figure(width=BESIDE, height=160, x_axis_label=x, y_axis_label="model - data", x_range=top.x_range, tools="")
+    below = figure(width=BESIDE, height=160, x_axis_label=x, y_axis_label=residual, x_range=top.x_range, tools="")
     top.toolbar.logo = below.toolbar.logo = below.toolbar_location = None
     top.toolbar_location = "above"
     for each in (top, below):

@@ -1,8 +1,9 @@
-"""What can be seen of maps of fits, be they lazy, computed or in a store: by name, as text, HTML, pictures and pages."""
+"""Views of maps of fits, whether lazy, computed or stored: by name, as text, HTML, pictures and pages."""
 
 from __future__ import annotations
 
 from html import escape
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from .report import report
 from .viewer import Viewer, viewer
 
 MOST_PIXELS = 2**22  # of a map that is computed, or read, to be drawn
+MOST_TOLD = 2**20  # of a map that is read for its text in a notebook
 OTHERS = ("chi2", "distance", "status", "n_points", "nfev")  # that a pixel has one number of
+UNREAD = "stored, and too large to be read for a summary: use status, popt and others, or to_xarray()"
 BESIDE = "display: flex; flex-wrap: wrap; gap: 2em; align-items: flex-start"  # style of tables beside each other
 
 
@@ -31,7 +34,7 @@ class Maps:
     param_names: tuple[str, ...]
     derived_names: tuple[str, ...]
     plan: Any
-    lazy = False
+    lazy = stored = False
 
     popt = _field("popt", "Parameters of each pixel, (*map, p); NaN where there was no fit.")
     perr = _field("perr", "Their standard errors, (*map, p): 0 for fixed ones, inf where the data do not determine them.")
@@ -43,7 +46,7 @@ class Maps:
     status = _field("status", "A `MapStatus` for each pixel, uint8; from 1 to 6 the fit has converged.")
     at_bound = _field("at_bound", "-1 where a parameter is at its lower bound, 1 at its upper one, else 0; (*map, p), int8.")
     derived = _field(
-        "derived", "Quantities that ``expr`` derives, (*map, d), as ``derived_names`` names them; with such alone."
+        "derived", "Quantities that ``expr`` derives, (*map, d), as ``derived_names`` names them; only where there are some."
     )
     derived_error = _field("derived_error", "Their standard errors, (*map, d).")
 
@@ -107,7 +110,7 @@ class Maps:
             )
 
     def values_of(self, name: str):
-        """A map, NaN where there is no success (or, of what is no parameter, no fit), and its errors if it has some."""
+        """A map and its errors, if any: NaN where a fit failed; of others than parameters only where there was no fit."""
         base, _, what = name.rpartition(".")
         for names, fields in ((self.param_names, ("popt", "perr")), (self.derived_names, ("derived", "derived_error"))):
             if name in names or (base in names and what == "error"):
@@ -126,13 +129,18 @@ class Maps:
         Raises
         ------
         ValueError
-            Maps with other numbers of axes than one or two, lazy maps that are too large.
+            Maps with other numbers of axes than one or two; lazy and stored maps that are too large.
         """
         if len(self.shape) not in (1, 2):
             raise ValueError(
                 f"pictures are of maps with one or two axes, this one has {len(self.shape)}: draw a slice of to_xarray()"
             )
-        n = int(np.prod(self.shape))
+        n = prod(self.shape)
+        if self.stored and n > MOST_PIXELS:
+            raise ValueError(
+                f"this map of {n:,} pixels is in a store, and would be read for a picture alone (limit {MOST_PIXELS:,}): "
+                "draw a part of to_xarray()"
+            )
         if self.lazy and n > MOST_PIXELS:
             raise ValueError(
                 f"this map of {n:,} pixels is not computed yet, and would be for a picture alone (limit {MOST_PIXELS:,}): "
@@ -172,21 +180,32 @@ class Maps:
     def __repr__(self):
         if self.lazy:
             return f"<{self.heading}>\nlazy: compute(), to_zarr(path) or to_xarray()\n{self.plan}"
+        if self._unread:
+            return "\n".join([f"<{self.heading}>", UNREAD, *table(self.origin)])
+        seen = self.compute()
         rows = [
             f"  {name}: median {middle:.6g}, 68 % from {low:.6g} to {high:.6g}"
-            for name, middle, low, high, _ in self.medians()
+            for name, middle, low, high, _ in seen.medians()
         ]
-        return "\n".join([f"<{self.heading}>", *status_counts(self.status), *rows])
+        return "\n".join([f"<{self.heading}>", *status_counts(seen.status), *rows])
+
+    @property
+    def _unread(self) -> bool:
+        """Whether it is too large to be read for its text."""
+        return self.stored and prod(self.shape) > MOST_TOLD
 
     def _repr_html_(self) -> str:
         return self.to_html()
 
     def to_html(self) -> str:
-        """Statuses, medians and small maps, or of lazy maps the plan, as notebooks show them."""
+        """Statuses, medians and small maps, as notebooks show them; of lazy maps the plan, of large stores what they are."""
         head = f"<p><b>{escape(self.heading)}</b></p>"
         if self.lazy:
             return f"{head}<p>lazy: compute(), to_zarr(path) or to_xarray()</p><pre>{escape(str(self.plan))}</pre>"
-        return f"{head}{self.tables()}{pictures.thumbnails(self)}"
+        if self._unread:
+            return f"{head}<p>{UNREAD}</p>{html_table(('', ''), self.origin)}"
+        seen = self.compute()
+        return f"{head}{seen.tables()}{pictures.thumbnails(seen)}"
 
     def tables(self) -> str:
         """HTML tables of statuses and medians."""

@@ -39,7 +39,9 @@ BAR = (
     "</div></div>"
 )
 GOOD, BAD = "#00664a", "#b3261e"
-EACH = {"fit_map": "pixel", "fit_groups": "group"}  # what there are many fits of
+OF_GROUPS = "maps of groups"  # of a grouped fit that is done
+EACH = {"fit_map": "pixel", "fit_groups": "group", OF_GROUPS: "group"}  # what there are many fits of
+BY_BLOCKS = ("fit_map", OF_GROUPS)  # that tell of blocks, not of sweeps
 WAITS = "No fit yet: curve_fit, fit_map and fit_groups appear here when they use this cluster."
 
 
@@ -160,9 +162,10 @@ class LivePage(SchedulerPlugin):
 
     @property
     def shown(self) -> tuple[str, dict] | None:
-        """Of the fits that are running the newest one, else of all."""
-        running = [each for each in self.fits.items() if "status" not in each[1]]
-        return next(reversed(running or [*self.fits.items()]), None)
+        """Of the fits that are running the newest one, else of all; maps of groups only where there is nothing else."""
+        fits = [each for each in self.fits.items() if each[1]["what"] != OF_GROUPS] or [*self.fits.items()]
+        running = [each for each in fits if "status" not in each[1]]
+        return next(reversed(running or fits), None)
 
 
 async def dask_setup(scheduler) -> None:
@@ -234,7 +237,7 @@ def _page(live: LivePage, scheduler):
             return
         (number, fit), rows = live.shown, live.shown[1]["sweeps"]
         text.text, recent.text = _progress(fit), _recent(live.fits.values())
-        workers.text = _workers(fit, live.workers) if fit["what"] != "fit_map" else ""
+        workers.text = _workers(fit, live.workers) if fit["what"] not in BY_BLOCKS else ""
         panels.visible = bool(rows)
         if [number, *rows[-1:]] != seen:
             seen[:] = [number, *rows[-1:]]
@@ -316,7 +319,7 @@ def _state(fit) -> str:
 
 
 def _data(fit) -> str:
-    piece = "block" if fit["what"] == "fit_map" else "chunk"
+    piece = "block" if fit["what"] in BY_BLOCKS else "chunk"
     return f"{several(fit['n_points'], 'point')} in {several(fit['n_chunks'], piece)}"
 
 

@@ -21,7 +21,7 @@ from ..memory.plan import Plan
 from ..model.function import Model, function_name
 from ..results.uncertainty import covariance
 from ..solve.trust_region import Record
-from .live_page import SLOW, TOPIC, open_page, stage_text
+from .live_page import OF_GROUPS, SLOW, TOPIC, open_page, stage_text
 
 logger = logging.getLogger("dask_nlsq")
 
@@ -220,14 +220,16 @@ class MapProgress:
         self.model, self.n_before, self.done, self.fitted, self.failed = fit.model, n_before, done_before, n_before, 0
         data = dict(n_points=self.n_fits * problem.plan.n_points, sweep_bytes=problem.plan.read_bytes, strategy="")
         cut = dict(n_chunks=self.n_blocks, n_partitions=self.n_blocks, n_fits=self.n_fits)
-        self.live = Live(client, "fit_map", fit.model.f, fit.names, fit.limits.accuracy, **data, **cut)
+        self.word, what = fit.word, OF_GROUPS if fit.word == "group" else "fit_map"
+        self.doing = "fits of blocks" if what == "fit_map" else "maps of blocks"
+        self.live = Live(client, what, fit.model.f, fit.names, fit.limits.accuracy, **data, **cut)
         self.stages, self.within, self.began = Stages(self.live), ExitStack(), time.perf_counter()
-        self.bar = Bar(progress, desc="fit_map", unit=" blocks", total=self.n_blocks, initial=done_before)
+        self.bar = Bar(progress, desc=what, unit=" blocks", total=self.n_blocks, initial=done_before)
 
     def __enter__(self):
         for each in (self.live, self.bar, self.model.watched(self.compiling)):
             self.within.enter_context(each)
-        self.stages("fits of blocks")
+        self.stages(self.doing)
         self.bar.show(self.done, "")
         return self
 
@@ -235,7 +237,7 @@ class MapProgress:
         seconds, self.stages.told = time.perf_counter() - self.began, -np.inf
         self.look()
         if error[0] is None:
-            status = f"done: {self.fitted - self.failed:,} of {several(self.n_fits, 'pixel')} without a failure"
+            status = f"done: {self.fitted - self.failed:,} of {several(self.n_fits, self.word)} without a failure"
             counts = dict(n_sweeps=0, n_left_out=0, n_damaged=0, load=0.0, solve=seconds)
             self.live.tell(status=status, success=int(self.failed < self.n_fits), **counts)
         return self.within.__exit__(*error)
@@ -252,7 +254,7 @@ class MapProgress:
     def look(self, *_) -> None:
         """What is done while blocks are waited for."""
         more = dict(fitted=self.fitted, failed=self.failed, per_s=self.per_s)
-        if self.stages("fits of blocks", self.done, self.n_blocks, **more):
+        if self.stages(self.doing, self.done, self.n_blocks, **more):
             self._show()
 
     @property
@@ -260,7 +262,7 @@ class MapProgress:
         return (self.fitted - self.n_before) / max(time.perf_counter() - self.began, 1e-9)
 
     def _show(self) -> None:
-        self.bar.show(self.done, f"{self.per_s:,.0f} pixels/s, {self.failed:,} failed")
+        self.bar.show(self.done, f"{self.per_s:,.0f} {self.word}s/s, {self.failed:,} failed")
 
 
 def has_failed(status) -> np.ndarray:
