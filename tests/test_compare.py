@@ -123,3 +123,11 @@ def test_a_model_that_holds_what_the_other_does_not_is_no_larger_one():
     assert [row.within for row in compare(one, other).rows] == ["", ""]
     free, held = curve_fit(sloped, X, Y, [1, 1, 0, 0]), curve_fit(sloped, X, Y, [1, 1, 0, 0], fixed={"c": 0.3})
     assert [row.within for row in compare(free=free, held=held).rows] == ["held", ""]
+
+
+def test_bounds_of_amplitudes_do_not_hide_that_a_model_is_a_special_case():
+    x = np.linspace(0, 10, 300)
+    y = 3 * np.exp(-0.5 * (x - 4) ** 2) + 0.2 * x + np.random.default_rng(0).normal(0, 0.1, 300)
+    one = curve_fit(models.gaussian + models.line, x, y)
+    two = curve_fit((models.gaussian + models.gaussian).positive + models.line, x, y, p0=[3, 4, 1, 0.5, 7, 1, 0.2, 0])
+    assert compare(one=one, two=two).rows[1].within == "one"

@@ -269,7 +269,7 @@ def test_a_store_is_guessed_from_a_few_of_its_chunks_and_resumed_with_the_same_b
 def test_points_that_do_not_count_do_not_change_the_guess():
     x, y = peak_on_a_line(400)
     with float64():
-        model = jax.jit((gaussian + line).guess)
+        model = jax.jit((gaussian + line).guess_within([*(gaussian + line).bounds.values()]))
         clean = model(x, y)
         far = np.concatenate([x, [3.0, np.nan, np.inf]]), np.concatenate([y, [np.nan, 1e9, 1e9]])
         np.testing.assert_allclose(model(*far), clean, rtol=0.1)
@@ -283,7 +283,7 @@ def test_points_that_do_not_count_do_not_change_the_guess():
 
 def test_the_order_of_the_points_does_not_matter():
     x, y = peak_on_a_line(400)
-    order, guess = RNG.permutation(x.size), jax.jit((gaussian + line).guess)
+    order, guess = RNG.permutation(x.size), jax.jit((gaussian + line).guess_within([*(gaussian + line).bounds.values()]))
     with float64():
         np.testing.assert_allclose(guess(x[order], y[order]), guess(x, y), rtol=1e-6)
 
@@ -293,7 +293,7 @@ QUICK = ["line", "gaussian", "g2_single"]  # to compile
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE])
 def test_any_data_give_a_finite_guess(name):
-    guess = jax.jit(SINGLE[name].guess)
+    guess = jax.jit(SINGLE[name].guess_within([*SINGLE[name].bounds.values()]))
     for y in (np.zeros(30), np.full(30, 5.0), np.eye(30)[3], np.r_[1.0, 2.0, [np.nan] * 28]):
         with float64():
             assert np.isfinite(guess(np.arange(30.0), y)).all()
@@ -379,3 +379,19 @@ def test_bounds_of_the_call_are_those_of_the_guess():
         assert curve_fit(gaussian, x, y, bounds=bounds)["center"].value == pytest.approx(center, abs=0.02)
         fits = fit_map(gaussian, x, y[None], bounds=bounds).compute()
         assert fits["center"].value[0] == pytest.approx(center, abs=0.02)
+
+
+def test_a_guess_is_in_double_precision_also_after_a_fit():
+    x, y = peak_on_a_line(400)
+    model = gaussian + line
+    curve_fit(model, x, y)
+    found = model.guess(x, y)
+    assert found.dtype == np.float64 and found[1] == pytest.approx(7, abs=0.1)
+
+
+def test_a_sum_that_cannot_guess_needs_a_start():
+    x, y = peak_on_a_line(400)
+    for model in (gaussian + (lambda x, k, c: k * x + c), gaussian * line):
+        for call in (lambda f: curve_fit(f, x, y), lambda f: fit_map(f, x, y[None])):
+            with pytest.raises(ValueError, match=r"`p0` is needed: .* cannot guess its start"):
+                call(model)

@@ -18,7 +18,7 @@ import pytest
 import scipy
 from distributed import get_task_stream
 
-from dask_nlsq import curve_fit, fit_map, plots
+from dask_nlsq import curve_fit, fit_map, models, plots
 from dask_nlsq.results.binning import FEW, binned, quantile_residuals
 from dask_nlsq.results.bins import FINEST, exponent, in_bins, merged
 
@@ -424,3 +424,14 @@ def test_the_few_are_few():
     t, y = data(FEW + 1)
     assert binned(curve_fit(decay, t, y, p0=START)).points is None
     assert binned(curve_fit(decay, t[1:], y[1:], p0=START)).points.shape == (5, FEW)
+
+
+def test_the_summands_of_a_model_are_drawn():
+    t, y = data(300)
+    result = curve_fit(models.exponential + models.polynomial(0), t, y)
+    lines = {line.get_label(): line for line in result.plot(components=True).get_lines()}
+    assert {"model", "exponential", "polynomial(0)"} <= lines.keys()
+    total = lines["exponential"].get_ydata() + lines["polynomial(0)"].get_ydata()
+    np.testing.assert_allclose(total, lines["model"].get_ydata())
+    with pytest.raises(ValueError, match="decay is not a sum of models"):
+        curve_fit(decay, t, y, START).plot(components=True)

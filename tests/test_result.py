@@ -273,7 +273,7 @@ def test_a_result_is_replaced_all_at_once(data, fitted, tmp_path, monkeypatch):
 def test_a_result_is_not_saved_in_the_place_of_a_file(fitted, tmp_path):
     (tmp_path / "f").write_text("notes")
     for path in (tmp_path / "f", tmp_path / "f" / "r"):
-        with pytest.raises(NotADirectoryError, match=r"`path` .*f is a file, give the path of a directory"):
+        with pytest.raises(NotADirectoryError, match=r"`path` .*f is a file: give the path of a directory"):
             fitted.save(path)
     assert (tmp_path / "f").read_text() == "notes"
 

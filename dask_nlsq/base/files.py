@@ -97,7 +97,7 @@ def check_directory(name: str, path: Path) -> None:
     """NotADirectoryError where the argument ``name`` cannot be a directory, since it is a file or below one."""
     there = existing(path)
     if not there.is_dir():
-        raise NotADirectoryError(f"`{name}` {path}: {there} is a file, give the path of a directory, which need not exist")
+        raise NotADirectoryError(f"`{name}` {path}: {there} is a file: give the path of a directory, which need not exist")
 
 
 def sum_of_values(array: np.ndarray) -> int:
