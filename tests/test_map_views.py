@@ -423,6 +423,26 @@ def test_another_model_or_other_data_are_refused(kept, tmp_path):
             found.with_data(**arguments)
 
 
+def test_lazy_data_are_known_by_some_of_their_pixels(tmp_path):
+    lazy = da.from_array(Y, chunks=(*BLOCK, N))
+    fits = fit_map(peak, X, lazy, P0)
+    fits.to_zarr(tmp_path / "m")
+    found = load(tmp_path / "m")
+    for same in (lazy, Y):
+        same_bits(found.with_data(X, same, f=peak), found)
+    fit_map(peak, X, Y, P0).to_zarr(tmp_path / "of_numpy")
+    same_bits(load(tmp_path / "of_numpy").with_data(X, lazy, f=peak), found)
+    with pytest.raises(ValueError, match=r"Changed: values of ydata, with which pixel .* has chi2"):
+        found.with_data(X, 7 * lazy + 3, f=peak)
+
+
+def test_ties_that_are_functions_are_given_again(tmp_path):
+    rules = {"offset": lambda area: area / 100}
+    fit_map(peak, X, Y, P0, expr=rules).to_zarr(tmp_path / "m")
+    found = load(tmp_path / "m")
+    same_bits(found.with_data(X, Y, f=peak, expr=rules), found)
+
+
 def test_a_model_that_has_no_name_has_to_be_given(tmp_path):
     counting().to_zarr(tmp_path / "m")
     with pytest.raises(ValueError, match=r"cannot be imported by name: give it as f="):
