@@ -294,7 +294,7 @@ def _write(result, out, report):
     text = json.dumps(result.to_dict(), indent=1)
     write_whole(out / "summary.json", [text.encode()])
     (out / "report.html").unlink(missing_ok=True)  # of an earlier result
-    written = ["result.json", "summary.json"]
+    written = ["result.json", "summary.json", *["local.zarr"] * (out / "local.zarr").exists()]
     if report and find_spec("matplotlib") is None:
         click.echo('no report.html: pictures need matplotlib, pip install "dask_nlsq[plot]"', err=True)
     elif report:
