@@ -6,6 +6,7 @@ workers and commands that tests start find in their environment.
 
 import gc
 import os
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,3 +59,11 @@ def programs_that_no_test_needs_any_more():
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPPED:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def handler_of_ctrl_c():
+    """A module that leaves another handler of Ctrl-C would spoil the tests of others in its process."""
+    yield
+    left = signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert left is signal.default_int_handler, f"tests of this module leave {left} as the handler of SIGINT"

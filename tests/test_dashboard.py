@@ -325,7 +325,8 @@ def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
         curve_fit(decay, *data(), **TIGHT, strategy="streaming")
     prefixes = client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.task_prefixes))
     ours = {prefix for prefix in prefixes if "nlsq" in prefix}
-    assert ours == {"nlsq-load", "nlsq-sweep", "nlsq-census", "nlsq-draw-points"}
+    of_others = {"nlsq-map", "nlsq-sweep-groups", "array-nlsq-checked-nlsq-map"}  # fits that other tests have made there
+    assert ours - of_others == {"nlsq-load", "nlsq-sweep", "nlsq-census", "nlsq-draw-points"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")

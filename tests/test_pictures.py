@@ -406,6 +406,7 @@ def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
     found = curve_fit(level, np.arange(300.0), np.ones((8, 100, 300)), p0=[0.5], mask=mask)
     places = np.argwhere(np.broadcast_to(~mask, (8, 100, 300)))
     assert found.n_points == len(places)
+    between(found, 0, 0)  # which imports what it needs
     for number in (0, len(places) // 2, len(places) - 1):
         tracemalloc.start()
         where = between(found, number, number)
