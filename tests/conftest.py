@@ -63,7 +63,11 @@ def programs_that_no_test_needs_any_more():
 
 @pytest.fixture(scope="module", autouse=True)
 def handler_of_ctrl_c():
-    """A module that leaves another handler of Ctrl-C would spoil the tests of others in its process."""
+    """A module that leaves another handler of Ctrl-C would spoil the tests of others in its process.
+
+    A shell starts what runs in its background with Ctrl-C ignored.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     left = signal.signal(signal.SIGINT, signal.default_int_handler)
     assert left is signal.default_int_handler, f"tests of this module leave {left} as the handler of SIGINT"
