@@ -143,6 +143,11 @@ def first(params):
     return abs(params[0])
 
 
+def smaller(params):
+    return min(params[0], params[3])
+
+
+BANDS = "any", beside(overlapping, Draw.line), smaller
 CASES = {
     "line": (line, "any", lambda d: d.line(d.height()), None),
     "polynomial(3)": (polynomial(3), "any", lambda d: d.parabola(d.height(), 3), None),
@@ -176,26 +181,11 @@ CASES = {
         gaussian + gaussian + polynomial(2),
         "any",
         beside(two_peaks, Draw.parabola),
-        lambda p: min(p[0], p[3]),
+        smaller,
     ),
-    "gaussian + gaussian + line, overlapping": (
-        gaussian + gaussian + line,
-        "any",
-        beside(overlapping, Draw.line),
-        lambda p: min(p[0], p[3]),
-    ),
-    "gaussian + gaussian + line, overlapping, positive": (
-        (gaussian + gaussian).positive + line,
-        "any",
-        beside(overlapping, Draw.line),
-        lambda p: min(p[0], p[3]),
-    ),
-    "lorentzian + lorentzian + line, overlapping": (
-        lorentzian + lorentzian + line,
-        "any",
-        beside(overlapping, Draw.line),
-        lambda p: min(p[0], p[3]),
-    ),
+    "gaussian + gaussian + line, overlapping": (gaussian + gaussian + line, *BANDS),
+    "gaussian + gaussian + line, overlapping, positive": ((gaussian + gaussian).positive + line, *BANDS),
+    "lorentzian + lorentzian + line, overlapping": (lorentzian + lorentzian + line, *BANDS),
     "arctan_edge + gaussian + line": (
         arctan_edge + gaussian + line,
         "any",

@@ -11,7 +11,8 @@ import numpy as np
 
 from ..base.files import DamagedFileError, well_formed
 from ..base.lazy import zarr
-from ..base.modules import Trust, UntrustedError, import_by
+from ..base.modules import Trust
+from ..results.named_model import import_model
 from .fit import fit_map
 from .pictures import Axis, axis_of
 from .result import MapResult, origins, refuse_another
@@ -186,14 +187,7 @@ class StoredMap(Maps):
             raise ValueError(f"{self.path}: the model {self.about['model']} cannot be imported by name: {way_out}")
         if not (isinstance(name, list) and [*map(type, name)] == [str, str]):
             raise DamagedFileError(self.path / METADATA, "it does not name its model", self.path)
-        try:
-            return import_by(name, self._trust)
-        except UntrustedError as err:
-            raise UntrustedError(
-                f"{err}: {way_out}, or load with trust=True, or trust= the directory of the module"
-            ) from None
-        except (ImportError, AttributeError) as err:
-            raise ValueError(f"the model {'.'.join(name)} cannot be imported ({err}): {way_out}") from err
+        return import_model(name, self._trust, f"the model {'.'.join(name)}", way_out)
 
     def _call(self) -> dict[str, Any]:
         """Arguments of the fit, as far as the store has them."""

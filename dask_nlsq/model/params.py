@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -75,13 +75,16 @@ class Parameter:
         return f"<Parameter {' '.join(filter(None, map(str.strip, self.row()[:3])))}{f' ({said})' * bool(said)}>"
 
 
-class Params(Mapping[str, Parameter]):
-    """`Parameter` by name, in the order of the model."""
+T = TypeVar("T")
 
-    def __init__(self, *parameters: Parameter):
-        self._by_name = {each.name: each for each in parameters}
 
-    def __getitem__(self, name: str) -> Parameter:
+class ByName(Mapping[str, T]):
+    """Things by their names, in their order; a wrong name is an error that lists the right ones."""
+
+    def __init__(self, *things: T):
+        self._by_name: dict[str, T] = {each.name: each for each in things}  # type: ignore[attr-defined]  # they have names
+
+    def __getitem__(self, name: str) -> T:
         if name not in self._by_name:
             raise unknown(name, self._by_name)
         return self._by_name[name]
@@ -94,6 +97,10 @@ class Params(Mapping[str, Parameter]):
 
     def _ipython_key_completions_(self):
         return [*self]
+
+
+class Params(ByName[Parameter]):
+    """`Parameter` by name, in the order of the model."""
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

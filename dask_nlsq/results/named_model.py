@@ -1,5 +1,6 @@
 """The model of a result that was loaded: imported by its name, if it still computes the same."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..base.modules import Trust, UntrustedError, import_by, import_name
@@ -50,16 +51,27 @@ class NamedModel(NamedTuple):
         if self.name is None:
             why = "a lambda, of a notebook, or tied by a function"
             raise ValueError(f"the model of this result has no name to import it by ({why}): {way_out}")
-        try:
-            f = import_by(self.name, self.trust)
-            ties = Ties(self.names, self.expr) if self.expr else None
-            model = intern(FixedParameters(f, self.values, self.free, ties=ties) if self.values else f)
-        except UntrustedError as err:
-            raise UntrustedError(
-                f"{err}: {way_out}, or load it with trust=True, or trust= the directory of the module"
-            ) from None
-        except (ImportError, AttributeError) as err:
-            raise ValueError(f"the model of this result cannot be imported ({err}): {way_out}") from err
+        f = import_model(self.name, self.trust, "the model of this result", way_out)
+        ties = Ties(self.names, self.expr) if self.expr else None
+        model = intern(FixedParameters(f, self.values, self.free, ties=ties) if self.values else f)
         if fingerprint(model, layouts, n_params, self.n) != self.fingerprint:
             raise ValueError(f"the model {'.'.join(self.name)} computes something else than when it was fitted: {way_out}")
         return model
+
+
+def import_model(name: list[str], trust: Trust, whose: str, way_out: str) -> Callable:
+    """The function of this module and name.
+
+    Raises
+    ------
+    ValueError
+        Where it cannot be imported; an `UntrustedError` where it may not be.
+    """
+    try:
+        return import_by(name, trust)
+    except UntrustedError as err:
+        raise UntrustedError(
+            f"{err}: {way_out}, or load it with trust=True, or trust= the directory of the module"
+        ) from None
+    except (ImportError, AttributeError) as err:
+        raise ValueError(f"{whose} cannot be imported ({err}): {way_out}") from err

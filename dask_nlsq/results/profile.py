@@ -19,7 +19,7 @@ References
 """
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -40,6 +40,7 @@ from ..engine.waiting import StopOnSignal, ToldToLeave
 from ..kernels.rules import ROUNDING, TO_ROUNDING
 from ..memory.machine import active_client
 from ..memory.plan import make_plan
+from ..model.params import ByName
 from ..solve.together import together
 from ..solve.trust_region import Asks, NotFiniteAtStart, Options, solving
 from . import plots
@@ -134,23 +135,8 @@ class LikelihoodProfile:
 HEAD = ("parameter", "value", "level", "from", "to", "s.e.", "s.e.", "")
 
 
-class LikelihoodProfiles(Mapping[str, LikelihoodProfile]):
+class LikelihoodProfiles(ByName[LikelihoodProfile]):
     """`LikelihoodProfile` by name; prints as a table."""
-
-    def __init__(self, *profiles: LikelihoodProfile):
-        self._by_name = {each.name: each for each in profiles}
-
-    def __getitem__(self, name: str) -> LikelihoodProfile:
-        return self._by_name[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._by_name)
-
-    def __len__(self):
-        return len(self._by_name)
-
-    def _ipython_key_completions_(self):
-        return [*self]
 
     def plot(self, axes=None):
         """Each of them: `dask_nlsq.plots.profile`, in an array of axes."""
