@@ -1,6 +1,5 @@
 """curve_fit and fit: prepare, bring the data where they are swept, solve, return."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -41,9 +40,7 @@ from .solve.outcome import WAY_OUT, NotConvergedError, interrupted, not_converge
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
 from .solve.warm_start import hybrid
-from .watch.progress import Live, Observers
-
-logger = logging.getLogger("dask_nlsq")
+from .watch.progress import Live, Observers, say_summary
 
 
 @with_known_names(FITS)
@@ -265,9 +262,7 @@ def curve_fit(
     if result.status == STUCK:
         warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
     interrupted(result, run.evaluator.stop, run.evaluator.checkpoint)
-    logger.info("%s", result.summary())
-    if ready.call.verbose:
-        print(result.summary())
+    say_summary(result, ready.call.verbose)
     if ready.call.full_output:
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
     return result

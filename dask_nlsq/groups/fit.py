@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,14 +38,12 @@ from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_
 from ..prepare import HeldData
 from ..solve.outcome import NotConvergedError, interrupted, not_converged
 from ..solve.trust_region import INTERRUPTED, Options, Record, solve
-from ..watch.progress import Live, Observers
+from ..watch.progress import Live, Observers, say_summary
 from .diagnostics import interchangeable
 from .labels import DIM, ByLabel, LabelledGroups
 from .plan import plan_groups
 from .result import GroupResult, group_result
 from .sweep import GroupSweep
-
-logger = logging.getLogger("dask_nlsq")
 
 TILE = 2**12  # points of a group that are evaluated at once
 LARGEST_TABLE = 2**27  # bytes, in each process
@@ -246,9 +243,7 @@ def fit_groups(
         raise NotConvergedError(not_converged(solution, ready.options.names), result)
     if not result.success and result.status != INTERRUPTED:
         warn(f"Not converged: {result.message}", scipy.optimize.OptimizeWarning)
-    logger.info("%s", result.summary())
-    if ready.call.verbose:
-        print(result.summary())
+    say_summary(result, ready.call.verbose)
     return result
 
 

@@ -286,3 +286,12 @@ def _print_record(record: Record):
     step = ("", "") if record.iteration == 0 else (f"{record.actual:.2e}", f"{record.step_norm:.2e}")
     values = (record.iteration, record.nfev, f"{record.cost:.6e}", *step, f"{record.distance:.2e}", record.reduction)
     print("".join(f"{value!s:^15}" for value in (*values, f"{record.seconds:.2f}")))
+
+
+def say_summary(result, verbose: int) -> None:
+    """The summary of a result for the log, and printed if the user asks for it; made only where somebody reads it."""
+    if verbose or logger.isEnabledFor(logging.INFO):
+        text = result.summary()
+        logger.info("%s", text)
+        if verbose:
+            print(text)
