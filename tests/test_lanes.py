@@ -53,8 +53,8 @@ def test_a_parameter_without_effect_leaves_its_row_and_column_zero():
 
 
 def test_lanes_are_many_for_short_spectra_and_few_for_long_ones():
-    assert [n_lanes(n) for n in (1, 2**10, 2**10 + 1, 2**12, 2**20)] == [256, 256, 128, 64, 16]
-    assert [group_size(n, 3) for n in (1, 2**7, 2**8, 2**10, 2**20)] == [256, 64, 32, 8, 4]
+    assert [n_lanes(n) for n in (1, 2**10, 2**10 + 1, 2**12, 2**20)] == [64, 64, 64, 64, 16]
+    assert [group_size(n, 3) for n in (1, 2**7, 2**8, 2**10, 2**20)] == [64, 64, 32, 8, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

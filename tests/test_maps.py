@@ -48,6 +48,10 @@ def peak_np(x, area, center, width, offset):
     return area * np.exp(-0.5 * ((x - center) / width) ** 2) + offset
 
 
+def peak_on_slope(x, height, center, width, offset, slope):
+    return height / (1 + ((x - center) / width) ** 2) + offset + slope * x
+
+
 def by_scipy(sigma=None, p0=P0, **options):
     """popt (*map, p) and pcov (*map, p, p), pixel by pixel."""
     popt, pcov = np.empty((*BLOCK, 4)), np.empty((*BLOCK, 4, 4))
@@ -143,6 +147,19 @@ def test_fixed_parameters_are_held_and_the_others_are_scipys():
 
 
 @SLOW
+@pytest.mark.parametrize("start", [0.0, 1e-8, 0.01])
+def test_a_parameter_far_larger_than_its_start_takes_no_more_steps(start):
+    x, rng = np.linspace(-1, 1, 100), np.random.default_rng(0)
+    params = [rng.uniform(*ends, (200, 1)) for ends in ((200, 2000), (-0.3, 0.3), (0.1, 0.4), (20, 80), (-10, 10))]
+    y = rng.poisson(peak_on_slope(x, *params)).astype(float)
+    bounds = [0, -1, 0.02, -np.inf, -np.inf], [np.inf, 1, 1, np.inf, np.inf]
+    options = dict(sigma=np.sqrt(np.maximum(y, 1)), bounds=bounds)
+    fits = [fit_map(peak_on_slope, x, y, [1000, 0, 0.25, 50, slope], **options).compute() for slope in (1.0, start)]
+    assert all(each.success.all() for each in fits)
+    assert fits[1].nfev.max() <= fits[0].nfev.max() + 3
+    assert np.max(abs(fits[1].popt - fits[0].popt) / fits[0].perr) < 0.01
+
+
 def test_a_masked_point_is_one_that_scipy_does_not_get():
     mask = np.random.default_rng(2).random(Y.shape) < 0.2
     found = fitted(Y, mask=mask, **TIGHT)

@@ -24,9 +24,10 @@ from .rows import poisson_rows, robust_rows, with_columns
 from .rules import EPS, RUNNING, Course, length
 from .steps import HatSpace, Point, Scheme, Seen, Step, best_step, dot, more, point_at, reined_in
 
-MOST_LANES, FEWEST_LANES = 256, 16  # pixels that are fitted together: enough to make a vector of each number
+MOST_LANES, FEWEST_LANES = 64, 16  # pixels that are fitted together: vectors of each number, and the last ones waste few
 LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
 GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
+STEEP = -float(np.finfo(np.float64).max)
 PIVOT = 2**8 * EPS  # of the diagonal element: rounding of a gram matrix of some 1000 points, as measured
 
 
@@ -170,8 +171,9 @@ def _propose(course: Course, bounds) -> tuple[Step, Any]:
     def step_at(alpha):
         return _newton(hessian + alpha * eye, gradient)[:3]
 
-    # the slope is that of the space before it was reined in, a first guess for the iteration
-    slope, inside = here.model.newton_slope, length(jnp, here.newton) <= radius
+    # of a space that has been reined in the slope is not known; a very steep one says nothing of the parameter
+    reined = jnp.any(here.hat.d != course.here.hat.d, axis=0)
+    slope, inside = jnp.where(reined, STEEP, here.model.newton_slope), length(jnp, here.newton) <= radius
     bounded, alpha, _ = more(step_at, here.newton, slope, length(jnp, gradient), radius, course.alpha)
     bounded = bounded * (radius / length(jnp, bounded))  # on the sphere exactly, so that it never leaves it
     step_h = jnp.where(inside, here.newton, bounded)

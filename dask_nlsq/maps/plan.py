@@ -18,7 +18,7 @@ from ..memory.processes import Room, room_here, rooms_of_workers
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 FEWEST_VALUES = 2**16  # of y in a task, up to which chunks are joined: a millisecond of work, as much as a task costs
 MANY_BLOCKS = 256  # whose tasks cost a few tenths of a second by themselves
-SPLIT_VALUES = 2**19  # of y that is in memory already: enough tasks for the threads
+SPLIT_VALUES = 2**18  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
 
