@@ -171,7 +171,7 @@ class Segmentation(NamedTuple):
         n_blocks = max(-(-data.n_points // BLOCK_POINTS), data.n_runs)
         longest = max(data.n_points, data.run_points)
         few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
-        per_block = -(-min(most, few) // n_blocks)  # the loop over 256 takes 0.3 ms
+        per_block = -(-min(most, few) // n_blocks)
         return cls(per_block, max(1, most // data.n_runs), max(0, -(-data.n_runs // most) - 1).bit_length())
 
 

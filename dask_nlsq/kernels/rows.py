@@ -25,7 +25,7 @@ from jax import lax
 
 from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import LOSSES, masked_cost, poisson_terms
-from .blocks import JacMode, KernelSpec, Tile
+from .blocks import JacMode, KernelSpec, Tile, tile_size
 from .rules import EPS
 
 REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
@@ -86,48 +86,74 @@ def _weight_kernel(spec: KernelSpec):
 
 def build_sweep(model, spec):
     def sweep(params, f_scale, block):
-        p = len(params)
+        p, by_gram = len(params), spec.reduction == "gram"
 
-        def add_tile(state, part, first, fresh):
-            matrix, cost, parts = state
+        def of_tile(first, fresh):
             rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
             gram = _gram(rows)  # which XLA leaves out where nothing needs it
-            matrix = matrix + gram if spec.reduction == "gram" else _update_factor(matrix, rows)
-            if spec.parts:
-                mine = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
-                parts = parts.at[part].add(mine)
-            return matrix, cost + sums[0], parts
+            all_sums = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
+            return all_sums, (gram if by_gram else rows, sums[0])
 
-        return _by_tile(spec, block, add_tile, (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS)
+        def add(state, condensed):
+            (matrix, cost), (found, costs) = state, condensed
+            if by_gram:
+                return matrix + found.sum(axis=0), cost + costs.sum()
+            return _update_factor(matrix, found.reshape(p + 1, -1)), cost + costs.sum()
+
+        start, n_columns = (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS
+        return _by_tile(spec, block, p, n_columns, of_tile, (0 if by_gram else 1, 0), start, add)
 
     return sweep
 
 
 def _sum_weights(spec, block):
-    def add_tile(state, part, first, fresh):
+    def of_tile(first, fresh):
         tile = Tile(spec.layouts, block, first, len(fresh))
         one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
-        return (state[0].at[part].add(jnp.stack([one @ one, one @ y, y @ y])),)
+        return jnp.stack([one @ one, one @ y, y @ y]), ()
 
-    return _by_tile(spec, block, add_tile, (), N_WEIGHTS)[0]
+    return _by_tile(spec, block, 0, N_WEIGHTS, of_tile, (), (), lambda state, condensed: state)[0]
 
 
-def _by_tile(spec, block, add_tile, start, n_columns):
-    """Walk over a block: ``add_tile(state, part, first, fresh)``; the state ends in zeros (k, n_columns) for its parts."""
+def _by_tile(spec, block, n_params, n_columns, of_tile, axes, start, add):
+    """Walk over a block: ``of_tile(first, fresh) -> sums (n_columns,), condensed`` of each tile.
+
+    A turn of the loop costs as much as hundreds of points, so it takes as many short tiles as make a long one.
+    ``add(state, condensed)`` gets what they are condensed to, stacked along ``axes``; the state is ``start`` at first, and
+    ends in the sums of the parts, (k, n_columns).
+    """
     capacity, n = block.buffers[0].shape[0], block.geometry[0]
     tile = spec.tile or capacity
     tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
     n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
+    own_part = n_parts > 0 and tiles_per_part == 1  # of each tile
+    together = max(tile_size(n_params, capacity) // tile, 1) if own_part and spec.tile else 1
 
-    def add(i, state):
-        begin = i * tile
+    def at(k):
+        begin = k * tile
         # the last tile of a ragged block starts early and leaves out what the one before has counted
         first = jnp.maximum(jnp.minimum(begin, n - tile), 0)
         point = first + jnp.arange(tile)
-        return add_tile(state, i // tiles_per_part, first, (point >= begin) & (point < n))
+        return of_tile(first, (point >= begin) & (point < n))
 
-    state = (*start, jnp.zeros((n_parts, n_columns)))
-    return add(0, state) if spec.tile is None else lax.fori_loop(0, (n + tile - 1) // tile, add, state)
+    def turn(i, state):
+        *state, parts = state
+        if together == 1:
+            sums, condensed = at(i)
+            sums, condensed = sums[None], jax.tree.map(jnp.expand_dims, condensed, axes)
+        else:
+            sums, condensed = jax.vmap(at, out_axes=(0, axes))(i * together + jnp.arange(together))
+        if own_part:
+            parts = lax.dynamic_update_slice(parts, sums, (i * together, 0))
+        elif n_parts:
+            parts = parts.at[i // tiles_per_part].add(sums[0])
+        return *add(state, condensed), parts
+
+    n_rows = -(-n_parts // together) * together
+    state = (*start, jnp.zeros((n_rows, n_columns)))
+    n_turns = (n + tile * together - 1) // (tile * together)
+    *state, parts = turn(0, state) if tile * together >= capacity else lax.fori_loop(0, n_turns, turn, state)
+    return *state, parts[:n_parts]
 
 
 def _gram(rows):
