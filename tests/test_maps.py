@@ -740,7 +740,7 @@ def test_threads_of_maps_and_groups_compute_on_the_callers_device():
 import jax, numpy as np, dask.array as da, jax.numpy as jnp
 from dask_nlsq import fit_groups, fit_map
 from dask_nlsq.groups import sweep
-from dask_nlsq.maps import blocks
+from dask_nlsq.kernels import tries
 
 seen = set()
 def spied(module, name):
@@ -753,7 +753,7 @@ def spied(module, name):
             return found
         return call
     setattr(module, name, kernel)
-spied(blocks, "map_kernel"), spied(sweep, "group_kernel")
+spied(tries, "map_kernel"), spied(sweep, "group_kernel")
 
 def decay(t, amplitude, rate):
     return amplitude * jnp.exp(-rate * t)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import OptimizeWarning
 
-from dask_nlsq import MapStatus, NotConvergedError, curve_fit, fit_map
+from dask_nlsq import NotConvergedError, curve_fit, fit_map
 
 X = np.linspace(0, 5, 200)
 RNG = np.random.default_rng(0)
@@ -93,9 +93,11 @@ def test_counts_are_fitted_from_starts_at_which_the_mean_is_not_positive(p0, way
     np.testing.assert_allclose(fit.popt, best.popt, atol=0.01 * best.perr.min())
 
 
-def test_pixels_whose_mean_is_not_positive_at_the_start_are_stuck_and_not_successes():
+def test_pixels_of_counts_are_fitted_where_the_mean_is_not_positive_at_the_start():
     counts = np.random.default_rng(0).poisson(50 * np.exp(-X) + 1, size=(3, 200))
-    assert np.all(fit_map(decay, X, counts, [0, 1, 0], loss="poisson").compute().status == MapStatus.STUCK)
+    best, fits = (fit_map(decay, X, counts, p0, loss="poisson").compute() for p0 in ([50, 1, 1], [0, 1, 0]))
+    assert best.success.all() and fits.success.all()
+    assert np.all(abs(fits.popt - best.popt) < 0.01 * best.perr)
 
 
 @pytest.mark.parametrize("reduction", ["auto", "gram", "qr"])
@@ -143,3 +145,42 @@ def test_a_parameter_that_is_pressed_against_its_bound_ends_there_in_any_unit():
         assert fit.success
         assert fit.popt[0] == pytest.approx(unit, rel=1e-12)
         assert fit.at_bound[0] == -1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# amplitudes of zero, or in another unit
+
+PLACES = np.linspace(-5, 5, 64)
+POSITIVE = ([0, -5, 0.05, -np.inf], [np.inf, 5, 10, np.inf])
+
+
+def peak(x, a, m, w, c):
+    return a * jnp.exp(-0.5 * ((x - m) / w) ** 2) + c
+
+
+def peaks(unit, n=40):
+    """Parameters (n, 4) and spectra (n, 64)."""
+    rng = np.random.default_rng(0)
+    truth = np.stack([rng.uniform(*ends, n) for ends in ((2, 10), (-1, 1), (0.5, 1.5), (-1, 2))], axis=1)
+    truth[:, [0, 3]] *= unit
+    return truth, np.array([peak(PLACES, *params) for params in truth]) + 0.2 * unit * rng.normal(size=(n, 64))
+
+
+@pytest.mark.parametrize("unit", [1, 1e3, 1e12])
+@pytest.mark.parametrize(
+    "p0, bounds", [([0, 0, 1, 0], POSITIVE), ([1, 0, 1, 1], POSITIVE), ([1, 0, 1, 1], (-np.inf, np.inf))]
+)
+def test_pixels_find_their_amplitudes_from_zero_and_from_other_units(unit, p0, bounds):
+    truth, y = peaks(unit)
+    best, fits = (fit_map(peak, PLACES, y, start, bounds=bounds).compute() for start in (list(truth.T), p0))
+    good = abs(fits.chi2 / best.chi2 - 1) < 1e-6
+    assert good.mean() >= 0.95
+    assert good[fits.success].all()
+
+
+@pytest.mark.parametrize("unit", [1, 1e3, 1e12])
+def test_a_fit_finds_an_amplitude_that_starts_at_its_bound_of_zero(unit):
+    truth, y = peaks(unit, 6)
+    for params, values in zip(truth, y, strict=True):
+        best, fit = (curve_fit(peak, PLACES, values, p0, bounds=POSITIVE) for p0 in (params, [0, 0, 1, 0]))
+        assert np.all(abs(fit.popt - best.popt) < 0.01 * best.perr)

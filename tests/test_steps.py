@@ -68,7 +68,7 @@ def test_a_held_parameter_does_not_move(xp):
 
 def test_no_step_is_far_longer_than_its_parameter_has_been(xp):
     d, diagonal, gradient, reach, newton = arrays(
-        xp, [1e44, 1, 1e44, 0, 0.5], [4, 4, 0, 4, 1], [1e44, 3, 5, 0, 1], [10, 10, 0, 1, 1e-3], [8, 6, 7, 0, 1]
+        xp, [1e44, 1, 1e44, 0, 0.5], [4, 4, 0, 4, 1], [1e44, 3, 5, 0, 1], [10, 10, 0, 1, 1e-5], [8, 6, 7, 0, 1]
     )
     here = Point()._replace(hat=HatSpace(d, diagonal, gradient, None), reach=reach, newton=newton)
     reined = steps.reined_in(xp, here, 2.0)

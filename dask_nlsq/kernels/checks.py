@@ -123,7 +123,7 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
     start : (p,) array
         Values of all parameters; those that are not asked for are varied a little, since a power may be 1 there.
     """
-    if not sample or not _is_linear_by_structure(model, layouts, sample, start, places):
+    if not sample or not is_linear_by_structure(model, layouts, sample, start, places):
         return False
     rng, places = np.random.default_rng(0), list(places)
     one = np.where(start == 0, 0.1, start) * (1 + 0.1 * rng.standard_normal((TRIED, len(start))))
@@ -143,7 +143,9 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
     return bool(np.all(abs(share * a + (1 - share) * b - between) <= LINEAR * size[:, None]))
 
 
-def _is_linear_by_structure(model: Model, layouts: Layouts, sample, start: np.ndarray, places) -> bool:
+def is_linear_by_structure(model: Model, layouts: Layouts, sample, start: np.ndarray, places) -> bool:
+    """Whether derivatives by the parameters at ``places`` are computed without their values."""
+
     def derivative(values, direction):
         def f(values):
             every = list(start)

@@ -105,7 +105,7 @@ class Lanes(NamedTuple):
     data: Any  # Data, while they are fitted
     pixel: Any
     trial: Any  # (p, lanes)
-    course: Course
+    course: Any  # Course
     status: Any
 
 

@@ -35,8 +35,9 @@ LEAST_RADIUS = 1e-300
 FIRST_RADIUS = 0.01  # of the residuals, at least
 LENGTH_MEMORY = 1e10  # times its present length, that a column of J is remembered to have been
 LEAST_RATIO = 0.2  # of actual and predicted reduction: a lower cost by less is luck, and leads to other optima
-MOST_CHANGE = 100.0  # of a parameter in one step, times the largest that it has been
+MOST_CHANGE = 1e4  # of a parameter in one step, times the largest that it has been
 SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
+UNMOVED, UNSEEN = 1e-6, 1e-10  # of the noise: what a parameter changes that is to move; that is to be determined
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
 AT_BOUND = 1e-2  # standard errors
@@ -243,6 +244,17 @@ def undetermined(xp, columns, longest, params, magnitude):
     """Parameters on which the model does not depend: whose column is zero, or has faded to less than y is rounded."""
     faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(magnitude))
     return (columns == 0) | faded
+
+
+def below_noise(xp, columns, cost, n_points, bounds):
+    """What a parameter could change between its two bounds is less than these shares of the noise: `UNMOVED`, `UNSEEN`.
+
+    Not where the residuals are zero, nor without two bounds.
+    """
+    if bounds is None:
+        return False, False
+    change, noise = columns * (bounds[1] - bounds[0]), xp.sqrt(2 * cost / xp.maximum(n_points, 1))
+    return change < UNMOVED * noise, change < UNSEEN * noise
 
 
 def off_the_bounds(xp, params, lower, upper, share):

@@ -40,7 +40,7 @@ MORE_ITERATIONS = 10  # it needs two or three; SciPy's limit
 class HatSpace(NamedTuple):
     """The scaled variables at one point."""
 
-    d: Any  # step = d * step_h; 0 for parameters that are held at a bound
+    d: Any  # step = d * step_h; 0 for parameters that do not move: held at a bound, or without effect on the model
     diagonal: Any  # C
     gradient: Any  # g_h = d * g
     v: Any  # distance to the bound that the gradient pushes against, 1 where there is none
@@ -114,14 +114,15 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     longest = xp.maximum(columns, before.longest)
     reach = xp.maximum(xp.abs(params), before.reach)
     scale = rules.scale(xp, columns, longest) if isinstance(scheme.x_scale, str) else scheme.x_scale
+    magnitude = rules.magnitude(xp, seen.size, reach, columns)
+    unmoved, unseen = rules.below_noise(xp, columns, cost, seen.n_points, scheme.bounds)
+    undetermined = rules.undetermined(xp, columns, longest, params, magnitude) | unseen
     near = _reach_of_bounds(xp, seen, scale, scheme, solve_newton)
-    hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near)
+    hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near, undetermined | unmoved)
     newton, decrement, model = solve_newton(hat)
     dof = seen.n_points - len(params)
     variance = xp.where(dof > 0, 1.0 if scheme.noise_known else seen.chi_square / xp.maximum(dof, 1), xp.nan)
-    magnitude = rules.magnitude(xp, seen.size, reach, columns)
     floor = rules.rounding_floor(magnitude, params, columns, seen.n_points)
-    undetermined = rules.undetermined(xp, columns, longest, params, magnitude)
     n_full = xp.where(full, before.n_full + 1, 0)
     shorter = xp.sqrt(decrement / xp.where(before.decrement > 0, before.decrement, xp.inf))
     contraction = xp.where(n_full > 1, shorter, 0.0)
@@ -158,8 +159,11 @@ def _reach_of_bounds(xp, seen: Seen, scale, scheme: Scheme, solve_newton: Callab
     return xp.where(predicted < scheme.near_below * seen.cost, NEAR * xp.abs(plain.d * newton), xp.inf)
 
 
-def hat_space(xp, params, gradient, scale, bounds, near=np.inf) -> HatSpace:
-    """Variables with distant bounds and parameters of similar scale ([1]_, eq. 2.2); bounds count as far as ``near``."""
+def hat_space(xp, params, gradient, scale, bounds, near=np.inf, still: Any = False) -> HatSpace:
+    """Variables with distant bounds and parameters of similar scale ([1]_, eq. 2.2).
+
+    Bounds count as far as ``near``. Parameters that are ``still`` do not move.
+    """
     lower, upper = bounds or (-xp.inf, xp.inf)
     to_upper, to_lower = (gradient < 0) & xp.isfinite(upper), (gradient > 0) & xp.isfinite(lower)
     pushed = to_upper | to_lower
@@ -167,7 +171,7 @@ def hat_space(xp, params, gradient, scale, bounds, near=np.inf) -> HatSpace:
     counts = pushed & (v <= near)
     diagonal = xp.where(counts, xp.abs(gradient) * scale, 0.0)
     d = xp.sqrt(xp.where(counts, v / scale, 1.0)) * scale
-    d = xp.where(rules.held(xp, params, v, diagonal), 0.0, d)
+    d = xp.where(rules.held(xp, params, v, diagonal) | still, 0.0, d)
     return HatSpace(d, diagonal, d * gradient, v)
 
 

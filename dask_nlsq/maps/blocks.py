@@ -36,8 +36,9 @@ from ..data.store import Policy, Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
-from ..kernels.lane_loop import Fitted, Pixels, map_kernel
+from ..kernels.lane_loop import Fitted, Pixels
 from ..kernels.lanes import Limits, MapSpec
+from ..kernels.tries import fit_pixels
 from ..model.function import Model, advice, function_name, held, intern
 from ..model.ties import Ties
 from ..options import Noise, noise_of
@@ -109,10 +110,8 @@ class BlockFit:
         """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
         block = self.gather(place, *arrays, first=first)
         with float64():
-            kernel = map_kernel(self.model, self.spec)
-            with self.compiling("map", block.pixels):
-                found = jax.tree.map(np.asarray, kernel(block.pixels, block.n_pixels, self.limits))
-        return self.record(Fitted(*(each[: block.n_pixels] for each in found))).reshape(block.shape)
+            found = fit_pixels(self.model, self.spec, block.pixels, block.n_pixels, self.limits, self.compiling)
+        return self.record(found).reshape(block.shape)
 
     @contextmanager
     def compiling(self, what: Hashable, pixels: Pixels):
