@@ -143,7 +143,7 @@ def fit_map(
     -----
     The normal equations of a pixel are formed as a product ``J^T J``. Above a condition number of about 1e6 (with columns of
     length 1) the covariance loses digits, and above about 1e7 the pixel counts as singular; `dask_nlsq.curve_fit` uses QR
-    there. See `dask_nlsq.kernels.lane_loop` for the method.
+    there. See `dask_nlsq.kernels.lane_loop` for the method, and `dask_nlsq.kernels.tries` for pixels that fail at first.
 
     Examples
     --------
