@@ -35,10 +35,11 @@ from .results.diagnostics import NO_COUNTS, scaled_covariance
 from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import with_ties
-from .solve.multistart import Search, fit_again, polish, search
+from .solve.multistart import Search, polish, search
 from .solve.outcome import WAY_OUT, NotConvergedError, interrupted, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
-from .solve.trust_region import NotFiniteAtStart, Options, Record, Solution, solve
+from .solve.tries import fit_in_tries
+from .solve.trust_region import Begin, NotFiniteAtStart, Options, Record, Solution, alone
 from .solve.warm_start import hybrid
 from .watch.progress import Live, Observers, say_summary
 
@@ -517,13 +518,13 @@ def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
 
 
 def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, options: Options) -> tuple[Solution, Search | None]:
-    solver: Callable = solve if evaluator.sweep.place.held else hybrid
+    begin: Begin = alone if evaluator.sweep.place.held else hybrid
     if ready.call.n_starts:
         evaluator.watch(f"fits of a sample from {ready.call.n_starts} starts", 0, 0)
         sample = evaluator.sweep.points(sample_size(len(start)))
         found = search(ready.objective, sample, start, options.lower, options.upper, ready.call.n_starts)
-        return polish(found, evaluator, options, solver)
-    return fit_again(solver(evaluator, start, options), evaluator, start, options, solver), None
+        return polish(found, evaluator, options, begin)
+    return fit_in_tries(evaluator, start, options, begin), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

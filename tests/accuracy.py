@@ -23,6 +23,7 @@ from distributed import Client, LocalCluster
 
 import dask_nlsq
 from dask_nlsq.data.align import build_data
+from dask_nlsq.data.sample import sample_size
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import open_sweep
@@ -415,7 +416,7 @@ def escape(trap: Trap, n_starts: int, seed: int, n: int = 20_000) -> Escape:
             before = evaluator.count
             return solve(evaluator, start, options).equations.cost, evaluator.count - before
 
-        sample = sweep.points(multistart.sample_size(len(p0)))
+        sample = sweep.points(sample_size(len(p0)))
         search = multistart.search(objective, sample, p0, lower, upper, n_starts, seed)
         assert evaluator.count == 0
         solution, search = multistart.polish(search, evaluator, options)

@@ -64,13 +64,26 @@ def test_a_fit_that_does_not_converge_says_how_many_evaluations_each_try_had(f, 
 
 def test_a_stop_in_the_second_try_keeps_the_better_point():
     def stop(record):
-        if record.nfev == 301:
+        if record.nfev == 62:
             raise StopIteration
 
-    alone = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=lambda record: None).history[300].cost
+    alone = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=lambda record: None).history[61].cost
     fit = curve_fit(decay, X, DECAYING, [1, 1, 1], callback=stop)
     assert fit.status == -2
     assert fit.cost <= alone
+
+
+def test_a_first_try_that_creeps_pauses_and_goes_on_where_the_second_one_fails():
+    fit = curve_fit(decay, X, DECAYING, [1, 1, 1])
+    assert "not converged in 60 evaluations" in fit.message and fit.nfev < 100
+
+    slow, alone = [], []
+    y = np.sin(9 * X) + X  # no decay
+    for seen, most in ((slow, None), (alone, 300)):
+        with pytest.raises(NotConvergedError):
+            curve_fit(decay, X, y, [1, 1, 1], max_nfev=most, callback=lambda record, seen=seen: seen.append(record.params))
+    resumed = len(slow) - 240
+    np.testing.assert_array_equal(slow[:60] + slow[resumed:], alone)
 
 
 def test_a_fit_that_converges_has_no_second_try():

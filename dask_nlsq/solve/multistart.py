@@ -18,30 +18,23 @@ References
 .. [3] G. Golub, V. Pereyra, "Separable nonlinear least squares", Inverse Problems 19 (2003) R1-R26.
 """
 
-import logging
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.linalg import lstsq
 
-from ..base.text import several, table
+from ..base.text import table
 from ..base.x64 import float64
-from ..data.sample import NoSample, Sample, sample_size
+from ..data.sample import Sample
 from ..engine.condensed import Condensed, factor
 from ..engine.evaluator import Evaluator
 from ..engine.request import Objective
-from ..engine.waiting import ToldToLeave
 from ..kernels.blocks import KernelSpec
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
-from ..kernels.rules import STUCK, UNDETERMINED
 from ..kernels.values import values_kernel
 from ..model.losses import LIKELIHOODS, LOSSES
-from .trust_region import MESSAGES, NotFiniteAtStart, Options, Record, Solution, solve
+from .trust_region import Begin, Loop, NotFiniteAtStart, Options, Solution, alone
 
-logger = logging.getLogger("dask_nlsq")
-MOST_SEPARATED = 50  # parameters, for pairs of which the model is evaluated to find the linear ones
-FAILED = (0, STUCK, UNDETERMINED)  # statuses
 FIRST_POINTS = 512  # on which all candidates are screened
 CANDIDATES_PER_START = 64
 FEWEST_CANDIDATES = 1024  # three peaks without bounds: found from 640 in 16 of 20 runs, from 1280 in 19
@@ -167,51 +160,8 @@ def separated(objective: Objective, sample: Sample, p0: np.ndarray, lower, upper
     return params[0] if np.isfinite(costs[0]) else None
 
 
-def fit_again(first: Solution, evaluator: Evaluator, p0: np.ndarray, options: Options, fit) -> Solution:
-    """A second try where a fit from ``p0`` has not converged: amplitudes that are far off throw the other parameters away.
-
-    From where the parameters in which the model is linear are solved for; the better of the two solutions, with the
-    evaluations of both.
-    """
-    left = None if options.max_nfev is None else options.max_nfev - first.nfev
-    if first.status not in FAILED or left == 0 or len(p0) > MOST_SEPARATED:
-        return first
-    try:
-        sample = evaluator.sweep.points(sample_size(len(p0)))
-        start = separated(evaluator.objective, sample, p0, options.lower, options.upper)
-    except NoSample:
-        return first
-    if start is None or np.array_equal(start, p0):
-        return first
-    logger.info("not converged from p0: another fit begins with its linear parameters solved for")
-    last = first.history[-1]
-
-    def later(record: Record) -> Record:
-        return record._replace(iteration=record.iteration + last.iteration + 1, nfev=record.nfev + first.nfev)
-
-    observe = options.callback
-    callback = None if observe is None else lambda record: observe(later(record))
-    try:
-        second = fit(evaluator, start, replace(options, callback=callback, max_nfev=left))
-    except NotFiniteAtStart:
-        return first
-    except ToldToLeave:
-        return first._replace(status=-3, message=MESSAGES[-3])
-    start_of_it = "from p0 with its linear parameters solved for"
-    since = f", since the fit from p0 itself had not converged in {several(first.nfev, 'evaluation')}."
-    message = f"{second.message} {start_of_it.capitalize()}{since}"
-    if second.equations.cost < first.equations.cost:
-        found = second._replace(message=message)
-    elif second.status < 0:  # stopped
-        found = first._replace(status=second.status, message=message)
-    else:
-        found = first._replace(message=f"{first.message} A second try, {start_of_it}, was worse after {second.nfev:,} more.")
-    history = first.history + [later(record) for record in second.history]
-    return found._replace(nfev=first.nfev + second.nfev, history=history)
-
-
-def polish(found: Search, evaluator: Evaluator, options: Options, fit=solve) -> tuple[Solution, Search]:
-    """Fit all data from the best optimum of the sample by ``fit(evaluator, params, options)``.
+def polish(found: Search, evaluator: Evaluator, options: Options, begin: Begin = alone) -> tuple[Solution, Search]:
+    """Fit all data from the best optimum of the sample, by the loop ``begin(evaluator, params, options)``.
 
     Where the sample leaves doubt about which is the best, one sweep decides.
 
@@ -228,9 +178,11 @@ def polish(found: Search, evaluator: Evaluator, options: Options, fit=solve) -> 
     others = [np.flatnonzero(found.basin == b)[0] for b in range(found.basin.max() + 1)]
     for k in dict.fromkeys([*order, *others]):
         try:
-            return fit(evaluator, found.params[k], options), found._replace(winner=int(k))
+            solution = Loop(begin(evaluator, found.params[k], options), evaluator).go_on()
         except NotFiniteAtStart:  # at points that are not in the sample
             continue
+        assert solution is not None
+        return solution, found._replace(winner=int(k))
     raise NotFiniteAtStart(f"the cost or its derivatives are not finite at any of the {len(others)} optima of the sample")
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.linalg import norm
@@ -144,18 +144,52 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
     NotFiniteAtStart
         Where the first sweep gives no finite cost and normal equations.
     """
-    asks = solving(p0, options)
-    try:
-        asked = next(asks)
-        while True:
-            try:
-                found = sweep(*asked)
-            except ToldToLeave as stop:
-                asked = asks.throw(stop)
-            else:
-                asked = asks.send(found)
-    except StopIteration as end:
-        return end.value
+    found = Loop(solving(p0, options), sweep).go_on()
+    assert found is not None  # as it has all the sweeps that it asks for
+    return found
+
+
+Begin: TypeAlias = Callable[[Any, np.ndarray, Options], Asks[Solution]]  # of evaluator, start and options
+
+
+def alone(evaluator: Any, start: np.ndarray, options: Options) -> Asks[Solution]:
+    """`solving`, with nothing before it."""
+    return solving(start, options)
+
+
+class Loop:
+    """A loop of `solving`, which may pause between two of its sweeps."""
+
+    def __init__(self, asks: Asks[Solution], sweep: Callable[[np.ndarray, Reduction], Condensed]):
+        self.asks, self.sweep = asks, sweep
+        self.asked: tuple[np.ndarray, Reduction] | None = None
+
+    def go_on(self, most: float = np.inf) -> Solution | None:
+        """Its solution; None if it needs more than ``most`` sweeps from here."""
+        try:
+            asked = next(self.asks) if self.asked is None else self.asked
+            while most > 0:
+                try:
+                    found = self.sweep(*asked)
+                except ToldToLeave as stop:
+                    asked = self.asks.throw(stop)
+                else:
+                    asked = self.asks.send(found)
+                most -= 1
+        except StopIteration as end:
+            return end.value
+        self.asked = asked
+        return None
+
+    def leave(self, stop: ToldToLeave) -> Solution:
+        """Where it stands, after a pause."""
+        try:
+            self.asked = self.asks.throw(stop)
+        except StopIteration as end:
+            return end.value
+        found = self.go_on()
+        assert found is not None
+        return found
 
 
 def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:

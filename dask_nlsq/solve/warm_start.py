@@ -22,7 +22,7 @@ from ..engine.sweep import Sweep
 from ..kernels.blocks import Block, Reduction
 from ..kernels.rules import OFF_BOUND, off_the_bounds
 from .multistart import predicted_cost
-from .trust_region import NotFiniteAtStart, Options, Solution, solve
+from .trust_region import Asks, NotFiniteAtStart, Options, Solution, solve, solving
 
 SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample is useless
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
@@ -99,13 +99,7 @@ def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.
     return warm if there.finite and there.cost <= evaluator(start, reduction).cost else start
 
 
-def hybrid(evaluator: Evaluator, start: np.ndarray, options: Options) -> Solution:
-    """`trust_region.solve` on all data, from where a fit of the sample ends.
-
-    Raises
-    ------
-    NotFiniteAtStart
-        Where on all data cost or derivatives are not finite at ``start``.
-    """
+def hybrid(evaluator: Evaluator, start: np.ndarray, options: Options) -> Asks[Solution]:
+    """`trust_region.solving` on all data, from where a fit of the sample ends, which comes first."""
     # what the sample has determined is near its optimum, what it has not seen is most of the cost
-    return solve(evaluator, warm_start(evaluator, start, options), replace(options, near_below=np.inf))
+    return solving(warm_start(evaluator, start, options), replace(options, near_below=np.inf))

@@ -1,0 +1,90 @@
+"""Other tries where a fit from p0 does not converge: amplitudes that are far off throw the other parameters away.
+
+A first try pauses where it creeps. A second one begins where the parameters in which the model is linear have been solved
+for on a sample. If it fails too, the first one goes on. The solution with the lowest cost counts.
+"""
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+
+from ..base.text import several
+from ..data.sample import NoSample, sample_size
+from ..engine.evaluator import Evaluator
+from ..engine.waiting import ToldToLeave
+from ..kernels.rules import STUCK, UNDETERMINED
+from ..kernels.tries import FIRST, FIRST_PER_PARAM
+from .multistart import separated
+from .trust_region import MESSAGES, Begin, Loop, NotFiniteAtStart, Options, Record, Solution
+
+logger = logging.getLogger("dask_nlsq")
+MOST_SEPARATED = 50  # parameters, for pairs of which the model is evaluated to find the linear ones
+FAILED = (0, STUCK, UNDETERMINED)  # statuses
+LINEAR_FIRST = "from p0 with its linear parameters solved for"
+
+
+def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: Begin) -> Solution:
+    """The fit from ``p0`` (p,), by the loop ``begin(evaluator, start, options)``, or by another one.
+
+    The solution has the evaluations of both. With a given ``max_nfev`` the first try does not pause, and a second one has
+    the rest.
+    """
+    seen: list[Record] = []
+
+    def observe(record: Record) -> None:
+        seen.append(record._replace(iteration=len(seen), nfev=len(seen) + 1))
+        if options.callback is not None:
+            options.callback(seen[-1])
+
+    may_pause = options.max_nfev is None and len(p0) <= MOST_SEPARATED
+    loop = Loop(begin(evaluator, p0, replace(options, callback=observe)), evaluator)
+    first = loop.go_on(FIRST + FIRST_PER_PARAM * len(p0) if may_pause else np.inf)
+    if first is not None and first.status not in FAILED:
+        return first
+    n_first, left = len(seen), None if options.max_nfev is None else options.max_nfev - len(seen)
+    start = None if left == 0 else _start(evaluator, p0, options)
+    if start is None:
+        return first or _ended(loop)
+    logger.info("not converged from p0: another fit begins with its linear parameters solved for")
+    try:
+        second = _ended(Loop(begin(evaluator, start, replace(options, callback=observe, max_nfev=left)), evaluator))
+    except NotFiniteAtStart:
+        return first or _ended(loop)
+    except ToldToLeave as stop:
+        return loop.leave(stop) if first is None else first._replace(status=-3, message=MESSAGES[-3])
+    n_second, arrived = len(seen) - n_first, second.status > 0 and second.status not in FAILED
+    if first is None and arrived and second.equations.cost <= seen[n_first - 1].cost:
+        return second._replace(message=_since(second, n_first), nfev=len(seen), history=seen)
+    if first is None:
+        first = loop.leave(ToldToLeave(0)) if second.status < 0 else _ended(loop)
+    found, message = first, f"{first.message} A second try, {LINEAR_FIRST}, was worse after {n_second:,} more."
+    if second.equations.cost < first.equations.cost:
+        found, message = second, _since(second, first.nfev)
+    stopped = next((each for each in (second, first) if each.status < 0), None)
+    if stopped is not None:
+        found, message = found._replace(status=stopped.status), stopped.message
+    return found._replace(message=message, nfev=len(seen), history=seen)
+
+
+def _since(second: Solution, n_first: int) -> str:
+    since = f", since the fit from p0 itself had not converged in {several(n_first, 'evaluation')}."
+    return f"{second.message} F{LINEAR_FIRST[1:]}{since}"
+
+
+def _ended(loop: Loop) -> Solution:
+    found = loop.go_on()
+    assert found is not None  # as it has all the sweeps that it asks for
+    return found
+
+
+def _start(evaluator: Evaluator, p0: np.ndarray, options: Options) -> np.ndarray | None:
+    """Where a second try begins; None where there is no such place."""
+    if len(p0) > MOST_SEPARATED:
+        return None
+    try:
+        sample = evaluator.sweep.points(sample_size(len(p0)))
+    except NoSample:
+        return None
+    start = separated(evaluator.objective, sample, p0, options.lower, options.upper)
+    return None if start is None or np.array_equal(start, p0) else start
