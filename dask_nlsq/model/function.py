@@ -269,6 +269,7 @@ class FixedParameters:
         ties: Ties | None = None,
     ):
         self.f, self.free, self.jacobian, self.ties = f, [*free], jacobian, ties
+        self.tied = () if ties is None else tuple(k for k, name in enumerate(ties.names) if name in ties.tied)
         self.values = [0.0 if k in self.free else float(value) for k, value in enumerate(values)]
         self.__name__ = function_name(f)
 
