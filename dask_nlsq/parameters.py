@@ -67,8 +67,8 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     values = [_start_and_bounds(name, starts, pairs.get(name, (None, None)), fixed, shape) for name in names]
     start, lower, upper = (list(each) if shape else np.array(each, dtype=float) for each in zip(*values, strict=True))
     if by_model:
-        ends = [(a, a) if name in fixed else (b, c) for name, a, b, c in zip(names, start, lower, upper, strict=True)]
-        guess = intern(Guess(f, [pair if np.ndim(pair[0]) == np.ndim(pair[1]) == 0 else ENDLESS for pair in ends]))
+        ends = zip(names, lower, upper, strict=True)  # arrays are taken for close bounds
+        guess = intern(Guess(f, [(0.0, 0.0) if n in fixed or np.ndim(a) or np.ndim(b) else (a, b) for n, a, b in ends]))
     return Parameters(names, free, start, lower, upper, guessed, guess, ties)
 
 

@@ -383,9 +383,9 @@ def test_bounds_of_the_call_are_those_of_the_guess():
 
 
 def two_bands():
-    """The first is larger: a guess that knows nothing takes it first."""
+    """The second is on the flank of the first: a guess that knows nothing takes the first one first."""
     x = np.linspace(0, 10, 200)
-    y = 5 * np.exp(-0.5 * ((x - 3) / 0.3) ** 2) + 2 * np.exp(-0.5 * ((x - 7) / 0.5) ** 2) + 0.1 * x
+    y = 5 * np.exp(-0.5 * ((x - 3) / 0.8) ** 2) + 2 * np.exp(-0.5 * ((x - 4.6) / 0.5) ** 2) + 0.1 * x
     return x, y + np.random.default_rng(0).normal(0, 0.02, x.size)
 
 
@@ -394,14 +394,13 @@ def two_bands():
     [
         dict(fixed={"gaussian2_center": 3.0}),
         dict(bounds={"gaussian2_center": (2.97, 3.01)}),  # in which there is no point
-        dict(bounds={"gaussian1_center": (0, 10), "gaussian2_center": (2, 4)}),
         *(
             pytest.param(each, marks=pytest.mark.slow)  # in the other order of the parts, which is compiled by itself
             for each in (
-                dict(fixed={"gaussian1_center": 7.0}),
-                dict(fixed={"gaussian1_amplitude": 2.0, "gaussian1_width": 0.5, "gaussian1_center": 7.0}),
-                dict(bounds={"gaussian1_width": (0.45, 0.6), "gaussian2_width": (0.25, 0.35)}),
-                dict(bounds={"gaussian1_amplitude": (1.5, 2.5), "gaussian1_center": (6, 8)}),
+                dict(fixed={"gaussian1_center": 4.6}),
+                dict(fixed={"gaussian1_amplitude": 2.0, "gaussian1_width": 0.5, "gaussian1_center": 4.6}),
+                dict(bounds={"gaussian1_width": (0.4, 0.6), "gaussian2_width": (0.7, 0.9)}),
+                dict(bounds={"gaussian1_amplitude": (1.5, 2.5), "gaussian1_center": (4, 5)}),
             )
         ),
     ],
@@ -410,7 +409,7 @@ def two_bands():
 def test_a_guess_gives_a_peak_to_the_part_that_may_have_it(held):
     x, y = two_bands()
     model, call = gaussian + gaussian + line, {"fixed": None} | held
-    right = [2, 7, 0.5, 5, 3, 0.3, 0.1, 0]
+    right = [2, 4.6, 0.5, 5, 3, 0.8, 0.1, 0]
     found = curve_fit(model, x, y, **call)
     start = dict(
         zip((name for name in model.param_names if name not in (call["fixed"] or {})), found.history[0].params, strict=True)
@@ -418,16 +417,16 @@ def test_a_guess_gives_a_peak_to_the_part_that_may_have_it(held):
     fitted = [found[name].value for name in model.param_names]
     np.testing.assert_allclose(fitted, right, rtol=0.05, atol=0.05)
     for name, value in start.items():
-        assert value == pytest.approx(right[model.param_names.index(name)], rel=0.15, abs=0.1), name
+        assert value == pytest.approx(right[model.param_names.index(name)], rel=0.2, abs=0.2), name
 
 
 @pytest.mark.slow
 def test_in_a_map_too_a_guess_gives_a_peak_to_the_part_that_may_have_it():
     x, y = two_bands()
-    lows = np.array([6.0, 2.0])
-    fixed, bounds = {"line_intercept": 0.0}, {"gaussian1_center": (lows, lows + 2)}
+    lows = np.array([4.0, 2.0])
+    fixed, bounds = {"line_intercept": 0.0}, {"gaussian1_center": (lows, lows + 1.5)}
     fits = fit_map(gaussian + gaussian + line, x, np.stack([y, y]), fixed=fixed, bounds=bounds).compute()
-    np.testing.assert_allclose(fits.popt[:, [1, 4]], [[7, 3], [3, 7]], atol=0.02)
+    np.testing.assert_allclose(fits.popt[:, [1, 4]], [[4.6, 3], [3, 4.6]], atol=0.02)
     assert fits.nfev.max() <= 10
 
 

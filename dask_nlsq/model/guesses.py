@@ -196,7 +196,7 @@ def _refined(part: Part, view: View, starts):
         J = jax.jacfwd(lambda others: _residual(part, view, others)[0])(others) * (low < high)
         gram = J.T @ J
         lengths = jnp.diag(gram) * damping + jnp.finfo(J.dtype).tiny
-        trial = others - jnp.linalg.solve(gram + jnp.diag(lengths), J.T @ residual)
+        trial = _off_bounds(others - jnp.linalg.solve(gram + jnp.diag(lengths), J.T @ residual), part.ends[1])
         reached = cost(trial)
         better = reached < lowest
         state = jnp.where(better, trial, others), jnp.where(better, reached, lowest)
