@@ -44,6 +44,7 @@ class Axis(NamedTuple):
     unit: str
     values: np.ndarray  # numbers, one for each pixel; the number of the pixel where there are no coordinates
     known: bool  # whether they are coordinates
+    begin: np.datetime64 | None = None  # the date that they are seconds since
 
     @property
     def even(self) -> bool:
@@ -64,14 +65,15 @@ def axis_of(dim: str, n: int, coordinate) -> Axis:
     """
     if coordinate is None or tuple(coordinate[0]) != (dim,) or np.shape(coordinate[1]) != (n,) or n < 2:
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    values, quantity = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2])
+    values, quantity, begin = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2]), None
     if values.dtype.kind == "M":
         quantity = quantity._replace(unit=f"s since {str(values[0])[:19]}")
-        values = (values - values[0]) / np.timedelta64(1, "s")
+        begin = values[0]
+        values = (values - begin) / np.timedelta64(1, "s")
     steps = np.diff(values.astype(float)) if values.dtype.kind in "iuf" else np.zeros(1)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    return Axis(str(quantity), quantity.unit, values.astype(float), True)
+    return Axis(str(quantity), quantity.unit, values.astype(float), True, begin)
 
 
 def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):

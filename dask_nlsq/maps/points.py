@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.lazy import da
 from ..base.text import several
-from ..base.values import is_integer
+from ..base.values import is_integer, is_number
 from ..base.x64 import float64
 from ..data.labels import Labels, at_labels, label, since
 from ..engine.cluster import computed
@@ -205,10 +205,19 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
 def _nearest(dim: str, axis: pictures.Axis, value) -> int:
     if not axis.known:
         raise ValueError(f"axis {dim!r} of the map does not have numeric coordinates: give the pixel by integers")
+    given, value = value, np.asarray(value)[()]
+    if axis.begin is not None and not is_number(value):
+        try:
+            value = float((np.datetime64(value) - axis.begin) / np.timedelta64(1, "s"))
+        except (ValueError, TypeError):
+            raise TypeError(f"`{dim}` is {given!r}: give a date, such as '{str(axis.begin)[:19]}'") from None
+    if not is_number(value):
+        raise TypeError(f"`{dim}` is {given!r}: give a number, the coordinate of a pixel along this axis")
     low, high = float(axis.values.min()), float(axis.values.max())
     step = (high - low) / max(len(axis.values) - 1, 1)
     if not low - step <= value <= high + step:
-        raise ValueError(f"`{dim}` is {value}, outside of the map, which extends from {low:g} to {high:g}")
+        unit = "" if axis.begin is None else f" {axis.unit}"
+        raise ValueError(f"`{dim}` is {given}, outside of the map, which extends from {low:g} to {high:g}{unit}")
     return int(np.argmin(np.abs(axis.values - value)))
 
 

@@ -153,6 +153,8 @@ class StoredMap(Maps):
         given = dict(ydata=ydata, f=f, **options)
         if isinstance(xdata, MapResult) and (more := [name for name, value in given.items() if value is not None]):
             raise ValueError(f"with_data: `xdata` is a MapResult, which has its own {', '.join(more)}: leave that out")
+        if not isinstance(xdata, MapResult):
+            self._check_shape(ydata)
         fits = xdata if isinstance(xdata, MapResult) else fit_map(f or self._model(), xdata, ydata, **self._call() | options)
         then, now = identity_of(self.about), fits.provenance
         compared = len(then["data"]) == len(now["data"]) == 3  # with a sum of the values, which lazy ones have not
@@ -166,6 +168,12 @@ class StoredMap(Maps):
         if not compared and then["loss"] in ("linear", "poisson"):
             self._check_some(found)
         return found
+
+    def _check_shape(self, ydata) -> None:
+        """An error where data that say their shape have another one than those of the fit."""
+        then, now = tuple(self.about["data"][0]), getattr(ydata, "shape", None)
+        if now is not None and tuple(now) != then:
+            raise ValueError(f"with_data: `ydata` has the shape {tuple(now)}, the data of {self.path} had {then}")
 
     def _check_some(self, fits: MapResult) -> None:
         """An error where lazy data are not those of the fit, by what some of the pixels have for chi-square."""
