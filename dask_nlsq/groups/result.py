@@ -135,8 +135,8 @@ class GroupResult:
             raise AttributeError(name)
         try:
             return getattr(self.shared, name)
-        except AttributeError:
-            raise AttributeError(f"GroupResult has no {name!r}") from None
+        except AttributeError as err:
+            raise AttributeError(str(err).replace("SharedResult", "GroupResult")) from None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.popt, self.pcov))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.text import html_table, near, table
+from ..base.text import NamesOfLmfit, html_table, near, table
 from ..kernels.lanes import succeeded
 from ..model.params import Parameter, of_map
 from . import pictures
@@ -28,7 +28,7 @@ def _field(name: str, doc: str):
     return property(lambda self: self.field(name), doc=doc)
 
 
-class Maps:
+class Maps(NamesOfLmfit):
     """Maps by name, and pictures of them; a class of its own says where they are."""
 
     param_names: tuple[str, ...]
