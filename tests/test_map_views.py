@@ -317,6 +317,39 @@ def test_a_model_of_one_length_is_told_to_take_its_array_as_a_coordinate():
         fit_map(lambda x, a: a * x * weight, X, Y, p0=[1])
 
 
+def test_labels_below_a_narrow_map_do_not_overlap():
+    y = xr.DataArray(
+        blocks_of(Y),
+        dims=("row", "column", "e"),
+        coords={
+            "row": ("row", 0.05 * np.arange(10), {"units": "mm"}),
+            "column": ("column", -123.456 + 0.13 * np.arange(6), {"units": "mm"}),
+            "e": X,
+        },
+    )
+    axes = fit_map(peak, "e", y, P0).compute().plot()
+    axes[0].figure.canvas.draw()
+    assert not axes[0].xaxis.get_offset_text().get_text()
+    for ax in axes:
+        boxes = [each.get_window_extent() for each in ax.get_xticklabels() if each.get_text()]
+        low, high = ax.get_window_extent().intervalx
+        boxes = [each for each in boxes if low <= (each.x0 + each.x1) / 2 <= high]
+        apart = all(one.x1 < other.x0 for one, other in pairwise(boxes))
+        assert len(boxes) >= 2 and (apart or ax.get_xticklabels()[0].get_rotation() == 30)
+    plt.close("all")
+
+
+def test_values_that_are_the_same_but_for_rounding_are_drawn_as_one():
+    x = np.linspace(0, 1, 20)
+    found = fit_map(lambda x, a, b: a * x + b, x, (2 * x + 0.1)[None].repeat(7, axis=0), [1, 1]).compute()
+    values, errors = found.values_of("a")
+    low, high, _ = limits("a", values + 1e-14 * np.arange(7), errors)
+    assert low == high == pytest.approx(2)
+    for ax in found.plot():
+        assert np.ptp(ax.get_ylim()) > 1e-3
+    plt.close("all")
+
+
 def test_points_that_do_not_count_are_not_in_a_spectrum():
     y = Y[:5].copy()
     y[2, 3, [4, 7]] = np.nan

@@ -59,6 +59,7 @@ class Spectrum:
     params: Params
     status: MapStatus
     chi2: float
+    word: str  # for what it is of
     labels: dict[str, str]  # of x, y and residuals in pictures, and units of the coordinates
 
     @property
@@ -73,7 +74,7 @@ class Spectrum:
         """The pixel and how its fit ended, in a line."""
         where = ", ".join(f"{name} {value:.5g} {self.labels[f'unit of {name}']}".strip() for name, value in self.at.items())
         place = ", ".join(map(str, self.place))
-        return f"pixel ({place}){f' at {where}' if where else ''}: {pictures.status_name(self.status)}"
+        return f"{self.word} ({place}){f' at {where}' if where else ''}: {pictures.status_name(self.status)}"
 
     def plot(self, axes=None):
         """Data, model and residuals: `dask_nlsq.plots.spectrum`."""
@@ -150,6 +151,7 @@ def one_spectrum(found, place: tuple[int, ...]) -> Spectrum:
         params=_params(found, record),
         status=MapStatus(int(record["status"])),
         chi2=float(record["chi2"]),
+        word=fit.word,
         labels={f"unit of {dim}": axis.unit for dim, axis in zip(found.map_dims, found.axes, strict=True)}
         | dict(x=found.labels.get("x", "x"), y=found.labels.get("y", "y"), residual=residual_label(problem)),
     )

@@ -44,6 +44,7 @@ class StoredMap(Maps):
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names = tuple(self.about["parameters"])
+        self.word = "group" if "shared" in self.about else "pixel"
         self.derived_names = tuple(self.about.get("derived", ()))
 
     def __getattr__(self, name):
@@ -101,7 +102,7 @@ class StoredMap(Maps):
         """What this is, in a line."""
         done = self._done
         state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) continues"
-        return f"StoredMap {shown(self.shape, self.param_names)}, at {self.path}{state}"
+        return f"StoredMap {shown(self.shape, self.param_names, self.word)}, at {self.path}{state}"
 
     @property
     def origin(self) -> list[tuple[str, str]]:
