@@ -73,7 +73,7 @@ def distribution(found, names) -> str:
     except ValueError as too_large:
         return f"<p>{escape(str(too_large))}</p>"
     drawn = [name for name, *_ in seen.medians(names)]
-    return seen.tables(names) + (PICTURES.format(_figure(seen, drawn, pictures.histograms)) if drawn else "")
+    return f"{seen.tables(names)}<br>" + (PICTURES.format(_figure(seen, drawn, pictures.histograms)) if drawn else "")
 
 
 def _figure(found, names, draw) -> str:
