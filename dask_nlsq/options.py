@@ -375,6 +375,11 @@ def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
 
 def model_first(f, xdata, ydata, caller="curve_fit"):
     if callable(f):
+        if ydata is None and hasattr(xdata, "dtype"):
+            how = "None, data), which takes x from its coordinates" if hasattr(xdata, "dims") else "xdata, ydata)"
+            raise TypeError(
+                f"`ydata` is missing, since {caller}(f, data) takes the data for `xdata`. Give {caller}(f, {how}"
+            )
         return f, xdata, ydata
     if callable(ydata):
         return ydata, f, xdata

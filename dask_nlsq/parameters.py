@@ -10,7 +10,7 @@ from .base.text import near
 from .base.values import is_number, takes, without_flags
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
-from .model.ready import ReadyModel
+from .model.ready import Guess, ReadyModel
 from .model.ties import Ties
 from .options import are_endless
 
@@ -66,9 +66,9 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     starts = {**starts, **dict.fromkeys(tied, 0.0)}  # which does not matter
     values = [_start_and_bounds(name, starts, pairs.get(name, (None, None)), fixed, shape) for name in names]
     start, lower, upper = (list(each) if shape else np.array(each, dtype=float) for each in zip(*values, strict=True))
-    if by_model:  # bounds of the pixels are not those of the guess
-        numbers = all(np.ndim(each) == 0 for each in (*lower, *upper))
-        guess = intern(f.guess_within([*zip(lower, upper, strict=True)] if numbers else [*f.bounds.values()]))
+    if by_model:
+        ends = zip(names, lower, upper, strict=True)  # arrays are taken for close bounds
+        guess = intern(Guess(f, [(0.0, 0.0) if n in fixed or np.ndim(a) or np.ndim(b) else (a, b) for n, a, b in ends]))
     return Parameters(names, free, start, lower, upper, guessed, guess, ties)
 
 

@@ -22,7 +22,7 @@ from .engine.request import Objective
 from .engine.sweep import Sweep, open_sweep
 from .memory.machine import active_client
 from .memory.plan import Plan, make_plan
-from .model.function import function_name, held, intern
+from .model.function import function_name, held, intern, own_function
 from .options import FITS, WORKFLOWS, Noise, checked, is_reweighted, model_first, noise_of, with_known_names
 from .parameters import Parameters, read_parameters, scale
 from .presets import workflow_options
@@ -133,7 +133,8 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     """
     if call.decode_cf:
         warn_if_packed(ydata)
-    xrange, as_they_came = by_place(call.xrange, xdata, ydata), (xdata, ydata)
+    f = None if objective is None else own_function(objective.model.f)
+    xrange, as_they_came = by_place(call.xrange, xdata, ydata, f=f), (xdata, ydata)
     xdata, sigma, mask, labels = by_name(xdata, ydata, call.sigma, call.mask)
     arrays = dict(xdata=xdata, ydata=ydata, sigma=sigma, mask=mask)
     reweighted = is_reweighted(sigma)

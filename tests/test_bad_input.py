@@ -358,7 +358,7 @@ def test_an_error_in_a_model_is_one_error():
     assert not getattr(caught.value, "__notes__", [])
 
 
-@pytest.mark.parametrize("data", [b"y.zarr", None, zarr.create_group(store={})], ids=["bytes", "None", "group"])
+@pytest.mark.parametrize("data", [b"y.zarr", zarr.create_group(store={})], ids=["bytes", "group"])
 def test_what_is_not_an_array_gets_advice(data):
     with pytest.raises(TypeError, match=r"`ydata` is .*zarr\.open_array"):
         curve_fit(decay, X, data)

@@ -54,7 +54,7 @@ def fits(client):
 
 def begun(**changed):
     """The first message of a fit."""
-    sizes = dict(n_points=1, n_chunks=1, n_partitions=1, n_fits=0, sweep_bytes=8, accuracy=0.01)
+    sizes = dict(n_points=1, n_chunks=1, n_partitions=1, n_fits=0, accuracy=0.01)
     return dict(what="curve_fit", client="", model="line", names=("a",), strategy="", **sizes) | changed
 
 
@@ -107,6 +107,10 @@ def test_the_page_knows_how_fast_each_worker_sweeps(client):
     text = _workers(fits(client)[-1], {address: (4, 2.0)})
     per_piece = N / found.plan.n_partitions / 1e6
     assert address in text and f">{2 * per_piece:.3g}<" in text
+    fit = fits(client)[-1]
+    speed = fit["sweeps"][-1]["points_per_s"]
+    running = {name: value for name, value in fit.items() if name != "status"}
+    assert f"{speed:.3g} million points per second" in _state(running) and "B per second" not in _state(running) + text
 
 
 def send(client, *messages):
@@ -145,7 +149,7 @@ def test_messages_that_no_fit_sends_change_nothing(client):
         curve_fit(decay, *data(), **TIGHT)
     before = fits(client)
     first = begun(fit="x", model="<script>alert(1)</script>" * 1000, strategy="<b>")
-    swept = dict(fit="x", nfev=1, n_sweeps=1, failed=0, cost=1.0, distance=1.0, points_per_s=1.0, gb_per_s=1.0)
+    swept = dict(fit="x", nfev=1, n_sweeps=1, failed=0, cost=1.0, distance=1.0, points_per_s=1.0)
     swept |= dict(params=[1.0], errors=[0.1])
     wrong = ["text", None, {}, {"fit": [1]}, {"fit": "y", "cost": 1.0}, {"fit": "y", "status": "ended"}]
     wrong += [first | {name: bad} for name in first for bad in (None, object(), [None], 10**5000)]

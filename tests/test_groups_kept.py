@@ -17,7 +17,7 @@ import zarr
 from distributed import Client
 
 import dask_nlsq
-from dask_nlsq import CheckpointError, GroupResult, NotConvergedError, fit_groups, load, plan_fit, resume
+from dask_nlsq import CheckpointError, GroupResult, MapStatus, NotConvergedError, fit_groups, load, plan_fit, resume
 from dask_nlsq.models import gaussian
 from dask_nlsq.results.schema import VERSION
 
@@ -389,6 +389,11 @@ def test_a_report_is_one_page(expected, tmp_path):
     pytest.importorskip("matplotlib")
     text = expected.report(tmp_path / "page.html").read_text()
     assert all(word in text for word in ("rate", "beta", "converged", "degrees of freedom"))
+    _, _, groups = text.partition("<h2>Groups</h2>")
+    own, counted = groups.partition("</section>")[0], np.unique(expected.local.compute().status, return_counts=True)
+    for status, count in zip(*counted, strict=True):
+        assert f"<tr><td>{count}</td><td>{MapStatus(status).name.lower()}</td></tr>" in own
+    assert "68 % of the groups" in own and 'alt="' + ", ".join(LOCAL) + '"' in own and "pixel" not in text
 
 
 def test_a_fit_that_runs_out_of_sweeps_raises_with_the_best_so_far():

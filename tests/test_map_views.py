@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -279,6 +280,7 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     assert seen.title.startswith("pixel (3, 3) at row 4.5 µm, column 6 µm: ")
     for wrong, error, message in (
         (dict(row=40.0, column=5), ValueError, "`row` is 40.0, outside of the map, which extends from 3 to 7.5"),
+        (dict(row="a", column=5), TypeError, "`row` is 'a': give a number, the coordinate of a pixel"),
         (dict(row=4.0), ValueError, "coordinates along row, column, not row"),
         (dict(), TypeError, "by 2 numbers, or by its coordinates along row, column"),
     ):
@@ -293,6 +295,59 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     assert named.spectrum(np.int64(-1), -6).place == (9, 0)
     with pytest.raises(ValueError, match="axis 'axis_0' of the map does not have numeric coordinates"):
         fitted(Y[:5]).spectrum(axis_0=1, axis_1=2)
+
+
+def test_a_pixel_is_named_by_a_date():
+    days = np.array(["2026-01-01", "2026-01-02", "2026-01-04"], "M8[ns]")
+    y = xr.DataArray(Y[:3, 0], dims=("time", "e"), coords={"time": days, "e": X})
+    found = fit_map(peak, "e", y, P0).compute()
+    for date, place in (("2026-01-02", 1), (days[2], 2), (datetime(2026, 1, 3, 18), 2), (y.time[1], 1), (86400.0, 1)):
+        assert found.spectrum(time=date).place == (place,)
+    for wrong, error, message in (
+        ("soon", TypeError, "`time` is 'soon': give a date, such as '2026-01-01T00:00:00'"),
+        ("2027-01-01", ValueError, "is 2027-01-01, outside of the map, which .* to 259200 s since 2026-01-01T00:00:00"),
+    ):
+        with pytest.raises(error, match=message):
+            found.spectrum(time=wrong)
+
+
+def test_a_model_of_one_length_is_told_to_take_its_array_as_a_coordinate():
+    weight = np.linspace(1, 2, N)
+    with pytest.raises(ValueError, match=r"cannot be evaluated on \d+ of the points .*[^.]\. It must be .*xdata=\(x, w\)"):
+        fit_map(lambda x, a: a * x * weight, X, Y, p0=[1])
+
+
+def test_labels_below_a_narrow_map_do_not_overlap():
+    y = xr.DataArray(
+        blocks_of(Y),
+        dims=("row", "column", "e"),
+        coords={
+            "row": ("row", 0.05 * np.arange(10), {"units": "mm"}),
+            "column": ("column", -123.456 + 0.13 * np.arange(6), {"units": "mm"}),
+            "e": X,
+        },
+    )
+    axes = fit_map(peak, "e", y, P0).compute().plot()
+    axes[0].figure.canvas.draw()
+    assert not axes[0].xaxis.get_offset_text().get_text()
+    for ax in axes:
+        boxes = [each.get_window_extent() for each in ax.get_xticklabels() if each.get_text()]
+        low, high = ax.get_window_extent().intervalx
+        boxes = [each for each in boxes if low <= (each.x0 + each.x1) / 2 <= high]
+        apart = all(one.x1 < other.x0 for one, other in pairwise(boxes))
+        assert len(boxes) >= 2 and (apart or ax.get_xticklabels()[0].get_rotation() == 30)
+    plt.close("all")
+
+
+def test_values_that_are_the_same_but_for_rounding_are_drawn_as_one():
+    x = np.linspace(0, 1, 20)
+    found = fit_map(lambda x, a, b: a * x + b, x, (2 * x + 0.1)[None].repeat(7, axis=0), [1, 1]).compute()
+    values, errors = found.values_of("a")
+    low, high, _ = limits("a", values + 1e-14 * np.arange(7), errors)
+    assert low == high == pytest.approx(2)
+    for ax in found.plot():
+        assert np.ptp(ax.get_ylim()) > 1e-3
+    plt.close("all")
 
 
 def test_points_that_do_not_count_are_not_in_a_spectrum():
@@ -421,6 +476,9 @@ def test_another_model_or_other_data_are_refused(kept, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"map of another fit. Changed: {what}. Give"):
             found.with_data(**arguments)
+    for y in (Y[:3], np.moveaxis(Y, -1, 0), Y[0]):
+        with pytest.raises(ValueError, match=r"with_data: `ydata` has the shape \(.*\), the data of .* had \(10, 6, "):
+            found.with_data(X, y, sigma=0.15, f=peak)
 
 
 def test_lazy_data_are_known_by_some_of_their_pixels(tmp_path):

@@ -19,6 +19,7 @@ from dask_nlsq import curve_fit, fit_map, models, plan_fit, resume
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.model.faddeeva import faddeeva_real
 from dask_nlsq.model.function import intern, parameter_names
+from dask_nlsq.model.ready import Guess
 from dask_nlsq.models import ReadyModel, g2_single, gaussian, line, named, polynomial, voigt
 
 X = np.array([0.0, 0.3, 1.0, 2.5, 7.0, 40.0])
@@ -238,7 +239,7 @@ def test_what_p0_does_not_name_is_guessed():
         result = curve_fit(gaussian + line, X_LONG, Y_LONG, p0={names[1]: 0.99 * TRUTH[1]}, fixed=fixed)
         free = [k for k, name in enumerate(names) if name not in fixed]
         expected = np.where(np.array(names) == names[1], 0.99 * TRUTH[1], guessed)[free]
-        np.testing.assert_array_equal(result.history[0].params, expected)
+        np.testing.assert_allclose(result.history[0].params, expected, rtol=0.05 if fixed else 0)
         np.testing.assert_allclose(result.popt[:3], best()[:3], rtol=1e-2)
     assert plan_fit(gaussian + line, X_LONG, Y_LONG, p0={names[0]: 1.0}).strategy == "standard"
     with pytest.raises(ValueError, match="`p0` names 'centre'"):
@@ -269,7 +270,7 @@ def test_a_store_is_guessed_from_a_few_of_its_chunks_and_resumed_with_the_same_b
 def test_points_that_do_not_count_do_not_change_the_guess():
     x, y = peak_on_a_line(400)
     with float64():
-        model = jax.jit((gaussian + line).guess_within([*(gaussian + line).bounds.values()]))
+        model = jax.jit(Guess(gaussian + line))
         clean = model(x, y)
         far = np.concatenate([x, [3.0, np.nan, np.inf]]), np.concatenate([y, [np.nan, 1e9, 1e9]])
         np.testing.assert_allclose(model(*far), clean, rtol=0.1)
@@ -283,7 +284,7 @@ def test_points_that_do_not_count_do_not_change_the_guess():
 
 def test_the_order_of_the_points_does_not_matter():
     x, y = peak_on_a_line(400)
-    order, guess = RNG.permutation(x.size), jax.jit((gaussian + line).guess_within([*(gaussian + line).bounds.values()]))
+    order, guess = RNG.permutation(x.size), jax.jit(Guess(gaussian + line))
     with float64():
         np.testing.assert_allclose(guess(x[order], y[order]), guess(x, y), rtol=1e-6)
 
@@ -293,7 +294,7 @@ QUICK = ["line", "gaussian", "g2_single"]  # to compile
 
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE])
 def test_any_data_give_a_finite_guess(name):
-    guess = jax.jit(SINGLE[name].guess_within([*SINGLE[name].bounds.values()]))
+    guess = jax.jit(Guess(SINGLE[name]))
     for y in (np.zeros(30), np.full(30, 5.0), np.eye(30)[3], np.r_[1.0, 2.0, [np.nan] * 28]):
         with float64():
             assert np.isfinite(guess(np.arange(30.0), y)).all()
@@ -379,6 +380,80 @@ def test_bounds_of_the_call_are_those_of_the_guess():
         assert curve_fit(gaussian, x, y, bounds=bounds)["center"].value == pytest.approx(center, abs=0.02)
         fits = fit_map(gaussian, x, y[None], bounds=bounds).compute()
         assert fits["center"].value[0] == pytest.approx(center, abs=0.02)
+
+
+def two_bands():
+    """The second is on the flank of the first: a guess that knows nothing takes the first one first."""
+    x = np.linspace(0, 10, 200)
+    y = 5 * np.exp(-0.5 * ((x - 3) / 0.8) ** 2) + 2 * np.exp(-0.5 * ((x - 4.6) / 0.5) ** 2) + 0.1 * x
+    return x, y + np.random.default_rng(0).normal(0, 0.02, x.size)
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        dict(fixed={"gaussian2_center": 3.0}),
+        dict(bounds={"gaussian2_center": (2.97, 3.01)}),  # in which there is no point
+        *(
+            pytest.param(each, marks=pytest.mark.slow)  # in the other order of the parts, which is compiled by itself
+            for each in (
+                dict(fixed={"gaussian1_center": 4.6}),
+                dict(fixed={"gaussian1_amplitude": 2.0, "gaussian1_width": 0.5, "gaussian1_center": 4.6}),
+                dict(bounds={"gaussian1_width": (0.4, 0.6), "gaussian2_width": (0.7, 0.9)}),
+                dict(bounds={"gaussian1_amplitude": (1.5, 2.5), "gaussian1_center": (4, 5)}),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_a_guess_gives_a_peak_to_the_part_that_may_have_it(held):
+    x, y = two_bands()
+    model, call = gaussian + gaussian + line, {"fixed": None} | held
+    right = [2, 4.6, 0.5, 5, 3, 0.8, 0.1, 0]
+    found = curve_fit(model, x, y, **call)
+    start = dict(
+        zip((name for name in model.param_names if name not in (call["fixed"] or {})), found.history[0].params, strict=True)
+    )
+    fitted = [found[name].value for name in model.param_names]
+    np.testing.assert_allclose(fitted, right, rtol=0.05, atol=0.05)
+    for name, value in start.items():
+        assert value == pytest.approx(right[model.param_names.index(name)], rel=0.2, abs=0.2), name
+
+
+@pytest.mark.slow
+def test_in_a_map_too_a_guess_gives_a_peak_to_the_part_that_may_have_it():
+    x, y = two_bands()
+    lows = np.array([4.0, 2.0])
+    fixed, bounds = {"line_intercept": 0.0}, {"gaussian1_center": (lows, lows + 1.5)}
+    fits = fit_map(gaussian + gaussian + line, x, np.stack([y, y]), fixed=fixed, bounds=bounds).compute()
+    np.testing.assert_allclose(fits.popt[:, [1, 4]], [[4.6, 3], [3, 4.6]], atol=0.02)
+    assert fits.nfev.max() <= 10
+
+
+def test_a_guess_is_compiled_once_for_all_bounds_and_fixed_values():
+    x, y = two_bands()
+    model, compiled = gaussian + line, []
+    kept = intern(model).compiled
+    for call in (
+        {},
+        {"bounds": {"gaussian_center": (1, 5)}},
+        {"fixed": {"gaussian_center": 3.1}},
+        {"fixed": {"line_slope": 0.1}},
+    ):
+        curve_fit(model, x, y, **call)
+        compiled += [each for each in kept.items() if each[0][0] == "guess"]
+    assert len(dict(compiled)) == 1 and compiled[0][1]._cache_size() == 1
+    maps = [fit_map(model, x, y[None], bounds={"gaussian_center": (low, 5)}) for low in (0, 1)]
+    assert maps[0].problem.fit.spec == maps[1].problem.fit.spec
+
+
+@pytest.mark.slow
+def test_a_frequency_that_is_held_is_so_in_the_guess():
+    x = np.linspace(0, 10, 300)
+    y = 3 * np.sin(2 * np.pi * 2 * x + 0.4) + 1.5 * np.exp(-0.1 * x) * np.sin(2 * np.pi * 0.7 * x + 1)
+    found = curve_fit(models.damped_sine, x, y, fixed={"frequency": 0.7})
+    best = curve_fit(models.damped_sine, x, y, p0=[1.5, 0.7, 1, 0.1], fixed={"frequency": 0.7})
+    np.testing.assert_allclose(found.popt, best.popt, rtol=1e-3)
 
 
 def test_a_guess_is_in_double_precision_also_after_a_fit():

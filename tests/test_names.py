@@ -1,6 +1,8 @@
 """Parameters by name in results, and results as starts, bounds and values held of other fits."""
 
+import copy
 import json
+import re
 
 import dask.array as da
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import xarray as xr
 
 from dask_nlsq import curve_fit, fit_groups, fit_map, load, resume
+from dask_nlsq.base.text import LMFIT
 
 
 def decay(x, amplitude, rate, base):
@@ -129,3 +132,45 @@ def test_an_array_of_a_parameter_is_a_copy_where_one_is_asked_for():
 
 def test_a_lazy_parameter_of_one_pixel_says_what_it_is():
     assert repr(fit_map(decay, X, da.from_array(Y[0], 200), P0)["rate"]) == "<Parameter rate: 1 values and errors>"
+
+
+def test_names_of_lmfit_are_answered_with_ours(fitted, mapped, grouped):
+    for name, own in (
+        ("best_values", "params"),
+        ("redchi", "reduced_chi_square"),
+        ("eval_uncertainty", "confidence_band(x)"),
+    ):
+        with pytest.raises(AttributeError, match=f"no '{name}', which is lmfit's name: use {re.escape(own)}$"):
+            getattr(fitted, name)
+    with pytest.raises(AttributeError, match="GroupResult has no 'covar', which is lmfit's name: use pcov"):
+        _ = grouped.covar
+    with pytest.raises(AttributeError, match=r"use predict\(\)"):
+        _ = mapped.best_fit
+    assert not hasattr(mapped, "chisqr") and not hasattr(fitted, "chi") and copy.copy(fitted).popt is fitted.popt
+    for own in LMFIT.values():
+        assert hasattr(fitted, own.partition("(")[0])
+
+
+def test_data_in_the_place_of_x_are_told_where_they_go():
+    y = xr.DataArray(np.ones(9), dims="t")
+    for fit, name in ((curve_fit, "curve_fit"), (fit_map, "fit_map")):
+        with pytest.raises(TypeError, match=rf"`ydata` is missing, .* Give {name}\(f, None, data\), which takes x from"):
+            fit(lambda t, a: a * t, y)
+        with pytest.raises(TypeError, match=rf"Give {name}\(f, xdata, ydata\)"):
+            fit(lambda t, a: a * t, y.data)
+
+
+def test_a_misspelt_local_or_axis_of_groups_is_answered_with_the_nearest():
+    y = xr.DataArray(Y, dims=("angle", "t"), coords={"t": X})
+    for given, message in (
+        (dict(local="rates", group_axes=0), "`local` names 'rates', .*; did you mean 'rate'"),
+        (
+            dict(local="rate", group_axes="angel"),
+            r"`group_axes` 'angel' is not .*: it has \('angle', 't'\); did you mean 'angle'",
+        ),
+        (dict(local="rate", group_axes=2), "`group_axes` must name axes of `ydata`, by numbers from 0 to 1: not 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit_groups(decay, None, y, P0, **given)
+    with pytest.raises(ValueError, match="its dimensions have no names, give numbers from 0 to 1"):
+        fit_groups(decay, X, Y, P0, local="rate", group_axes="angle")

@@ -17,6 +17,7 @@ import xarray as xr
 import dask_nlsq.accessor  # noqa: F401
 from dask_nlsq import curve_fit, fit_map, plan_fit, resume
 from dask_nlsq.interface.accessor import start_of
+from dask_nlsq.models import gaussian
 
 NAN = np.nan
 IN_CHUNKS = pytest.mark.parametrize("chunks", [{"x": 1}, pytest.param(None, marks=pytest.mark.slow)], ids=["dask", "numpy"])
@@ -439,3 +440,11 @@ def test_a_fit_by_name_is_resumed(waves, tmp_path):
     fit = curve_fit(wave, ("x", "t"), data, [1, 2.5, 1], checkpoint=tmp_path / "c")
     again = resume(tmp_path / "c", wave, ydata=data)
     np.testing.assert_array_equal(again.popt, fit.popt)
+
+
+def test_a_map_of_a_ready_model_has_its_bounds_and_compiles_once_for_numpy_and_xarray():
+    x = np.linspace(0, 10, 60)
+    y = 5 * np.exp(-0.5 * ((x - 4) / 0.5) ** 2)[None].repeat(3, axis=0)
+    named = xr.DataArray(y, dims=("row", "energy"), coords={"energy": x})
+    plain, labelled = fit_map(gaussian, x, y).problem.fit, fit_map(gaussian, "energy", named).problem.fit
+    assert plain.spec.bounded and plain.spec == labelled.spec and plain.model is labelled.model

@@ -89,7 +89,7 @@ def test_coordinates_of_labelled_data_are_named():
     assert curve_fit(line, "energy", y, [1, 0], xrange=(3.5, 6.5)).n_points == INSIDE.sum()
     with pytest.raises(ValueError, match="`xrange` names 'time', but the names of `xdata` are energy"):
         curve_fit(line, None, y, [1, 0], xrange={"time": (3.5, 6.5)})
-    with pytest.raises(ValueError, match="`xrange` names 'energy', but `xdata` has no names"):
+    with pytest.raises(ValueError, match="`xrange` names 'energy', but the names of `xdata` are x: give"):
         curve_fit(line, X, Y, [1, 0], xrange={"energy": (3.5, 6.5)})
 
 
@@ -189,3 +189,16 @@ def test_the_command_line_takes_ranges(tmp_path):
     ):
         found = CliRunner().invoke(nlsq, [*command, "--xrange", wrong])
         assert found.exit_code == 2 and f"--xrange {wrong}"[:12] in found.output and said in found.output
+
+
+def test_coordinates_have_the_names_by_which_the_model_unpacks_them():
+    def model(qt, a):
+        q, t = qt
+        return a * q * t
+
+    q, t = np.linspace(1, 2, 20), np.linspace(0, 5, 20)
+    assert curve_fit(model, (q, t), q * t, p0=[1], xrange={"t": (0, 2)}).n_points == np.sum(t <= 2)
+    maps = fit_map(model, (q, t), (q * t)[None], p0=[1], xrange={"q": (1.5, 2)}).compute()
+    assert maps.n_points[0] == np.sum(q >= 1.5)
+    with pytest.raises(ValueError, match="`xrange` names 'T', but the names of `xdata` are q, t"):
+        curve_fit(model, (q, t), q * t, p0=[1], xrange={"T": (0, 2)})

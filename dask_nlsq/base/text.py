@@ -13,6 +13,13 @@ GB = 2**30  # bytes
 PLAIN = -4, 9  # powers of ten between which numbers are written without an exponent
 DIGITS = 15  # that a float has
 FAR = 1e3  # times a large value, above which its error leaves no digit of it
+LMFIT = {  # names in lmfit's results, and ours
+    "best_values": "params", "best_fit": "predict()", "init_values": "history", "residual": "residuals()",
+    "eval": "predict(x)", "eval_components": "components(x)", "eval_uncertainty": "confidence_band(x)",
+    "conf_interval": "confidence_intervals()", "ci_report": "profile(name)", "fit_report": "summary()", "plot_fit": "plot()",
+    "plot_residuals": "plot()", "covar": "pcov", "chisqr": "chi_square", "redchi": "reduced_chi_square",
+    "rsquared": "r_squared", "ndata": "n_points", "nfree": "dof", "nvarys": "free", "var_names": "param_names",
+}  # fmt: skip
 EXACT = Context(prec=40)  # whatever the user's context is
 
 
@@ -24,6 +31,16 @@ def near(name: str, known: Iterable[str], before: str = ": ") -> str:
     """The question whether the known name that is most like ``name`` was meant; empty where none is like it."""
     found = get_close_matches(name, [*known], 1)
     return f"{before}did you mean {found[0]!r}?" if found else ""
+
+
+class NamesOfLmfit:
+    """Attributes that results of lmfit have are answered with the name that this result has for them."""
+
+    def __getattr__(self, name: str):
+        own = LMFIT.get(name, "")
+        if own and own.partition("(")[0] in dir(self):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}, which is lmfit's name: use {own}", name=name)
+        return object.__getattribute__(self, name)  # whose error stands
 
 
 def numbered(names: Sequence[str], before: str = "") -> list[str]:

@@ -360,5 +360,5 @@ def map_values(p0, bounds, fixed, ydata, fitted):
             for name, pair in bounds.items()
         }
     elif isinstance(bounds, (list, tuple)):
-        bounds = [plain(f"bounds[{k}]", each, 1) for k, each in enumerate(bounds)]
+        bounds = type(bounds)(plain(f"bounds[{k}]", each, 1) for k, each in enumerate(bounds))  # the default stays it
     return plain("Initial guess", p0, 1), bounds, plain("Fixed value", fixed)

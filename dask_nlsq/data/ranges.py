@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ..base.text import near
+from ..model.function import coordinate_names
 from .arrays import join_masks, parted
 from .labels import as_given, labelled
 
@@ -12,8 +14,10 @@ Intervals = Sequence[tuple[float, float]]  # ends belong to them
 Ranges = Mapping[Any, Intervals]  # by place or name of a coordinate; None is the only one
 
 
-def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
+def by_place(xrange: Ranges | None, xdata, ydata, axes=None, f=None) -> Ranges | None:
     """``xrange`` with places for the names of xarray's coordinates; the ``axes`` of the fit are all of y's if None.
+
+    Coordinates without names have those by which the model ``f`` unpacks its x.
 
     Raises
     ------
@@ -26,8 +30,15 @@ def by_place(xrange: Ranges | None, xdata, ydata, axes=None) -> Ranges | None:
     of_labels, given = labelled(ydata), as_given(xdata, ydata, axes)
     known = [getattr(each, "name", None) if labelled(each) else each if of_labels else None for each in given]
     known = [each if isinstance(each, str) else None for each in known]
+    if f is not None and not any(known):
+        name, parts = coordinate_names(f)
+        known = [name] if len(given) == 1 else [*parts] if len(parts) == len(given) else known
     if unknown := [name for name in names if name not in known]:
-        have = f"the names of `xdata` are {', '.join(filter(None, known))}" if any(known) else "`xdata` has no names"
+        have = (
+            f"the names of `xdata` are {', '.join(filter(None, known))}{near(unknown[0], filter(None, known), '; ')}"
+            if any(known)
+            else "`xdata` has no names"
+        )
         raise ValueError(f"`xrange` names {unknown[0]!r}, but {have}: give the place of a coordinate, as in {{0: (1, 2)}}")
     found = {known.index(name) if name in names else name: intervals for name, intervals in xrange.items()}
     if len(found) < len(xrange):

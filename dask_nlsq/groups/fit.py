@@ -18,6 +18,7 @@ import scipy
 from ..base.disk import check_room
 from ..base.files import sum_of_values
 from ..base.lazy import da
+from ..base.text import near
 from ..base.warn import warn
 from ..data.labels import by_name, labelled, warn_if_packed
 from ..data.ranges import by_place
@@ -399,7 +400,7 @@ def _check_locals(problem: MapProblem, call) -> None:
     """An error if ``local`` names an unknown parameter, all fitted ones, or none of these."""
     names, own = problem.fit.names, _locals(call)
     if unknown := [name for name in own if name not in names]:
-        raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}")
+        raise ValueError(f"`local` names {unknown[0]!r}, the parameters are {names}{near(unknown[0], names, '; ')}")
     fitted = {names[k] for k in problem.fit.spec.free}
     if not fitted & {*own}:
         raise ValueError("`local` does not name a fitted parameter: without local parameters use `curve_fit`")

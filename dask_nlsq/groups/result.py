@@ -28,6 +28,7 @@ from ..kernels.groups import GroupSpec, LocalState
 from ..kernels.lanes import MapSpec, MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
+from ..maps.report import distribution
 from ..maps.result import FittedMaps
 from ..maps.store import is_map, remove
 from ..maps.stored import StoredMap
@@ -35,7 +36,7 @@ from ..model.params import Params
 from ..results import result as results
 from ..results import schema
 from ..results.diagnostics import Diagnostics, diagnose, scaled_covariance
-from ..results.report import report
+from ..results.report import page, written
 from ..results.result import FitResult
 from ..results.statistics import Groups, Totals
 from ..results.uncertainty import followers, spread_out
@@ -135,8 +136,8 @@ class GroupResult:
             raise AttributeError(name)
         try:
             return getattr(self.shared, name)
-        except AttributeError:
-            raise AttributeError(f"GroupResult has no {name!r}") from None
+        except AttributeError as err:
+            raise AttributeError(str(err).replace("SharedResult", "GroupResult")) from None
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.popt, self.pcov))
@@ -188,8 +189,10 @@ class GroupResult:
             remove(path / before)
 
     def report(self, path, **options) -> Path:
-        """Write one self-contained HTML page: `dask_nlsq.results.report.report`."""
-        return report(self.shared, path, **options)
+        """Write one self-contained HTML page: `dask_nlsq.results.report.report`, and how the locals are distributed."""
+        return written(
+            path, lambda: page(self.shared, **options, groups=distribution(self.local, self.shared.groups.locals))
+        )
 
 
 def load(path: str | Path, trust: Trust = False) -> FitResult | GroupResult | StoredMap:

@@ -9,7 +9,16 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from ..base.x64 import float64
-from ..model.function import Model, advice, check_jac_shape, check_shape, evaluate, evaluate_jac, function_name
+from ..model.function import (
+    Model,
+    advice,
+    check_jac_shape,
+    check_shape,
+    evaluate,
+    evaluate_jac,
+    function_name,
+    not_of_any_length,
+)
 from .blocks import Layouts, assemble_x
 
 
@@ -84,7 +93,10 @@ def check_pointwise(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ..
 
     run = model.get(("pointwise", layouts, n), lambda: model.jit(evaluate_parts))
     with float64():
-        found = [list(map(np.asarray, run(sample, params))) for params in starts]
+        try:
+            found = [list(map(np.asarray, run(sample, params))) for params in starts]
+        except (TypeError, ValueError) as err:  # shapes that do not go together
+            raise not_of_any_length(model, len(parts[1]), err) from None
     for everything, places, part in (
         (values[0], places, part) for values in found for places, part in zip(parts[1:], values[1:], strict=True)
     ):

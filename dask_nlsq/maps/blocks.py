@@ -391,7 +391,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         raise ValueError("`ydata` must not be empty!")
     fit_axes = axes_of(call.axis, dims, y.ndim)
     params = read_parameters(f, call, tuple(n for k, n in enumerate(y.shape) if k not in fit_axes))
-    xrange = by_place(call.xrange, xdata, ydata)
+    xrange = by_place(call.xrange, xdata, ydata, f=f)
     coordinates, in_pieces = Coordinates.of(data["xdata"], y.shape, fit_axes, xrange), getattr(call, "in_pieces", False)
     p, ties = len(params.names), params.ties
     model = intern(*held(f, getattr(call, "jac", None), [0.0] * p, range(p), ties))  # the lanes know what is fixed

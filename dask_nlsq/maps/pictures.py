@@ -20,6 +20,8 @@ from ..kernels.lanes import MapStatus
 from ..results.plots import DATA, MODEL, PANELS, need_matplotlib
 
 COLOURED = (2, 98)  # percentiles of what is determined between which a map is coloured
+BELOW = 24  # letters below a map
+ROUNDING = 1e-9  # relative: values that differ less are drawn as one
 SMALL_ERROR = 10  # times the error that 10 % of the pixels are below
 CERTAIN = 3  # errors from the middle of the map
 DECADES = 100  # ratio of these percentiles above which colours of positive values are on a log scale
@@ -44,6 +46,7 @@ class Axis(NamedTuple):
     unit: str
     values: np.ndarray  # numbers, one for each pixel; the number of the pixel where there are no coordinates
     known: bool  # whether they are coordinates
+    begin: np.datetime64 | None = None  # the date that they are seconds since
 
     @property
     def even(self) -> bool:
@@ -64,14 +67,15 @@ def axis_of(dim: str, n: int, coordinate) -> Axis:
     """
     if coordinate is None or tuple(coordinate[0]) != (dim,) or np.shape(coordinate[1]) != (n,) or n < 2:
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    values, quantity = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2])
+    values, quantity, begin = np.asarray(coordinate[1]), Quantity.named(dim, coordinate[2]), None
     if values.dtype.kind == "M":
         quantity = quantity._replace(unit=f"s since {str(values[0])[:19]}")
-        values = (values - values[0]) / np.timedelta64(1, "s")
+        begin = values[0]
+        values = (values - begin) / np.timedelta64(1, "s")
     steps = np.diff(values.astype(float)) if values.dtype.kind in "iuf" else np.zeros(1)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         return Axis(dim, "", np.arange(n, dtype=float), False)
-    return Axis(str(quantity), quantity.unit, values.astype(float), True)
+    return Axis(str(quantity), quantity.unit, values.astype(float), True, begin)
 
 
 def maps(found, names=None, axes=None, *, vmin=None, vmax=None, cmap=None):
@@ -127,6 +131,8 @@ def limits(name, values, errors, low=None, high=None) -> tuple[float, float, boo
     counted = values[determined(values, errors)]
     counted = counted if counted.size else values[np.isfinite(values)]
     ends = np.percentile(counted, COLOURED) if counted.size else (0.0, 1.0)
+    if ends[1] - ends[0] <= ROUNDING * max(np.abs(ends)):  # the same value everywhere
+        ends = np.full(2, np.mean(ends))
     low, high = (float(end if given is None else given) for end, given in zip(ends, (low, high), strict=True))
     positive = name.endswith(".error") or name in ("chi2", "distance")
     return low, high, positive and low > 0 and high > DECADES * low
@@ -201,11 +207,11 @@ def histograms(found, names, axes) -> None:
         values, errors = found.values_of(name)
         low, high, _ = limits(name, values, errors)
         kept = values[determined(values, errors)]
-        margin = 0.25 * (high - low) or 0.5
+        margin = 0.25 * (high - low) or _around(high)
         counts, edges = np.histogram(kept, BINS, (low - margin, high + margin))
         ax.stairs(counts, edges, fill=True, color=DATA, alpha=0.7)
         ax.set_title("\n".join(wrap(name, LONGEST)), parse_math=False)
-        ax.set_ylabel("pixels")
+        ax.set_ylabel(f"{found.word}s")
         ax.locator_params(axis="x", nbins=4)
         ax.spines[["top", "right"]].set_visible(False)
 
@@ -273,7 +279,21 @@ def _mesh(ax, along, values, **options):
     ax.spines[:].set_visible(True)
     ax.spines[:].set_color("#b0b0b0")
     ax.locator_params(nbins=5)
+    if x.known:
+        ax.ticklabel_format(axis="x", useOffset=False)  # it would stand on the label
+    for most in range(5, 0, -1):
+        ax.locator_params(axis="x", nbins=most)
+        if sum(len(label) + 2 for label in ax.xaxis.get_major_formatter().format_ticks(_within(ax))) <= BELOW:
+            break
+    else:
+        ax.tick_params(axis="x", labelrotation=30)  # the fewest are too long
     return drawn
+
+
+def _within(ax) -> list[float]:
+    """Ticks below a map."""
+    low, high = ax.get_xlim()
+    return [tick for tick in ax.get_xticks() if low <= tick <= high]
 
 
 def _image(ax, along, values, ends, colours):
@@ -303,6 +323,11 @@ def _categories(ax, along, status):
               handlelength=1.0, handletextpad=0.4)  # fmt: skip
 
 
+def _around(value: float) -> float:
+    """What an axis shows to each side of the only value."""
+    return 0.5 * abs(value) or 0.5
+
+
 def status_name(code) -> str:
     return MapStatus(code).name.lower().replace("_", " ")
 
@@ -316,7 +341,11 @@ def _curve(ax, axis, name, values, errors, given):
     )  # fmt: skip
     if errors is not None and not determined(values, errors)[good].all():
         low, high, _ = limits(name, values, errors)
-        ax.set_ylim(low - 0.3 * (high - low), high + 0.3 * (high - low))
+        margin = 0.3 * (high - low) or _around(high)
+        ax.set_ylim(low - margin, high + margin)
+    low, high = ax.get_ylim()
+    if high - low <= ROUNDING * max(abs(low), abs(high)):
+        ax.set_ylim(low - _around(low), high + _around(high))
     ax.set_ylim(*given)
     if name == "status":
         codes = np.unique(values)

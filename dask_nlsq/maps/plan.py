@@ -6,7 +6,7 @@ from math import ceil, inf, prod
 from typing import Any, NamedTuple
 
 from ..base.lazy import da
-from ..base.text import html_text, several, size, table
+from ..base.text import html_text, near, several, size, table
 from ..base.values import is_integer
 from ..data.arrays import made_bytes
 from ..kernels.lanes import LANE_POINTS
@@ -86,14 +86,15 @@ def axes_of(axis, dims, ndim, name: str = "axis", ordered: bool = True) -> tuple
             )
         return tuple(k for k in range(ndim) if k not in others)
     given = axis if isinstance(axis, (tuple, list)) else (axis,)
-    found = []
+    found, numbers = [], f"numbers from 0 to {ndim - 1}" if ndim > 1 else "0, its only one"
     for each in given:
         if isinstance(each, str):
             if dims is None or each not in dims:
-                raise ValueError(f"`{name}` {each!r} is not a dimension of `ydata`: {dims or 'it has no named dimensions'}")
+                have = f"it has {dims}{near(each, dims, '; ')}" if dims else f"its dimensions have no names, give {numbers}"
+                raise ValueError(f"`{name}` {each!r} is not a dimension of `ydata`: {have}")
             each = dims.index(each)
         if not is_integer(each) or not -ndim <= each < ndim:
-            raise ValueError(f"`{name}` must name axes of `ydata`, which has {ndim}: not {axis!r}")
+            raise ValueError(f"`{name}` must name axes of `ydata`, by {numbers}: not {axis!r}")
         found.append(int(each) % ndim)
     if not found or len(set(found)) < len(found):
         raise ValueError(f"`{name}` must name one or several different axes, not {axis!r}")

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.lazy import da
 from ..base.text import several
-from ..base.values import is_integer
+from ..base.values import is_integer, is_number
 from ..base.x64 import float64
 from ..data.labels import Labels, at_labels, label, since
 from ..engine.cluster import computed
@@ -59,6 +59,7 @@ class Spectrum:
     params: Params
     status: MapStatus
     chi2: float
+    word: str  # for what it is of
     labels: dict[str, str]  # of x, y and residuals in pictures, and units of the coordinates
 
     @property
@@ -73,7 +74,7 @@ class Spectrum:
         """The pixel and how its fit ended, in a line."""
         where = ", ".join(f"{name} {value:.5g} {self.labels[f'unit of {name}']}".strip() for name, value in self.at.items())
         place = ", ".join(map(str, self.place))
-        return f"pixel ({place}){f' at {where}' if where else ''}: {pictures.status_name(self.status)}"
+        return f"{self.word} ({place}){f' at {where}' if where else ''}: {pictures.status_name(self.status)}"
 
     def plot(self, axes=None):
         """Data, model and residuals: `dask_nlsq.plots.spectrum`."""
@@ -150,6 +151,7 @@ def one_spectrum(found, place: tuple[int, ...]) -> Spectrum:
         params=_params(found, record),
         status=MapStatus(int(record["status"])),
         chi2=float(record["chi2"]),
+        word=fit.word,
         labels={f"unit of {dim}": axis.unit for dim, axis in zip(found.map_dims, found.axes, strict=True)}
         | dict(x=found.labels.get("x", "x"), y=found.labels.get("y", "y"), residual=residual_label(problem)),
     )
@@ -205,10 +207,19 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
 def _nearest(dim: str, axis: pictures.Axis, value) -> int:
     if not axis.known:
         raise ValueError(f"axis {dim!r} of the map does not have numeric coordinates: give the pixel by integers")
+    given, value = value, np.asarray(value)[()]
+    if axis.begin is not None and not is_number(value):
+        try:
+            value = float((np.datetime64(value) - axis.begin) / np.timedelta64(1, "s"))
+        except (ValueError, TypeError):
+            raise TypeError(f"`{dim}` is {given!r}: give a date, such as '{str(axis.begin)[:19]}'") from None
+    if not is_number(value):
+        raise TypeError(f"`{dim}` is {given!r}: give a number, the coordinate of a pixel along this axis")
     low, high = float(axis.values.min()), float(axis.values.max())
     step = (high - low) / max(len(axis.values) - 1, 1)
     if not low - step <= value <= high + step:
-        raise ValueError(f"`{dim}` is {value}, outside of the map, which extends from {low:g} to {high:g}")
+        unit = "" if axis.begin is None else f" {axis.unit}"
+        raise ValueError(f"`{dim}` is {given}, outside of the map, which extends from {low:g} to {high:g}{unit}")
     return int(np.argmin(np.abs(axis.values - value)))
 
 

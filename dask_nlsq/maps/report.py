@@ -53,7 +53,7 @@ def page(found) -> str:
     title = f"Maps of {dict(found.origin)['model']}"
     head = (
         f"<h1>{escape(title)}</h1><p>{escape(found.heading)}<br>"
-        f"<strong>{good:,} of {n:,} pixels converged</strong> ({good / max(n, 1):.1%})<br>"
+        f"<strong>{good:,} of {n:,} {found.word}s converged</strong> ({good / max(n, 1):.1%})<br>"
         f'<span class="faint">Report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}</span></p>'
     )
     sections = [
@@ -64,6 +64,16 @@ def page(found) -> str:
         ("Provenance", _rows([*found.origin, *where_written()])),
     ]
     return html_page(title, head, *(section(*each) for each in sections))
+
+
+def distribution(found, names) -> str:
+    """HTML about the groups of a fit, ``names`` their own parameters: statuses, medians and histograms."""
+    try:
+        seen = found.drawable()
+    except ValueError as too_large:
+        return f"<p>{escape(str(too_large))}</p>"
+    drawn = [name for name, *_ in seen.medians(names)]
+    return f"{seen.tables(names)}<br>" + (PICTURES.format(_figure(seen, drawn, pictures.histograms)) if drawn else "")
 
 
 def _figure(found, names, draw) -> str:
@@ -101,13 +111,15 @@ def examples(found) -> list[tuple[tuple[int, ...], str]]:
         order = np.argsort(reduced, axis=None)[:some]  # NaN is last
         ranks = [(percent, order[(some - 1) * percent // 100]) for percent in (*GOOD, 100)]
         for percent, k in ranks:
-            what = "the largest of all" if percent == 100 else f"{percent} % of the pixels have less"
+            what = "the largest of all" if percent == 100 else f"{percent} % of the {found.word}s have less"
             place = tuple(map(int, np.unravel_index(k, status.shape)))
             chosen.setdefault(place, f"chi-square / degrees of freedom = {reduced[place]:.4g}: {what}")
     failed = np.unique(status[~succeeded(status) & (status != MapStatus.MASKED) & (status != MapStatus.TOO_FEW_POINTS)])
     for code in failed[:MOST_FAILED]:
         places = np.argwhere(status == code)
-        chosen[tuple(map(int, places[len(places) // 2]))] = f"{pictures.status_name(code)}: one of {len(places):,} pixels"
+        chosen[tuple(map(int, places[len(places) // 2]))] = (
+            f"{pictures.status_name(code)}: one of {len(places):,} {found.word}s"
+        )
     return list(chosen.items())
 
 

@@ -62,6 +62,11 @@ class FittedMaps(Maps):
         return self.problem.plan
 
     @property
+    def word(self) -> str:  # type: ignore[override]
+        """For what each fit is of."""
+        return self.problem.fit.word
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the map."""
         return self.record.shape
@@ -86,7 +91,7 @@ class FittedMaps(Maps):
     @property
     def heading(self) -> str:
         """What this is, in a line."""
-        return f"{type(self).__name__} {shown(self.shape, self.param_names)}"
+        return f"{type(self).__name__} {shown(self.shape, self.param_names, self.word)}"
 
     @property
     def origin(self) -> list[tuple[str, str]]:

@@ -44,6 +44,7 @@ class StoredMap(Maps):
         with well_formed(path / METADATA, path):
             self._group: Any = zarr.open_group(path, mode="r")
         self.param_names = tuple(self.about["parameters"])
+        self.word = "group" if "shared" in self.about else "pixel"
         self.derived_names = tuple(self.about.get("derived", ()))
 
     def __getattr__(self, name):
@@ -101,7 +102,7 @@ class StoredMap(Maps):
         """What this is, in a line."""
         done = self._done
         state = "" if done.all() else f"; {done.sum()} of {done.size} blocks are done, to_zarr(path, resume=True) continues"
-        return f"StoredMap {shown(self.shape, self.param_names)}, at {self.path}{state}"
+        return f"StoredMap {shown(self.shape, self.param_names, self.word)}, at {self.path}{state}"
 
     @property
     def origin(self) -> list[tuple[str, str]]:
@@ -153,6 +154,8 @@ class StoredMap(Maps):
         given = dict(ydata=ydata, f=f, **options)
         if isinstance(xdata, MapResult) and (more := [name for name, value in given.items() if value is not None]):
             raise ValueError(f"with_data: `xdata` is a MapResult, which has its own {', '.join(more)}: leave that out")
+        if not isinstance(xdata, MapResult):
+            self._check_shape(ydata)
         fits = xdata if isinstance(xdata, MapResult) else fit_map(f or self._model(), xdata, ydata, **self._call() | options)
         then, now = identity_of(self.about), fits.provenance
         compared = len(then["data"]) == len(now["data"]) == 3  # with a sum of the values, which lazy ones have not
@@ -166,6 +169,12 @@ class StoredMap(Maps):
         if not compared and then["loss"] in ("linear", "poisson"):
             self._check_some(found)
         return found
+
+    def _check_shape(self, ydata) -> None:
+        """An error where data that say their shape have another one than those of the fit."""
+        then, now = tuple(self.about["data"][0]), getattr(ydata, "shape", None)
+        if now is not None and tuple(now) != then:
+            raise ValueError(f"with_data: `ydata` has the shape {tuple(now)}, the data of {self.path} had {then}")
 
     def _check_some(self, fits: MapResult) -> None:
         """An error where lazy data are not those of the fit, by what some of the pixels have for chi-square."""

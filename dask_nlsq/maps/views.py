@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from math import prod
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.text import html_table, near, table
+from ..base.text import NamesOfLmfit, html_table, near, table
 from ..kernels.lanes import succeeded
 from ..model.params import Parameter, of_map
 from . import pictures
@@ -28,13 +29,14 @@ def _field(name: str, doc: str):
     return property(lambda self: self.field(name), doc=doc)
 
 
-class Maps:
+class Maps(NamesOfLmfit):
     """Maps by name, and pictures of them; a class of its own says where they are."""
 
     param_names: tuple[str, ...]
     derived_names: tuple[str, ...]
     plan: Any
     lazy = stored = False
+    word = "pixel"  # for what each fit is of
 
     popt = _field("popt", "Parameters of each pixel, (*map, p); NaN where there was no fit.")
     perr = _field("perr", "Their standard errors, (*map, p): 0 for fixed ones, inf where the data do not determine them.")
@@ -167,10 +169,10 @@ class Maps:
         """Write one self-contained HTML page about the maps: `dask_nlsq.maps.report.report`."""
         return report(self, path)
 
-    def medians(self) -> list[tuple[str, float, float, float, float]]:
+    def medians(self, names: Sequence[str] | None = None) -> list[tuple[str, float, float, float, float]]:
         """Of each parameter over pixels of success: name, median, 16 and 84 %, median of the errors."""
         rows = []
-        for name in (*self.param_names, *self.derived_names):
+        for name in (*self.param_names, *self.derived_names) if names is None else names:
             values, errors = self.values_of(name)
             if (good := np.isfinite(values)).any():
                 low, middle, high = np.percentile(values[good], [16, 50, 84])
@@ -207,14 +209,14 @@ class Maps:
         seen = self.compute()
         return f"{head}{seen.tables()}{pictures.thumbnails(seen)}"
 
-    def tables(self) -> str:
-        """HTML tables of statuses and medians."""
+    def tables(self, names: Sequence[str] | None = None) -> str:
+        """HTML tables of statuses and medians, by default of all parameters."""
         rows = [
             (name, f"{middle:.5g}", f"{low:.5g} to {high:.5g}", f"{error:.2g}")
-            for name, middle, low, high, error in self.medians()
+            for name, middle, low, high, error in self.medians(names)
         ]
-        medians = html_table(("parameter", "median", "68 % of the pixels", "median error"), rows)
-        statuses = html_table(("pixels", "status"), counted(self.status))
+        medians = html_table(("parameter", "median", f"68 % of the {self.word}s", "median error"), rows)
+        statuses = html_table((f"{self.word}s", "status"), counted(self.status))
         return f'<div style="{BESIDE}">{statuses}{medians if rows else ""}</div>'
 
 
@@ -229,6 +231,6 @@ def status_counts(status) -> list[str]:
     return table([("", *row) for row in counted(status)], "<>")
 
 
-def shown(shape, names) -> str:
+def shown(shape, names, word: str) -> str:
     """Words for a map of a shape, and its parameters."""
-    return f"{' x '.join(map(str, shape)) or '1'} pixel{'s' * (shape != ())}, {', '.join(names)}"
+    return f"{' x '.join(map(str, shape)) or '1'} {word}{'s' * (shape != ())}, {', '.join(names)}"

@@ -269,6 +269,7 @@ class FixedParameters:
         ties: Ties | None = None,
     ):
         self.f, self.free, self.jacobian, self.ties = f, [*free], jacobian, ties
+        self.tied = () if ties is None else tuple(k for k, name in enumerate(ties.names) if name in ties.tied)
         self.values = [0.0 if k in self.free else float(value) for k, value in enumerate(values)]
         self.__name__ = function_name(f)
 
@@ -433,8 +434,9 @@ def check_shape(model: Model, found: tuple[int, ...], n: int) -> None:
 
 def not_of_any_length(model: Model, n: int, err: Exception) -> ModelShapeError:
     """What to say where the model fails with ``err`` on ``n`` of the points."""
+    why = str(err).rstrip(".")
     return ModelShapeError(
-        f"{_called(model.f)} cannot be evaluated on {n} of the points{_place(err, model.f)}: {err}. It must be pointwise, "
+        f"{_called(model.f)} cannot be evaluated on {n} of the points{_place(err, model.f)}: {why}. It must be pointwise, "
         "taking any number of points at once. An array of the data's length that it closes over becomes a coordinate: "
         "xdata=(x, w), and the model gets x, w of the same points"
     )

@@ -9,6 +9,9 @@ are chosen one after the other, always together with the linear ones, and then e
 (backfitting [2]_). Where peaks overlap, the best candidate for the first part may be one wide peak instead of two.
 Therefore several candidates are followed to the end, all parts are refined together, and the best sum is taken.
 
+Everything stays within bounds. A parameter that is held has two equal ones: its part has this value from the first candidate
+on. The parts whose places are bounded most are chosen first, so that no other takes the data there.
+
 The code uses `jax.numpy` with shapes that depend only on the number of points, so that it runs under `jax.vmap`: one guess
 for each pixel of a map. Points where x or y is not finite are left out.
 
@@ -28,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+ENDLESS = (-np.inf, np.inf)
 ROUNDS = 2  # in which every part is chosen
 REFINED = 6  # candidates, of as many groups, by
 STEPS = 6  # of Levenberg and Marquardt, so that what a part leaves does not hide the next one
@@ -48,7 +52,7 @@ class View(NamedTuple):
     count: Any  # points that count
     left: Any  # (n,) of y, what the columns of the other parts leave
     others: Any  # (n, m) orthonormal columns of the other parts
-    ends: tuple[Any, Any] = (-np.inf, np.inf)  # of places of windows and steps
+    ends: Any = ENDLESS  # of places of windows and steps, and of frequencies
     sign: Any = 0.0  # that all linear parameters of parts with candidates are to have; 0: any
 
 
@@ -56,33 +60,53 @@ class Part(NamedTuple):
     """What the guess of a part needs. ``shape(x, *params)`` is linear in the ``linear`` ones of them, together."""
 
     shape: Callable
-    ends: tuple[tuple[float, float], ...]  # bounds of all
+    own: tuple[int | None, ...]  # places of its params in the model; None of those that the model does not have
     linear: tuple[int, ...]  # places
     candidates: Callable[[View], Any] | None  # (K, q) of the other parameters, in their order; None if there are none
     finish: Callable  # params of ``shape`` -> params of the model
+    ends: tuple[Any, Any] = ((), ())  # lower and upper bounds, of the linear ones (2, m) and of the others (2, q)
 
     @property
     def others(self) -> list[int]:
-        return [k for k in range(len(self.ends)) if k not in self.linear]
+        return [k for k in range(len(self.own)) if k not in self.linear]
+
+    @property
+    def place(self) -> int | None:
+        """Which parameter of the model is the place of candidates."""
+        return None if self.candidates is None else self.own[self.others[0]]
+
+    def within(self, bounds, scale) -> "Part":
+        """With these bounds (parameters of the model, 2), for y that has been divided by ``scale``; two equal ones hold."""
+        known = np.array([k is not None for k in self.own])
+        ends = jnp.asarray(bounds)[np.array([k or 0 for k in self.own])]
+        ends = jnp.where(known[:, None], ends, np.array(ENDLESS)).T
+        return self._replace(ends=(ends[:, np.array(self.linear)] / scale, ends[:, np.array(self.others, dtype=int)]))
 
     def params(self, coefficients, others):
         found = dict(zip((*self.linear, *self.others), (*coefficients, *others), strict=True))
-        return [found[k] for k in range(len(self.ends))]
+        return [found[k] for k in range(len(self.own))]
 
     def columns(self, view: View, others):
-        """(n, linear parameters): what the part adds to the model for one unit of each."""
+        """(n, linear parameters): what one unit of each adds to the model, 0 of those held; (n,): what these add."""
         units = np.eye(len(self.linear))
         columns = jnp.stack([self.shape(view.x, *self.params(unit, others)) for unit in units], axis=1)
-        return jnp.where(view.weight[:, None] > 0, columns, 0.0)
+        columns = jnp.where(view.weight[:, None] > 0, columns, 0.0)
+        low, high = self.ends[0]
+        held = low == high
+        return jnp.where(held, 0.0, columns), jnp.where(held, columns, 0.0) @ jnp.where(held, low, 0.0)
 
 
-def guess(parts: Sequence[Part], x, y):
-    """Parameters (p,) of the sum of ``parts``, those of each after those of the one before, from x (n,) and y (n,)."""
+def guess(parts: Sequence[Part], x, y, bounds: Sequence, order: Sequence[int]):
+    """Parameters (p,) of the sum of ``parts``, those of each after those of the one before, from x (n,) and y (n,).
+
+    Each part has ``bounds`` (parameters, 2); ``order`` is that in which the parts are chosen.
+    """
     x, y, weight, count = _sorted(x, y)
     scale = jnp.maximum(jnp.max(jnp.abs(y)), jnp.finfo(y.dtype).tiny)
     y = y / scale
+    parts = [part.within(own, scale) for part, own in zip(parts, bounds, strict=True)]
     view = View(x, weight, count, y, jnp.zeros((len(x), 0)))
-    curved = [k for k, part in enumerate(parts) if part.candidates is not None]
+    curved = [k for k in order if parts[k].candidates is not None]
 
     def follow(rank_and_sign):
         """What is chosen for the parts, from the candidate of this rank for the first one, with amplitudes of this sign."""
@@ -101,24 +125,29 @@ def guess(parts: Sequence[Part], x, y):
         others = chosen[jnp.argmin(costs)]
     else:
         others = follow((0, 0.0))
-    coefficients = _solve(whole.columns(view, others), y) * scale
-    params, found = whole.params(_inside(whole, coefficients, scale), others), []
+    columns, known = whole.columns(view, others)
+    coefficients = _off_bounds(_solve(columns, y - known), whole.ends[0], 1.0) * scale
+    params, found = whole.params(coefficients, _off_bounds(others, whole.ends[1])), []
     for part in parts:
-        own, params = params[: len(part.ends)], params[len(part.ends) :]
+        own, params = params[: len(part.own)], params[len(part.own) :]
         found += part.finish(own)
     return jnp.stack([jnp.asarray(each, y.dtype) for each in found])
 
 
 def _sum(parts: Sequence[Part]) -> Part:
     """Their sum, as a part whose parameters are those of all, one after the other."""
-    begins = np.cumsum([0, *(len(part.ends) for part in parts)]).tolist()
+    begins = np.cumsum([0, *(len(part.own) for part in parts)]).tolist()
 
     def shape(x, *params):
         pieces = (params[low:high] for low, high in itertools.pairwise(begins))
         return sum(part.shape(x, *own) for part, own in zip(parts, pieces, strict=True))
 
     linear = tuple(low + k for part, low in zip(parts, begins, strict=False) for k in part.linear)
-    return Part(shape, tuple(end for part in parts for end in part.ends), linear, None, list)
+    ends = (
+        jnp.concatenate([part.ends[0] for part in parts], axis=1),
+        jnp.concatenate([part.ends[1] for part in parts], axis=1),
+    )
+    return Part(shape, tuple(range(begins[-1])), linear, None, list, ends)
 
 
 def _sorted(x, y):
@@ -135,7 +164,8 @@ def _sorted(x, y):
 def _beside(view: View, y, columns) -> View:
     if not columns:
         return view
-    columns = jnp.concatenate(columns, axis=1)
+    y = y - sum(known for _, known in columns)
+    columns = jnp.concatenate([own for own, _ in columns], axis=1)
     norms = jnp.linalg.norm(columns, axis=0)
     others = jnp.linalg.qr(columns / jnp.where(norms > 0, norms, 1.0))[0]
     return view._replace(left=y - others @ (others.T @ y), others=others)
@@ -144,7 +174,7 @@ def _beside(view: View, y, columns) -> View:
 def _choose(part: Part, view: View, rank):
     """Where a few Levenberg-Marquardt steps from candidates lead, (q,): the best, or that of a later rank."""
     assert part.candidates is not None
-    candidates = part.candidates(view._replace(ends=part.ends[part.others[0]]))
+    candidates = _off_bounds(part.candidates(view._replace(ends=part.ends[1][:, 0])), part.ends[1])
     costs = lax.map(partial(_cost, part, view), candidates)
     edges = np.unique(np.linspace(0, len(candidates), REFINED + 1).astype(int))
     few = jnp.stack([low + jnp.argmin(costs[low:high]) for low, high in itertools.pairwise(edges)])
@@ -158,14 +188,15 @@ def _refined(part: Part, view: View, starts):
     The coefficients of the columns follow the others at once (variable projection), so only these take steps.
     """
     cost = partial(_cost, part, view)
+    low, high = part.ends[1]
 
     def step(state, _):
         others, lowest, damping = state
         residual = _residual(part, view, others)[0]
-        J = jax.jacfwd(lambda others: _residual(part, view, others)[0])(others)
+        J = jax.jacfwd(lambda others: _residual(part, view, others)[0])(others) * (low < high)
         gram = J.T @ J
         lengths = jnp.diag(gram) * damping + jnp.finfo(J.dtype).tiny
-        trial = others - jnp.linalg.solve(gram + jnp.diag(lengths), J.T @ residual)
+        trial = _off_bounds(others - jnp.linalg.solve(gram + jnp.diag(lengths), J.T @ residual), part.ends[1])
         reached = cost(trial)
         better = reached < lowest
         state = jnp.where(better, trial, others), jnp.where(better, reached, lowest)
@@ -179,23 +210,32 @@ def _refined(part: Part, view: View, starts):
 def _cost(part: Part, view: View, others):
     """Sum of squares (float) beside the columns of the part; infinite outside of its bounds."""
     residual, coefficients = _residual(part, view, others)
-    allowed = [(part.ends[k][0] < value) & (value < part.ends[k][1]) for k, value in zip(part.others, others, strict=True)]
-    for k, value in zip(part.linear, coefficients, strict=True):
-        allowed += [(value >= 0) | (part.ends[k][0] < 0), (value <= 0) | (part.ends[k][1] > 0), value * view.sign >= 0]
+    low, high = part.ends[1]
+    allowed = jnp.all(((low < others) & (others < high)) | (low == high))
+    low, high = part.ends[0]
+    signs = ((coefficients >= 0) | (low < 0)) & ((coefficients <= 0) | (high > 0)) & (coefficients * view.sign >= 0)
     cost = jnp.sum(residual**2)
-    return jnp.where(jnp.all(jnp.stack(allowed)) & jnp.isfinite(cost), cost, jnp.inf)
+    return jnp.where(allowed & jnp.all(signs) & jnp.isfinite(cost), cost, jnp.inf)
 
 
 def _residual(part: Part, view: View, others):
-    """What is left (n,) beside the columns of the part, and the coefficients of these, each of height 1."""
-    columns = part.columns(view, others)
+    """What is left (n,) beside the columns of the part, and the coefficients of these, each of height 1.
+
+    Coefficients outside of their bounds are moved into them for it.
+    """
+    columns, known = part.columns(view, others)
     norms = jnp.max(jnp.abs(columns), axis=0)
     columns = columns / jnp.where(norms > 0, norms, 1.0)
     whole = jnp.sum(columns**2, axis=0)
     columns = columns - view.others @ (view.others.T @ columns)
+    left = view.left - (known - view.others @ (view.others.T @ known))
     gram = columns.T @ columns + jnp.diag(RIDGE * whole + jnp.where(whole > 0, 0.0, 1.0))
-    coefficients = jnp.linalg.solve(gram, columns.T @ view.left)
-    return view.left - columns @ coefficients, coefficients
+    coefficients = jnp.linalg.solve(gram, columns.T @ left)
+    low, high = (jnp.where(norms > 0, end * norms, end) for end in part.ends[0])
+    inside = jnp.where(
+        coefficients < low, low, jnp.where(coefficients > high, high, coefficients)
+    )  # `clip` of inf has no slope
+    return left - columns @ jnp.where(norms > 0, inside, 0.0), coefficients
 
 
 def _solve(columns, y):
@@ -206,14 +246,18 @@ def _solve(columns, y):
     return jnp.linalg.lstsq(columns / norms, y)[0] / norms
 
 
-def _inside(part: Part, coefficients, scale):
+def _off_bounds(values, ends, scale=0.0):
     """Moved into the bounds, and off them: a start at a bound hardly leaves it."""
-    found = []
-    for value, k in zip(coefficients, part.linear, strict=True):
-        low, high = part.ends[k]
-        off = 0.01 * (high - low if np.isfinite(high - low) else scale)
-        found.append(jnp.clip(value, low + off, high - off))
-    return found
+    low, high = ends
+    off = 0.01 * jnp.where(jnp.isfinite(high - low), high - low, scale)
+    return jnp.clip(values, low + off, high - off)
+
+
+def _nearest(view: View, places, counts):
+    """Which of the ``places`` that count are within the bounds, or next to them where none is."""
+    outside = jnp.maximum(jnp.maximum(view.ends[0] - places, places - view.ends[1]), 0.0)
+    outside = jnp.where(counts, outside, jnp.inf)
+    return counts & (outside <= jnp.min(outside))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,8 +288,7 @@ def _windows(view: View):
     low = jnp.clip(k - half[:, None], 0, last)
     high = jnp.clip(k + half[:, None], 0, last)
     gain = _gain_of_runs(view, low, high + 1)
-    inside = (k <= last) & (view.ends[0] <= view.x) & (view.x <= view.ends[1])
-    best = jnp.argmax(jnp.where(inside, gain, -1.0), axis=1)
+    best = jnp.argmax(jnp.where(_nearest(view, view.x, k <= last), gain, -1.0), axis=1)
     center = view.x[best]
     low, high = (jnp.take_along_axis(each, best[:, None], axis=1)[:, 0] for each in (low, high))
     reach = jnp.maximum(view.x[high] - center, center - view.x[low])
@@ -269,8 +312,7 @@ def steps(view: View):
     """Of a place and a width: the best place of a sudden step and others all over the data, with widths narrow to wide."""
     k, last = jnp.arange(len(view.x)), jnp.maximum(view.count - 1, 0)
     gain = _gain_of_runs(view, k, jnp.maximum(view.count, k))
-    inside = (view.ends[0] <= view.x) & (view.x <= view.ends[1])
-    best = jnp.argmax(jnp.where((k > 0) & (k <= last) & inside, gain, -1.0))
+    best = jnp.argmax(jnp.where(_nearest(view, view.x, (k > 0) & (k <= last)), gain, -1.0))
     spread = jnp.linspace(0.02, 0.98, STEP_PLACES) * last
     center = jnp.concatenate([view.x[best][None], view.x[spread.astype(int)]])
     length = _length(view)
@@ -336,7 +378,8 @@ def frequencies(view: View):
 
     grid = jnp.arange(1, OVERSAMPLING * n // 2 + 1) / (OVERSAMPLING * length)
     grid = jnp.where(grid <= (last + 1) / (2 * length), grid, grid[0])
-    best = grid[jnp.argmax(lax.map(lambda f: jnp.stack([power(f, rate) for rate in damping]), grid), axis=0)]
+    powers = lax.map(lambda f: jnp.stack([power(f, rate) for rate in damping]), grid)
+    best = grid[jnp.argmax(jnp.where(_nearest(view, grid, grid > 0)[:, None], powers, -1.0), axis=0)]
     fine = (best[:, None] + jnp.array([-0.5, 0.0, 0.5]) / (OVERSAMPLING * length)).ravel()
     return _product(fine, damping)
 

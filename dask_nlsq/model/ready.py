@@ -26,7 +26,7 @@ import numpy as np
 from ..base.text import near, numbered
 from ..base.x64 import float64
 from .faddeeva import faddeeva_real
-from .function import Model, function_name, own_function, parameter_names
+from .function import FixedParameters, Model, function_name, intern, own_function, parameter_names
 from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
 
 __all__ = [
@@ -76,7 +76,7 @@ class Term(NamedTuple):
         bounds = self.bounds | {name: (max(low, 0.0), high) for name, (low, high) in (ends[k] for k in part.linear)}
         if bounds == self.bounds:
             return self
-        return Term((*self.recipe, POSITIVE_ONLY), self.function, bounds, part._replace(ends=tuple(bounds.values())))
+        return self._replace(recipe=(*self.recipe, POSITIVE_ONLY), bounds=bounds)
 
     @classmethod
     def of_user(cls, function: Callable) -> "Term":
@@ -168,11 +168,7 @@ class ReadyModel:
     def guess(self, x, y) -> np.ndarray:
         """Parameters (p,) from x (n,) and y (n,), to start a fit from; nonfinite points are left out."""
         with float64():
-            return np.asarray(self.guess_within(tuple(self.bounds.values()))(x, y))
-
-    def guess_within(self, bounds: Sequence[tuple[float, float]]) -> "Guess":
-        """`guess` with these bounds instead of its own, for `jax.vmap` too."""
-        return Guess(self, tuple((float(low), float(high)) for low, high in bounds))
+            return np.asarray(Guess(self)(x, y))
 
     def __add__(self, other):
         return _combined("+", self, other)
@@ -195,21 +191,26 @@ class ReadyModel:
 
 
 class Guess:
-    """What a `ReadyModel` guesses within bounds, a pair for each parameter: parameters (p,) of x (n,) and y (n,)."""
+    """What a `ReadyModel` guesses within bounds: parameters (p,) of x (n,), y (n,), and bounds (p, 2), also in `jax.vmap`.
 
-    leaves_out_nan = True  # a map need not fill the points that do not count
+    Two equal bounds hold a parameter. Those that are given here only say which parts are chosen first.
+    """
 
-    def __init__(self, model: ReadyModel, bounds: tuple[tuple[float, float], ...]):
-        self.model, self.bounds = model, bounds
+    def __init__(self, model: ReadyModel, bounds: Sequence[tuple[float, float]] | None = None):
+        self.model = model
+        self.ends = np.array([*model.bounds.values()])  # nan is left out: a map need not fill the points that do not count
+        given, begin, freedom = self.ends.tolist() if bounds is None else [*bounds], 0, []
+        for term in model.terms:
+            assert term.part is not None  # as `ReadyModel.can_guess` says
+            low, high = (-inf, inf) if term.part.place is None else given[begin + term.part.place]
+            freedom.append((high - low, int(np.isinf(low)) + int(np.isinf(high))))
+            begin += len(term.bounds)
+        self.order = sorted(range(len(freedom)), key=freedom.__getitem__)
 
-    def __call__(self, x, y):
-        parts, begin = [], 0
-        for term in self.model.terms:
-            part, own = term.part, self.bounds[begin : begin + len(term.bounds)]
-            assert part is not None  # as `ReadyModel.can_guess` says
-            begin += len(own)
-            parts.append(part._replace(ends=own) if part.shape is term.function else part)
-        return guess(parts, x, y)
+    def __call__(self, x, y, ends=None):
+        sizes = [len(term.bounds) for term in self.model.terms]
+        bounds = jnp.split(jnp.asarray(self.ends if ends is None else ends), np.cumsum(sizes)[:-1])
+        return guess([term.part for term in self.model.terms if term.part], x, y, bounds, self.order)
 
 
 class Component:
@@ -261,16 +262,19 @@ def _composed(tree: Tree, *recipes) -> ReadyModel:
 def guessed(model: Model, x: np.ndarray, y: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
     """What the interned `ReadyModel` guesses in float64, (p,), within bounds; compiled once for each length of x and y.
 
-    Where some of its parameters are held, of the others: as if none were.
+    Parameters that are held have their value; those that are tied count as free.
     """
     f: Any = own_function(model.f)
-    bounds = [*f.bounds.values()]
-    free = [*getattr(model.f, "free", range(len(bounds)))]
-    for k, low, high in zip(free, lower.tolist(), upper.tolist(), strict=True):
-        bounds[k] = (low, high)
-    guess = model.get(("guess", *bounds), lambda: jax.jit(f.guess_within(bounds)))
+    ends = np.array([*f.bounds.values()])
+    free = [*range(len(ends))]
+    if isinstance(model.f, FixedParameters):
+        free = model.f.free
+        ends = np.array([ends[k] if k in model.f.tied else (v, v) for k, v in enumerate(model.f.values)])
+    ends[free] = np.stack([lower, upper], axis=1)
+    guess = Guess(f, ends.tolist())
+    compiled = intern(f).get(("guess", *guess.order), lambda: jax.jit(guess))
     with float64():
-        return np.asarray(guess(x, y))[free]
+        return np.asarray(compiled(x, y, ends))[free]
 
 
 def named(text: str) -> ReadyModel:
@@ -319,17 +323,18 @@ def _again(*recipes):
     return ReadyModel(*(model.terms[0] for model in found)) if len(found) > 1 else found[0]
 
 
-def _ready(candidates=None, linear=(0,), shape=None, shape_ends=None, finish=list, **bounds):
+def _ready(candidates=None, linear=(0,), shape=None, finish=list, **bounds):
     """Makes a `ReadyModel` of a function of the same name.
 
     ``linear`` are the places of the parameters that it is linear in, together; or that ``shape`` is, which takes the place
-    of the function while the start is guessed, with the bounds ``shape_ends``, and whose parameters ``finish`` translates.
+    of the function while the start is guessed, and whose parameters ``finish`` translates. Equal names have equal bounds.
     """
 
     def made(function):
         names = [*inspect.signature(function).parameters][1:]
         ends = {name: bounds.get(name, (-inf, inf)) for name in names}
-        part = Part(shape or function, tuple(shape_ends or ends.values()), linear, candidates, finish)
+        own = tuple(names.index(each) if each in names else None for each in parameter_names(shape or function) or ())
+        part = Part(shape or function, own, linear, candidates, finish)
         return ReadyModel(Term((function.__name__,), function, ends, part))
 
     return made
@@ -357,7 +362,8 @@ def polynomial(degree: int) -> ReadyModel:
 
     function.__doc__ = polynomial.__doc__
     ends = {f"c{k}": (-inf, inf) for k in range(degree + 1)}
-    part = Part(function, tuple(ends.values()), tuple(range(degree + 1)), None, list)
+    places = tuple(range(degree + 1))
+    part = Part(function, places, places, None, list)
     return ReadyModel(Term(("polynomial", degree), function, ends, part))
 
 
@@ -525,7 +531,6 @@ def _amplitude_and_phase(params):
     frequencies,
     (0, 1),
     _sine_and_cosine,
-    ((-inf, inf), (-inf, inf), POSITIVE, (-inf, inf)),
     _amplitude_and_phase,
     **dict.fromkeys(("amplitude", "frequency", "rate"), POSITIVE),
 )

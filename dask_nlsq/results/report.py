@@ -123,13 +123,14 @@ def where_written() -> list[tuple[str, str]]:
     ]
 
 
-def page(result, coordinate: int | str | None = 0, log: Log = None) -> str:
-    """The HTML of `report`."""
+def page(result, coordinate: int | str | None = 0, log: Log = None, groups: str = "") -> str:
+    """The HTML of `report`, with what is said of the groups of a fit."""
     name = model_name(result.objective.model)
     seen, images = ([], None) if result.data is None else _look(result, coordinate, log)
     numbers = [section("Parameters", _parameters(result)), section("Statistics", _statistics(result))]
     sections = [
         ("Data and model", _pictures_of_data(result, seen, images)),
+        ("Groups", groups),
         ("Diagnostics", _diagnostics(result, seen)),
         ("Residuals and convergence", _pictures(result, seen)),
         ("Sweeps", _history(result)),

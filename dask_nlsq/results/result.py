@@ -11,6 +11,7 @@ import numpy as np
 
 from ..base.files import well_formed
 from ..base.modules import Trust
+from ..base.text import NamesOfLmfit
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
 from ..data.chunks import Preparation
@@ -40,7 +41,7 @@ from .uncertainty import jackknife, sandwich, spread_out
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FitResult:
+class FitResult(NamesOfLmfit):
     """Result of a fit; ``popt, pcov = result`` works as with SciPy.
 
     Attributes

@@ -16,7 +16,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 
 from ..base.config import setting
 from ..base.plugins import ABSENT, install
-from ..base.text import measured, several, size
+from ..base.text import measured, several
 from ..memory.machine import active_client
 from ..memory.processes import Report, processes_of
 
@@ -92,9 +92,9 @@ def _names(value):
 _numbers = partial(_several, _number)
 # Messages that fits send, by what they have. Anybody with a Client may send others: those are not kept.
 BEGUN = dict(what=_text, client=_text, model=_text, names=_names, n_points=_count, n_chunks=_count, n_partitions=_count,
-             n_fits=_count, sweep_bytes=_count, strategy=_text, accuracy=_number)  # fmt: skip
-SWEPT = dict(nfev=_count, n_sweeps=_count, cost=_number, distance=_number, points_per_s=_number, gb_per_s=_number,
-             failed=_count, params=_numbers, errors=_numbers)  # fmt: skip
+             n_fits=_count, strategy=_text, accuracy=_number)  # fmt: skip
+SWEPT = dict(nfev=_count, n_sweeps=_count, cost=_number, distance=_number, points_per_s=_number, failed=_count,
+             params=_numbers, errors=_numbers)  # fmt: skip
 STAGE = dict(stage=_text, done=_count, total=_count, left=_number, so_far=_number)
 MAPPED = dict(STAGE, fitted=_count, failed=_count, per_s=_number)
 ENDED = dict(status=_text, success=_count, n_sweeps=_count, load=_number, solve=_number, n_left_out=_count, n_damaged=_count)
@@ -313,7 +313,8 @@ def _state(fit) -> str:
         parts = [f"{fit['fitted']:,} of {several(fit['n_fits'], each or 'fit')}, {fit['per_s']:,.0f} per second", *parts]
     elif each and last:
         parts = [f"{last['points_per_s'] * 1e6 * fit['n_fits'] / max(fit['n_points'], 1):,.0f} {each}s per second", *parts]
-    parts += [f"{size(1e9 * last['gb_per_s'])} per second"] if last and isfinite(last["gb_per_s"]) else []
+    elif last:
+        parts = [f"{last['points_per_s']:.3g} million points per second", *parts]
     now = stage_text(*(fit[name] for name in STAGE)) if fit.get("stage") else several(len(fit["sweeps"]), "sweep") + " done"
     return "; ".join([now, *parts])
 
@@ -330,14 +331,11 @@ def _times(fit) -> str:
 
 def _workers(fit, workers) -> str:
     """The workers with the lowest speed: of what they have swept, while they were busy with it."""
-    points, gigabytes = (fit[name] / max(fit["n_partitions"], 1) for name in ("n_points", "sweep_bytes"))
+    points = fit["n_points"] / max(fit["n_partitions"], 1)
     speed = sorted((n / seconds, address, n) for address, (n, seconds) in workers.items() if seconds > 0)
-    rows = [
-        (address, f"{n:,}", f"{rate * points / 1e6:.3g}", f"{rate * gigabytes / 1e9:.3g}")
-        for rate, address, n in speed[:SLOWEST]
-    ]
+    rows = [(address, f"{n:,}", f"{rate * points / 1e6:.3g}") for rate, address, n in speed[:SLOWEST]]
     slowest = f"the slowest {SLOWEST} of {len(speed)} workers" if len(speed) > SLOWEST else "worker"
-    return _table((slowest, "pieces swept", "million points per second", "GB per second"), rows) if rows else ""
+    return _table((slowest, "pieces swept", "million points per second in a thread"), rows) if rows else ""
 
 
 def _recent(fits) -> str:

@@ -49,7 +49,7 @@ class Live:
     @classmethod
     def of(cls, client: Client | None, what: str, f, names: Sequence[str], accuracy: float, plan: Plan, n_fits: int = 0):
         """Of a fit with a `Plan`."""
-        planned = ("n_points", "n_chunks", "n_partitions", "sweep_bytes", "strategy")
+        planned = ("n_points", "n_chunks", "n_partitions", "strategy")
         return cls(client, what, f, names, accuracy, n_fits=n_fits, **{name: getattr(plan, name) for name in planned})
 
     def __enter__(self):
@@ -196,7 +196,7 @@ class Observers:
         if np.array_equal(params, record.params) and (found := covariance(factor(equations))) is not None:
             scaled = found if self.absolute else found * (2 * equations.cost / max(free, 1))
             self.errors = np.sqrt(np.diag(scaled)).tolist()
-        rates = dict(points_per_s=self.plan.n_points / seconds / 1e6, gb_per_s=self.plan.sweep_bytes / seconds / 1e9)
+        rates = dict(points_per_s=self.plan.n_points / seconds / 1e6)
         now = dict(params=record.params.tolist(), errors=self.errors or [nan] * len(record.params))
         counts = dict(nfev=record.nfev, n_sweeps=self.evaluator.count, failed=self.evaluator.n_failed)
         self.live.tell(cost=record.cost, distance=record.distance, **counts, **now, **rates)
@@ -218,7 +218,7 @@ class MapProgress:
     def __init__(self, problem, progress: bool | None, client: Client | None, n_before: int = 0, done_before: int = 0):
         fit, self.n_fits, self.n_blocks = problem.fit, prod(problem.shape), len(problem.places)
         self.model, self.n_before, self.done, self.fitted, self.failed = fit.model, n_before, done_before, n_before, 0
-        data = dict(n_points=self.n_fits * problem.plan.n_points, sweep_bytes=problem.plan.read_bytes, strategy="")
+        data = dict(n_points=self.n_fits * problem.plan.n_points, strategy="")
         cut = dict(n_chunks=self.n_blocks, n_partitions=self.n_blocks, n_fits=self.n_fits)
         self.word, what = fit.word, OF_GROUPS if fit.word == "group" else "fit_map"
         self.doing = "fits of blocks" if what == "fit_map" else "maps of blocks"
