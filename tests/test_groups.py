@@ -232,7 +232,7 @@ def test_local_maps_are_written_and_read(tmp_path):
         (dict(local="beta", fixed=dict(beta=1.0)), ValueError, "`local` does not name a fitted parameter.*`curve_fit`"),
         (dict(local=()), ValueError, "`local` must be"),
         (dict(group_axes=(0, 1)), ValueError, "`group_axes` names all axes"),
-        (dict(group_axes=2), ValueError, "`group_axes` must name axes of `ydata`, which has 2"),
+        (dict(group_axes=2), ValueError, "`group_axes` must name axes of `ydata`, by numbers from 0 to 1: not 2"),
         (dict(group_axes="angle"), ValueError, "`group_axes` 'angle' is not a dimension"),
         (dict(p0=P0 | dict(rate=np.linspace(1, 2, G))), ValueError, "p0 of rate: a parameter that all groups share"),
         (dict(bounds=dict(rate=(np.linspace(0, 0.1, G), 2))), ValueError, "bounds of rate: a parameter that all groups"),

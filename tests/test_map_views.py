@@ -706,5 +706,5 @@ def test_the_map_of_groups_has_what_works_for_groups():
     np.testing.assert_allclose(np.asarray(result.local.residuals())[4], seen.residual, rtol=1e-12)
     assert result.local.plot(names=["amplitude"])[0].get_xlabel() == "angle (°)"
     assert {"popt", "cost", "local", "sel"} <= {*dir(result)}
-    assert f"LocalMap {G} pixels" in result._repr_html_()
+    assert f"LocalMap {G} groups" in result._repr_html_()
     np.testing.assert_array_equal(result.sel(param="amplitude").popt, result["amplitude"].value)

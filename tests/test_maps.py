@@ -440,7 +440,7 @@ HALF_MASKED = np.ma.masked_greater(TRUTH[..., 0], 4.5)
 BAD = {
     "axis too large": (dict(axis=3), ValueError, "`axis`.*3"),
     "axis twice": (dict(axis=(2, -1)), ValueError, "`axis`.*different"),
-    "axis by name": (dict(axis="energy"), ValueError, "`axis` 'energy'.*no named"),
+    "axis by name": (dict(axis="energy"), ValueError, "`axis` 'energy' is not a dimension.*no names"),
     "axis is no number": (dict(axis=1.5), ValueError, "`axis`.*1.5"),
     "axis of xarray": (dict(ydata=DX, axis="energie"), ValueError, "`axis` 'energie'.*row"),
     "axis of xarray, too large": (dict(ydata=DX, axis=5), ValueError, "`axis`.*5"),
