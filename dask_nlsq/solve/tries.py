@@ -21,6 +21,7 @@ from .trust_region import MESSAGES, Begin, Loop, NotFiniteAtStart, Options, Reco
 logger = logging.getLogger("dask_nlsq")
 MOST_SEPARATED = 50  # parameters, for pairs of which the model is evaluated to find the linear ones
 FAILED = (0, STUCK, UNDETERMINED)  # statuses
+LAST, HARDLY, MUCH = 10, 0.1, 0.2  # evaluations that have lowered the cost by less than a share, of which another could go
 LINEAR_FIRST = "from p0 with its linear parameters solved for"
 
 
@@ -40,6 +41,8 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
     may_pause = options.max_nfev is None and len(p0) <= MOST_SEPARATED
     loop = Loop(begin(evaluator, p0, replace(options, callback=observe)), evaluator)
     first = loop.go_on(FIRST + FIRST_PER_PARAM * len(p0) if may_pause else np.inf)
+    if first is None and not _creeps(seen, evaluator, options):
+        first = _ended(loop)
     if first is not None and first.status not in FAILED:
         return first
     n_first, left = len(seen), None if options.max_nfev is None else options.max_nfev - len(seen)
@@ -65,6 +68,14 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
     if stopped is not None:
         found, message = found._replace(status=stopped.status), stopped.message
     return found._replace(message=message, nfev=len(seen), history=seen)
+
+
+def _creeps(seen: list[Record], evaluator: Evaluator, options: Options) -> bool:
+    """Whether the cost has hardly changed, although by the quadratic model much of it could vanish."""
+    now, dof = seen[-1], evaluator.latest[1].n_points - len(options.lower)
+    variance = 1.0 if options.noise == "known" else 2 * now.cost / max(dof, 1)
+    decrement = 0.5 * variance * now.distance**2
+    return decrement > MUCH * now.cost and now.cost > (1 - HARDLY) * seen[-1 - LAST].cost
 
 
 def _since(second: Solution, n_first: int) -> str:
