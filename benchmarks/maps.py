@@ -328,6 +328,32 @@ def spoiled_rows(n=20_000):
     )
 
 
+def chunk_rows(n=20_000):
+    """Chunks of one pixel, whose tasks are Dask's, against one chunk; and what Dask takes to touch such chunks."""
+    import dask
+    import dask.array as da
+
+    case = CASES["gauss"]
+    _, y = case.data((n,))
+    one, single = da.from_array(y, chunks=(-1, -1)), da.from_array(y, chunks=(1, -1))
+
+    def seconds(run):
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+
+    with dask.config.set(num_workers=2):
+        together = fastest(fit(case, one, False).compute)
+        apart = seconds(lambda: fit(case, single, False).compute())
+        touched = seconds(lambda: single.map_blocks(lambda block: block, dtype=float).sum().compute())
+    yield Row(
+        f"{n} pixels in chunks of one pixel / in one chunk",
+        "2 (1.3)",
+        f"{apart / together:.0f}",
+        f"{apart:.1f} s, {together:.2f} s; Dask's sum over these chunks alone {touched:.1f} s",
+    )
+
+
 def in_process(function, *arguments):
     code = f"import json, benchmarks.maps as b; print('RESULT', json.dumps(b.{function}(*{arguments!r})))"
     root = Path(__file__).parent.parent
@@ -338,7 +364,8 @@ def in_process(function, *arguments):
 
 
 GROUPS = dict(
-    rates=rate_rows, agreement=agreement_rows, spoiled=spoiled_rows, energies=energies_rows, workload=workload_rows,
+    rates=rate_rows, agreement=agreement_rows, spoiled=spoiled_rows, chunks=chunk_rows,
+    energies=energies_rows, workload=workload_rows,
     small=partial(workload_rows, (64, 64, 1024)),
 )  # fmt: skip
 
