@@ -29,7 +29,7 @@ wheel:                     ## build sdist, and the wheel twice to the same bytes
 	umask 077 && dist/fresh/bin/python -m build --wheel --outdir dist/again dist/copy
 	cmp dist/*.whl dist/again/*.whl
 	dist/fresh/bin/python -m pip install --quiet "$$(ls dist/*.whl)[test]"
-	cp -r tests pyproject.toml dist/fresh
+	cp -r tests benchmarks pyproject.toml dist/fresh
 	cd dist/fresh && bin/python -m pytest -m "not slow" $(CORE)
 
 test-oldest:               ## tests of the core with the oldest versions of what it needs
