@@ -1,8 +1,8 @@
 """Fits of all pixels of a block, and other tries of those that have failed.
 
 Where amplitudes are far off, a fit creeps, or loses the other parameters. So a first try ends early. The second one begins
-where the parameters in which the model is linear have been solved for, and a third goes on where the first one has ended. Of
-the tries of a pixel that with the lowest chi2 counts.
+where the parameters in which the model is linear have been solved for, and a third goes on where the better of them has
+ended. Of the tries of a pixel that with the lowest chi2 counts.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def fit_pixels(model: Model, spec: MapSpec, pixels: Pixels, n_pixels: int, limit
         start = np.broadcast_to(pixels.start, (len(pixels.y), pixels.start.shape[1]))
         pixels = pixels._replace(start=start)  # of one shape in all tries, for which the kernel is compiled once
     found = run(pixels, n_pixels, first)
-    ended, left = found, limits.max_nfev - first
+    left = limits.max_nfev - first
     for again, most in ((True, left // 2), (False, left - left // 2)):
         failed = np.flatnonzero(np.isin(found.status, TRIED_AGAIN if again else [MapStatus.ITERATION_LIMIT]))
         if most == 0 or not len(failed):
@@ -52,7 +52,7 @@ def fit_pixels(model: Model, spec: MapSpec, pixels: Pixels, n_pixels: int, limit
             with compiling("linear", some):
                 some = some._replace(start=np.asarray(_start_kernel(model, spec, linear)(some, limits)))
         else:
-            some = _some(pixels._replace(start=_filled(ended.popt, len(pixels.y))), failed)
+            some = _some(pixels._replace(start=_filled(found.popt, len(pixels.y))), failed)
         found = _better(found, run(some, len(failed), most), failed, _rounding(some, len(failed)))
     return found
 

@@ -178,11 +178,9 @@ def polish(found: Search, evaluator: Evaluator, options: Options, begin: Begin =
     others = [np.flatnonzero(found.basin == b)[0] for b in range(found.basin.max() + 1)]
     for k in dict.fromkeys([*order, *others]):
         try:
-            solution = Loop(begin(evaluator, found.params[k], options), evaluator).go_on()
+            return Loop(begin(evaluator, found.params[k], options), evaluator).end(), found._replace(winner=int(k))
         except NotFiniteAtStart:  # at points that are not in the sample
             continue
-        assert solution is not None
-        return solution, found._replace(winner=int(k))
     raise NotFiniteAtStart(f"the cost or its derivatives are not finite at any of the {len(others)} optima of the sample")
 
 

@@ -42,25 +42,25 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
     loop = Loop(begin(evaluator, p0, replace(options, callback=observe)), evaluator)
     first = loop.go_on(FIRST + FIRST_PER_PARAM * len(p0) if may_pause else np.inf)
     if first is None and not _creeps(seen, evaluator, options):
-        first = _ended(loop)
+        first = loop.end()
     if first is not None and first.status not in FAILED:
         return first
     n_first, left = len(seen), None if options.max_nfev is None else options.max_nfev - len(seen)
     start = None if left == 0 else _start(evaluator, p0, options)
     if start is None:
-        return first or _ended(loop)
+        return first or loop.end()
     logger.info("not converged from p0: another fit begins with its linear parameters solved for")
     try:
-        second = _ended(Loop(begin(evaluator, start, replace(options, callback=observe, max_nfev=left)), evaluator))
+        second = Loop(begin(evaluator, start, replace(options, callback=observe, max_nfev=left)), evaluator).end()
     except NotFiniteAtStart:
-        return first or _ended(loop)
+        return first or loop.end()
     except ToldToLeave as stop:
         return loop.leave(stop) if first is None else first._replace(status=-3, message=MESSAGES[-3])
     n_second, arrived = len(seen) - n_first, second.status > 0 and second.status not in FAILED
     if first is None and arrived and second.equations.cost <= seen[n_first - 1].cost:
         return second._replace(message=_since(second, n_first), nfev=len(seen), history=seen)
     if first is None:
-        first = loop.leave(ToldToLeave(0)) if second.status < 0 else _ended(loop)
+        first = loop.leave(ToldToLeave(0)) if second.status < 0 else loop.end()
     found, message = first, f"{first.message} A second try, {LINEAR_FIRST}, was worse after {n_second:,} more."
     if second.equations.cost < first.equations.cost:
         found, message = second, _since(second, first.nfev)
@@ -81,12 +81,6 @@ def _creeps(seen: list[Record], evaluator: Evaluator, options: Options) -> bool:
 def _since(second: Solution, n_first: int) -> str:
     since = f", since the fit from p0 itself had not converged in {several(n_first, 'evaluation')}."
     return f"{second.message} F{LINEAR_FIRST[1:]}{since}"
-
-
-def _ended(loop: Loop) -> Solution:
-    found = loop.go_on()
-    assert found is not None  # as it has all the sweeps that it asks for
-    return found
 
 
 def _start(evaluator: Evaluator, p0: np.ndarray, options: Options) -> np.ndarray | None:

@@ -144,9 +144,7 @@ def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, o
     NotFiniteAtStart
         Where the first sweep gives no finite cost and normal equations.
     """
-    found = Loop(solving(p0, options), sweep).go_on()
-    assert found is not None  # as it has all the sweeps that it asks for
-    return found
+    return Loop(solving(p0, options), sweep).end()
 
 
 Begin: TypeAlias = Callable[[Any, np.ndarray, Options], Asks[Solution]]  # of evaluator, start and options
@@ -181,15 +179,19 @@ class Loop:
         self.asked = asked
         return None
 
+    def end(self) -> Solution:
+        """Its solution, however many sweeps it needs."""
+        found = self.go_on()
+        assert found is not None  # as it has all the sweeps that it asks for
+        return found
+
     def leave(self, stop: ToldToLeave) -> Solution:
         """Where it stands, after a pause."""
         try:
             self.asked = self.asks.throw(stop)
         except StopIteration as end:
             return end.value
-        found = self.go_on()
-        assert found is not None
-        return found
+        return self.end()
 
 
 def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:
