@@ -106,7 +106,7 @@ def swept(f, params, x, y, threads=1, reduction="gram", jac_mode="auto", mask=No
     return lambda: sweep.run([request])
 
 
-def kernel_at(misfit):
+def kernel_at(misfit, reduction="gram", parts=0):
     """The bare kernel of 3 parameters, on one block of x and y that begin ``misfit`` bytes behind a 64-byte line.
 
     NumPy's own large arrays begin 16 bytes behind one.
@@ -123,7 +123,8 @@ def kernel_at(misfit):
     buffers[1][:], buffers[0][:] = decay_data(n)
     layouts = Layouts(Layout(True), Layout(False), None, (Layout(True),), "single", (), 1)
     block = Block(np.array([n, 0, 0, 1, 0, 0, 0, 1]), np.array([float(n)]), (buffers[0], np.ones(1), buffers[1]))
-    kernel = sweep_kernel(intern(decay), KernelSpec(layouts, "gram", "columns", "linear", tile_size(3, n)))
+    tile = min(tile_size(3, n), n // max(parts, 1))
+    kernel = sweep_kernel(intern(decay), KernelSpec(layouts, reduction, "columns", "linear", tile, False, parts))
 
     def run():
         with jax.enable_x64(True):
@@ -185,6 +186,9 @@ def one_core_kernels():
     pooled, ordinary = medians(kernel_at(0), kernel_at(16), runs=101)
     found |= {"3 full": full / ours, "3 ns": ours / n * 1e9, "qr": qr / ours, "cost": sweep / cheap, "mask": masked / whole}
     found["copy"] = (ordinary / pooled, pooled * 1e3, ordinary * 1e3)
+    for reduction in ("gram", "qr"):
+        plain, parted = medians(kernel_at(0, reduction), kernel_at(0, reduction, 256), runs=101)
+        found[f"{reduction} parts"] = parted / plain
     for k, n in ((1, 2**20), (16, 2**18)):
         model, params = gaussians(k)
         x, y = decay_data(n)
@@ -249,6 +253,9 @@ def kernel_rows():
     what = "kernel of 3 params on 2^18 points, one core; the ordinary array begins 16 bytes behind a cache line"
     figure = "zero-copy: NumPy buffer from the pool into the kernel / an ordinary array"
     yield Row(figure, "1.3", f"{ratio:.2f} ({pooled:.2f} ms, {ordinary:.2f} ms)", what)
+    for reduction, most in (("gram", "1.03"), ("qr", "1.10")):
+        what = "the same kernel, with sums of 256 parts and without"
+        yield Row(f"{reduction} with sums of the parts / without", most, f"{found[f'{reduction} parts']:.2f}", what)
     yield Row("qr sweep / gram sweep, 3 params", "2 (1.6)", f"{found['qr']:.2f}", "same sweep, both reductions")
     yield Row(
         "sweep with a mask / without", "-", f"{found['mask']:.2f}", "2^20 points, 2 axis vectors, 1 % masked, 3 params"
