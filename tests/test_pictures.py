@@ -400,11 +400,12 @@ def level(y, a):
     return a + 0 * y
 
 
-@pytest.mark.parametrize("cut", [(8, 100, 300), (100, 300), (8, 100, 1)])
+@pytest.mark.parametrize("cut", [(8, 400, 1000), (400, 1000), (8, 400, 1)])
 def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
+    shape = (8, 400, 1000)
     mask = np.random.default_rng(0).random(cut) < 0.3
-    found = curve_fit(level, np.arange(300.0), np.ones((8, 100, 300)), p0=[0.5], mask=mask)
-    places = np.argwhere(np.broadcast_to(~mask, (8, 100, 300)))
+    found = curve_fit(level, np.arange(1000.0), np.ones(shape), p0=[0.5], mask=mask)
+    places = np.argwhere(np.broadcast_to(~mask, shape))
     assert found.n_points == len(places)
     between(found, 0, 0)  # which imports what it needs
     for number in (0, len(places) // 2, len(places) - 1):
@@ -412,7 +413,8 @@ def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
         where = between(found, number, number)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert where == "axis 0 = {}, row = {}, y = {}".format(*places[number]) and peak < 1e5
+        assert where == "axis 0 = {}, row = {}, y = {}".format(*places[number])
+        assert peak < 1e6  # a mask of all points takes 3.2e6; other threads of the process are counted, too
 
 
 def test_coordinates_of_axes_are_read_by_pictures_alone():
