@@ -114,17 +114,20 @@ def kernel_at(misfit, reduction="gram", parts=0):
     import jax
 
     from dask_nlsq import get_memory_manager
-    from dask_nlsq.kernels.blocks import BLOCK_POINTS, Block, KernelSpec, Layout, Layouts, tile_size
+    from dask_nlsq.kernels.blocks import Block, KernelSpec, Layout, Layouts, tile_size
+    from dask_nlsq.kernels.kind import CPU
     from dask_nlsq.kernels.rows import sweep_kernel
     from dask_nlsq.model.function import intern
 
-    n, skip = BLOCK_POINTS, misfit // 8
+    n, skip = CPU.block_points, misfit // 8
     buffers = [get_memory_manager().allocate_array(n + skip)[skip:] for _ in range(2)]
     buffers[1][:], buffers[0][:] = decay_data(n)
     layouts = Layouts(Layout(True), Layout(False), None, (Layout(True),), "single", (), 1)
     block = Block(np.array([n, 0, 0, 1, 0, 0, 0, 1]), np.array([float(n)]), (buffers[0], np.ones(1), buffers[1]))
-    tile = min(tile_size(3, n), n // max(parts, 1))
-    kernel = sweep_kernel(intern(decay), KernelSpec(layouts, reduction, "columns", "linear", tile, False, parts))
+    longest = tile_size(CPU, 3, n)
+    tile = min(longest, n // max(parts, 1))
+    spec = KernelSpec(layouts, reduction, "columns", "linear", tile, parts=parts, together=longest // tile)
+    kernel = sweep_kernel(intern(decay), spec)
 
     def run():
         with jax.enable_x64(True):

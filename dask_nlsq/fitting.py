@@ -502,8 +502,9 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, observers: O
             evaluator.stop = stack.enter_context(StopOnSignal(True))
         evaluator.admit = lambda: (counts(), check())  # what is in the data is known when the first sweep has read them
     if jac_mode == "auto":
-        layouts, n_points = ready.data.preparation.layouts, ready.data.n_points
-        jac_mode = choose_jac_mode(model, layouts, sweep.sample, every[ready.free], n_points)
+        preparation, n_points = ready.data.preparation, ready.data.n_points
+        start = every[ready.free]
+        jac_mode = choose_jac_mode(model, preparation.layouts, sweep.sample, start, n_points, preparation.kind)
     evaluator.jac_mode = jac_mode
     return every
 

@@ -153,7 +153,8 @@ def align(call, xdata, ydata, objective: Objective | None, n_params: int) -> Sou
     client = None if plan.strategy == "standard" else client
     if client is not None:
         check_sendable(**arrays)
-    data = replace(data, names=names_of(*as_they_came, {each.name: each.array for each in stored}))
+    names = names_of(*as_they_came, {each.name: each.array for each in stored})
+    data = replace(data, names=names, preparation=data.preparation._replace(kind=plan.kind))
     return Source(arrays, labels, data, stored, client, plan)
 
 

@@ -15,7 +15,6 @@ from dask.utils import key_split
 from distributed import Client, get_client, worker_client
 
 from dask_nlsq import curve_fit, plan_fit, resume
-from dask_nlsq.kernels.blocks import BLOCK_POINTS, tile_size
 
 from .clusters import assert_nothing_left, at_sweep, command_line, local, started, wait_for
 
@@ -283,8 +282,7 @@ def test_a_fit_asks_for_resources_by_an_annotation(tmp_path, caplog):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU here that JAX can use")
-def test_a_gpu_takes_whole_blocks_and_gives_the_same_fit():
-    assert tile_size(3, BLOCK_POINTS) == BLOCK_POINTS
+def test_a_worker_with_a_gpu_gives_the_same_fit():
     with (
         local(1, resources={"GPU": 1}, env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}) as cluster,
         Client(cluster) as client,

@@ -20,7 +20,7 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk, release
 from dask_nlsq.data.loading import PassedOn, plan_loads
 from dask_nlsq.engine.partition import load_chunk
-from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.kernels.kind import CPU
 
 N = 999
 RNG = np.random.default_rng(7)
@@ -140,11 +140,11 @@ def test_shards_are_read_whole(tmp_path):
 
 
 def test_a_chunk_becomes_blocks_by_its_length_alone():
-    n = 2 * BLOCK_POINTS + 3
+    n = 2 * CPU.block_points + 3
     problem = build_data(np.zeros(n), np.zeros(n, np.float32), check=True, omit=False)
     (index,) = problem.indices()
     chunk = prepare_chunk(problem.preparation, [index], [problem.pieces(index)])
-    assert [int(block.geometry[0]) for block in chunk.blocks] == [BLOCK_POINTS, BLOCK_POINTS, 3]
+    assert [int(block.geometry[0]) for block in chunk.blocks] == [CPU.block_points, CPU.block_points, 3]
 
 
 def test_small_chunks_are_joined_and_each_keeps_its_census():

@@ -13,13 +13,15 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
-from dask_nlsq.kernels.blocks import BLOCK_POINTS, longest_tile, tile_size
+from dask_nlsq.kernels.blocks import tile_size
 from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
+from dask_nlsq.kernels.kind import CPU
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
 from dask_nlsq.model.function import intern
 from dask_nlsq.model.losses import LOSSES
 
+BLOCK_POINTS = CPU.block_points
 PARAMS = np.array([2.0, 0.7, 0.3])
 
 
@@ -56,9 +58,8 @@ def dense_rows(f, x, y, params, sigma=1.0):
 
 def test_tiles_of_a_cpu_stay_in_its_cache():
     """Rows [J r] of 8 (p + 1) bytes per point in 1 MiB, 256 to 4096 points, and no more than there are."""
-    assert longest_tile() == 4096
-    assert [tile_size(p, BLOCK_POINTS) for p in (1, 31, 32, 63, 1000)] == [4096, 4096, 2048, 2048, 256]
-    assert tile_size(3, 100) == 100
+    assert [tile_size(CPU, p, BLOCK_POINTS) for p in (1, 31, 32, 63, 1000)] == [4096, 4096, 2048, 2048, 256]
+    assert tile_size(CPU, 3, 100) == 100
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000, 4096, 4097, BLOCK_POINTS - 1, BLOCK_POINTS + 5, 2 * BLOCK_POINTS + 4099])
@@ -110,7 +111,7 @@ def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
         operands = x[start : start + n], y[start : start + n]
         expected, _ = swept(decay, *operands, PARAMS)
         with monkeypatch.context() as patch:
-            patch.setattr("dask_nlsq.engine.request.tile_size", lambda n_params, capacity: min(capacity, BLOCK_POINTS))
+            patch.setattr("dask_nlsq.engine.request.tile_size", lambda kind, n_params, capacity: min(capacity, BLOCK_POINTS))
             gram, _ = swept(decay, *operands, PARAMS)
         np.testing.assert_allclose(gram, expected, rtol=1e-10)
 
@@ -274,7 +275,7 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
 def test_threads_compute_on_the_callers_device():
     script = """
 import threading, jax, jax.numpy as jnp
-from dask_nlsq.base.x64 import inherit_device
+from dask_nlsq.kernels.kind import inherit_device
 found = []
 def work():
     found.append(jnp.ones(1).devices())
@@ -348,9 +349,9 @@ def test_the_faster_way_of_forming_columns_is_found_by_timing():
         return a * jnp.exp(-b * x) + c
 
     preparation, chunk = chunk_of(*data(100))
-    few = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), n=1000)
-    many = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), n=int(TIMING_PAYS))
+    few = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), 1000, CPU)
+    many = choose_jac_mode(intern(steps), preparation.layouts, chunk.sample, np.ones(40), int(TIMING_PAYS), CPU)
     assert few == many == "arguments"
-    assert choose_jac_mode(intern(dense), preparation.layouts, chunk.sample, np.ones(3), n=10) == "columns"
+    assert choose_jac_mode(intern(dense), preparation.layouts, chunk.sample, np.ones(3), 10, CPU) == "columns"
     assert intern(steps).choices
     assert not intern(dense).choices

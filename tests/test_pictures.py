@@ -15,7 +15,7 @@ import zarr
 
 from dask_nlsq import curve_fit, hold, plan_fit, plots
 from dask_nlsq.base import config
-from dask_nlsq.kernels.blocks import BLOCK_POINTS
+from dask_nlsq.kernels.kind import CPU
 from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import coordinate_names
 from dask_nlsq.results import binning
@@ -354,7 +354,7 @@ def at_once(monkeypatch):
     return Counted
 
 
-@pytest.mark.parametrize(("n", "chunks"), [(6 * BLOCK_POINTS, None), (6 * BLOCK_POINTS, -1), (40_000, 1000)])
+@pytest.mark.parametrize(("n", "chunks"), [(6 * CPU.block_points, None), (6 * CPU.block_points, -1), (40_000, 1000)])
 def test_the_bins_in_memory_do_not_grow_with_the_number_of_blocks(n, chunks, at_once, monkeypatch):
     monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
     monkeypatch.setattr(binning, "AT_ONCE", 2)

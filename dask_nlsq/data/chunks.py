@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..kernels.blocks import BLOCK_POINTS, Block, Layouts, longest_tile
+from ..kernels.blocks import Block, Layouts
+from ..kernels.kind import CPU, Kind
 from ..memory.pool import ALIGNMENT, shared_pool
 from .store import BadChunkError
 
@@ -87,6 +88,7 @@ class Preparation(NamedTuple):
     whole: bool  # one block of exactly the chunk's length
     read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
     dtypes: tuple[np.dtype, ...]  # of the operands
+    kind: Kind = CPU  # of the devices that compute
 
     @property
     def copied(self) -> bool:
@@ -232,23 +234,23 @@ def _sample(preparation, shape, coordinates):
 
 def block_cuts(preparation, n) -> tuple[list[tuple[int, int]], int]:
     """Begins and ends of the blocks of a run of ``n`` points, and the capacity of their buffers."""
-    longest = preparation.run * preparation.capacities[0]
+    longest, most = preparation.run * preparation.capacities[0], preparation.kind.block_points
     if preparation.whole:
         return [(0, n)], n
-    if longest > BLOCK_POINTS and n > BLOCK_POINTS // 2:
-        return [(lo, min(lo + BLOCK_POINTS, n)) for lo in range(0, n, BLOCK_POINTS)], BLOCK_POINTS + ALIGNMENT
-    return [(0, n)], _size_class(n, min(longest, BLOCK_POINTS))
+    if longest > most and n > most // 2:
+        return [(lo, min(lo + most, n)) for lo in range(0, n, most)], most + ALIGNMENT
+    return [(0, n)], _size_class(n, min(longest, most))
 
 
 def _cut(preparation, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarray, ...]]:
-    """Blocks of at most `BLOCK_POINTS` consecutive points, which the shape of the chunk alone decides; and their buffers."""
+    """Blocks of at most `Kind.block_points` consecutive points, by the shape of the chunk alone; and their buffers."""
     flat = [np.ravel(piece) for piece in pieces]
     layouts = preparation.layouts.operands
     cuts, capacity = block_cuts(preparation, prod(shape))
     staged, copies = [], {}
 
     def copy(k, lo, hi, capacity):
-        staged.append(aligned_copy(flat[k], lo, hi, capacity))
+        staged.append(aligned_copy(flat[k], lo, hi, capacity, preparation.kind))
         return staged[-1]
 
     for k, layout in enumerate(layouts):
@@ -259,7 +261,7 @@ def _cut(preparation, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarra
 
     def view(k, lo, hi):
         if k not in copies:
-            return _view(flat[k], lo, hi, capacity) or (copy(k, lo, hi, capacity), 0)
+            return _view(flat[k], lo, hi, capacity, preparation.kind) or (copy(k, lo, hi, capacity), 0)
         return (copies[k][lo : lo + capacity] if layouts[k].dense else copies[k]), 0
 
     strides = [_strides(piece.shape) for piece in pieces]
@@ -282,7 +284,7 @@ def _size_class(n, longest):
     return max(capacity, 1)
 
 
-def _view(flat, lo, hi, capacity):
+def _view(flat, lo, hi, capacity, kind):
     """``capacity`` elements that start on a cache line and hold [lo, hi), and the place of ``lo`` in them.
 
     A view of ``flat`` for a whole block with enough elements around it, else None: a tile that is longer than the block is
@@ -292,17 +294,17 @@ def _view(flat, lo, hi, capacity):
     misfit = (flat.ctypes.data % ALIGNMENT) // flat.itemsize  # elements past a cache line at flat[0]
     start = min(lo, len(flat) - capacity)
     start -= (start + misfit) % per_line
-    fits = start >= 0 and start + capacity >= hi and hi - lo >= BLOCK_POINTS
+    fits = start >= 0 and start + capacity >= hi and hi - lo >= kind.block_points
     if not fits or flat.ctypes.data % flat.itemsize:
         return None
     return flat[start : start + capacity], lo - start
 
 
-def aligned_copy(flat, lo, hi, capacity):
+def aligned_copy(flat, lo, hi, capacity, kind):
     """A copy of [lo, hi) in a buffer of the shared pool, continued with its last value as far as a tile reaches."""
     buffer = shared_pool.lend(capacity, flat.dtype, zero=False)
     buffer[: hi - lo] = flat[lo:hi]
-    buffer[hi - lo : longest_tile()] = flat[hi - 1]
+    buffer[hi - lo : kind.longest_tile] = flat[hi - 1]
     return buffer
 
 

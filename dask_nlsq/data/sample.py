@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..kernels.blocks import Block, Layout, Layouts
+from ..kernels.kind import CPU
 from .chunks import Chunk, Preparation, aligned_copy
 
 
@@ -88,7 +89,7 @@ def as_sample(layouts: Layouts, values: np.ndarray, n: int, n_total: int) -> Sam
     m = values.shape[1]
     buffers = []
     for row, integer in zip(values, [False, False, *(each.integer for each in layouts.x)], strict=True):
-        buffers.append(aligned_copy(row.astype(np.int64 if integer else np.float64), 0, m, n))
+        buffers.append(aligned_copy(row.astype(np.int64 if integer else np.float64), 0, m, n, CPU))
     dense = layouts._replace(
         y=Layout(True),
         sigma=Layout(True),

@@ -8,7 +8,7 @@ from numpy.linalg import norm
 
 from ..data.align import Data
 from ..data.chunks import Chunk
-from ..kernels.blocks import BLOCK_POINTS, Reduction
+from ..kernels.blocks import Reduction
 from ..kernels.rows import segment_size, unpack
 from ..kernels.rules import EPS, ROUNDING
 
@@ -168,7 +168,7 @@ class Segmentation(NamedTuple):
     def of(cls, data: Data, n_params: int) -> "Segmentation":
         """Of all data enough parts to see how much they differ, and no more than are worth their memory."""
         most = int(np.clip(SEGMENTS_BYTES // (8 * segment_size(n_params)), FEWEST_SEGMENTS, MOST_SEGMENTS))
-        n_blocks = max(-(-data.n_points // BLOCK_POINTS), data.n_runs)
+        n_blocks = max(-(-data.n_points // data.preparation.kind.block_points), data.n_runs)
         longest = max(data.n_points, data.run_points)
         few = 2 ** (longest - 1).bit_length()  # as the buffer of a few points is: each of them is a part of its own
         per_block = -(-min(most, few) // n_blocks)

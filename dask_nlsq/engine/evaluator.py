@@ -1,5 +1,6 @@
 """An objective on data, as the solver calls it: nothing is evaluated twice, and all of it goes through a checkpoint."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from ..base.files import well_formed
 from ..data.chunks import Census, Fault
 from ..data.store import BadChunkError
 from ..kernels.blocks import JacMode, Reduction
+from ..kernels.kind import CPU
 from ..kernels.rows import segment_size, unpack
 from .checkpoint import Checkpoint
 from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
@@ -18,6 +20,7 @@ from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
 from .waiting import StopOnSignal, Watch, unwatched
 
+logger = logging.getLogger("dask_nlsq")
 EXPECTED = 20  # sweeps of a fit, most of which take fewer
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
 
@@ -116,7 +119,8 @@ class Evaluator:
     def save(self, begun: PartialSweep | None = None) -> None:
         census = self.sweep.census
         arrays: dict[str, np.ndarray] = {}
-        values: dict[str, Any] = dict(jac_mode=self.jac_mode, census=None if census is None else _listed(census))
+        kind = self.sweep.data.preparation.kind.name
+        values: dict[str, Any] = dict(jac_mode=self.jac_mode, kind=kind, census=None if census is None else _listed(census))
         if self.finished:
             params, found = zip(*self.finished, strict=True)
             arrays = dict(
@@ -171,7 +175,10 @@ class Evaluator:
             self._weighed(self.finished[-1][1])
             self.recorded[arrays["params"][k].tobytes(), reduction] = self.finished[-1][1]
         self.resumed = len({found.read for _, found in self.finished})  # one may have been at several points
-        if "begun" in values:
+        kind, ours = values.get("kind", CPU.name), self.sweep.data.preparation.kind.name
+        if kind != ours:
+            logger.info("the fit goes on from %s on %s: the next sums have other bits than there", kind, ours)
+        if "begun" in values and kind == ours:
             requests = [self.request(params, values["begun"]) for params in arrays["at"]]
             self.begun = PartialSweep(requests, self.sweep.place.n_runs, values["level"])
             self.begun.censuses = [_census(values["own"])]

@@ -18,6 +18,7 @@ from ..memory.machine import keep_freed_memory
 from ..memory.needs import READ_COPIES
 from ..memory.pool import shared_pool
 from .condensed import Sums, Tree, merge_chunks
+from .devices import OnDevices
 from .request import Objective, Request, condense_blocks, count_not_finite
 
 RESERVED_FROM = 2**23  # bytes of a run from which its memory is reserved: that takes 0.6 ms
@@ -30,11 +31,13 @@ class Partition(NamedTuple):
     chunks: Sequence[Chunk]
     census: Census
     sample: tuple[np.ndarray, ...]  # coordinates of some consecutive points
+    on_devices: OnDevices | None = None  # None: the data are not held
 
     @classmethod
-    def of(cls, preparation: Preparation, chunks: Sequence[Chunk]) -> "Partition":
+    def of(cls, preparation: Preparation, chunks: Sequence[Chunk], held: bool) -> "Partition":
         census = merge_censuses(census for chunk in chunks for census in chunk.censuses)
-        return cls(preparation, chunks, census, longest(chunk.sample for chunk in chunks))
+        sample = longest(chunk.sample for chunk in chunks)
+        return cls(preparation, chunks, census, sample, OnDevices() if held else None)
 
 
 @sizeof.register(Partition)
@@ -97,7 +100,7 @@ def load_partition(preparation: Preparation, runs: list[list[Load]], keys: list,
     """The task that puts a partition on a worker; ``values`` are those of the shared tasks ``keys``."""
     keep_freed_memory()
     known = PassedOn(dict(zip(keys, values, strict=True)), runs)
-    return Partition.of(preparation, [load_chunk(preparation, run, known) for run in runs])
+    return Partition.of(preparation, [load_chunk(preparation, run, known) for run in runs], held=True)
 
 
 def with_factor(chunk: Chunk, factor: np.ndarray) -> Chunk:
@@ -139,7 +142,9 @@ class Answers(NamedTuple):
 
 def _condense(partition: Partition, objectives, requests: Sequence[Request], share: Share = alone) -> Answers:
     requests = [request._replace(objective=objectives[request.objective]) for request in requests]
-    blocks = [block for chunk in partition.chunks for block in chunk.blocks]
+    blocks: Sequence[Block] = [block for chunk in partition.chunks for block in chunk.blocks]
+    if partition.on_devices is not None:
+        blocks = partition.on_devices.of(partition.preparation.kind, blocks, len(requests[0].params))
     found = share(partial(_by_block, partition.preparation, requests=requests), blocks)
     sums = [
         merge_chunks(partition.chunks, [each[k] for each in found], request.reduction, request.segmentation)

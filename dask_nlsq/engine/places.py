@@ -18,10 +18,10 @@ import numpy as np
 from distributed import Client
 
 from ..base.config import threads
-from ..base.x64 import inherit_device
 from ..data.align import Data
 from ..data.chunks import Chunk, Preparation, release
 from ..data.loading import Load, PassedOn, compute_shared, plan_loads
+from ..kernels.kind import inherit_device
 from ..memory.machine import keep_freed_memory, large_arrays_given_back
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
@@ -44,7 +44,8 @@ class HeldHere:
     def __init__(self, partition: Partition, n_threads: int):
         self.partition, self.n_runs = partition, len(partition.chunks)
         self.level = (self.n_runs - 1).bit_length()
-        self.n_threads = min(n_threads, sum(len(chunk.blocks) for chunk in partition.chunks))
+        n_blocks = sum(len(chunk.blocks) for chunk in partition.chunks)
+        self.n_threads = 1 if partition.preparation.kind.own_memory else min(n_threads, n_blocks)  # it only starts kernels
         self.pool = ThreadPoolExecutor(self.n_threads, "nlsq-sweep", inherit_device()) if self.n_threads > 1 else None
 
     @classmethod
@@ -63,7 +64,7 @@ class HeldHere:
             on_error.pop_all()
         if data.factor is not None:
             chunks = [with_factor(chunk, data.factor) for chunk in chunks]
-        return cls(Partition.of(data.preparation, chunks), n_threads)
+        return cls(Partition.of(data.preparation, chunks, held=True), n_threads)
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
         yield 0, work.of(self.partition, objectives, *args, share=partial(self._share, look))
@@ -84,7 +85,7 @@ class HeldHere:
             self.pool.shutdown(cancel_futures=True)
         for chunk in self.partition.chunks:
             release(chunk)
-        self.partition = self.partition._replace(chunks=())
+        self.partition = self.partition._replace(chunks=(), on_devices=None)
 
 
 class HeldByWorkers:
@@ -138,7 +139,7 @@ class LazyRuns(NamedTuple):
             chunk = load_chunk(self.preparation, run, known)
             try:
                 with kernels:
-                    return work.of(Partition.of(self.preparation, [chunk]), objectives, *args)
+                    return work.of(Partition.of(self.preparation, [chunk], held=False), objectives, *args)
             finally:
                 release(chunk)
 

@@ -9,12 +9,14 @@ from distributed.metrics import context_meter
 
 from ..base.x64 import float64
 from ..data.chunks import LARGEST, Chunk, Preparation
-from ..kernels.blocks import MAX_TILE, Block, JacMode, KernelSpec, Reduction, tile_size
+from ..kernels.blocks import Block, JacMode, KernelSpec, Reduction, tile_size
 from ..kernels.rows import N_WEIGHTS, sweep_kernel, weight_kernel
 from ..kernels.values import VALUES_LEAD, What, value_kernel
+from ..memory.device import said_if_full
 from ..model.function import Model, known_model
 from ..model.losses import LIKELIHOODS
 from .condensed import Segmentation, Sums
+from .devices import fetched
 
 
 class Objective(NamedTuple):
@@ -60,18 +62,34 @@ def kernel_spec(preparation: Preparation, request: Request, block: Block) -> Ker
     if block.clean:
         layouts = layouts._replace(invalid=None)  # axis vectors: half the time of a sweep
     capacity, n_segments = len(block.buffers[0]), request.segmentation.per_block
-    tile = None if preparation.whole else tile_size(len(request.params), capacity)
-    if tile is not None and tile <= MAX_TILE:  # longer ones are a GPU's, which has no use for short ones
-        tile = min(tile, -(-capacity // max(n_segments, 1)))
-    whitened = len(block.buffers) > len(layouts.operands)
-    return KernelSpec(layouts, request.reduction, request.jac_mode, request.objective.loss, tile, whitened, n_segments)
+    kind, p, tile, together = preparation.kind, len(request.params), None, 1
+    if not preparation.whole:
+        longest = tile_size(kind, p, capacity)
+        tile = min(longest, -(-capacity // max(n_segments, 1)))
+        together = max(longest // tile, 1)
+    return KernelSpec(
+        layouts,
+        request.reduction,
+        request.jac_mode,
+        request.objective.loss,
+        tile,
+        whitened=len(block.buffers) > len(layouts.operands),
+        parts=n_segments,
+        together=together,
+        pairs=p < kind.pairs_up_to,
+    )
 
 
 def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests: Sequence[Request]) -> list[list[Sums]]:
-    """For each request the sums of each block. A block is read by one kernel after the other, while it is in the cache."""
+    """For each request the sums of each block.
+
+    On a CPU a block is read by one kernel after the other, while it is in the cache. On a device with memory of its own all
+    kernels are started, and then waited for together.
+    """
     kernels: dict[tuple, Callable] = {}
-    results: list[list[Sums]] = [[] for _ in requests]
-    with float64():
+    results: list[list] = [[] for _ in requests]
+    ahead = preparation.kind.own_memory
+    with float64(), said_if_full():
         for block in blocks:
             for k, request in enumerate(requests):
                 like, label, model = (k, len(block.buffers[0]), block.clean), "jax-execute", request.objective.model
@@ -84,15 +102,22 @@ def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests:
                     weights = np.zeros((len(segments), N_WEIGHTS))
                     if request.weigh:
                         weights = weight_kernel(kernel_spec(preparation, request, block))(block)
-                    segments = np.concatenate([segments, weights], axis=1)
-                    results[k].append(Sums(np.asarray(matrix), float(cost), segments))
+                    found = matrix, cost, segments, weights
+                    results[k].append(found if ahead else _sums(*found))
+        if ahead:
+            with context_meter.meter("jax-execute"):
+                results = [[_sums(*each) for each in found] for found in fetched(results)]
     return results
+
+
+def _sums(matrix, cost, segments, weights) -> Sums:
+    return Sums(np.asarray(matrix), float(cost), np.concatenate([segments, weights], axis=1))
 
 
 def values(preparation: Preparation, chunk: Chunk, request: Request, what: What, *spread) -> np.ndarray:
     """What `value_kernel` computes, for a chunk, in its shape; residuals are NaN where the mask is true."""
     flat = []
-    with float64():
+    with float64(), said_if_full():
         for block in chunk.blocks:
             kernel = value_kernel(request.objective.model, kernel_spec(preparation, request, block), what)
             found = kernel(request.params, request.objective.f_scale, block, *spread)

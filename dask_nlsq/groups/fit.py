@@ -431,8 +431,9 @@ def _apart(problem: MapProblem, call):
         linear = is_linear(fit.model, fit.spec.layouts, sample, values, mine)
         if is_long:
             check_pointwise(fit.model, fit.spec.layouts, sample, values)
-    # the rows [J r] of a long group stay in the cache, tile after tile
-    locals_ = fit.spec._replace(free=mine, bounded=bounded, tile=TILE if is_long else None)
+    # on a CPU the rows [J r] of a long group stay in the cache, tile after tile
+    tile = TILE if is_long and not fit.spec.kind.own_memory else None
+    locals_ = fit.spec._replace(free=mine, bounded=bounded, tile=tile)
     options = Options(
         lower=lower,
         upper=upper,

@@ -29,13 +29,14 @@ from ..engine.condensed import Condensed, factor, merge
 from ..engine.waiting import Look, StopOnSignal, Watch, unwatched
 from ..kernels.blocks import Reduction
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
-from ..kernels.lane_loop import Fitted
+from ..kernels.lane_loop import Fitted, Pixels
 from ..kernels.lanes import Limits, MapStatus
 from ..kernels.pieces import PieceSums, joined_kernel, piece_kernel
 from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
 from ..kernels.table import table, tabulated
 from ..maps.blocks import BlockFit, Kept, MapProblem, PixelBlock
+from ..memory.device import said_if_full
 from ..memory.processes import room_here
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
@@ -73,14 +74,20 @@ class Swept(NamedTuple):
 
 def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At):
     """The task: `GroupSums` and `LocalState` of a block."""
-    begun, model, x = _begun(spec, block, before, at), fit.model, block.pixels.x
+    begun, model, there = _begun(spec, block, before, at), fit.model, _there(spec, block)
+    x = there.x
     if spec.tabulated:
         params = begun.params
         model, x = tabulated(params.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, params[0]))
-    pixels, known = block.pixels._replace(start=begun.params, x=x), (begun.used, begun.moments, begun.fitted)
-    with float64(), fit.compiling(("groups", spec), pixels):
+    pixels, known = there._replace(start=begun.params, x=x), (begun.used, begun.moments, begun.fitted)
+    with float64(), said_if_full(), fit.compiling(("groups", spec), pixels):
         found = group_kernel(model, spec)(pixels, block.n_pixels, *known, before is None, at.limits)
     return jax.tree.map(np.asarray, found)
+
+
+def _there(spec: GroupSpec, block: PixelBlock) -> Pixels:
+    with float64():
+        return block.on_device(spec.locals.kind)
 
 
 class Begun(NamedTuple):
@@ -94,9 +101,9 @@ class Begun(NamedTuple):
 
 def sweep_piece(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At, is_first: bool):
     """The task: what a piece of a block adds to its groups, and, of the first one, how they begin."""
-    begun, pixels = _begun(spec, block, before, at), block.pixels
-    pixels = pixels._replace(start=begun.params)
-    with float64(), fit.compiling(("piece", spec), pixels):
+    begun = _begun(spec, block, before, at)
+    pixels = _there(spec, block)._replace(start=begun.params)
+    with float64(), said_if_full(), fit.compiling(("piece", spec), pixels):
         found = piece_kernel(fit.model, spec)(pixels, at.limits)
     first = Begun(begun, pixels.lower, pixels.upper, before is None) if is_first else None
     return jax.tree.map(np.asarray, found), first

@@ -4,16 +4,14 @@ import functools
 import operator
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .kind import Kind
+
 Reduction = Literal["gram", "qr"]
 JacMode = Literal["columns", "arguments"]
-BLOCK_POINTS = 2**18  # points per kernel call: about 1 ms of the fastest kernel against 0.1 ms to start one
-TILE_BYTES = 2**20  # rows [J r] of one tile: half of a 2 MiB second-level cache
-MAX_TILE = 4096  # points; longer tiles gained nothing at any number of parameters
 MIN_TILE = 256  # points; below, the loop itself costs more than the cache saves
 
 
@@ -91,22 +89,14 @@ class KernelSpec(NamedTuple):
     tile: int | None
     whitened: bool = False  # the last buffer of a block is the Cholesky factor L of the covariance of y
     parts: int = 0  # at most this many runs of consecutive points, whose sums are returned beside those of the block
+    together: int = 1  # tiles that are evaluated together, where each is a part
+    pairs: bool = False  # the gram matrix is a sum for each pair of rows
 
 
-def tile_size(n_params: int, capacity: int) -> int:
-    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is not longer than the block.
-
-    On a GPU the tile is the block: its cores work on all points at once, and a loop over tiles would leave them idle.
-    """
-    fitting = 2 ** int(np.log2(TILE_BYTES // (8 * (n_params + 1)))) if longest_tile() == MAX_TILE else BLOCK_POINTS
-    return min(max(MIN_TILE, min(longest_tile(), fitting)), capacity)
-
-
-def longest_tile() -> int:
-    """Points of the longest tile that any kernel may take on the device of this thread."""
-    device = jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]  # as `base.x64`
-    on_cpu = getattr(device, "platform", device) == "cpu"  # the setting may be a device or the name of a platform
-    return MAX_TILE if on_cpu else BLOCK_POINTS
+def tile_size(kind: Kind, n_params: int, capacity: int) -> int:
+    """Points per tile: the rows [J r] of a tile fit in cache, and a tile is not longer than the block."""
+    fitting = 2 ** int(np.log2(kind.tile_bytes // (8 * (n_params + 1))))
+    return min(max(MIN_TILE, min(kind.longest_tile, fitting)), capacity)
 
 
 def assemble_x(layouts: Layouts, coordinates):

@@ -20,13 +20,12 @@ from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import masked_cost
 from . import rules
 from .blocks import JacMode, Layouts, Reduction, assemble_x
+from .kind import CPU, Kind
 from .rows import poisson_rows, robust_rows, with_columns
 from .rules import EPS, RUNNING, Course, length
 from .steps import HatSpace, Point, Scheme, Seen, Step, best_step, dot, more, point_at, reined_in
 
-MOST_LANES, FEWEST_LANES = 64, 16  # pixels that are fitted together: vectors of each number, and the last ones waste few
-LANE_POINTS = 2**18  # of all lanes: more of them would wait longer for the last pixels of a block
-GROUP_BYTES, FEWEST_TOGETHER = 2**18, 4  # rows [J r] of the lanes that are evaluated together stay in the cache
+FEWEST_LANES, FEWEST_TOGETHER = 16, 4  # pixels that are fitted together, and evaluated together
 STEEP = -float(np.finfo(np.float64).max)
 PIVOT = 2**8 * EPS  # of the diagonal element: rounding of a gram matrix of some 1000 points, as measured
 
@@ -76,6 +75,7 @@ class MapSpec(NamedTuple):
     absolute_sigma: bool
     guess: Model | None = None  # ``guess(x, y) -> start`` of all parameters
     tile: int | None = None  # points of a long spectrum that are evaluated at once; None: all of them
+    kind: Kind = CPU  # of the device
 
 
 class LaneModel(NamedTuple):
@@ -109,21 +109,21 @@ class Lanes(NamedTuple):
     status: Any
 
 
-def n_lanes(n: int) -> int:
+def n_lanes(n: int, kind: Kind = CPU) -> int:
     """Lanes for spectra of ``n`` points, a power of two."""
-    return 2 ** int(np.log2(min(MOST_LANES, max(FEWEST_LANES, LANE_POINTS // n))))
+    return 2 ** int(np.log2(min(kind.most_lanes, max(FEWEST_LANES, kind.lane_points // n))))
 
 
 def lanes_of(spec: MapSpec, y) -> int:
     """Lanes for y (pixels, n): as many for any block, since bits depend on it; for long spectra as few as there are."""
-    most = n_lanes(y.shape[1])
+    most = n_lanes(y.shape[1], spec.kind)
     return most if spec.tile is None else min(most, 2 ** (len(y) - 1).bit_length())
 
 
-def group_size(n: int, n_params: int) -> int:
+def group_size(n: int, n_params: int, kind: Kind = CPU) -> int:
     """Lanes whose rows [J r], of ``n`` points each, fit in the cache: a power of two."""
-    fitting = GROUP_BYTES // (8 * (n_params + 1) * n)
-    return 2 ** int(np.log2(min(n_lanes(n), max(FEWEST_TOGETHER, fitting))))
+    fitting = kind.group_bytes // (8 * (n_params + 1) * n)
+    return 2 ** int(np.log2(min(n_lanes(n, kind), max(FEWEST_TOGETHER, fitting))))
 
 
 def each_or_shared(x):
@@ -232,7 +232,7 @@ def normal_equations(model, spec, limits, lanes, reduction: Reduction = "gram"):
 
     data, p, (width, n) = lanes.data, len(spec.free), lanes.data.y.shape
     x, axes = each_or_shared(data.x)
-    size = min(width, group_size(n if spec.tile is None else min(n, spec.tile), p))
+    size = min(width, group_size(n if spec.tile is None else min(n, spec.tile), p, spec.kind))
     operands = (
         lanes.trial.T,
         data.start.T,

@@ -25,7 +25,7 @@ from jax import lax
 
 from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import LOSSES, masked_cost, poisson_terms
-from .blocks import JacMode, KernelSpec, Tile, tile_size
+from .blocks import JacMode, KernelSpec, Tile
 from .rules import EPS
 
 REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
@@ -90,7 +90,7 @@ def build_sweep(model, spec):
 
         def of_tile(first, fresh):
             rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
-            gram = _gram(rows)  # which XLA leaves out where nothing needs it
+            gram = _gram(rows, spec.pairs)  # which XLA leaves out where nothing needs it
             all_sums = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
             return all_sums, (gram if by_gram else rows, sums[0])
 
@@ -101,7 +101,7 @@ def build_sweep(model, spec):
             return _update_factor(matrix, found.reshape(p + 1, -1)), cost + costs.sum()
 
         start, n_columns = (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS
-        return _by_tile(spec, block, p, n_columns, of_tile, (0 if by_gram else 1, 0), start, add)
+        return _by_tile(spec, block, n_columns, of_tile, (0 if by_gram else 1, 0), start, add)
 
     return sweep
 
@@ -112,10 +112,10 @@ def _sum_weights(spec, block):
         one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
         return jnp.stack([one @ one, one @ y, y @ y]), ()
 
-    return _by_tile(spec, block, 0, N_WEIGHTS, of_tile, (), (), lambda state, condensed: state)[0]
+    return _by_tile(spec, block, N_WEIGHTS, of_tile, (), (), lambda state, condensed: state)[0]
 
 
-def _by_tile(spec, block, n_params, n_columns, of_tile, axes, start, add):
+def _by_tile(spec, block, n_columns, of_tile, axes, start, add):
     """Walk over a block: ``of_tile(first, fresh) -> sums (n_columns,), condensed`` of each tile.
 
     A turn of the loop costs as much as hundreds of points, so it takes as many short tiles as make a long one.
@@ -127,7 +127,7 @@ def _by_tile(spec, block, n_params, n_columns, of_tile, axes, start, add):
     tiles_per_part = -(-capacity // (tile * max(spec.parts, 1)))
     n_parts = -(-capacity // (tile * tiles_per_part)) if spec.parts else 0
     own_part = n_parts > 0 and tiles_per_part == 1  # of each tile
-    together = max(tile_size(n_params, capacity) // tile, 1) if own_part and spec.tile else 1
+    together = spec.together if own_part else 1
 
     def at(k):
         begin = k * tile
@@ -156,9 +156,11 @@ def _by_tile(spec, block, n_params, n_columns, of_tile, axes, start, add):
     return *state, parts[:n_parts]
 
 
-def _gram(rows):
+def _gram(rows, pairs):
     """``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
     half = len(rows) // 2
+    if pairs:
+        return jnp.sum(rows[:, None] * rows, axis=-1)
     if len(rows) < HALVED_FROM:
         return rows @ rows.T
     above, below = rows[:half], rows[half:]

@@ -60,7 +60,7 @@ def pixels_kernel(model: Model, spec: MapSpec, what: PixelWhat):
                 residual = _of_deviance(residual, y)
             return jnp.where(weight > 0, residual, jnp.nan)
 
-        return lax.map(one, jnp.arange(len(data.y)), batch_size=group_size(data.y.shape[1], data.start.shape[1]))
+        return lax.map(one, jnp.arange(len(data.y)), batch_size=group_size(data.y.shape[1], data.start.shape[1], spec.kind))
 
     return model.get(("pixels", spec, what), lambda: model.jit(build))
 

@@ -24,7 +24,7 @@ from dask.system import CPU_COUNT
 
 from ..base.lazy import da
 from ..base.warn import warn
-from ..base.x64 import float64, inherit_device
+from ..base.x64 import float64
 from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
@@ -36,9 +36,11 @@ from ..data.store import Policy, Stored
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
+from ..kernels.kind import CPU, Kind, devices_here, inherit_device, kind_here
 from ..kernels.lane_loop import Fitted, Pixels
 from ..kernels.lanes import Limits, MapSpec
 from ..kernels.tries import fit_pixels
+from ..memory.device import said_if_full
 from ..model.function import Model, advice, function_name, held, intern
 from ..model.ties import Ties
 from ..options import Noise, noise_of
@@ -56,6 +58,13 @@ class Operand(NamedTuple):
 
     array: Any
     last: int = 0  # further axes at the end: 1 for parameters
+
+
+class Kept(dict):
+    """What a process keeps for other blocks, or other sweeps; it does not travel to other processes."""
+
+    def __reduce__(self):
+        return Kept, ()
 
 
 class _Pixel(NamedTuple):
@@ -80,13 +89,16 @@ class PixelBlock(NamedTuple):
     pixels: Pixels
     n_pixels: int
     shape: tuple[int, ...]
+    kept: Kept
 
-
-class Kept(dict):
-    """What a process keeps for other blocks; it does not travel to other processes."""
-
-    def __reduce__(self):
-        return Kept, ()
+    def on_device(self, kind: Kind) -> Pixels:
+        """The pixels, with their data on the device of this thread, where they stay, if it has memory of its own."""
+        if not kind.own_memory:
+            return self.pixels
+        if "pixels" not in self.kept:
+            data = {name: jax.device_put(getattr(self.pixels, name)) for name in ("y", "sigma", "mask", "x")}
+            self.kept["pixels"] = self.pixels._replace(**data)
+        return self.kept["pixels"]
 
 
 @dataclass(frozen=True)
@@ -109,7 +121,7 @@ class BlockFit:
     def __call__(self, place, *arrays, first=0) -> np.ndarray:
         """Records of the block that is ``place``, slices along the map axes, of the rows from ``first`` on."""
         block = self.gather(place, *arrays, first=first)
-        with float64():
+        with float64(), said_if_full():
             found = fit_pixels(self.model, self.spec, block.pixels, block.n_pixels, self.limits, self.compiling)
         return self.record(found).reshape(block.shape)
 
@@ -133,7 +145,7 @@ class BlockFit:
         self._check(_Pixel(shape, begin, self.word), y, sigma, mask, x, *vectors[1:])
         n_pixels, others = len(y), (sigma, mask, x, *vectors)
         others = jax.tree.map(lambda each: each if len(each) == 1 else self._filled(each), others)  # 1: shared
-        return PixelBlock(Pixels(self._filled(y), *others), n_pixels, shape)
+        return PixelBlock(Pixels(self._filled(y), *others), n_pixels, shape, Kept())
 
     def _rows(self, array, shape, spectrum):
         """(pixels or 1, n or 1) of an array with y's axes; ``spectrum`` is y's shape along the fit axes."""
@@ -235,8 +247,9 @@ class BlockFit:
 
 @contextmanager
 def threads_on_device() -> Iterator[None]:
-    """Within, Dask's threads compute on the caller's ``jax.default_device``, if there is one."""
-    if jax.config.jax_default_device is None:  # type: ignore[attr-defined]  # as `base.x64`
+    """Within, Dask's threads compute on the caller's ``jax.default_device``, or on several GPUs in turn."""
+    several = len(devices_here()) > 1 and kind_here().own_memory
+    if jax.config.jax_default_device is None and not several:  # type: ignore[attr-defined]  # as `kernels.kind`
         yield
         return
     n = dask.config.get("num_workers", None) or CPU_COUNT
@@ -301,7 +314,7 @@ class MapProblem:
                 edges.append(end)
             end += n
         bands = tuple(slice(a, b) for a, b in pairwise([*edges, end])) if blocks else self.bands
-        fit = replace(self.fit, capacity=capacity(blocks, self.plan.n_points))
+        fit = replace(self.fit, capacity=capacity(blocks, self.plan.n_points, self.plan.kind))
         return replace(self, fit=fit, bands=bands, blocks=blocks)
 
     def records(self) -> da.Array:
@@ -415,10 +428,10 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
     most = call.max_nfev or 100 * len(params.free)
     fit = BlockFit(
         model=model,
-        spec=spec,
+        spec=spec._replace(kind=plan.kind),
         limits=Limits(call.ftol, call.xtol, call.gtol, call.accuracy, most, call.f_scale),
         fit_axes=fit_axes,
-        capacity=capacity(blocks, plan.n_points),
+        capacity=capacity(blocks, plan.n_points, plan.kind),
         x=shared,
         dtype=dtype,
         raises=call.nan_policy == "raise",
@@ -440,7 +453,7 @@ def _spec(model: Model, layouts: Layouts, shared, call, noise: Noise, params: Pa
     """What the kernel does; a model that is to be differentiated point by point has been tried at one start."""
     jac_mode = call.jac_mode
     if jac_mode == "auto":  # not timed: a map that goes on after a break must get the same bits
-        jac_mode = choose_jac_mode(model, layouts, (), np.ones(len(params.free)), 0)
+        jac_mode = choose_jac_mode(model, layouts, (), np.ones(len(params.free)), 0, CPU)
         if not any(each is None for each in shared):
             known = [params.guess is None and not isinstance(each, da.Array) for each in params.start]
             start = [np.asarray(v).flat[0] if k else 1.0 for v, k in zip(params.start, known, strict=True)]

@@ -9,7 +9,8 @@ from ..base.lazy import da
 from ..base.text import html_text, near, several, size, table
 from ..base.values import is_integer
 from ..data.arrays import made_bytes
-from ..kernels.lanes import LANE_POINTS
+from ..kernels.kind import CPU, Kind
+from ..memory.device import kind_of_all
 from ..memory.machine import active_client
 from ..memory.needs import JOINING, LANE_BYTES, RESULT_COPIES, Sizes, needs
 from ..memory.plan import JoiningError, MemoryBudgetError, least_limit
@@ -18,7 +19,6 @@ from ..memory.processes import Room, room_here, rooms_of_workers
 BLOCK_VALUES = 2**22  # of y in one task: a few hundred milliseconds
 FEWEST_VALUES = 2**16  # of y in a task, up to which chunks are joined: a millisecond of work, as much as a task costs
 MANY_BLOCKS = 256  # whose tasks cost a few tenths of a second by themselves
-SPLIT_VALUES = 2**18  # of y that is in memory already: enough tasks for the threads
 AT_ONCE = ("standard", "chunked")  # strategies that read all of the data at once
 
 
@@ -39,6 +39,8 @@ class MapPlan:
     reason : str
     decoded : tuple of str
         Attributes of stored arrays that are applied to their values, a line for each array.
+    kind : Kind
+        Of the devices that will fit the pixels.
     """
 
     n_pixels: int
@@ -50,6 +52,7 @@ class MapPlan:
     peak_bytes: int
     reason: str
     decoded: tuple[str, ...] = ()
+    kind: Kind = CPU
 
     def explain(self) -> None:
         """Print the plan, which is also ``str(plan)``."""
@@ -108,11 +111,11 @@ def axes_of(axis, dims, ndim, name: str = "axis", ordered: bool = True) -> tuple
     return tuple(found)
 
 
-def capacity(blocks, n):
+def capacity(blocks, n, kind: Kind):
     """Pixels, of ``n`` points, of the largest block; if it is small a power of 4, which other maps may have compiled for."""
     most = prod(max(sizes) for sizes in blocks)
     few = 4 ** max(3, (most - 1).bit_length() + 1 >> 1)
-    return few if few * n <= LANE_POINTS else most
+    return few if few * n <= kind.lane_points else most
 
 
 class _Map(NamedTuple):
@@ -122,6 +125,7 @@ class _Map(NamedTuple):
     chunks: list[tuple[int, ...]]  # of y along the map axes
     joined: int  # bytes of the arrays whose chunks are joined along the fit axes
     n: int  # points of a pixel
+    kind: Kind
     most: int  # values of y in a block
 
 
@@ -137,7 +141,7 @@ class _Cut(NamedTuple):
 
 
 def _cut(job: _Map, strategy: str, rooms: Sequence[Room]) -> _Cut:
-    most = _most_pixels(job.sizes, rooms, job.most, job.n)
+    most = _most_pixels(job.sizes, rooms, job.most, job.n, job.kind)
     blocks = _split(_join(job.chunks, min(most, FEWEST_VALUES // job.n)), most)
     working = _needed(job.sizes, rooms, blocks, job.n)
     joining = [JOINING * job.joined * share for share in _shares(rooms)]
@@ -176,7 +180,9 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
     longest = prod(y.chunksize[k] for k in fit_axes) if in_pieces else n
     rooms = (rooms_of_workers(client, limit) if client else []) or [room_here(limit)]
     sizes = map_sizes(arrays, n, n_params, record_bytes)
-    job = _Map(sizes, chunks, joined, longest, BLOCK_VALUES if lazy else SPLIT_VALUES)
+    kind = kind_of_all(room.device for room in rooms)
+    most = max(BLOCK_VALUES if lazy else 0, kind.split_values)
+    job = _Map(sizes, chunks, joined, longest, kind, most)
     cut = _cut(job, strategy, rooms)
     blocks, working, may_take = cut.blocks, cut.working, size(sum(room.nbytes for room in rooms))
     rows = y.shape[map_axes[0]] if map_axes else 1
@@ -212,6 +218,7 @@ def plan_blocks(arrays, fit_axes, n_params: int, record_bytes: int, call):
         read_bytes=y.nbytes * len(bands),
         peak_bytes=int(max(room.base + each for room, each in zip(rooms, working, strict=True))),
         reason=reason,
+        kind=kind,
     )
     return bands, tuple(map(tuple, blocks)), plan
 
@@ -241,11 +248,11 @@ def _shares(rooms: Sequence[Room]) -> list[float]:
     return [room.n_threads / sum(each.n_threads for each in rooms) for room in rooms]
 
 
-def _most_pixels(sizes: Sizes, rooms: Sequence[Room], most: int, n: int) -> int:
+def _most_pixels(sizes: Sizes, rooms: Sequence[Room], most: int, n: int, kind: Kind) -> int:
     """Pixels of a block, so that those of all threads take half of the memory: the other half is for chunks to be joined."""
     wanted = needs(sizes._replace(longest=(most,)))
     spare = min((room.nbytes - wanted.start) / (2 * room.n_threads) for room in rooms)
-    return max(1, int(min(most, max(LANE_POINTS, spare / wanted.runs[0] * most))) // n)
+    return max(1, int(min(most, max(kind.lane_points, spare / wanted.runs[0] * most))) // n)
 
 
 def _needed(sizes: Sizes, rooms: Sequence[Room], blocks, n: int) -> list[float]:

@@ -275,7 +275,7 @@ def _problem_of_some(problem: MapProblem, places: tuple[slice, ...]) -> MapProbl
         blocks.append(tuple(kept[kept > 0].tolist()))
     operands = {name: Operand(_some(each, places, axes), each.last) for name, each in problem.operands.items()}
     y, band = _some(Operand(problem.y), places, axes), slice(0, sum(blocks[0]))
-    fit = replace(problem.fit, capacity=capacity(blocks, problem.plan.n_points))
+    fit = replace(problem.fit, capacity=capacity(blocks, problem.plan.n_points, problem.plan.kind))
     return replace(problem, fit=fit, y=y, operands=operands, blocks=tuple(blocks), bands=(band,), in_pieces=False)
 
 

@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import psutil
 from distributed import Client, default_client
 
+from .device import device_here
+
 NO_LIMIT = 2**60  # bytes; cgroup v1 writes "none" as the largest multiple of a page below 2^63
 # mallopt's names, and values at which a kernel reuses its scratch memory while chunks are still given back at once
 M_TRIM_THRESHOLD, KEPT_BYTES = -1, 2**26
@@ -171,7 +173,7 @@ def process_settings() -> dict:
         x64 = NO_X64
     now, _ = process_memory()
     cores, nproc = os.cpu_count() or 1, os.environ.get("PJRT_NPROC")
-    return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc)
+    return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc, device=device_here())
 
 
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:

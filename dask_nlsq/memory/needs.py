@@ -16,7 +16,7 @@ The Jacobian of all points is never formed, unless the model or a covariance mat
 
 from typing import NamedTuple
 
-from ..kernels.blocks import TILE_BYTES
+from ..kernels.kind import CPU
 from .machine import MAPPED_FROM
 from .threshold import Strategy
 
@@ -114,7 +114,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
         kept = SMALL_ARRAYS * _small(n) if sizes.read else 0.0
         return n * (copies * sizes.read + BOOLEANS * sizes.checked + sizes.lanes) + kept
 
-    rows = 8 * (p + 1) * sizes.n_points if sizes.whole else max(TILE_BYTES, 8 * p**2)
+    rows = 8 * (p + 1) * sizes.n_points if sizes.whole else max(CPU.tile_bytes, 8 * p**2)
     return Needs(
         held=0.0 if streams else sizes.sent if on_workers else sizes.held + sizes.factor,
         shared=sizes.shared,

@@ -11,8 +11,10 @@ from distributed import Client
 
 from ..base.config import threads
 from ..base.text import at_least, html_text, several, size, table
+from ..kernels.kind import Kind
+from .device import kind_of_all, scratch
 from .needs import CLIENT_BYTES, JOINED_POINTS, MOST_RUNS, Needs, Sizes, needs, partition_size
-from .processes import HERE, ProcessMemory, Room, advice, pjrt, room_here, rooms_of_workers, wanted_resources
+from .processes import HERE, ProcessMemory, Room, advice, has, pjrt, room_here, rooms_of_workers, wanted_resources
 from .threshold import Strategy
 
 logger = logging.getLogger("dask_nlsq")
@@ -87,6 +89,11 @@ class Plan:
         return max((place.peak for place in self.places[1:]), default=0.0)
 
     @property
+    def kind(self) -> Kind:
+        """Of the devices that will work on the data."""
+        return kind_of_all(place.device for place in self.places[1:] or self.places)
+
+    @property
     def advice(self) -> list[str]:
         """What to change in the settings of the workers, a line each."""
         return advice(self.places)
@@ -115,7 +122,7 @@ class Plan:
             ("a sweep", f"{size(self.sweep_bytes)} from {source}, in {several(self.n_partitions, 'task')}"),
         ]
         rows[2:2] = [("decoded", each) for each in self.decoded]
-        columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC")
+        columns = ("process", "threads", "now", "holds", "peak", "may have", "jax", "x64", "PJRT_NPROC", "device")
         lines = [*table(rows), "", *table([columns, *map(_cells, self.places)])]
         return "\n".join([*lines, *(f"to do: {each}" for each in self.advice)])
 
@@ -129,7 +136,15 @@ class Plan:
 
 def _cells(place: ProcessMemory) -> tuple[str, ...]:
     sizes = map(size, (place.now, place.held, place.peak, place.limit))
-    return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, pjrt(place))
+    return (place.name, str(place.n_threads), *sizes, place.jax, place.x64, pjrt(place), _on_device(place))
+
+
+def _on_device(place: ProcessMemory) -> str:
+    if not (place.on_device and place.device.total):
+        return has(place)
+    crosses = max(0.0, place.on_device - place.device.free)
+    more = f"; {size(crosses)} cross to it in each sweep" if crosses else ""
+    return f"{place.device}: {size(place.on_device - crosses)} of {size(place.device.free)} free{more}"
 
 
 def make_plan(
@@ -180,6 +195,19 @@ def make_plan(
     return plan
 
 
+def _check_devices(plan: Plan) -> None:
+    """Refuse a fit of which not even one block fits on a device that has memory of its own."""
+    for place in plan.places[1:] or plan.places:
+        each = place.device
+        takes, one = scratch(each.kind, plan.n_params, plan.n_points), each.total / each.n
+        if 0 < one < takes:
+            raise MemoryBudgetError(
+                f"a sweep takes {size(takes)} on {each} of {place.name}, which has {size(one)}, beside the data",
+                "use devices with more memory",
+                "set JAX_PLATFORMS=cpu before Python starts",
+            )
+
+
 def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Plan:
     """The plan by the first of the strategies that may be tried."""
     strategy = tried[0]
@@ -193,7 +221,7 @@ def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Pla
     else:
         reason, n_partitions, places = _here(sizes, wanted, tried, room_here(memory_limit_gb))
     readers = max(places, key=lambda place: place.n_threads).n_threads
-    return Plan(
+    plan = Plan(
         strategy=strategy,
         reason=reason + since,
         n_points=sizes.n_points,
@@ -205,6 +233,8 @@ def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Pla
         in_flight_bytes=int(wanted.in_flight(readers) / readers),
         places=places,
     )
+    _check_devices(plan)
+    return plan
 
 
 def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
@@ -227,7 +257,8 @@ def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
         reason = "the data are read again in each sweep"
     elif sizes.lazy:
         reason = f"the data take {size(wanted.held)}, and this process may take {size(room.nbytes)} ({room.source})"
-    return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads),)
+    on_device = 0.0 if streams else float(sizes.sent)
+    return reason, 1, (room.place(wanted.held + wanted.shared, wanted.held + working, n_threads, on_device),)
 
 
 def _fits_here(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room]) -> bool:
@@ -317,7 +348,13 @@ def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: l
     return (
         reason,
         n_partitions,
-        (here, *(room.place(h + wanted.shared, w + h) for room, (w, h, _) in zip(rooms, shares, strict=True))),
+        (
+            here,
+            *(
+                room.place(holds + wanted.shared, works + holds, on_device=holds)
+                for room, (works, holds, _) in zip(rooms, shares, strict=True)
+            ),
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dask
 from distributed import Client
@@ -10,6 +10,7 @@ from distributed import Client
 from ..base.config import threads
 from ..base.text import GB, size, table
 from ..base.values import positive
+from .device import PREALLOCATE, Device
 from .machine import NO_X64, available_memory, process_settings, workers_memory
 from .needs import WORKER_BYTES
 from .threshold import effective_fraction
@@ -36,6 +37,8 @@ class ProcessMemory(NamedTuple):
     pjrt_nproc: str | None
     cores: int
     limited: bool = True  # whether ``limit`` was set, or is what the machine has
+    device: Device = Device()
+    on_device: float = 0.0  # of what is held, if it fits there
 
 
 class Room(NamedTuple):
@@ -56,9 +59,16 @@ class Room(NamedTuple):
         """The same with ``memory_limit_gb=gib``."""
         return self._replace(nbytes=min(self.settings["now"] + gib * GB, self.ceiling) - self.base)
 
-    def place(self, held: float, taken: float, n_threads: int | None = None) -> ProcessMemory:
+    def place(self, held: float, taken: float, n_threads: int | None = None, on_device: float = 0.0) -> ProcessMemory:
+        """The process that holds and takes this many bytes; ``on_device`` are those of blocks that could be there."""
         peak, n_threads = self.base + taken, self.n_threads if n_threads is None else n_threads
-        return ProcessMemory(self.name, n_threads, held=held, peak=peak, limit=self.limit, **self.settings)
+        there = on_device if self.device.kind.own_memory else 0.0
+        sizes: Any = dict(held=held, peak=peak, limit=self.limit, on_device=there)
+        return ProcessMemory(self.name, n_threads, **sizes, **self.settings)
+
+    @property
+    def device(self) -> Device:
+        return self.settings["device"]
 
 
 def room_here(limit_gb: float | None) -> Room:
@@ -104,9 +114,13 @@ class Report:
         return advice(self.places)
 
     def __repr__(self):
-        names = ("process", "threads", "now", "limit", *VERSIONS, "x64", "PJRT_NPROC")
+        names = ("process", "threads", "now", "limit", *VERSIONS, "x64", "PJRT_NPROC", "device")
         rows = [
-            (p.name, str(p.n_threads), size(p.now), size(p.limit), *(getattr(p, each) for each in VERSIONS), p.x64, pjrt(p))
+            (
+                *(p.name, str(p.n_threads), size(p.now), size(p.limit)),
+                *(getattr(p, each) for each in VERSIONS),
+                *(p.x64, pjrt(p), has(p)),
+            )
             for p in self.places
         ]
         page = [f"live page: {self.page}"] if self.page else []
@@ -157,6 +171,8 @@ def advice(places: Iterable[ProcessMemory]) -> list[str]:
     for place in workers:
         for what in _mismatches(ours, place, most):
             names.setdefault(what, []).append(place.name)
+    for what, who in _shared_cards(workers):
+        names.setdefault(what, []).extend(who)
     more = {what: f" and {len(who) - 1} more" if len(who) > 1 else "" for what, who in names.items()}
     return [f"{who[0]}{more[what]}: {what}" for what, who in names.items()]
 
@@ -169,7 +185,7 @@ def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
     if place.python.split(".")[:2] != ours.python.split(".")[:2]:
         yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or vice versa"
     n, of_jax = place.n_threads, int(said) if (said := place.pjrt_nproc or "").isdigit() else place.cores
-    if n > 1 and of_jax != n:
+    if n > 1 and of_jax != n and not place.device.total:
         why = f"JAX runs {of_jax} kernels at once" if of_jax < n else f"each of them may start {of_jax} more"
         yield f"it has {n} threads, and {why}: set PJRT_NPROC={n} in its environment before it starts"
     if place.x64 == NO_X64:
@@ -181,6 +197,32 @@ def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
             f"memory limit {size(place.limit)}, others {size(most)}: all threads get equal amounts of data, so the "
             f"smallest limit counts: `dask worker --memory-limit`, or fewer `--nthreads`"
         )
+
+
+def _shared_cards(workers: Iterable[ProcessMemory]) -> Iterable[tuple[str, list[str]]]:
+    """Workers that compute on the same devices, the first of which takes most of the memory."""
+    cards: dict[str, list[ProcessMemory]] = {}
+    for each in workers:
+        cards.setdefault(each.device.card, []).append(each)
+    for card, those in cards.items():
+        if card and len(those) > 1 and any(each.device.preallocated for each in those):
+            yield (
+                f"{len(those)} workers compute on the same {those[0].device}, whose memory JAX takes for the first of them: "
+                f"start one worker for each device, with CUDA_VISIBLE_DEVICES, or set {PREALLOCATE}=false before they start",
+                [each.name for each in those],
+            )
+    kinds = {each.device.platform: each for each in workers}
+    if len(kinds) > 1:
+        yield (
+            f"workers compute on devices of different kinds, {' and '.join(kinds)}, so data are cut for CPUs, which is slow "
+            "on others: choose workers by dask.annotate(resources=...)",
+            [each.name for each in kinds.values()],
+        )
+
+
+def has(place: ProcessMemory) -> str:
+    """The device in words, with its memory."""
+    return f"{place.device}, {size(place.device.total)}" if place.device.total else str(place.device)
 
 
 def pjrt(place: ProcessMemory) -> str:
