@@ -31,7 +31,8 @@ def client():
 def test_the_report_is_a_table_of_this_process_and_the_workers(client):
     report = cluster_report(client)
     head, here, worker, *advice = repr(report).splitlines()
-    assert head.split() == ["process", "threads", "now", "limit", "dask_nlsq", "jax", "numpy", "python", "x64", "PJRT_NPROC", "device"]
+    columns = ["process", "threads", "now", "limit", "dask_nlsq", "jax", "numpy", "python", "x64", "PJRT_NPROC", "device"]
+    assert head.split() == columns
     assert here.startswith(HERE) and worker.startswith("tcp://")
     assert worker.split()[1] == "2"
     assert [line for line in advice if "2 threads, and JAX runs 1 kernels at once: set PJRT_NPROC=2" in line]
