@@ -9,8 +9,8 @@ CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster 
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
-test: .venv/ready          ## all tests but the long ones, in two processes
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+test: .venv/ready          ## all tests but the long ones and the code of the pages, in two processes: 6 minutes
+	$(BIN)/python -m pytest -m "not slow and not pages" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready     ## only the long ones
 	$(BIN)/python -m pytest -m slow
@@ -76,7 +76,8 @@ mutants-draw:              ## other changes in place of those whose line is not 
 	.venv-mutants/bin/python -m pip install --quiet cosmic-ray
 	.venv-mutants/bin/python -m tests.mutants --draw
 
-docs: .venv/docs live-pictures ## pages in docs/_build, with warnings as errors
+docs: .venv/docs live-pictures ## run the code of the pages, and build them in docs/_build, with warnings as errors
+	$(BIN)/python -m pytest -m "pages and not slow"
 	$(BIN)/python -m benchmarks.gallery
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
 

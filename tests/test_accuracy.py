@@ -34,6 +34,7 @@ def test_mixed_cases_have_every_pair_of_options():
     assert every - pairs == left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TOGETHER + SINGLY)
 def test_optimum_and_covariance_are_those_of_scipy(case):
     deviation = against_scipy(case)
@@ -62,6 +63,7 @@ def test_bits_do_not_depend_on_threads_or_processes(model, reduction):
     assert differing_bits(model, reduction) == LIMITS.bits
 
 
+@pytest.mark.slow
 @MODELS
 def test_data_are_computed_once_and_swept_once_per_trial_step(model):
     found = reads(model)

@@ -100,6 +100,7 @@ def test_attributes_say_what_is_stored(kind, hides, tmp_path):
     same(found, curve_fit(decay, X, SPOILED * SCALE + OFFSET, p0=P0, sigma=sigma, mask=hidden, **TIGHT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("standard", marks=SLOW), "chunked", "streaming"])
 def test_strategies_agree_on_packed_values(strategy, tmp_path, workers):
     y = in_zarr(tmp_path / "y", SPOILED, dict(scale_factor=SCALE, add_offset=OFFSET, valid_range=[-5000, 31999]))
@@ -114,6 +115,7 @@ def test_strategies_agree_on_packed_values(strategy, tmp_path, workers):
             same(curve_fit(decay, X, stored, p0=P0, **TIGHT), curve_fit(decay, X, DECODED, p0=P0, **TIGHT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, version",
     [("i2", 2), ("u2", 3), *(pytest.param(*each, marks=SLOW) for each in [("i2", 3), ("i4", 2), ("f4", 3)])],
@@ -133,6 +135,7 @@ def test_a_store_that_xarray_has_packed_is_fitted_as_xarray_reads_it(dtype, vers
     assert curve_fit(decay, X, opened.astype(float), p0=P0, nan_policy="omit", **TIGHT).plan.decoded == ()
 
 
+@pytest.mark.slow
 def test_the_fill_value_of_an_array_masks_nothing(tmp_path):
     y = np.where(np.arange(N) % 3, np.round(100 * Y), 0).astype("i4")
     path = in_zarr(tmp_path / "y", y, {})
@@ -147,6 +150,7 @@ def test_values_are_held_as_they_are_stored(tmp_path):
     assert (packed.held_bytes, packed.sweep_bytes) == (raw.held_bytes, raw.sweep_bytes)
 
 
+@pytest.mark.slow
 def test_identity_packing_is_none(tmp_path):
     y = np.random.default_rng(0).poisson(100 * np.exp(-X)).astype("u2")
     path = in_zarr(tmp_path / "y", y, dict(scale_factor=1.0, add_offset=0, units="counts"))
@@ -175,6 +179,7 @@ def level(x, a):
     return a + 0 * x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [-0.1, pytest.param(0.1, marks=SLOW), pytest.param(0.07, marks=SLOW)])
 def test_the_argument_valid_range_is_of_scaled_values_and_mask_values_are_stored_ones(scale, tmp_path):
     stored = (np.arange(N) % 100).astype("i2")
@@ -206,6 +211,7 @@ def test_limits_of_floats_are_exact():
                 np.testing.assert_array_equal(kept, how.decoded(values) >= limit)
 
 
+@pytest.mark.slow
 def test_decoding_may_be_turned_off(tmp_path):
     attributes = dict(scale_factor=SCALE, add_offset=OFFSET, _FillValue=-32768)
     for kind in KINDS.values():
@@ -263,6 +269,7 @@ def test_coordinates_in_a_tuple_are_decoded_and_indices_stay_integers(tmp_path):
     same(found, curve_fit(decay, X, Y, p0=P0, mask=np.arange(N) == 17, **TIGHT))
 
 
+@pytest.mark.slow
 def test_arrays_of_a_list_may_be_packed_differently(tmp_path):
     parts = [
         in_zarr(tmp_path / "a", STORED, dict(scale_factor=SCALE, add_offset=OFFSET)),
@@ -278,6 +285,7 @@ def test_arrays_of_a_list_may_be_packed_differently(tmp_path):
     same(curve_fit(decay, x, alike, p0=P0, **TIGHT), curve_fit(decay, x, np.tile(DECODED, 2), p0=P0, **TIGHT))
 
 
+@pytest.mark.slow
 def test_values_that_are_no_data_are_not_lost_in_arrays_that_differ(tmp_path):
     y = np.round(1000 * Y).astype("u2")
     short, long = in_zarr(tmp_path / "a", y, {}), in_zarr(tmp_path / "b", y.astype("u4"), {})
@@ -290,6 +298,7 @@ def test_values_that_are_no_data_are_not_lost_in_arrays_that_differ(tmp_path):
     curve_fit(decay, x, [short, long], p0=[1000, 1, 0], mask_values=[7])
 
 
+@pytest.mark.slow
 def test_a_covariance_goes_with_packed_values(tmp_path):
     y, attributes = SPOILED[:CHUNK], dict(scale_factor=SCALE, add_offset=OFFSET, valid_range=[-5000, 31999])
     hidden = (y < -5000) | (y > 31999)
@@ -300,6 +309,7 @@ def test_a_covariance_goes_with_packed_values(tmp_path):
         same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guess", [None, pytest.param("coarse-to-fine", marks=pytest.mark.slow)])
 def test_maps_of_packed_values(guess, tmp_path):
     rng = np.random.default_rng(2)
@@ -359,6 +369,7 @@ def test_attributes_are_read_as_they_are_written(name):
     assert Decoding.of("ydata", attributes, np.dtype("f8"))[:3] == expected
 
 
+@pytest.mark.slow
 def test_a_fill_value_is_compared_as_the_array_rounds_it(tmp_path):
     y = np.where(np.arange(N) % 10 == 0, 1e20, Y).astype("f4")
     found = curve_fit(decay, X, in_zarr(tmp_path / "y", y, dict(missing_value=1e20)), p0=P0, strategy="streaming")
@@ -386,6 +397,7 @@ def test_attributes_that_are_no_numbers_are_one_error(name, tmp_path):
     curve_fit(decay, X, path, p0=[1000, 1, 0], decode_cf=False)
 
 
+@pytest.mark.slow
 def test_the_command_line_decodes_what_it_names_and_may_leave_it(tmp_path):
     y = in_zarr(tmp_path / "y", np.stack([STORED] * 2, axis=1), dict(scale_factor=SCALE, add_offset=OFFSET))
     x = in_zarr(tmp_path / "x", np.arange(N, dtype="i2"), dict(scale_factor=5 / (N - 1), _FillValue=17))

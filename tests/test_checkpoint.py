@@ -69,6 +69,7 @@ def same_bits(found, expected):
     assert [record.cost for record in found.history] == [record.cost for record in expected.history]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, places",
     [
@@ -217,6 +218,7 @@ def test_another_mask_is_refused_that_comes_with_the_values(tmp_path):
         curve_fit(ydata=np.ma.masked_array(Y, X > 8), **call)
 
 
+@pytest.mark.slow
 def test_weights_of_the_model_are_part_of_a_fit(store, tmp_path):
     call = dict(f=decay, xdata=X, ydata=store, p0=P0, checkpoint=tmp_path / "c")
     curve_fit(**call, sigma="poisson")
@@ -237,6 +239,7 @@ OTHER = dict(check_finite=True, nan_policy="omit", mask_values=[30.0], valid_ran
              partitions_per_thread=3)  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in HELD if name in SAME])
 def test_a_checkpoint_knows_what_hold_was_given(name, store, tmp_path):
     with hold(X, store, strategy="streaming", **{name: OTHER[name]}) as data:
@@ -361,6 +364,7 @@ def wait_for_sweeps(process, path, n):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_fit_at_the_best_point_and_resume_goes_on(number, store, tmp_path, uninterrupted):
     process = start(store, tmp_path / "c", tmp_path / "out.json")
@@ -375,6 +379,7 @@ def test_a_signal_ends_the_fit_at_the_best_point_and_resume_goes_on(number, stor
     assert json.loads((tmp_path / "again.json").read_text()) == uninterrupted
 
 
+@pytest.mark.slow
 def test_a_signal_before_there_is_a_point_ends_the_process(store, tmp_path):
     process = start(store, tmp_path / "c", tmp_path / "out.json")
     wait_for_sweeps(process, tmp_path / "c", 0)

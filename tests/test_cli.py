@@ -107,6 +107,7 @@ def test_options_mean_what_they_mean_to_curve_fit(store, tmp_path):
     assert not (tmp_path / "r" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_values_that_are_no_data_are_named_on_the_command_line(tmp_path):
     bad = Y.copy()
     bad[::100], bad[50::100] = 65535, 7
@@ -238,6 +239,7 @@ def test_a_map_is_not_written_in_the_place_of_a_result(store, tmp_path):
     fails(2, "is not a map that to_zarr has begun: give another path", "map", store, *DECAY, "--out", tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_a_single_spectrum_is_a_map_of_1_pixel(store, tmp_path):
     outcome = converges("map", store, *DECAY, *START, "--out", tmp_path / "m")
     for text in (outcome.stdout, converges("info", tmp_path / "m").stdout):
@@ -316,6 +318,7 @@ def test_sums_are_found_by_name_however_it_is_spelled():
 # map
 
 
+@pytest.mark.slow
 def test_map_goes_on_with_what_is_there_and_counts_pixels(tmp_path):
     energy = np.linspace(9, 11, 40, endpoint=False)
     rng = np.random.default_rng(0)
@@ -356,6 +359,7 @@ def shell(*arguments, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+@pytest.mark.slow
 def test_groups_is_fit_groups_along_axes_or_by_label(tmp_path):
     rng = np.random.default_rng(0)
     y = rng.uniform(50, 90, (6, 1)) * np.exp(-0.5 * X[::200]) + 30 + rng.normal(0, 1, (6, N // 200))
@@ -375,6 +379,7 @@ def test_groups_is_fit_groups_along_axes_or_by_label(tmp_path):
     fails(2, "`local` names 'b2'", "groups", store, *model, "--local", "b2", "--x", "0:10:0.1", "--group-axes", 0)
 
 
+@pytest.mark.slow
 def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_path):
     (tmp_path / "own.py").write_text("def straight(x, a, b):\n    return a * x + b\n")
     process = shell("fit", "y.zarr", "--model", "own:straight", "--x", "0:10:0.0005", "--out", "r", cwd=tmp_path)
@@ -383,6 +388,7 @@ def test_a_model_of_the_current_directory_is_found_by_the_executable(store, tmp_
     assert "converged" in output and "result.json, summary.json, report.html" in output
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bits(tmp_path):
     n = 1_000_000
     rng = np.random.default_rng(3)
@@ -408,6 +414,7 @@ def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bit
 # demo
 
 
+@pytest.mark.slow
 def test_demo_prints_its_report(tmp_path):
     arguments = ["demo", "--frames", "40", "--angles", "5", "--seed", "0", "--directory", str(tmp_path / "demo")]
     outcome = CliRunner().invoke(nlsq, arguments)
@@ -417,6 +424,7 @@ def test_demo_prints_its_report(tmp_path):
     assert outcome.stderr == ""
 
 
+@pytest.mark.slow
 def test_demo_that_misses_the_truth_exits_with_one_line_and_status_1(tmp_path, monkeypatch):
     monkeypatch.setattr(simulated, "simulate_plane", lambda measurement, k: np.where(np.eye(40), np.nan, 1.1 + 0.1 * k))
     arguments = ["demo", "--frames", "40", "--angles", "5", "--directory", str(tmp_path / "demo")]
@@ -475,6 +483,7 @@ def test_dask_finds_the_command():
     assert entry.load() is nlsq
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_dask_nlsq_demo_runs_in_a_shell(tmp_path):
     command = [sys.executable, "-m", "dask", "nlsq", "demo", "--frames", "5", "--directory", str(tmp_path)]

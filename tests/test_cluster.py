@@ -77,6 +77,7 @@ def test_a_worker_that_is_killed_costs_time_and_no_digit(client, kind):
     assert_nothing_left(client)
 
 
+@pytest.mark.slow
 def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
     with command_line(tmp_path, 3) as (client, _, workers):
         for left, kind in ((2, "in_memory"), (1, "streaming")):
@@ -87,6 +88,7 @@ def test_workers_that_do_not_come_back_leave_the_work_to_the_others(tmp_path):
             assert_same(found, alone(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy, allowed, deaths",
     [
@@ -117,6 +119,7 @@ def test_a_chunk_that_kills_three_workers_is_named(strategy, allowed, deaths, tm
         assert_nothing_left(client)
 
 
+@pytest.mark.slow
 def test_arrays_from_memory_that_kill_three_workers_are_named(tmp_path):
     def deadly(x, a, b, c):
         if "DOOMED" in os.environ:
@@ -170,6 +173,7 @@ def test_nothing_is_left_on_the_cluster_after(client, kind, end):
     assert_nothing_left(client)
 
 
+@pytest.mark.slow
 def test_a_fit_inside_a_task_leaves_its_thread_to_its_own_tasks():
     def with_worker_client():
         with worker_client():
@@ -200,6 +204,7 @@ def test_an_asynchronous_client_is_refused_with_the_way_that_works(client):
     assert_same(found, alone("chunked"))
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away_ends_the_fit_and_the_checkpoint_goes_on(tmp_path):
     kept = tmp_path / "kept"
     with command_line(tmp_path, 1) as (client, scheduler, _), client.as_current():
@@ -210,6 +215,7 @@ def test_a_scheduler_that_goes_away_ends_the_fit_and_the_checkpoint_goes_on(tmp_
     assert_same(found, alone("streaming"))
 
 
+@pytest.mark.slow
 def test_workers_that_join_and_leave_in_mid_fit_change_nothing():
     with local(1) as cluster, Client(cluster) as client:
 
@@ -237,6 +243,7 @@ def test_every_cluster_gives_the_same_bits(n_workers, n_threads):
             assert_same(curve_fit(decay, *data(kind), **TIGHT, **KINDS[kind]), alone(kind))
 
 
+@pytest.mark.slow
 def test_workers_of_different_size_share_a_fit(tmp_path):
     file = str(tmp_path / "scheduler.json")
     workers = [["worker", "--scheduler-file", file, "--memory-limit", limit, "--no-dashboard"] for limit in ("1GB", "3GB")]
@@ -259,6 +266,7 @@ def keys_run_there(client):
     return client.run(names)
 
 
+@pytest.mark.slow
 def test_a_fit_asks_for_resources_by_an_annotation(tmp_path, caplog):
     expected = {kind: alone(kind) for kind in ("chunked", "streaming")}
     file = str(tmp_path / "scheduler.json")

@@ -39,6 +39,7 @@ def test_the_criteria_are_those_of_the_results_and_f_is_the_ratio_of_variances(t
         found.best("f")
 
 
+@pytest.mark.slow
 def test_where_the_smaller_model_holds_p_is_uniform():
     rng = np.random.default_rng(1)
     p = []
@@ -57,6 +58,7 @@ def test_a_comparison_prints_as_a_table_and_as_html(two):
     assert found._repr_html_().count("<tr>") == 3 and "<th>BIC</th>" in found._repr_html_()
 
 
+@pytest.mark.slow
 def test_fixed_and_tied_parameters_make_a_model_that_is_nested(two):
     held = curve_fit(sloped, X, Y, [1, 1, 0, 0], fixed={"slope": 0})
     tied = curve_fit(sloped, X, Y, [1, 1, 0, 0], expr={"slope": "c / 10"})
@@ -84,6 +86,7 @@ def test_counts_have_the_test_of_the_deviance():
     assert row.p == pytest.approx(scipy.stats.chi2.sf(row.statistic, 1)) and "deviance" in f"{compare(small, large)!r}"
 
 
+@pytest.mark.slow
 def test_only_fits_of_the_same_points_with_the_same_noise_are_compared(two):
     with pytest.raises(ValueError, match="decay and sloped are fits of different points: 200 and 100 of them"):
         compare(two[0], curve_fit(sloped, X[::2], Y[::2], [1, 1, 0, 0]))
@@ -118,6 +121,7 @@ def test_grouped_fits_are_compared_with_one_fit_of_all():
     assert compare(together=curve_fit(scaled, X, y, [1, 1]), apart=grouped).best() == "apart"
 
 
+@pytest.mark.slow
 def test_a_model_that_holds_what_the_other_does_not_is_no_larger_one():
     one, other = (curve_fit(sloped, X, Y, [1, 1, 0, 0], fixed={"c": value}) for value in (0.2, 0.3))
     assert [row.within for row in compare(one, other).rows] == ["", ""]
@@ -125,6 +129,7 @@ def test_a_model_that_holds_what_the_other_does_not_is_no_larger_one():
     assert [row.within for row in compare(free=free, held=held).rows] == ["held", ""]
 
 
+@pytest.mark.slow
 def test_bounds_of_amplitudes_do_not_hide_that_a_model_is_a_special_case():
     x = np.linspace(0, 10, 300)
     y = 3 * np.exp(-0.5 * (x - 4) ** 2) + 0.2 * x + np.random.default_rng(0).normal(0, 0.1, 300)

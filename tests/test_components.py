@@ -58,6 +58,7 @@ def test_components_add_up_to_the_model(fitted, x):
     np.testing.assert_allclose(parts["tail"], tail(X, *fitted.popt[3:]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_components_of_a_fit_with_ties_and_of_equal_models_and_of_its_own_points():
     two = models.gaussian + models.gaussian
     y = np.asarray(two(X, 3, 3, 0.5, 2, 7, 0.5))

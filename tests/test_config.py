@@ -53,6 +53,7 @@ def test_the_schema_is_one_and_the_defaults_keep_to_it():
     Draft202012Validator(SCHEMA).validate(DEFAULTS)
 
 
+@pytest.mark.slow
 def test_defaults_schema_and_code_have_the_same_keys():
     asked, past = keys_read()
     assert asked == set(DEFAULTS["nlsq"]) == set(SCHEMA["properties"]["nlsq"]["properties"])

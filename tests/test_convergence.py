@@ -167,6 +167,7 @@ def test_an_amplitude_that_starts_at_zero_is_fitted(f, truth, p0):
     assert found.success and at_the_optimum(f, X, y, found.popt, truth)
 
 
+@pytest.mark.slow
 @of_zero_amplitude(QUICK_IN_MAPS)
 def test_an_amplitude_that_starts_at_zero_is_fitted_in_maps(f, truth, p0):
     y = np.stack([noisy(f, X, truth, 0.01, seed) for seed in range(3)])
@@ -225,6 +226,7 @@ def test_a_center_with_a_large_offset_does_not_hide_the_width(dimmed, tmp_path, 
     assert found.success and at_the_optimum(dip, DATES, dimmed, found.popt, DIP)
 
 
+@pytest.mark.slow
 def test_a_center_with_a_large_offset_does_not_hide_the_width_in_maps(dimmed):
     found = dask_nlsq.fit_map(dip, DATES, np.stack([dimmed, dimmed]), DIP_START).compute()
     assert found.success.all()
@@ -291,6 +293,7 @@ def test_bounds_do_not_stop_fits_in_small_units(unit):
     assert found.success and at_the_optimum(decay, x, y, found.popt, truth * units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e-12, pytest.param(1e-6, marks=pytest.mark.slow)])
 def test_bounds_do_not_stop_maps_in_small_units(unit):
     x, truth, p0 = np.linspace(0, 5, 200), np.array([3, 1.3, 0.5]), np.array([2, 1, 0.3])
@@ -308,6 +311,7 @@ def test_a_start_within_small_bounds_is_kept():
     np.testing.assert_allclose(starts[0], p0, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_parameter_in_a_small_unit_is_not_taken_for_one_at_its_bound():
     y = noisy(constant, X, [5e-9], 2e-10)
     found = dask_nlsq.fit_map(constant, X, y[None], [1e-9], bounds=([0], [np.inf])).compute()
@@ -374,6 +378,7 @@ def test_a_jac_of_the_wrong_sign_is_refused(strategy):
         dask_nlsq.curve_fit(exponential, X, y, [1, 1], jac=wrong, strategy=strategy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, reduction", [("Beale", "auto"), ("Bard", "qr"), ("Bard", "gram")])
 def test_a_minimum_at_infinity_is_approached_or_warned_of(name, reduction):
     problem = mgh.PROBLEMS[name]
@@ -387,6 +392,7 @@ def test_a_minimum_at_infinity_is_approached_or_warned_of(name, reduction):
 # streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0, pytest.param(0.5, marks=pytest.mark.slow)])
 def test_a_peak_that_the_sample_misses_keeps_its_start(tmp_path, level):
     n, truth = 2_400_000, [5, 40.3, 0.3, level]
@@ -402,6 +408,7 @@ def test_a_peak_that_the_sample_misses_keeps_its_start(tmp_path, level):
 # pixels that are degenerate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [pytest.param(300, marks=pytest.mark.slow), 3000])
 def test_a_pixel_of_large_condition_is_converged_or_no_success(offset):
     x = offset + np.linspace(0, 1, 50)
@@ -413,6 +420,7 @@ def test_a_pixel_of_large_condition_is_converged_or_no_success(offset):
     assert not off or max(off) <= FAR
 
 
+@pytest.mark.slow
 def test_no_pixel_has_finite_errors_where_parameters_are_degenerate():
     x = np.linspace(0, 5, 60)
     rng = np.random.default_rng(0)
@@ -450,6 +458,7 @@ def counts_of_a_falling_line():
     return x, np.random.default_rng(0).poisson(np.maximum(5 - x, 0)).astype(float)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["likelihood", "reweighted", "map"])
 def test_a_line_of_counts_that_reaches_zero_ends_at_the_likeliest(way):
     x, y = counts_of_a_falling_line()

@@ -21,6 +21,7 @@ def test_lifetimes_are_biased_by_weights_from_the_data_and_not_by_those_of_the_m
     assert (np.abs(bias) < 0.03).all() == ("poisson" in weights)
 
 
+@pytest.mark.slow
 def test_sandwich_and_jackknife_agree_with_a_bootstrap_where_the_usual_errors_do_not():
     ratios = scatter()
     assert np.abs(ratios["pcov"] - 1).max() > 0.15

@@ -120,6 +120,7 @@ def test_several_undetermined_combinations_are_a_list():
     assert advice.startswith("Hold one of them with `fixed`")
 
 
+@pytest.mark.slow
 def test_a_parameter_at_its_bound_is_said_to_be_there_where_the_covariance_is_infinite():
     def model(x, a, b, floor):
         return (a + b) * jnp.exp(-x) + floor
@@ -180,6 +181,7 @@ def test_both_subproblem_solvers_reach_the_same_optimum(tr_solver):
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_many_params_by_conjugate_gradients():
     """A sum of 60 hat functions, which is linear: the answer is known."""
     knots = np.linspace(0, 1, 60)

@@ -117,6 +117,7 @@ def send(client, *messages):
     client.run_on_scheduler(lambda dask_scheduler: [dask_scheduler.log_event("nlsq", message) for message in messages])
 
 
+@pytest.mark.slow
 def test_the_page_of_a_fit_stays_while_more_fits_begin_than_it_keeps(client):
     with client.as_current():
         others = at_sweep(2, lambda: [curve_fit(decay, *data(), p0=[2, 0.5, 0.3]) for _ in range(FITS + 1)])
@@ -127,6 +128,7 @@ def test_the_page_of_a_fit_stays_while_more_fits_begin_than_it_keeps(client):
     assert [len(fit["sweeps"]) for fit in kept if fit.get("status") == f"converged: {found.message}"][-1] == found.nfev
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_the_page_is_there_while_many_fits_run(n, client):
     def one(k):
@@ -225,6 +227,7 @@ def test_a_map_is_on_the_page_with_its_blocks_and_the_pixels_that_failed(tmp_pat
         assert "fit_map: 6 pixels, 300 points" in _progress(fit)
 
 
+@pytest.mark.slow
 def test_the_maps_of_a_grouped_fit_are_not_shown_in_its_place(client):
     t = np.linspace(0, 5, 50)
     y = np.arange(1, 7)[:, None] * np.exp(-0.7 * t) + np.random.default_rng(1).normal(0, 0.01, (6, 50))
@@ -258,6 +261,7 @@ def test_a_scheduler_without_a_dashboard_costs_a_line_in_the_log(caplog):
     assert len([record for record in caplog.records if "no live page" in record.message]) == 1
 
 
+@pytest.mark.slow
 def test_the_preload_lists_the_page_before_any_fit(tmp_path):
     with command_line(tmp_path, 1, "--preload", "dask_nlsq.dashboard") as (client, _, _):
         assert "/individual-nlsq" in json.loads(get(client, "individual-plots.json")).values()
@@ -267,6 +271,7 @@ def test_the_preload_lists_the_page_before_any_fit(tmp_path):
         assert len(fits(client)) == 1
 
 
+@pytest.mark.slow
 def test_a_cluster_secured_by_tls_gives_the_same_bits_and_the_page_by_https(client, tmp_path):
     security = Security.temporary()
     (tmp_path / "pem").write_text(security.tls_scheduler_key + security.tls_scheduler_cert)
@@ -322,6 +327,7 @@ def test_time_in_jax_is_metered_apart_from_reading_in_spans_that_all_fits_share(
     assert len({*spans}) == len(spans) and ("nlsq", "nlsq-sweep") in spans
 
 
+@pytest.mark.slow
 def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
     monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # 15 chunks are enough to draw a sample
     with client.as_current():
@@ -344,6 +350,7 @@ def test_a_browser_shows_each_state_of_each_kind_of_fit(tmp_path):
         assert [name for name, _ in states(client, browser)] == STATES
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_the_curves_move_in_a_browser_while_a_fit_runs(client, tmp_path):
     lengths = []

@@ -31,6 +31,7 @@ def written(tmp_path):
     return measurement, simulated.write_measurement(measurement, tmp_path / "two-time.zarr")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [40, 300])
 @pytest.mark.parametrize("params", ["truth", "start"])
 def test_simulation_and_model_agree(frames, params):

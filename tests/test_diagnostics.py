@@ -123,6 +123,7 @@ def test_a_part_that_alone_determines_a_parameter_leaves_the_jackknife_unknown()
     assert np.isnan(result.jackknife).all() and np.isfinite(result.sandwich).all()
 
 
+@pytest.mark.slow
 def test_what_the_data_do_not_determine_is_said_in_words():
     x, y = decay_data(3000)
     with pytest.warns(

@@ -61,6 +61,7 @@ AGAIN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FITS)
 def test_a_disk_that_fills_up_in_mid_fit_ends_neither_the_fit_nor_what_was_kept(kind, disk):
     whole, path = FITS[kind](), disk.path / "checkpoint"
@@ -96,6 +97,7 @@ def test_a_checkpoint_has_room_before_anything_is_read(kind, disk):
     assert err.value.errno == errno.ENOSPC
 
 
+@pytest.mark.slow
 def test_what_is_saved_by_hand_names_the_path_and_what_it_takes_and_the_old_file_stays(disk):
     pytest.importorskip("matplotlib")
     result = curve_fit(decay, X, Y, P0)

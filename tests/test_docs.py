@@ -73,6 +73,7 @@ LONG = {"docs/command-line.md"}  # many processes; the tests of the command line
 QUICK_OR_SLOW = [pytest.param(page, id=name(page), marks=[pytest.mark.slow] * (name(page) in LONG)) for page in PAGES]
 
 
+@pytest.mark.pages
 @pytest.mark.filterwarnings("ignore:Port 8787 is already in use")
 @pytest.mark.parametrize("page", QUICK_OR_SLOW)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
@@ -184,6 +185,7 @@ def test_the_version_to_cite_is_that_of_the_package():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function", ["compare", "curve_fit", "fit", "fit_groups", "fit_map", "hold", "load", "plan_fit", "resume"]
 )

@@ -38,6 +38,7 @@ def test_the_report_is_a_table_of_this_process_and_the_workers(client):
     assert [line for line in advice if "2 threads, and JAX runs 1 kernels at once: set PJRT_NPROC=2" in line]
 
 
+@pytest.mark.slow
 def test_a_fit_warns_once_per_mismatch_with_what_mends_it(client, caplog):
     x = da.linspace(0, 1, 1000, chunks=100)
     with client.as_current(), caplog.at_level(logging.WARNING, "dask_nlsq"):

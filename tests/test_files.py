@@ -251,6 +251,7 @@ def test_a_checkpoint_opens_no_address_unless_it_is_trusted(checkpoint, place):
         resume(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 def test_resume_on_the_command_line_says_what_it_imports_and_asks_for_trust(checkpoint, tmp_path):
     trace = own_module(tmp_path, "own_of_line")

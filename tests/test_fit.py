@@ -17,6 +17,7 @@ def noisy_sine(seed=0):
     return 1.5 * np.sin(2 * np.pi * 1.7 * X + 0.6) + 0.4 + 0.3 * np.random.default_rng(seed).standard_normal(X.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workflow", ["quality", "large_robust"])
 def test_a_workflow_with_starts_finds_what_p0_misses(workflow):
     y = da.from_array(noisy_sine(), 3000)

@@ -27,6 +27,7 @@ def assert_true(fit):
     assert np.all(np.abs(fit.popt - TRUTH) < 4 * fit.perr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["standard", "streaming"])
 def test_a_virtual_data_set_over_several_files_is_fitted_as_one(strategy, tmp_path):
     layout = h5py.VirtualLayout((40, 76), "u2")
@@ -43,6 +44,7 @@ def test_a_virtual_data_set_over_several_files_is_fitted_as_one(strategy, tmp_pa
     assert_true(found)
 
 
+@pytest.mark.slow
 def test_a_file_that_hyperspy_has_written_is_fitted_pixel_by_pixel(tmp_path):
     """`files/hyperspy.zspy.zip` was saved as a directory by HyperSpy 2.5.0, RosettaSciIO 0.15.0 and Zarr 2.18.7."""
     shutil.unpack_archive(Path(__file__).parent / "files" / "hyperspy.zspy.zip", tmp_path / "map.zspy")

@@ -86,6 +86,7 @@ def short(value):
     return reprlib.repr(value) if not hasattr(value, "dtype") else f"{type(value).__name__} {value.dtype} {value.shape}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [60, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_a_random_call_works_or_its_error_names_an_argument(n, tmp_path, monkeypatch):
     seed = int(os.environ.get("FUZZ_SEED") or random.randrange(10**6))

@@ -101,6 +101,7 @@ def test_shared_and_local_parameters_and_their_errors_are_those_of_one_dense_fit
     assert result.dof == result.n_points - 2 - 2 * G
 
 
+@pytest.mark.slow
 def test_data_that_are_read_in_each_sweep_have_the_bits_of_those_held(tmp_path):
     store = zarr.create_array(tmp_path / "y", shape=Y.shape, chunks=(8, N), dtype="f8")
     store[...] = Y
@@ -135,6 +136,7 @@ def test_axes_in_any_order_and_names_of_xarray_are_the_same_fit():
     np.testing.assert_array_equal(named.local.to_xarray().angle, labelled.angle)
 
 
+@pytest.mark.slow
 def test_starts_and_bounds_of_locals_may_differ_from_group_to_group():
     low = AMPLITUDE - 0.5
     low[3] = AMPLITUDE[3] + 0.4  # cuts the optimum off
@@ -149,6 +151,7 @@ def test_starts_and_bounds_of_locals_may_differ_from_group_to_group():
     assert np.max(np.abs(result.popt - shared) / np.sqrt(np.diag(pcov))[:2]) < 1e-4
 
 
+@pytest.mark.slow
 def test_counts_have_the_likeliest_parameters():
     y = np.random.default_rng(3).poisson(20 * clean(AMPLITUDE[:4], OFFSET[:4]))
     p0 = [40, 10, 1, 1]
@@ -178,6 +181,7 @@ def special():
     return y, mask
 
 
+@pytest.mark.slow
 def test_groups_that_cannot_be_fitted_have_a_status_and_change_nothing_for_the_others(special):
     y, mask = special
     result = fit_groups(decay, T, y, P0, local=LOCAL, group_axes=0, mask=mask)
@@ -193,6 +197,7 @@ def test_groups_that_cannot_be_fitted_have_a_status_and_change_nothing_for_the_o
     assert result.n_groups == G - 2
 
 
+@pytest.mark.slow
 def test_what_is_fixed_is_no_parameter():
     result = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, fixed=dict(beta=1.3))
     assert result.shared_names == ("rate",) and result.popt.shape == (1,)
@@ -224,6 +229,7 @@ def test_local_maps_are_written_and_read(tmp_path):
     np.testing.assert_array_equal(zarr.open_group(tmp_path / "maps")["popt"][...], result.local.compute().popt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -255,6 +261,7 @@ def test_group_axes_come_in_any_order():
     assert other.local.popt.shape == (5, 6, 4)
 
 
+@pytest.mark.slow
 def test_exact_data_have_the_exact_parameters_and_no_errors():
     result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0)
     assert result.success and (result.perr < 1e-6).all()
@@ -264,6 +271,7 @@ def test_exact_data_have_the_exact_parameters_and_no_errors():
     assert flat.cost < 1e-20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["huber", pytest.param("soft_l1", marks=pytest.mark.slow)])
 def test_exact_data_converge_with_any_loss(loss):
     result = fit_groups(decay, T, clean(), P0, local=LOCAL, group_axes=0, loss=loss)
@@ -271,6 +279,7 @@ def test_exact_data_converge_with_any_loss(loss):
     np.testing.assert_allclose(result.popt, SHARED, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_locals_that_have_run_away_begin_anew_and_hold_nothing_up():
     """Widths that grow without end where the shared decay is too fast."""
 
@@ -285,6 +294,7 @@ def test_locals_that_have_run_away_begin_anew_and_hold_nothing_up():
     assert far.cost == pytest.approx(near.cost, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_group_of_as_many_points_as_locals_has_errors_by_the_noise_of_all():
     mask = np.zeros(Y.shape, bool)
     mask[3] = True
@@ -297,6 +307,7 @@ def test_a_group_of_as_many_points_as_locals_has_errors_by_the_noise_of_all():
     assert local.success[3]
 
 
+@pytest.mark.slow
 def test_locals_are_at_their_bound_where_they_end_there_and_then_count_as_held():
     def f(t, a, b, tau):
         return a * jnp.exp(-t / tau) + b
@@ -341,6 +352,7 @@ def test_nothing_is_warned_of_where_there_is_nothing_to_say():
         fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0)
 
 
+@pytest.mark.slow
 def test_long_groups_are_evaluated_in_tiles_with_coordinates_along_some_axes():
     """Three axes: x has an axis of the groups, and two of the fit, each of length 1 along the others."""
     k, i, j = np.arange(4)[:, None, None], np.arange(70)[None, :, None], np.arange(90)[None, None, :]
@@ -405,6 +417,7 @@ def test_a_group_that_is_not_finite_at_the_start_is_left_out_and_says_so():
     np.testing.assert_allclose(result.popt, alone.popt, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_shared_parameter_that_locals_stand_in_for_is_undetermined():
     def f(t, amplitude, factor, rate):
         return amplitude * factor * jnp.exp(-rate * t)
@@ -437,6 +450,7 @@ def test_what_does_not_fit_is_refused_with_numbers_and_a_way_out():
 # models that are linear in the locals; shared parameters that are hard to tell apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(), dict(loss="poisson"), dict(loss="huber"), dict(sigma=SIGMA, mask=HIDDEN)])
 def test_one_table_of_a_linear_model_serves_all_groups_that_share_x(options):
     """Where each group has coordinates of its own, the model is evaluated for each."""
@@ -453,6 +467,7 @@ def test_one_table_of_a_linear_model_serves_all_groups_that_share_x(options):
     np.testing.assert_allclose(maps[0].perr, maps[1].perr, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_linear_for_positive_locals_alone_is_not_taken_for_linear():
     def size(t, amplitude, offset, rate, beta):
         return decay(t, jnp.abs(amplitude), offset, rate, beta)
@@ -461,6 +476,7 @@ def test_a_model_that_is_linear_for_positive_locals_alone_is_not_taken_for_linea
     assert np.max(np.abs(one.popt - other.popt) / one.perr) < 1e-6
 
 
+@pytest.mark.slow
 def test_where_points_have_no_coordinate_they_are_left_out_of_the_table_too():
     gap = np.where(np.arange(N) % 7 == 3, np.nan, T)
     with pytest.warns(RuntimeWarning, match="of 80 points are left out of every pixel"):
@@ -475,6 +491,7 @@ def cubic(x, a, b, s0, s1, s2):
     return a + b * jnp.exp(-0.1 * (x - 1000)) + s0 * x + s1 * x**2 * 1e-3 + s2 * x**3 * 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounded", [False, True])
 def test_shared_parameters_that_are_hard_to_tell_apart_are_found_by_qr(bounded):
     """Their columns have a condition of 4e6, of which a gram matrix has lost the digits. Long double is the judge."""
@@ -529,6 +546,7 @@ def long():
     return t, da.from_array(y, (1, 100_000))
 
 
+@pytest.mark.slow
 def test_groups_that_are_too_large_to_be_joined_are_read_in_pieces(long):
     t, y = long
     plan = dask_nlsq.plan_fit(decay, t, y, P0, local=LOCAL, group_axes=0, **LIMIT)
@@ -550,6 +568,7 @@ def test_pieces_are_for_locals_that_the_model_is_linear_in_under_least_squares(o
         fit_groups(decay, t, y, P0, **(dict(local=LOCAL, group_axes=0) | LIMIT | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "x, options",
     [
@@ -576,6 +595,7 @@ def test_pieces_have_the_fit_of_whole_groups(x, options, monkeypatch, workers):
         del there
 
 
+@pytest.mark.slow
 def test_pieces_of_groups_are_joined_by_qr_too(monkeypatch):
     rng, x = np.random.default_rng(0), np.linspace(1000, 1010, 200)
     y = cubic(x, rng.uniform(1, 5, (4, 1)), rng.uniform(1, 5, (4, 1)), 0.3, 0.2, -0.1) + rng.normal(0, 0.01, (4, 200))
@@ -625,6 +645,7 @@ LOOK_LINEAR = {  # where the locals are tried, or at 0
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LOOK_LINEAR)
 def test_what_only_looks_linear_in_the_locals_has_the_same_fit_by_any_x(case):
     f, x, shared, local = LOOK_LINEAR[case]
@@ -642,6 +663,7 @@ def test_what_only_looks_linear_in_the_locals_has_the_same_fit_by_any_x(case):
     np.testing.assert_allclose(fits[0].cost, fits[1].cost, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_models_without_x_have_groups_too():
     y = np.array([[1.0, 1.2, 0.8], [2.0, 2.1, 1.9]])
     with pytest.warns(scipy.optimize.OptimizeWarning, match="does not depend on b|not change with b"):
@@ -649,6 +671,7 @@ def test_models_without_x_have_groups_too():
     np.testing.assert_allclose(result.local.compute(progress=False).popt.sum(axis=1), [1, 2], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["undetermined first", "undetermined last"])
 def test_locals_that_a_group_does_not_determine_take_nothing_from_the_others_by_qr(order):
     """The points of the first group are masked where its step is; the reference leaves that local out."""
@@ -686,6 +709,7 @@ def test_locals_that_a_group_does_not_determine_take_nothing_from_the_others_by_
     assert np.max(np.abs(result.popt - best[-2:]) / perr[-2:]) < 0.05
 
 
+@pytest.mark.slow
 def test_nothing_warns_where_shared_params_overflow_in_each_others_place():
     two, t = np.float64(2), np.linspace(0, 8, 40)
 

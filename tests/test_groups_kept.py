@@ -54,6 +54,7 @@ def assert_same_bits(result, expected):
 # labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["numpy", "dask", pytest.param("zarr", marks=pytest.mark.slow), "xarray", "masked"])
 def test_groups_by_label_are_those_by_axis_in_whatever_order_points_come(expected, tmp_path, kind):
     x, y, labels = TIMES, VALUES, LABELS
@@ -87,6 +88,7 @@ def test_labels_broadcast_and_leave_points_out_and_groups_differ_in_length():
     assert_near(flat, result)
 
 
+@pytest.mark.slow
 def test_starts_and_bounds_by_label_are_in_the_order_of_the_labels(expected):
     bounds = dict(amplitude=(AMPLITUDE - 3, AMPLITUDE + 3))
     result = fit_groups(
@@ -200,6 +202,7 @@ print("status", result.status, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_labels_is_refused_whatever_the_data_are(tmp_path):
     one, other = np.repeat([0, 1], G // 2)[:, None], np.array([0, 1] * (G // 2))[:, None]
     options = dict(p0=P0, local=LOCAL, checkpoint=tmp_path / "kept")
@@ -247,6 +250,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(tmp_path, number):
     assert_same_bits(again, fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0, strategy="streaming"))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_changes_no_bit(tmp_path):
     expected = fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0)
     with local(2) as cluster, Client(cluster) as client:
@@ -276,6 +280,7 @@ def test_the_plan_is_that_of_the_fit(options):
         plan_fit(decay, T, chunked(), **options | dict(local="amplitud"))
 
 
+@pytest.mark.slow
 def test_ready_models_guess_their_start():
     x = np.linspace(-3, 3, 90)
     heights = np.linspace(1, 4, 20)
@@ -284,6 +289,7 @@ def test_ready_models_guess_their_start():
     assert result.success and np.max(np.abs(result.popt - [0.4, 0.6]) / result.perr) < 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["linear", pytest.param("soft_l1", marks=pytest.mark.slow), "poisson"])
 def test_a_jacobian_that_is_given_leads_to_the_same_parameters(loss):
     def jac(t, amplitude, offset, rate, beta):
@@ -427,6 +433,7 @@ def test_diagnostics_name_what_can_change_places_unless_bounds_tell():
     assert "interchangeable" not in str(fit_groups(biexponential, T, y, **options, bounds=told).diagnostics)
 
 
+@pytest.mark.slow
 def test_diagnostics_say_where_counts_are_too_few_and_which_groups_pull():
     few = np.random.default_rng(0).poisson(1.5 * np.exp(-T / 2.0) + 0.2, (400, N))
     options = dict(p0=dict(a=2, b=0.3, tau=1.5), local=("a", "b"), group_axes=0)

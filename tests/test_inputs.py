@@ -490,6 +490,7 @@ DATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", DATED.values(), ids=DATED)
 def test_dates_are_seconds_since_the_earliest_one_in_fits_maps_and_predictions(make):
     x, expected = make(), curve_fit(fading, SECONDS, SIGNAL)

@@ -76,6 +76,7 @@ def test_ctrl_c_gives_back_the_best_point_so_far(kind):
     assert FITS[kind]().success
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["streaming", *(pytest.param(k, marks=pytest.mark.slow) for k in ("chunked", "groups"))])
 def test_ctrl_c_in_a_sweep_on_workers_leaves_nothing_behind(kind, workers, caplog):
     timer = threading.Timer(0.02, ctrl_c)
@@ -139,6 +140,7 @@ def test_with_a_checkpoint_ctrl_c_returns_the_result_and_the_log_says_where_it_i
     np.testing.assert_array_equal(resume(tmp_path / "c", decay, x, y).popt, FITS["streaming"]().popt)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_map_that_are_written_stay_after_ctrl_c(tmp_path):
     def interrupting(block, block_info=None):
         if block_info and block_info[0]["chunk-location"] == (2, 0) and armed:
@@ -161,6 +163,7 @@ def test_blocks_of_a_map_that_are_written_stay_after_ctrl_c(tmp_path):
 # workers
 
 
+@pytest.mark.slow
 def test_a_fit_whose_workers_are_all_gone_says_so_and_ends_at_the_deadline(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("dask_nlsq.engine.waiting.PATIENCE", 1.0)
     whole, kept = FITS["streaming"](), tmp_path / "c"
@@ -202,6 +205,7 @@ def deadly(path, place):
     return read
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed, kind", [(3, "map"), *(pytest.param(*each, marks=pytest.mark.slow) for each in
                                                           [(1, "map"), (3, "zarr"), (3, "groups")])])  # fmt: skip
 def test_a_block_that_kills_workers_is_named_and_no_other(allowed, kind, tmp_path):

@@ -339,6 +339,7 @@ def test_a_wrong_column_of_jac_is_named_with_its_size(factor):
         check_jac(intern(decay, jac), preparation.layouts, chunk.sample, "abc", PARAMS)
 
 
+@pytest.mark.slow
 def test_the_faster_way_of_forming_columns_is_found_by_timing():
     """Forty parameters of which each touches a fortieth of the model: one by one wins by an order of magnitude."""
 

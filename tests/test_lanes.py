@@ -87,6 +87,7 @@ def line(x, a, b):
     return a + b * x
 
 
+@pytest.mark.slow
 def test_each_way_to_end_has_its_status():
     """A line through 5 points; y = 1 + 2 x where nothing else is said."""
     y = np.tile(1 + 2 * X + 0.1 * np.array([1, -1, 0, -1, 1]), (6, 1))
@@ -112,6 +113,7 @@ def test_each_way_to_end_has_its_status():
     np.testing.assert_allclose(limited.distance[0], np.sqrt(explained / (np.sum(y[0] ** 2) / 3)), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_fit_whose_derivatives_are_wrong_is_stuck():
     @jax.custom_jvp
     def wrong(x, a):
@@ -126,6 +128,7 @@ def test_a_fit_whose_derivatives_are_wrong_is_stuck():
     assert found.nfev[0] < 40  # of the 100 that are allowed
 
 
+@pytest.mark.slow
 def test_a_fit_whose_columns_are_alike_to_rounding_ends_where_no_more_can_be_had():
     """Along b - c the distance is rounding over rounding, which is never small."""
     x = np.linspace(0, 5, 40)
@@ -137,6 +140,7 @@ def test_a_fit_whose_columns_are_alike_to_rounding_ends_where_no_more_can_be_had
     assert np.isinf(found.perr[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [1e-30, 1e30])
 def test_a_fit_goes_on_until_the_optimum_is_near_in_any_unit_of_y(unit):
     """SciPy's tests with a loose ``ftol`` propose to stop at once."""
@@ -149,6 +153,7 @@ def test_a_fit_goes_on_until_the_optimum_is_near_in_any_unit_of_y(unit):
     np.testing.assert_allclose(scaled.popt / [unit, 1], plain.popt, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_fit_may_take_a_hundred_evaluations_for_each_parameter():
     """Residuals a + 1 and k a^2 + a - 1 with k = 0.99: full steps go from a to about k a, and so it takes a thousand."""
     tight = dict(ftol=1e-13, xtol=1e-13, gtol=1e-13)
@@ -157,6 +162,7 @@ def test_a_fit_may_take_a_hundred_evaluations_for_each_parameter():
     assert (int(found.nfev[0]), int(found.status[0])) == (100, MapStatus.ITERATION_LIMIT)
 
 
+@pytest.mark.slow
 def test_a_parameter_that_cannot_move_does_not_stop_the_others():
     """From -5, where the model is all but flat, the first steps lead too far."""
     found = fit_map(lambda x, a, b: jnp.exp(a * x) + 0 * b, X, np.exp(X)[None] + 0.01 * X, [-5.0, 1.0]).compute()
@@ -164,6 +170,7 @@ def test_a_parameter_that_cannot_move_does_not_stop_the_others():
     np.testing.assert_allclose(found.popt[0], [1.0, 1.0], atol=0.02)
 
 
+@pytest.mark.slow
 def test_bounds_end_a_fit_next_to_them_and_a_parameter_that_starts_on_one_leaves_it():
     y = np.stack([1 + 2 * X, 1 - 2 * X, 1 + 4 * X]) + 0.1 * np.array([1, -1, 0, -1, 1])
     found = fit_map(line, X, y, [0.5, 0.0], bounds=([-9, 0], [9, 3])).compute()

@@ -82,6 +82,7 @@ def test_masked_points_do_not_count_whatever_they_hold(counts):
     assert found.n_masked == mask.sum()
 
 
+@pytest.mark.slow
 def test_a_map_has_the_parameters_of_single_fits():
     y = np.random.default_rng(1).poisson(mean(TRUTH) * 3, (3, X.size))
     maps = dask_nlsq.fit_map(decay, X, y, p0=[9, 1, 1], loss="poisson", ftol=1e-12).compute()
@@ -124,6 +125,7 @@ def peak(x, height, place, width, background):
 POSITIVE = dict(height=(0, None), place=(0, 10), width=(0.1, 5), background=(0, None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [{}, POSITIVE])
 def test_a_dark_pixel_has_no_success_and_errors_without_end(bounds):
     x, dark = np.linspace(0, 10, 100), np.zeros(100)

@@ -28,6 +28,7 @@ def params():
     return found
 
 
+@pytest.mark.slow
 def test_starts_bounds_fixed_values_and_expressions_come_from_lmfits_parameters(params):
     def residual(p):
         return np.asarray(decay(X, *(p[name].value for name in NAMES))) - Y

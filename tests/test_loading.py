@@ -165,6 +165,7 @@ def test_a_partition_is_one_task_however_many_chunks_it_has():
     assert counted <= 4, names
 
 
+@pytest.mark.slow
 def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeypatch):
     n = 2**20
     x = np.linspace(0, 4, 3 * n)
@@ -202,6 +203,7 @@ def test_large_chunks_are_read_one_after_the_other_where_memory_is_short(monkeyp
     np.testing.assert_array_equal(in_turn.pcov, together.pcov)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [(1, 20), (1, 1), (2, 20), (5, 7)])
 @pytest.mark.parametrize("strategy", ["standard", "chunked", "streaming"])
 def test_axis_vectors_belong_to_their_own_chunk_however_short_it_is(chunks, strategy):

@@ -162,6 +162,7 @@ def test_nothing_but_its_own_arrays_is_removed_where_a_map_is_made_again(path):
     assert (path / "notes" / "today.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["popt", "status", "chi2"])
 def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
     y = np.stack([np.zeros(20), *(np.exp(-k * np.linspace(0, 1, 20)) for k in (1, 2, 3))])

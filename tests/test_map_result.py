@@ -128,6 +128,7 @@ def test_starts_of_every_kind_arrive_at_the_same_maps(whole):
     same_bits(fit_map(peak, X, blocks_of(Y), mixed).compute(), whole)
 
 
+@pytest.mark.slow
 def test_a_function_guesses_starts(whole):
     def guess(x, y):
         return jnp.max(y) - jnp.min(y), x[jnp.argmax(y)], 1.0, jnp.min(y)
@@ -156,6 +157,7 @@ def far_map():
 FAR_P0 = [5.0, -3.5, 0.6, 1.0]
 
 
+@pytest.mark.slow
 def test_coarse_to_fine_finds_what_one_start_does_not():
     y, center = far_map()
     blocks = da.from_array(y, chunks=(8, 16, N))
@@ -201,6 +203,7 @@ def test_coordinates_are_taken_by_name():
     np.testing.assert_allclose(turned.popt.swapaxes(0, 1), found.popt, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sigma_and_mask_of_xarray_are_aligned_by_name():
     sigma = 0.1 + 0.1 * np.random.default_rng(2).random(Y.shape)
     mask = sigma > 0.19
@@ -331,6 +334,7 @@ def test_what_counts_of_scaled_values_is_part_of_a_map(tmp_path):
             fit_map(peak, X, tmp_path / "y", P0, **change).to_zarr(tmp_path / "m", resume=True)
 
 
+@pytest.mark.slow
 def test_the_same_map_with_nan_among_its_mask_values_goes_on(tmp_path):
     for _ in range(2):
         fit_map(peak, X, blocks_of(Y), P0, mask_values=[np.nan]).to_zarr(tmp_path / "m", resume=True)
@@ -391,6 +395,7 @@ def test_a_killed_map_goes_on_with_the_same_bits_and_fits_no_block_twice(tmp_pat
     same_bits(stored(tmp_path / "m"), fitted(blocks_of(y)))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_loses_nothing(whole, tmp_path):
     y, _ = spectra((40, 18), seed=11)
     with clusters.local(2) as cluster, Client(cluster) as client:

@@ -339,6 +339,7 @@ def test_labels_below_a_narrow_map_do_not_overlap():
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_values_that_are_the_same_but_for_rounding_are_drawn_as_one():
     x = np.linspace(0, 1, 20)
     found = fit_map(lambda x, a, b: a * x + b, x, (2 * x + 0.1)[None].repeat(7, axis=0), [1, 1]).compute()
@@ -403,6 +404,7 @@ def counting():
     return fit_map(lambda t, a: a * jnp.exp(-t), TIMES, COUNTS, [10.0], loss="poisson", bounds={"a": (0, None)})
 
 
+@pytest.mark.slow
 def test_residuals_of_counts_are_those_of_the_deviance():
     found = counting().compute()
     np.testing.assert_allclose((np.asarray(found.residuals()) ** 2).sum(axis=-1), found.chi2, rtol=1e-9)
@@ -494,6 +496,7 @@ def test_lazy_data_are_known_by_some_of_their_pixels(tmp_path):
         found.with_data(X, 7 * lazy + 3, f=peak)
 
 
+@pytest.mark.slow
 def test_ties_that_are_functions_are_given_again(tmp_path):
     rules = {"offset": lambda area: area / 100}
     fit_map(peak, X, Y, P0, expr=rules).to_zarr(tmp_path / "m")
@@ -591,6 +594,7 @@ def test_after_a_restart_a_model_is_imported_from_where_it_may_be(tmp_path):
 # the page of a report
 
 
+@pytest.mark.slow
 def test_a_report_shows_maps_histograms_and_spectra_good_and_bad(kept, tmp_path):
     folder, _ = kept
     fits = load(folder / "fits.zarr").with_data(X, folder / "y", sigma=0.15)
@@ -615,6 +619,7 @@ SHOWN = """(() => {
 CURVE, TEXT = (f"Bokeh.documents[0].get_model_by_name('{name}')" for name in ("curve", "values"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_click_on_a_pixel_shows_its_spectrum_and_values(named, tmp_path):
     page = named.view(tmp_path / "nlsq-viewer.html")
@@ -655,6 +660,7 @@ def test_a_page_is_bounded_and_says_what_it_holds(named, monkeypatch):
         named.view()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True], ids=["energy last", "energy first"])
 def test_a_page_has_what_spectrum_gives_and_reads_only_chunks_with_pixels_that_it_shows(first, tmp_path):
     y, sigma = np.moveaxis(Y, -1, 0) if first else Y, 0.1 + 0.01 * np.arange(6)
@@ -670,6 +676,7 @@ def test_a_page_has_what_spectrum_gives_and_reads_only_chunks_with_pixels_that_i
     np.testing.assert_allclose(seen.residual, (seen.model - seen.y) / sigma[4], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_page_says_what_spectra_are_drawn_against_and_what_residuals_are():
     dates = np.datetime64("2026-01-01", "ns") + np.timedelta64(60, "s") * np.arange(10)
     found = fit_map(peak, np.broadcast_to(X, Y.shape), labelled().assign_coords(row=dates), P0, axis="energy", sigma=0.2)

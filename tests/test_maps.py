@@ -97,6 +97,7 @@ def test_each_pixel_has_scipys_answer(kind, bounded):
     assert_near(found, *by_scipy(sigma=sigma[..., None] if kind == "per pixel" else sigma, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "absolute_sigma"),
     [
@@ -131,6 +132,7 @@ def test_active_bounds_are_scipys_and_told():
     np.testing.assert_array_equal(found.status == MapStatus.AT_BOUND, at.any(axis=-1))
 
 
+@pytest.mark.slow
 def test_fixed_parameters_are_held_and_the_others_are_scipys():
     held, free = TRUTH[..., 1], [0, 2, 3]
     found = fit_map(peak, X, Y, dict(area=4, width=1, offset=0.5), fixed=dict(center=held), **TIGHT).compute()
@@ -160,6 +162,7 @@ def test_a_parameter_far_larger_than_its_start_takes_no_more_steps(start):
     assert np.max(abs(fits[1].popt - fits[0].popt) / fits[0].perr) < 0.01
 
 
+@pytest.mark.slow
 def test_a_masked_point_is_one_that_scipy_does_not_get():
     mask = np.random.default_rng(2).random(Y.shape) < 0.2
     found = fitted(Y, mask=mask, **TIGHT)
@@ -220,6 +223,7 @@ def test_bits_do_not_depend_on_neighbours_or_order(wide):
     same_bits(fitted(mixed), wide, where=(slice(1, 5, 2),))
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_the_turn_in_which_a_pixel_comes(wide):
     """More pixels than lanes: they are compacted, and lanes given new pixels, at places that depend on all others."""
     many = spectra((700,), seed=6)[0].copy()
@@ -308,6 +312,7 @@ def test_the_place_of_a_peak_without_height_is_not_determined():
     assert np.isinf(found.perr[0, 2:4, 1:3]).all()
 
 
+@pytest.mark.slow
 def test_saturated_values_of_a_store_do_not_count(tmp_path):
     counts = np.random.default_rng(7).poisson(np.clip(300 * Y, 0, None)).astype("u2")
     counts[1, 2] = 65535
@@ -349,6 +354,7 @@ def test_starts_that_are_not_finite_are_a_status():
 STACK = np.ascontiguousarray(np.moveaxis(spectra((20, 6), seed=8)[0], -1, 0))
 
 
+@pytest.mark.slow
 def test_one_chunk_per_energy_is_read_once(tmp_path):
     y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
     found = fit_map(peak, X, y, P0, axis=0)
@@ -374,6 +380,7 @@ def test_bands_read_each_chunk_once_each(tmp_path, monkeypatch):
     same_bits(computed, fitted(da.from_array(STACK, chunks=(-1, 20, 6)), axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_bands", [pytest.param(1, marks=SLOW), 2])
 def test_coarse_fits_read_the_data_once_more(tmp_path, monkeypatch, n_bands):
     y, reads = counted(tmp_path / "y", STACK, (1, 20, 6))
@@ -550,6 +557,7 @@ def test_a_pixel_is_named_by_its_place_in_the_map_whatever_its_block_and_band(mo
         found.popt[13, 5].compute()
 
 
+@pytest.mark.slow
 def test_bounds_and_sigma_of_pixels_without_points_need_not_make_sense():
     hidden = PLACES % 7 == 3
     upper = np.where(hidden, np.where(PLACES % 2, 0.0, np.nan), 9.0)
@@ -565,6 +573,7 @@ def test_bounds_and_sigma_of_pixels_without_points_need_not_make_sense():
     same_bits(fit(nowhere, no_mask, np.ones(BLOCK), upper), expected)
 
 
+@pytest.mark.slow
 def test_values_that_are_no_data_are_no_negative_counts():
     counts = np.round(100 * np.abs(Y)).astype("i4")
     counts[1, 2, 7:9] = -1
@@ -572,6 +581,7 @@ def test_values_that_are_no_data_are_no_negative_counts():
     assert found.n_points[1, 2] == N - 2
 
 
+@pytest.mark.slow
 def test_bounds_may_be_arrays_for_some_parameters_and_numbers_for_others():
     low = TRUTH[..., 0] - 1
     found = fitted(Y, bounds=([low, -3, 0, -9], [1e4, 3, 9, 9]), **TIGHT)
@@ -596,6 +606,7 @@ def test_maps_with_axes_of_length_1(shape, lazy):
     np.testing.assert_allclose(found.popt, expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_integer_coordinates_of_a_tuple_may_index_a_table():
     def indexed(x, *params):
         return peak(jnp.asarray(X)[x[0]], *params)
@@ -625,6 +636,7 @@ MASKED_KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, kind",
     [("own x", "dask"), ("y", "numpy"), ("sigma of the map", "dask"),
@@ -644,6 +656,7 @@ def test_masks_travel_with_every_array_that_has_one(name, kind):
     np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_coordinates_and_errors_may_lie_along_some_of_the_fit_axes():
     """And along the map: x and sigma have y's axes, of length 1 where they do not vary."""
     k, i, j = np.arange(3)[:, None, None], np.arange(8.0)[None, :, None], np.arange(6.0)[None, None, :]
@@ -672,6 +685,7 @@ def test_starts_and_bounds_are_compared_with_what_they_declare(name):
         fit_map(peak, X, Y, **call).compute()
 
 
+@pytest.mark.slow
 def test_a_shared_coordinate_that_is_not_finite_is_told():
     x = np.where(np.arange(N) % 20 == 3, np.nan, X)
     with pytest.warns(RuntimeWarning, match="2 of 40 points are left out of every pixel.*`xdata`"):
@@ -734,6 +748,7 @@ def test_absent_chunks_may_mean_fill_values(tmp_path):
     assert (found.n_points[:2] == 20).all()
 
 
+@pytest.mark.slow
 def test_threads_of_maps_and_groups_compute_on_the_callers_device():
     """With three devices in one process; the caller has chosen the last one."""
     script = """
@@ -774,6 +789,7 @@ print("done")
     assert run.stdout.strip() == "done", run.stderr
 
 
+@pytest.mark.slow
 def test_chunks_of_a_pixel_are_joined_to_blocks():
     y = np.random.default_rng(0).normal(size=(20, 15, 16))
     x = np.linspace(0, 1, 16)

@@ -96,6 +96,7 @@ def test_parameter_names_come_from_the_signature():
     assert parameter_names(lambda x: x) is None
 
 
+@pytest.mark.slow
 def test_a_function_from_main_is_compiled_once_per_worker_process():
     """64 blocks of 3 lengths on two workers: one compilation of the sweep kernel in each process."""
     script = textwrap.dedent("""
@@ -130,6 +131,7 @@ dask_nlsq.curve_fit(lambda x, a, b: a * jnp.exp(-b * x), x, 2 * np.exp(-x))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disabled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disabled, tmp_path):
     own = {"DASK_NLSQ__COMPILATION_CACHE": str(tmp_path / "cache"), "HOME": str(tmp_path / "home")}
@@ -145,6 +147,7 @@ def test_compiled_kernels_are_kept_between_processes_where_the_user_asks(disable
     assert kept[0] == kept[1]  # the second process compiled nothing new
 
 
+@pytest.mark.slow
 def test_ragged_ends_along_three_axes_share_two_compilations():
     """Chunks of 40 x 50 x 60 points with a shorter one at the end of each axis: eight shapes."""
     chunks = ((40, 40, 17), (50, 50, 13), (60, 60, 7))
@@ -161,6 +164,7 @@ def test_ragged_ends_along_three_axes_share_two_compilations():
     assert 1 <= sum(f.run._cache_size() for key, f in compiled.items() if key[0] == "sweep") <= 2
 
 
+@pytest.mark.slow
 def test_a_sweep_on_a_worker_takes_its_scratch_memory_once():
     """Under the nanny's MALLOC_TRIM_THRESHOLD_ a kernel would fetch each temporary array anew: hundreds of page faults."""
 
@@ -205,6 +209,7 @@ def test_a_model_that_compiles_slowly_is_told_while_it_does(monkeypatch):
     assert not model.watches
 
 
+@pytest.mark.slow
 def test_the_bar_and_the_log_say_that_a_model_compiles(monkeypatch, caplog, capsys):
     monkeypatch.setattr(function, "SLOW", 0.05)
     x = np.linspace(0, 1, 50)

@@ -224,6 +224,7 @@ def best():
     return BEST["popt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("p0", ["guess", None])
 def test_a_ready_model_needs_no_start(p0):
     result = curve_fit(gaussian + line, X_LONG, Y_LONG, p0=p0)
@@ -267,6 +268,7 @@ def test_a_store_is_guessed_from_a_few_of_its_chunks_and_resumed_with_the_same_b
         assert other.nfev == first.nfev
 
 
+@pytest.mark.slow
 def test_points_that_do_not_count_do_not_change_the_guess():
     x, y = peak_on_a_line(400)
     with float64():
@@ -292,6 +294,7 @@ def test_the_order_of_the_points_does_not_matter():
 QUICK = ["line", "gaussian", "g2_single"]  # to compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SINGLE])
 def test_any_data_give_a_finite_guess(name):
     guess = jax.jit(Guess(SINGLE[name]))
@@ -315,6 +318,7 @@ def test_workers_fit_from_a_guess(workers):
         np.testing.assert_allclose(result.popt, best(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_map_guesses_each_spectrum():
     x = np.linspace(9, 11, 80)
     center = np.linspace(9.3, 10.7, 12)[:, None]
@@ -355,6 +359,7 @@ def test_a_fit_from_the_guess_reaches_the_optimum(name):
     assert np.mean(reached(name)) >= least
 
 
+@pytest.mark.slow
 def test_amplitudes_that_are_to_be_positive_are_so_in_the_guess_and_in_the_fit():
     x = np.linspace(0, 10, 400)
     y = 3 * np.exp(-0.5 * ((x - 4) / 0.8) ** 2) + 2 * np.exp(-0.5 * ((x - 5.6) / 0.6) ** 2) + 0.1 * x
@@ -372,6 +377,7 @@ def test_amplitudes_that_are_to_be_positive_are_so_in_the_guess_and_in_the_fit()
     assert polynomial(2).positive.terms[0].recipe == ("polynomial", 2) and g2_single.positive.bounds == g2_single.bounds
 
 
+@pytest.mark.slow
 def test_bounds_of_the_call_are_those_of_the_guess():
     x = np.linspace(0, 10, 400)
     y = 3 * np.exp(-0.5 * ((x - 3) / 0.2) ** 2) + 5 * np.exp(-0.5 * ((x - 7) / 0.2) ** 2)
@@ -389,6 +395,7 @@ def two_bands():
     return x, y + np.random.default_rng(0).normal(0, 0.02, x.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "held",
     [
@@ -456,6 +463,7 @@ def test_a_frequency_that_is_held_is_so_in_the_guess():
     np.testing.assert_allclose(found.popt, best.popt, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_guess_is_in_double_precision_also_after_a_fit():
     x, y = peak_on_a_line(400)
     model = gaussian + line

@@ -63,6 +63,7 @@ def check_escapes(trap, n_starts, seeds):
         assert run.ratio <= LIMITS.sweeps_of_many_starts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_starts", [10, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAPS])
 def test_starts_find_the_optimum_that_p0_misses(name, n_starts):
@@ -205,6 +206,7 @@ def test_costs_are_scaled_to_all_data(few_candidates):
     assert found.costs[found.winner] == pytest.approx(0.5 * 0.09 * x.size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_jac_of_the_user_leads_to_the_same_optimum():
     def jac(x, a, f, phi, c):
         z = 2 * jnp.pi * f * x + phi
@@ -217,6 +219,7 @@ def test_a_jac_of_the_user_leads_to_the_same_optimum():
     np.testing.assert_allclose(found.costs[found.winner], search_locally().costs.min(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_correlated_noise_and_models_of_all_points_are_screened_on_all_points():
     x, y = X[::20], Y[::20]
     covariance = 0.09 * 0.5 ** abs(np.subtract.outer(np.arange(x.size), np.arange(x.size)))
@@ -318,6 +321,7 @@ def test_an_optimum_that_is_not_finite_on_all_data_gives_way_to_the_next(few_can
             polish(found._replace(params=np.full_like(spoiled, np.nan)), evaluator, Options(*FREE))
 
 
+@pytest.mark.slow
 def test_threads_and_processes_find_the_same(few_candidates):
     x = np.linspace(0, 10, 400_000)
     y = np.asarray(sine(x, *TRUTH)) + RNG.normal(0, 0.3, x.size)

@@ -87,6 +87,7 @@ def test_a_saved_result_has_its_parameters_by_name(fitted, tmp_path):
     assert f"{load(tmp_path / 'kept').params!r}" == f"{fitted.params!r}"
 
 
+@pytest.mark.slow
 def test_a_map_has_values_and_errors_by_name_lazily(mapped):
     rate = mapped["rate"]
     assert isinstance(rate.value, da.Array) and f"{rate!r}" == "<Parameter rate: 3 values and errors>"

@@ -28,6 +28,7 @@ def test_names_of_a_dict_name_the_parameters_of_a_model_that_takes_any_number():
     assert found.param_names == ("height", "rate", "floor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"strategy": "streaming"}, {"jac": "own"}, {"n_starts": 5}])
 def test_a_parameter_that_is_held_leaves_the_fit(how):
     how = dict(how)

@@ -214,6 +214,7 @@ def cut(values, rows, columns):
     return np.array([[np.nanmean(part) if np.isfinite(part).any() else np.nan for part in band] for band in parts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [None, (7, 50), (1, 3)])
 def test_images_have_the_means_of_their_bins_however_the_data_are_chunked(chunks):
     rng, q = np.random.default_rng(2), np.linspace(-2, 2, 700)
@@ -283,6 +284,7 @@ def test_data_and_model_have_the_same_colours_and_residuals_are_white_at_zero():
     assert (axes[0].get_xlabel(), axes[0].get_ylabel()) == ("q", "t")
 
 
+@pytest.mark.slow
 def test_images_of_counts_over_decades_have_logarithmic_colours_and_rows_of_a_detector_run_down():
     def rings(axes, scale, width):
         i, j = axes
@@ -320,6 +322,7 @@ def test_bins_of_unequal_width_are_drawn_so():
     assert axes[0].get_xlabel() == "column"  # of what the model does not unpack a name
 
 
+@pytest.mark.slow
 def test_images_read_a_store_once(tmp_path):
     stored, reads = counted(tmp_path / "y.zarr", PLANE, (10, 30))
     found = curve_fit(surface, (TIME[:, None], ANGLE), stored, p0=[1, 1], strategy="streaming")

@@ -229,6 +229,7 @@ def test_a_covariance_matrix_can_neither_be_streamed_nor_held_by_workers():
     assert re.search(r"\): raise memory_limit_gb to [\d.]+, or fit a part of the data$", str(err.value))
 
 
+@pytest.mark.slow
 def test_the_workers_together_hold_what_one_could_not(client):
     x, y = lazy(3 * 10**7, 10**6, "f4")
     result = curve_fit(decay, x, y, p0=[1, 1, 0], memory_limit_gb=0.5)
@@ -238,6 +239,7 @@ def test_the_workers_together_hold_what_one_could_not(client):
     assert set(spilled.values()) == {0}
 
 
+@pytest.mark.slow
 def test_small_partitions_are_a_matter_of_the_goal(client):
     x, y = lazy(10**6, 10**4)
     assert plan_fit(decay, x, y, goal="memory_efficient").n_partitions > plan_fit(decay, x, y).n_partitions
@@ -267,6 +269,7 @@ def test_partitions_keep_every_thread_busy_with_few_tasks(n_runs, n_threads, per
     assert n == n_runs < wanted or wanted <= n <= 2 * wanted
 
 
+@pytest.mark.slow
 def test_arrays_in_memory_are_cut_and_shared_out_to_the_workers(client):
     x = np.linspace(0, 10, 9_000_001)
     y = (2 * np.exp(-0.5 * x) + 0.3 + 0.01 * np.cos(1e5 * x)).astype("f4")

@@ -222,6 +222,7 @@ def test_any_coordinate_of_several_can_be_drawn():
         plots.fit(found, x=[1.0])
 
 
+@pytest.mark.slow
 def test_the_place_in_the_data_is_known_where_small_chunks_are_joined():
     q = np.broadcast_to(np.linspace(0, 4, 90), (40, 90))
     y = 2 * np.exp(-0.5 * q) + np.arange(40)[:, None]
@@ -261,6 +262,7 @@ def test_the_histogram_counts_all_residuals_in_units_of_the_noise(large):
     assert "1 beyond ±6" in outlier.get_legend().get_texts()[0].get_text()
 
 
+@pytest.mark.slow
 def test_residuals_of_few_counts_are_normal_and_the_same_however_the_data_are_chunked():
     t, _ = data()
     y = np.random.default_rng(2).poisson(2 * np.exp(-0.5 * t) + 0.5)  # Pearson's have a skewness of 1 and few values
@@ -324,6 +326,7 @@ def test_a_picture_reads_a_store_once(tmp_path):
     assert sum(reads.values()) == 30
 
 
+@pytest.mark.slow
 def test_no_large_array_comes_to_the_client(workers):
     t = da.linspace(0, 10, 2_000_000, chunks=100_000)
     y = 2 * da.exp(-0.5 * t) + 0.3 + da.random.default_rng(1).normal(0, 0.05, t.shape, chunks=t.chunks)

@@ -112,6 +112,7 @@ def test_all_trial_fits_share_the_reads_of_data_that_are_streamed(fitted):
     np.testing.assert_allclose(one.intervals, fitted.profile("c", [0.68, 0.95, 0.997]).intervals, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_end_at_a_bound_is_the_bound_and_where_the_data_never_object_it_is_infinite():
     x = np.linspace(1, 2, 20)
     y = np.random.default_rng(0).normal(0.1, 0.1, 20)
@@ -138,6 +139,7 @@ def test_a_region_goes_along_a_bound():
     assert [offset[bound].min(), offset[bound].max()] == pytest.approx(ends, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_parameters_held_stay_and_those_tied_follow():
     fitted = curve_fit(decay, X, Y, [1, 1, 0], fixed={"c": 0.3})
     free = curve_fit(lambda x, a, b: decay(x, a, b, 0.3), X, Y, [1, 1])
@@ -192,6 +194,7 @@ def test_what_has_no_profile_says_why(how, message):
         fitted.profile()
 
 
+@pytest.mark.slow
 def test_wrong_arguments_are_named(fitted, tmp_path):
     from dask_nlsq import load
 

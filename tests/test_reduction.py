@@ -110,6 +110,7 @@ def test_the_spread_of_parts_is_that_of_the_gradient_over_points_where_these_are
     np.testing.assert_allclose(parts.spread.sum(axis=0)[:2, :2], rows @ rows.T, rtol=0.35)
 
 
+@pytest.mark.slow
 def test_parts_have_the_same_bits_on_workers_however_many_tasks_there_are(workers):
     x = da.linspace(0, 1, 3_000_000, chunks=100_000)
     y = x + da.sin(1e3 * x)

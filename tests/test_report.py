@@ -94,6 +94,7 @@ def test_the_page_says_what_the_result_says(found, tmp_path):
     assert [row[0] for row in read.tables["Data"]] == ["", "ydata", "xdata"]
 
 
+@pytest.mark.slow
 def test_nothing_on_the_page_comes_from_elsewhere_or_runs(found):
     read = Page(page(found))
     assert read.tags.isdisjoint({"script", "link", "iframe", "object"})
@@ -101,6 +102,7 @@ def test_nothing_on_the_page_comes_from_elsewhere_or_runs(found):
     assert not re.search(r"@import|url\(", page(found))
 
 
+@pytest.mark.slow
 def test_what_users_name_is_text_and_not_markup(found):
     text = page(found)
     assert "<b>" not in text and "&lt;b&gt;rate&lt;/b&gt;" in text
@@ -145,6 +147,7 @@ def test_whatever_a_saved_result_says_is_text_on_a_page_and_in_pictures(found, t
         assert "<script" not in text and "&lt;script&gt;" in text
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 def test_a_picture_shows_names_as_they_are(tmp_path):
     name = r"$\nope$<script>"
@@ -163,6 +166,7 @@ def test_a_picture_shows_names_as_they_are(tmp_path):
     drawn[0].figure.savefig(tmp_path / "map.svg")
 
 
+@pytest.mark.slow
 def test_a_page_reads_the_data_once_and_names_the_store(tmp_path):
     t, y = data()
     stored, reads = counted(tmp_path / "y.zarr", y, (1000,))
@@ -186,6 +190,7 @@ def test_passwords_of_addresses_are_left_out():
     assert _places(np.zeros(3)) == []
 
 
+@pytest.mark.slow
 def test_a_report_is_there_as_a_whole_or_not_at_all(found, tmp_path, monkeypatch):
     path = tmp_path / "fit.html"
     path.write_text("what was there")
@@ -219,6 +224,7 @@ def test_bounds_and_what_lies_on_them_are_in_the_table():
     assert [row[6:] for row in rows[1:]] == [["0", "none", ""], ["0", "none", ""], ["0.5", "none", "at its lower bound"]]
 
 
+@pytest.mark.slow
 def test_models_without_source_and_many_sweeps_have_a_page():
     class Line:
         """Straight."""
@@ -244,6 +250,7 @@ def test_missing_matplotlib_is_told_before_anything_is_read(found, tmp_path, mon
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_path):
     path = found.report(tmp_path / "nlsq.html")
@@ -258,6 +265,7 @@ def test_a_browser_shows_the_table_and_the_pictures_and_asks_nobody(found, tmp_p
         assert browser.value("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.slow
 def test_a_page_of_counts_says_deviance_and_has_no_row_for_what_does_not_exist():
     t, y = data(3000)
     found = curve_fit(decay, t, np.random.default_rng(0).poisson(20 * y), p0=[40, 1, 1], loss="poisson")
@@ -268,6 +276,7 @@ def test_a_page_of_counts_says_deviance_and_has_no_row_for_what_does_not_exist()
     assert "Residuals and what normal noise gives" in text
 
 
+@pytest.mark.slow
 def test_a_page_begins_with_pictures_of_the_data_one_for_each_coordinate_and_images():
     def surface(axes, a, b, c):
         frame, t = axes
@@ -284,6 +293,7 @@ def test_a_page_begins_with_pictures_of_the_data_one_for_each_coordinate_and_ima
     assert [each.split("against ")[1] for each in captions[1:3]] == ["frame", "t"]
 
 
+@pytest.mark.slow
 def test_stores_are_named_by_their_whole_path_wherever_the_page_is_read(tmp_path, monkeypatch):
     t, y = data(300)
     monkeypatch.chdir(tmp_path)

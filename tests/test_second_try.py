@@ -94,6 +94,7 @@ def test_counts_are_fitted_from_starts_at_which_the_mean_is_not_positive(p0, way
     np.testing.assert_allclose(fit.popt, best.popt, atol=0.01 * best.perr.min())
 
 
+@pytest.mark.slow
 def test_pixels_of_counts_are_fitted_where_the_mean_is_not_positive_at_the_start():
     counts = np.random.default_rng(0).poisson(50 * np.exp(-X) + 1, size=(3, 200))
     best, fits = (fit_map(decay, X, counts, p0, loss="poisson").compute() for p0 in ([50, 1, 1], [0, 1, 0]))
@@ -125,6 +126,7 @@ def test_data_that_are_zero_everywhere_converge_in_few_evaluations(bounds):
     np.testing.assert_allclose(fit.popt, 0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [pytest.param((-np.inf, np.inf), marks=pytest.mark.slow), (0, np.inf)])
 def test_pixels_that_are_zero_everywhere_converge_in_few_evaluations(bounds):
     dark = fit_map(lambda x, a, b: a * x + b, X, np.zeros((4, 200)), [1, 1], bounds=bounds).compute()

@@ -125,6 +125,7 @@ def test_a_list_of_stores_is_one_array(as_path, tmp_path, monkeypatch):
     assert same(fit(decay, X, parts, p0=P0, workflow="streaming"))
 
 
+@pytest.mark.slow
 def test_x_sigma_and_mask_may_be_stored_too(tmp_path):
     sigma, mask = 5 + X, (X > 9).astype("u1")
     for name, values in (("x", X), ("y", Y), ("sigma", sigma), ("mask", mask)):
@@ -171,6 +172,7 @@ def test_the_codec_pipeline_is_configured(tmp_path):
 # values that are no data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [pytest.param("standard", marks=pytest.mark.slow), "streaming"])
 @pytest.mark.parametrize(
     "options, left_out",
@@ -375,6 +377,7 @@ def test_absent_chunks_may_mean_fill_values(tmp_path):
     assert "2 absent chunks read as fill values" in repr(found)
 
 
+@pytest.mark.slow
 def test_workers_say_which_chunk_it_is(tmp_path, workers):
     write(tmp_path / "y.zarr", **CODECS["crc32c"])
     flip(tmp_path / "y.zarr" / "c" / "9")
@@ -420,6 +423,7 @@ def impatient(monkeypatch):
 FAULTS = dict(refused=0.03, closed=0.02, stalled=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [None, (5 * CHUNK,)])
 @pytest.mark.parametrize("client", ["fsspec", "obstore"])
 def test_a_server_that_fails_and_stalls_gives_the_same_bits(client, shards, tmp_path, impatient):
@@ -433,6 +437,7 @@ def test_a_server_that_fails_and_stalls_gives_the_same_bits(client, shards, tmp_
     np.testing.assert_array_equal(found.pcov, expected.pcov)
 
 
+@pytest.mark.slow
 def test_workers_read_from_a_server_themselves(tmp_path, workers):
     write(tmp_path / "y.zarr", chunks=(500,))
     expected = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")
@@ -446,6 +451,7 @@ def test_workers_read_from_a_server_themselves(tmp_path, workers):
     np.testing.assert_array_equal(found.popt, expected.popt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("client", ["fsspec", "obstore"])
 @pytest.mark.parametrize(
     "fault, cause, tries",
@@ -498,6 +504,7 @@ def test_a_chunk_that_vanishes_during_the_fit_is_no_fill_value(tmp_path):
         curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=remove)
 
 
+@pytest.mark.slow
 def test_an_answer_of_404_in_between_is_asked_again(tmp_path, impatient):
     write(tmp_path / "y.zarr", chunks=(500,))
     expected = curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming")

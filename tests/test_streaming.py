@@ -391,6 +391,7 @@ def test_params_that_the_sample_does_not_see_are_found():
     assert result.sweeps <= 5
 
 
+@pytest.mark.slow
 def test_several_starts_are_screened_on_the_sample():
     def sine(x, a, f, phi, c):
         return a * jnp.sin(2 * jnp.pi * f * x + phi) + c
@@ -455,6 +456,7 @@ print("RESULT", json.dumps((resident("VmHWM"), result.sweeps, list(result.popt),
 """
 
 
+@pytest.mark.slow
 def test_memory_is_as_planned_and_flat_where_chunks_of_x_sigma_and_mask_are_other_than_those_of_y():
     root, found = Path(__file__).parent.parent, []
     for n in (10**7, 25 * 10**6):

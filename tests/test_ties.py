@@ -54,6 +54,7 @@ def full_jacobian(x, *params):
     return jnp.stack(jax.jacfwd(lambda *p: peaks(x, *p), argnums=tuple(range(6)))(*params), axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how",
     [{}, {"jac": full_jacobian}, {"strategy": "streaming"}, {"n_starts": 3}],
@@ -75,6 +76,7 @@ def test_a_tie_is_text_or_a_function_of_names_or_of_a_dict(expected, rule):
     assert_like(curve_fit(peaks, X, Y, [2, 3, 0.6, 1, 6, 99], expr={"w2": rule}), expected)
 
 
+@pytest.mark.slow
 def test_derived_quantities_have_errors_by_the_delta_method(tied):
     h, w = tied.popt[0], tied.popt[2]
     assert [*tied.derived] == ["area", "total"] and tied["area"].value == pytest.approx(h * w * np.sqrt(2 * np.pi))
@@ -90,6 +92,7 @@ def test_derived_quantities_have_errors_by_the_delta_method(tied):
     assert found["area"].error == pytest.approx(direct.perr[0], rel=1e-4) and found.free == (0, 1, 2)
 
 
+@pytest.mark.slow
 def test_where_the_data_determine_nothing_derived_errors_are_infinite_and_what_is_held_stays_exact():
     with pytest.warns(match="Covariance of the parameters could not be estimated"):
         found = curve_fit(
@@ -98,6 +101,7 @@ def test_where_the_data_determine_nothing_derived_errors_are_infinite_and_what_i
     assert found["s"].error == np.inf and found["d"].error == 0 and found["c"].error == 0
 
 
+@pytest.mark.slow
 def test_ties_hold_with_values_that_are_fixed_and_bounds_of_others(expected):
     found = curve_fit(peaks, X, Y, P0, expr={"w2": "2 * w1"}, fixed={"c1": 3.0}, bounds={"w1": (0, None)})
     assert found.free == (0, 2, 3, 4) and found["w2"].bounds == (-np.inf, np.inf)
@@ -106,6 +110,7 @@ def test_ties_hold_with_values_that_are_fixed_and_bounds_of_others(expected):
     assert_like(again, expected)
 
 
+@pytest.mark.slow
 def test_ready_models_are_tied_and_guess_their_start():
     y = Y + np.asarray(peaks(X, 0, 3, 1, 1, 6, 1))
     found = curve_fit(models.gaussian + models.gaussian, X, y, expr={"gaussian2_width": "2 * gaussian1_width"})
@@ -133,6 +138,7 @@ def test_a_checkpoint_keeps_expressions_and_asks_for_functions(expected, tmp_pat
     np.testing.assert_array_equal(resume(tmp_path / "function", peaks, expr={"w2": twice}).popt, found.popt)
 
 
+@pytest.mark.slow
 def test_a_map_has_ties_and_derived_quantities_as_each_of_its_fits(tied, tmp_path):
     fits = fit_map(peaks, X, np.stack([Y, Y, np.full_like(Y, np.nan)]), P0, expr=EXPR, full_covariance=True)
     fits.to_zarr(tmp_path / "maps.zarr")
@@ -259,6 +265,7 @@ def test_ties_that_contradict_other_arguments_are_refused(how, said):
         curve_fit(peaks, X, Y, P0, **(dict(expr={"w2": "w1"}) | how))
 
 
+@pytest.mark.slow
 def test_the_command_line_ties_and_derives(tmp_path):
     zarr.create_array(tmp_path / "y.zarr", data=2 * np.arange(50.0) + 1)
     command = ["fit", str(tmp_path / "y.zarr"), "--model", "line", "--x", "0:50:1"]

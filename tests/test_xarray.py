@@ -63,6 +63,7 @@ def coefficients(values, x, names):
     return xr.DataArray(values, coords={"x": x, "param": names})
 
 
+@pytest.mark.slow
 @IN_CHUNKS
 def test_xarray_case_a_decay_with_missing_values(decays, chunks):
     data = maybe_chunked(decays, chunks)
@@ -118,6 +119,7 @@ def test_xarray_case_bounds_that_differ_from_place_to_place(sines, chunks):
         data.nlsq.curvefit([data.t], sine, bounds={"a": (0, xr.DataArray([1], coords={"foo": [1]}))})
 
 
+@pytest.mark.slow
 @IN_MEMORY
 def test_xarray_case_fits_that_fail(chunks):
     def line(x, a, b):
@@ -171,6 +173,7 @@ CALLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "name"),
     [
@@ -209,6 +212,7 @@ def growth(t, a, rate):
 DAYS = 86400.0 * np.arange(12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("time", "chunks"),
     [
@@ -250,6 +254,7 @@ def noisy():
     return xr.DataArray(y, coords, tuple(coords)), sigma
 
 
+@pytest.mark.slow
 def test_chunked_fit_dimensions_sigma_and_mask_by_name_and_options_of_fit_map(noisy, nothing_runs):
     data, sigma = noisy
     mask = sigma > 0.07
@@ -266,6 +271,7 @@ def test_chunked_fit_dimensions_sigma_and_mask_by_name_and_options_of_fit_map(no
     np.testing.assert_allclose(found.curvefit_covariance.transpose("row", ...), same.pcov, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_starts_and_bounds_along_a_part_of_the_map_are_broadcast_by_name(noisy):
     data, _ = noisy
     low = xr.DataArray([1.2, 1.0, 1.4], dims="row", coords={"row": data.row})
@@ -276,6 +282,7 @@ def test_starts_and_bounds_along_a_part_of_the_map_are_broadcast_by_name(noisy):
     assert (found.sel(param="tau") >= low).all()
 
 
+@pytest.mark.slow
 def test_each_variable_of_a_dataset_has_its_own_sigma(noisy):
     data, sigma = noisy
     both = xr.Dataset({"y": data, "z": 2 * data})
@@ -321,6 +328,7 @@ def test_bad_arguments_of_curvefit_are_one_error_that_names_them(name, noisy):
         data.nlsq.curvefit(**dict(coords="t", func=decay) | changed)
 
 
+@pytest.mark.slow
 def test_the_accessor_comes_with_its_room_and_xarray_with_nothing_else():
     code = (
         "import sys, dask_nlsq; assert 'xarray' not in sys.modules; import dask_nlsq.accessor, xarray; "
@@ -345,6 +353,7 @@ def wave(coordinates, a, k, c, *, np=jnp):
     return a * np.sin(k * x) * np.exp(-c * t)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [{"x": 2, "t": 3}, pytest.param(None, marks=pytest.mark.slow)], ids=["dask", "numpy"])
 def test_curve_fit_takes_coordinates_by_name(waves, chunks):
     data, p0 = maybe_chunked(waves, chunks), [1, 2.5, 1]
@@ -369,6 +378,7 @@ def test_stacked_coordinates_have_their_dimension_in_front(waves):
     np.testing.assert_allclose(curve_fit(wave, stacked, waves, [1, 2.5, 1]).popt, [2, 3, 0.5], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sigma_and_mask_of_curve_fit_are_aligned_by_name(waves):
     rng = np.random.default_rng(0)
     data = waves + 0.1 * rng.standard_normal(waves.shape)
@@ -442,6 +452,7 @@ def test_a_fit_by_name_is_resumed(waves, tmp_path):
     np.testing.assert_array_equal(again.popt, fit.popt)
 
 
+@pytest.mark.slow
 def test_a_map_of_a_ready_model_has_its_bounds_and_compiles_once_for_numpy_and_xarray():
     x = np.linspace(0, 10, 60)
     y = 5 * np.exp(-0.5 * ((x - 4) / 0.5) ** 2)[None].repeat(3, axis=0)

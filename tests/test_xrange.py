@@ -143,6 +143,7 @@ def test_what_is_no_range_is_refused(wrong):
         curve_fit(line, X, Y, [1, 0], xrange=wrong)
 
 
+@pytest.mark.slow
 def test_a_map_has_the_range_in_each_pixel():
     y = np.stack([Y, 2 * Y])
     fits = fit_map(line, X, y, [1, 0], xrange=(3.5, 6.5)).compute()
@@ -191,6 +192,7 @@ def test_the_command_line_takes_ranges(tmp_path):
         assert found.exit_code == 2 and f"--xrange {wrong}"[:12] in found.output and said in found.output
 
 
+@pytest.mark.slow
 def test_coordinates_have_the_names_by_which_the_model_unpacks_them():
     def model(qt, a):
         q, t = qt
