@@ -36,6 +36,7 @@ from dask_nlsq.engine.partition import Answers, Work
 from dask_nlsq.engine.places import HeldByWorkers
 from dask_nlsq.engine.request import Objective, Request
 from dask_nlsq.engine.sweep import open_sweep
+from dask_nlsq.engine.waiting import calm
 from dask_nlsq.kernels.rows import segment_size
 from dask_nlsq.memory.machine import process_memory
 from dask_nlsq.memory.plan import PER_THREAD, count_partitions, tasks_per_thread
@@ -227,7 +228,7 @@ class Simulated(HeldByWorkers):
         n = count_partitions(n_chunks, n_workers, tasks_per_thread(n_workers))
         self.n_runs, self.pieces = n_chunks, Pieces(client, empty_partition, None, runs, {}, n, False)
         self.level = self.pieces.level
-        self.pieces.wait()
+        self.pieces.wait(calm)
 
     def __enter__(self):
         return self

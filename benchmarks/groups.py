@@ -173,12 +173,14 @@ def speed(frames: int = 400) -> None:
 
 
 def sweeps(frames: int = 1000) -> None:
+    from dask_nlsq import NotConvergedError
+
     problem = TwoTime(frames)
     counts, far = [], []
     for start in problem.starts(STARTS):
         try:
             result = problem.fit(start)
-        except RuntimeError as err:
+        except NotConvergedError as err:
             result = err.result
         counts.append(result.sweeps)
         far.append(float(np.max(np.abs(result.popt - problem.truth) / result.perr)) if result.success else np.inf)

@@ -95,13 +95,14 @@ def swept(f, params, x, y, threads=1, reduction="gram", jac_mode="auto", mask=No
     from dask_nlsq.engine.request import Objective, Request
     from dask_nlsq.engine.sweep import Sweep
     from dask_nlsq.kernels.jac_mode import choose_jac_mode
+    from dask_nlsq.kernels.kind import CPU
     from dask_nlsq.model.function import intern
 
     problem = build_data(x, y, None, mask, check=True, omit=False)
     model = intern(f)
     sweep = Sweep(problem, HeldHere.load(problem, threads, lambda *_: None))
     if jac_mode == "auto":
-        jac_mode = choose_jac_mode(model, problem.preparation.layouts, sweep.sample, params, 10**9)
+        jac_mode = choose_jac_mode(model, problem.preparation.layouts, sweep.sample, params, 10**9, CPU)
     request = Request(Objective(model), params, reduction, jac_mode, Segmentation.of(problem, len(params)))
     return lambda: sweep.run([request])
 
