@@ -162,9 +162,6 @@ def naive(f, params, x, y):
 
 
 def one_core_kernels():
-    import jax
-    import jax.numpy as jnp
-
     found = {}
     n = 2**20
     x, y = decay_data(n)
@@ -173,17 +170,7 @@ def one_core_kernels():
         swept(decay, params, x, y), naive(decay, params, x, y), swept(decay, params, x, y, reduction="qr")
     )
 
-    @jax.jit
-    def cost(params, x, y):
-        return 0.5 * jnp.sum((decay(x, *params) - y) ** 2)
-
-    def cost_only():
-        with jax.enable_x64(True):
-            jax.block_until_ready(cost(params, xd, yd))
-
-    with jax.enable_x64(True):
-        xd, yd = jnp.asarray(x), jnp.asarray(y)
-    sweep, cheap = medians(swept(decay, params, x, y), cost_only)
+    sweep, cheap = medians(swept(decay, params, x, y), cost_only(decay, params, x, y))
     axes, counts = (np.linspace(0, 5, 1024)[:, None], np.linspace(0, 5, 1024)[None]), y.reshape(1024, 1024)
     hidden = np.random.default_rng(0).random(counts.shape) < 0.01
     whole, masked = medians(*(swept(decay_of_axes, params, axes, counts, mask=mask) for mask in (None, hidden)))
@@ -211,6 +198,63 @@ def one_core_params():
         A = np.random.default_rng(0).normal(size=(p + 1, 2048))
         ours, product = medians(swept(model, params, x, y), lambda A=A: A @ A.T, runs=5)
         found[p] = (ours / n * 1e9, product / 2048 * 1e9)
+    return found
+
+
+def product(p, n):
+    """A function that adds up ``A @ A.T`` of tiles A of p + 1 rows, ``n`` columns in all, which stay in the cache."""
+    import jax
+    from jax import lax
+
+    from dask_nlsq.kernels.blocks import tile_size
+    from dask_nlsq.kernels.kind import CPU
+
+    tile = tile_size(CPU, p, n)
+    tiles = np.random.default_rng(0).normal(size=(2, p + 1, tile))
+
+    @jax.jit
+    def add(tiles):
+        def one(k, found):
+            A = tiles[k % 2]
+            return found + A @ A.T
+
+        return lax.fori_loop(0, n // tile, one, 0 * tiles[0, :, : p + 1])
+
+    def run():
+        with jax.enable_x64(True):
+            jax.block_until_ready(add(there))
+
+    with jax.enable_x64(True):
+        there = jax.device_put(tiles)
+    return run
+
+
+def cost_only(f, params, x, y):
+    """A function that adds up the squares of the residuals."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def cost(params, x, y):
+        return 0.5 * jnp.sum((f(x, *params) - y) ** 2)
+
+    def run():
+        with jax.enable_x64(True):
+            jax.block_until_ready(cost(params, *there))
+
+    with jax.enable_x64(True):
+        there = jnp.asarray(x), jnp.asarray(y)
+    return run
+
+
+def one_core_floor():
+    """Of a sweep over 2^20 points: ns per point, and those of the cost and of the bare product alone."""
+    n, found = 2**20, {}
+    x, y = decay_data(n)
+    models = {3: (decay, np.array([2.0, 0.5, 0.3])), **{3 * k + 2: gaussians(k) for k in (1, 3, 16)}}
+    for p, (f, params) in models.items():
+        times = medians(swept(f, params, x, y), cost_only(f, params, x, y), product(p, n), runs=5 if p > 11 else RUNS)
+        found[p] = [each / n * 1e9 for each in times]
     return found
 
 
@@ -252,6 +296,11 @@ def kernel_rows():
     yield Row(
         "full-Jacobian JAX / ours, 50 params", "8 (13)", f"{found['50 full']:.1f} ({found['50 ns']:.0f} ns/point)", what
     )
+    for p, (ours, cost, bare) in in_child("one_core_floor", cores=1).items():
+        what = (
+            f"ns per point, 2^20 points, one core: {ours:.1f} / ({cost:.1f} + {bare:.1f}); the product of tiles in the cache"
+        )
+        yield Row(f"sweep / (cost + bare product), {p} params", "1.25 (1.1)", f"{ours / (cost + bare):.2f}", what)
     yield Row("sweep / cost-only sweep, 3 params", "4.5 (3.3)", f"{found['cost']:.1f}", "cost: jitted 0.5 sum r^2, aligned")
     ratio, pooled, ordinary = found["copy"]
     what = "kernel of 3 params on 2^18 points, one core; the ordinary array begins 16 bytes behind a cache line"
