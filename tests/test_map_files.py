@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import dask.array as da
+import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import dask_nlsq
 from dask_nlsq import DamagedFileError
 from dask_nlsq.maps.store import METADATA, seal
 from dask_nlsq.maps.stored import StoredMap
-from tests.damage import lines_of, of_map
+from tests.checkpointed import decay
+from tests.damage import LINES, P0, T, lines_of, of_map
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,60 @@ def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
     next(each for each in sorted((tmp_path / "maps" / name / "c").rglob("*")) if each.is_file()).unlink()
     with pytest.raises(dask_nlsq.DamagedFileError, match="chunks of blocks that are done are missing"):
         getattr(StoredMap(tmp_path / "maps"), name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names that come with the data
+
+
+def fits_of(name, dims=("row", "t")):
+    """Lazy maps of data with a scalar coordinate, or an axis with a coordinate, of this name."""
+    coords = {name: (name, np.arange(6.0))} if name in dims else {name: 7.0}
+    y = xr.DataArray(LINES, dims=dims, coords=coords)
+    return dask_nlsq.fit_map(decay, T, y.chunk({dims[0]: 2}), P0, axis="t")
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("name", ["{}/keep", "../keep", "..", "."])
+def test_a_coordinate_that_is_called_by_a_path_removes_and_writes_nothing_elsewhere(tmp_path, name):
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "notes.txt").write_text("precious")
+    fits = fits_of(name.format(tmp_path))
+    fits.to_zarr(tmp_path / "m", progress=False)
+    forget(tmp_path / "m")
+    fits.to_zarr(tmp_path / "m", resume=True, progress=False)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["keep", "m"]
+    assert [(each.name, each.read_text()) for each in (tmp_path / "keep").iterdir()] == [("notes.txt", "precious")]
+    opened = StoredMap(tmp_path / "m").to_xarray()
+    (own,) = {*opened.coords} - {"param"}
+    assert opened[own] == 7.0 and "/" not in own
+
+
+@pytest.mark.parametrize("name", ["counts/s", "zarr.json", "a\\b", ""])
+def test_a_name_that_no_directory_can_have_is_changed_in_a_map(tmp_path, name):
+    fits = fits_of(name, dims=(name, "t")) if name else fits_of(name)
+    fits.to_zarr(tmp_path / "m", progress=False)
+    opened = StoredMap(tmp_path / "m").to_xarray()
+    assert opened.popt.sizes == fits.to_xarray().popt.sizes and {*opened.coords} == {*fits.to_xarray().coords}
+    np.testing.assert_array_equal(opened.popt, fits.compute().popt)
+
+
+@pytest.mark.hostile
+def test_axes_of_a_file_that_are_paths_have_no_coordinate_and_remove_nothing(tmp_path):
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "notes.txt").write_text("precious")
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file[f"{tmp_path}/keep"] = np.arange(6.0)
+        file["entry/y"] = LINES
+        file["entry"].attrs["axes"] = [f"{tmp_path}/keep", "."]
+    with h5py.File(tmp_path / "y.h5") as file:
+        fits = dask_nlsq.fit_map(decay, T, file["entry/y"], P0)
+        fits.to_zarr(tmp_path / "m", progress=False)
+    assert (tmp_path / "keep" / "notes.txt").read_text() == "precious"
+    assert {*StoredMap(tmp_path / "m").to_xarray().coords} == {"param"}
+
+
+def test_an_attribute_of_the_data_does_not_take_the_place_of_what_a_map_is_known_by(tmp_path):
+    y = xr.DataArray(LINES, dims=("row", "t"), attrs={"dask_nlsq": "mine", "beamline": "P10"})
+    dask_nlsq.fit_map(decay, T, y.chunk(row=2), P0, axis="t").to_zarr(tmp_path / "m", progress=False)
+    assert StoredMap(tmp_path / "m").to_xarray().attrs["beamline"] == "P10"

@@ -23,6 +23,7 @@ Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
 BLANK = "0" * 2 * CHECKSUM_BYTES  # stands for the checksum while it is computed
 LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
+NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # of files: separators, and what no terminal should get
 ABANDONED = 3600.0  # seconds since it was written, from which nobody writes a file any more
 MALFORMED = (  # what parsing raises where a file is not what its name says, however it came to be
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, OSError, RuntimeError, MemoryError,
@@ -48,6 +49,12 @@ def well_formed(path: Path, whole: Path | None = None) -> Iterator[None]:
     except MALFORMED as err:
         kind = "" if type(err) is ValueError else f"{type(err).__name__}: "
         raise DamagedFileError(path, f"{kind}{err}".partition("\n")[0], whole) from None
+
+
+def plain_name(name: str) -> str:
+    """The nearest name of something in a directory: itself, unless it is a path, which may lead anywhere."""
+    found = NOT_IN_NAMES.sub("_", name)
+    return found if found.strip(".") else "_"
 
 
 def check_links(directory: Path) -> None:

@@ -52,14 +52,14 @@ def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[st
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
     names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
-    for name in names:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
     if path.exists():
+        for each in path.iterdir():  # never path / name: names come from the data, and may be paths
+            if each.name in names and each.is_dir():
+                shutil.rmtree(each)
         remove_left(path)
         (path / METADATA).unlink(missing_ok=True)
     about = {"version": VERSION, "fields": list(record.names), "call": dict(call), **identity}
-    group = zarr.create_group(path, attributes={OURS: about, **_plain(found.labels.get("attrs", {}))})
+    group = zarr.create_group(path, attributes={**_plain(found.labels.get("attrs", {})), OURS: about})
     for name in record.names:
         base, own = record[name].subdtype or (record[name], ())
         group.create_array(
