@@ -202,7 +202,7 @@ def save(path: Path, fit: SimpleNamespace, maps: str | None = None) -> None:
     write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, maps=maps, result=text)
     if before and not (path / before).is_dir():
         (path / before).unlink(missing_ok=True)
-    remove_left(path, BESIDE["arrays"])
+    remove_left(path, BESIDE["arrays"], kept=beside(path)["arrays"])
 
 
 def beside(path: Path) -> dict[str, str | None]:
