@@ -76,10 +76,15 @@ def _stay(path: Path, home: Path) -> None:
         raise DamagedFileError(path, f"it is a link to {target}, outside of its directory")
 
 
-def content_of(path: Path) -> bytes:
-    """The bytes of a file of ours; FileNotFoundError where nothing is there."""
+def check_link(path: Path) -> None:
+    """DamagedFileError where something in a directory of ours is a link out of it."""
     if path.is_symlink():
         _stay(path, path.parent.resolve())
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file of ours; FileNotFoundError where nothing is there."""
+    check_link(path)
     try:
         return path.read_bytes()
     except IsADirectoryError:

@@ -38,6 +38,7 @@ class StoredMap(Maps):
     stored = True
 
     def __init__(self, path: Path, trust: Trust = False, done: np.ndarray | None = None):
+        path = path.absolute()  # wherever the process goes
         self.path, self.about, self._trust = path, read_about(path), trust
         self._kept: dict[str, Any] = {}
         self._known = done
@@ -107,7 +108,7 @@ class StoredMap(Maps):
     @property
     def origin(self) -> list[tuple[str, str]]:
         """Rows about where the maps come from."""
-        return [("store", str(self.path.absolute())), *origins(self.about)]
+        return [("store", str(self.path)), *origins(self.about)]
 
     def compute(self, progress: bool | None = None, **options) -> StoredMap:
         """The same; while blocks are missing, with those that are done by now, each array of which is read once."""

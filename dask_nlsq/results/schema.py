@@ -19,6 +19,7 @@ import numpy as np
 from ..base.files import (
     DamagedFileError,
     check_directory,
+    check_link,
     read_arrays,
     read_json,
     remove_left,
@@ -241,6 +242,8 @@ def load(path: Path) -> tuple[dict[str, Any], str | None]:
         raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
     with well_formed(path / RESULT):
         names = _beside(found)
+    for name in filter(None, names.values()):
+        check_link(path / name)
     try:
         arrays, _ = read_arrays(path / names["arrays"], VERSION) if names["arrays"] else ({}, {})
     except FileNotFoundError:
