@@ -457,13 +457,8 @@ def _run(ready: Prepared) -> tuple[FitResult, _Run]:
         if evaluator.checkpoint is None:
             evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
-
-        def settle(record: Record) -> None:
-            evaluator.settle(record.params)
-            observers(record)
-
         try:
-            options = replace(ready.options, began=loaded, callback=settle)
+            options = replace(ready.options, began=loaded, callback=evaluator.following(observers))
             solution, found = _solve(ready, evaluator, start[ready.free], options)
             solution = solution._replace(equations=evaluator.whole(solution.params, solution.equations))
         except ToldToLeave as stop:  # before there is a point to return

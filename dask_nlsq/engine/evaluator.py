@@ -122,9 +122,14 @@ class Evaluator:
             for params, found in self.finished
         ]
 
-    def settle(self, params: np.ndarray) -> None:
-        """Say where the fit stands."""
-        self.stands = params.tobytes()
+    def following(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The callback of a solver, from whose records it is also known where the fit stands."""
+
+        def told(record) -> None:
+            self.stands = record.params.tobytes()
+            callback(record)
+
+        return told
 
     def whole(self, params: np.ndarray, found: Condensed) -> Condensed:
         """What was found at a point, with its segments, also where a checkpoint has kept their counts alone."""
