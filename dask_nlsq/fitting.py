@@ -36,7 +36,7 @@ from .results.result import FitResult
 from .results.statistics import Totals
 from .results.uncertainty import with_ties
 from .solve.multistart import Search, polish, search
-from .solve.outcome import WAY_OUT, NotConvergedError, interrupted, not_converged, not_finite_at_start
+from .solve.outcome import WAY_OUT, NotConvergedError, after_signal, not_converged, not_finite_at_start
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.tries import fit_in_tries
 from .solve.trust_region import Begin, NotFiniteAtStart, Options, Record, Solution, alone
@@ -258,11 +258,11 @@ def curve_fit(
     """
     ready = prepare(dict(locals())).read_covariance()
     result, run = _run(ready)
+    result = after_signal(result, run.evaluator.stop, run.evaluator.checkpoint, partial(replace, result))
     if result.status == 0:
         raise NotConvergedError(not_converged(run.solution, ready.names), result)
     if result.status == STUCK:
         warn(f"Not converged: {result.message} {WAY_OUT}", scipy.optimize.OptimizeWarning)
-    interrupted(result, run.evaluator.stop, run.evaluator.checkpoint)
     say_summary(result, ready.call.verbose)
     if ready.call.full_output:
         return result.scipy_output()  # type: ignore[return-value]  # what SciPy returns, to those who ask for it
@@ -458,8 +458,9 @@ def _run(ready: Prepared) -> tuple[FitResult, _Run]:
             evaluator.stop = stack.enter_context(StopOnSignal(False))
         loaded = time.perf_counter()
         try:
-            options = replace(ready.options, began=loaded, callback=observers)
+            options = replace(ready.options, began=loaded, callback=evaluator.following(observers))
             solution, found = _solve(ready, evaluator, start[ready.free], options)
+            solution = solution._replace(equations=evaluator.whole(solution.params, solution.equations))
         except ToldToLeave as stop:  # before there is a point to return
             raise stop.exit from stop
         except NotFiniteAtStart as err:

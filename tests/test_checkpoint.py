@@ -103,6 +103,37 @@ def test_a_finished_fit_is_not_read_again(tmp_path):
     assert not y.reads
 
 
+def segments_kept(path):
+    """Of how many sweeps a checkpoint has segments, and of how many it has their sums."""
+    with np.load(path / "state.npz") as found:
+        return np.count_nonzero(found["lengths"] > 1), len(found["lengths"])
+
+
+def test_segments_are_kept_of_few_sweeps_and_a_fit_that_ends_at_another_one_reads_it_again(tmp_path):
+    tight = dict(f=decay, xdata=X[:5000], p0=[20, 3, 90], ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    y, path = Dies(Y[:5000]), tmp_path / "c"  # too short for a sample, whose fit would save sweeps
+    whole = curve_fit(ydata=y, strategy="streaming", **tight)
+    same_bits(curve_fit(ydata=y, checkpoint=path, **tight), whole)
+    few, n = segments_kept(path)
+    assert n >= 6 and few <= 3
+    y.reads.clear()
+    again = resume(path, ydata=y)
+    same_bits(again, whole)
+    np.testing.assert_array_equal(again.sandwich, whole.sandwich)
+    assert not y.reads
+
+    def stop(record):
+        if record.nfev == 3:
+            raise StopIteration
+
+    early = curve_fit(ydata=y, strategy="streaming", callback=stop, **tight)
+    y.reads.clear()
+    found = resume(path, ydata=y, callback=stop)
+    same_bits(found, early)
+    np.testing.assert_array_equal(found.sandwich, early.sandwich)
+    assert {*y.reads.values()} == {1} and len(y.reads) == 10
+
+
 def test_a_fit_that_is_resumed_says_so_in_summary_log_and_bar(store, tmp_path, caplog, capsys):
     with pytest.raises(RuntimeError, match="maximum number"):
         curve_fit(decay, X, store, [20, 3, 90], checkpoint=tmp_path / "c", max_nfev=2, ftol=1e-12, xtol=1e-12, gtol=1e-12)

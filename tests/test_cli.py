@@ -4,6 +4,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -408,6 +409,36 @@ def test_a_fit_that_is_told_to_leave_exits_with_3_and_is_resumed_to_the_same_bit
     assert load(tmp_path / "r").status == -3
     converges("resume", checkpoint, *out)
     same_bits(load(tmp_path / "r"), load(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("command", ["fit", "groups"])
+def test_ctrl_c_without_a_checkpoint_prints_and_writes_the_best_so_far(tmp_path, command):
+    y = np.random.default_rng(3).poisson(np.exp(-np.arange(1_000_000) / 1e6) * 50).astype("u2").reshape(200, 5_000)
+    model = ("--model", "tests.models_of_a_user:decay", "--p0", "a=9,b=9e-3,c=9", "--strategy", "streaming")
+    store = write(tmp_path / "y.zarr", y.ravel() if command == "fit" else y, (5_000,) if command == "fit" else (1, 5_000))
+    rest = ("--x", "0:1000:0.001") if command == "fit" else ("--x", "0:5:0.001", "--local", "c", "--group-axes", 0)
+    log = tmp_path / "log"
+
+    def ctrl_c():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressed = threading.Thread(target=ctrl_c, daemon=True)
+    pressed.start()
+    outcome = fails(3, "stopped by Ctrl-C", command, store, *model, *rest, "--out", tmp_path / "r", "--log", log)
+    pressed.join()
+    found = load(tmp_path / "r")
+    assert found.summary() in outcome.stdout and found.status == -3
+    assert not (tmp_path / "r" / "report.html").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+@pytest.mark.filterwarnings("default")  # as on a command line
+def test_a_log_on_a_full_disk_ends_no_fit(store, tmp_path):
+    outcome = converges("fit", store, *DECAY, *START, "--log", "/dev/full", "--out", tmp_path / "r", "--no-report")
+    assert outcome.stderr.count("--log /dev/full could not be written: No space left on device") == 1
+    assert len(load(tmp_path / "r").history) > 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Files of ours are files of anyone: what they name is read, written, removed and imported only where that is allowed."""
 
+import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import zarr
 from click.testing import CliRunner
 
 from dask_nlsq import CheckpointError, DamagedFileError, UntrustedError, curve_fit, load, resume
-from dask_nlsq.base.files import ABANDONED, read_json, write_arrays, write_json
+from dask_nlsq.base.files import ABANDONED, read_json, remove_left, write_arrays, write_json
 from dask_nlsq.engine import checkpoint as kept
 from dask_nlsq.interface.cli import nlsq
 from dask_nlsq.results import schema
@@ -136,6 +139,37 @@ def test_what_killed_writers_have_left_is_removed_once_nobody_can_be_writing_it(
     fitted.save(tmp_path / "r")
     curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
     assert not any(path.exists() for path in old) and all(path.exists() for path in (*others, *new))
+
+
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_a_result_stays_whole_where_the_clock_of_its_disk_is_another_one(fitted, tmp_path, monkeypatch, hours):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + hours * 3600)
+    fitted.save(tmp_path)
+    np.testing.assert_array_equal(load(tmp_path).pcov, fitted.pcov)
+
+
+def test_the_arrays_of_a_result_are_kept_however_old_they_are(fitted, tmp_path):
+    fitted.save(tmp_path)
+    (arrays,) = tmp_path.glob("arrays-*")
+    os.utime(arrays, times=(time.time() - 1.1 * ABANDONED,) * 2)
+    remove_left(tmp_path, schema.BESIDE["arrays"], kept=schema.beside(tmp_path)["arrays"])
+    np.testing.assert_array_equal(load(tmp_path).pcov, fitted.pcov)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_forces_no_directory_is_no_failure_and_one_that_fails_is(tmp_path, monkeypatch, number):
+    force = os.fsync
+
+    def refused(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        force(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OSError, match="Input/output") if number == errno.EIO else nullcontext():
+        write_json(tmp_path / "a.json", version=1)
+    assert read_json(tmp_path / "a.json", 1) == dict(version=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,18 @@ import zarr
 from distributed import Client
 
 import dask_nlsq
-from dask_nlsq import CheckpointError, GroupResult, MapStatus, NotConvergedError, fit_groups, load, plan_fit, resume
+from dask_nlsq import (
+    CheckpointError,
+    DamagedFileError,
+    GroupResult,
+    MapStatus,
+    NotConvergedError,
+    fit_groups,
+    load,
+    plan_fit,
+    resume,
+)
+from dask_nlsq.maps.stored import StoredMap
 from dask_nlsq.models import gaussian
 from dask_nlsq.results.schema import VERSION
 
@@ -148,6 +160,25 @@ def test_a_fit_that_was_broken_off_goes_on_to_the_same_bits(tmp_path, strategy):
     held = 1 if strategy == "standard" else again.sweeps - 3
     assert len(reads) <= y.npartitions * held
     assert len(list((tmp_path / "kept" / "locals").iterdir())) == again.local.problem.plan.n_blocks  # of one point
+
+
+def test_locals_that_a_killed_process_has_left_are_removed_and_nothing_else(tmp_path):
+    options = dict(local=LOCAL, group_axes=0, checkpoint=tmp_path / "kept")
+
+    def broken(record):
+        if record.nfev == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_groups(decay, T, chunked(), P0, **options, callback=broken)
+    here = tmp_path / "kept" / "locals"
+    kept = next(here.iterdir()).read_bytes()
+    for name in ("0-0.npz", "99-4.npz", "notes.npz"):  # of a point before, of the next one, of the user
+        (here / name).write_bytes(kept)
+    again = fit_groups(decay, T, chunked(), P0, **options)
+    left = {each.name.partition("-")[0] for each in here.iterdir()} - {"notes.npz"}
+    assert len(left) == 1 and left <= {f"{k}" for k in range(1, again.sweeps + 1)} and (here / "notes.npz").exists()
+    assert_same_bits(again, fit_groups(decay, T, chunked(), P0, local=LOCAL, group_axes=0))
 
 
 def test_a_finished_fit_reads_nothing_again(tmp_path, capsys):
@@ -384,6 +415,41 @@ def test_a_result_takes_the_place_of_another_with_its_map_and_of_a_damaged_one(e
     changed(tmp_path / "result.json", VERSION, maps="local.zarr")
     expected.save(tmp_path)
     assert (tmp_path / "local.zarr" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("way", ["as a relative path", "by a link", "by a detour"])
+def test_a_result_that_is_saved_where_it_was_loaded_from_keeps_its_maps(expected, tmp_path, monkeypatch, way):
+    monkeypatch.chdir(tmp_path)
+    expected.save(tmp_path / "kept")
+    (tmp_path / "link").symlink_to("kept")
+    found = load(tmp_path / "kept")
+    found.save({"as a relative path": "kept", "by a link": "link", "by a detour": "kept/../kept"}[way])
+    for each in (found, load("kept")):
+        np.testing.assert_array_equal(each.local.popt, expected.local.compute(progress=False).popt)
+
+
+def test_a_result_that_was_loaded_by_a_relative_path_is_saved_with_its_maps_elsewhere(expected, tmp_path, monkeypatch):
+    other = fit_groups(decay, T, 2 * Y, P0, local=LOCAL, group_axes=0)
+    for name, result in (("a", expected), ("b", other)):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        result.save("kept")
+    monkeypatch.chdir(tmp_path / "a")
+    found = load("kept")
+    monkeypatch.chdir(tmp_path / "b")
+    found.save("kept")
+    np.testing.assert_array_equal(load("kept").local.popt, expected.local.compute(progress=False).popt)
+
+
+@pytest.mark.hostile
+def test_a_link_out_of_a_result_to_other_maps_is_not_followed(expected, tmp_path):
+    expected.save(tmp_path / "kept")
+    shutil.move(tmp_path / "kept" / "local.zarr", tmp_path / "outside.zarr")
+    (tmp_path / "kept" / "local.zarr").symlink_to("../outside.zarr")
+    with pytest.raises(DamagedFileError, match=r"kept/local\.zarr is damaged \(it is a link to .*outside\.zarr"):
+        load(tmp_path / "kept")
+    GroupResult(expected.shared, StoredMap(tmp_path / "outside.zarr")).save(tmp_path / "kept")
+    assert load(tmp_path / "kept").local.path.name != "local.zarr" and StoredMap(tmp_path / "outside.zarr").success.all()
 
 
 def test_shared_parameters_are_loaded_as_such(expected, tmp_path):

@@ -140,6 +140,27 @@ def test_with_a_checkpoint_ctrl_c_returns_the_result_and_the_log_says_where_it_i
     np.testing.assert_array_equal(resume(tmp_path / "c", decay, x, y).popt, FITS["streaming"]().popt)
 
 
+@pytest.mark.parametrize("kind", ["streaming", "groups"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_callback_of_a_fit_with_a_checkpoint_is_not_lost(kind, number, tmp_path, caplog):
+    whole = FITS[kind]()
+    last = at_sweep(whole.nfev, lambda: signal.raise_signal(number))
+    with caplog.at_level(logging.WARNING, "dask_nlsq"):
+        stopped = FITS[kind](callback=last, checkpoint=tmp_path / "c")
+    assert stopped.status == -3 and not stopped.success
+    assert f"The fit had just ended: {whole.message}" in stopped.message and str(tmp_path / "c") in caplog.text
+    again = FITS[kind](checkpoint=tmp_path / "c")
+    for found in (stopped, again):
+        np.testing.assert_array_equal(found.popt, whole.popt)
+    assert (again.status, again.resumed) == (whole.status, whole.sweeps)
+
+
+@pytest.mark.parametrize("kind", ["standard", "groups"])
+def test_ctrl_c_comes_before_a_limit_of_evaluations(kind):
+    with pytest.raises(Interrupted):
+        FITS[kind](callback=at_sweep(1, ctrl_c), max_nfev=1)
+
+
 @pytest.mark.slow
 def test_blocks_of_a_map_that_are_written_stay_after_ctrl_c(tmp_path):
     def interrupting(block, block_info=None):

@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import dask.array as da
+import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ import dask_nlsq
 from dask_nlsq import DamagedFileError
 from dask_nlsq.maps.store import METADATA, seal
 from dask_nlsq.maps.stored import StoredMap
-from tests.damage import lines_of, of_map
+from tests.checkpointed import decay
+from tests.damage import LINES, P0, T, lines_of, of_map, of_stored
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +164,110 @@ def test_nothing_but_its_own_arrays_is_removed_where_a_map_is_made_again(path):
     assert (path / "notes" / "today.txt").read_text() == "precious"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["popt", "status", "chi2"])
-def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
+def decays(path, **options):
     y = np.stack([np.zeros(20), *(np.exp(-k * np.linspace(0, 1, 20)) for k in (1, 2, 3))])
     y[0] = np.nan  # nothing but fill values
     maps = dask_nlsq.fit_map(lambda x, a, b: a * jnp.exp(-b * x), np.linspace(0, 1, 20), da.from_array(y, (1, 20)), [1, 1])
-    maps.to_zarr(tmp_path / "maps", progress=False)
-    stored = StoredMap(tmp_path / "maps")
+    maps.to_zarr(path, progress=False, **options)
+    return StoredMap(path)
+
+
+def chunk_files(path):
+    """Of an array, by the numbers of the blocks of `decays`."""
+    return sorted(each for each in (path / "c").rglob("*") if each.is_file())
+
+
+@pytest.mark.parametrize("name", ["popt", "status", "chi2"])
+def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
+    stored = decays(tmp_path / "maps")
     assert np.isnan(stored.popt[0]).all() and np.isfinite(stored.popt[1:]).all()
-    next(each for each in sorted((tmp_path / "maps" / name / "c").rglob("*")) if each.is_file()).unlink()
+    chunk_files(tmp_path / "maps" / name)[2].unlink()
+    for read in (lambda maps: maps.field(name), StoredMap.to_xarray, lambda maps: maps.sel(param="a")):
+        with pytest.raises(dask_nlsq.DamagedFileError, match="chunks of blocks that are done are missing, which to_zarr"):
+            read(StoredMap(tmp_path / "maps"))
+
+
+def test_a_chunk_of_a_block_that_is_not_done_does_not_stand_for_one_that_is_lost(tmp_path):
+    decays(tmp_path / "maps")
+    chunk_files(tmp_path / "maps" / "done")[3].unlink()
+    assert np.isfinite(StoredMap(tmp_path / "maps").popt[1:]).all()
+    chunk_files(tmp_path / "maps" / "popt")[2].unlink()
     with pytest.raises(dask_nlsq.DamagedFileError, match="chunks of blocks that are done are missing"):
-        getattr(StoredMap(tmp_path / "maps"), name)
+        StoredMap(tmp_path / "maps").popt  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["popt", "nfev"])
+def test_blocks_whose_chunks_are_lost_are_fitted_again_and_no_others(tmp_path, name):
+    expected = decays(tmp_path / "whole")
+    decays(tmp_path / "maps")
+    lost, kept = (chunk_files(tmp_path / "maps" / name)[k] for k in (2, 3))
+    lost.unlink()
+    before = kept.stat().st_mtime_ns
+    found = decays(tmp_path / "maps", resume=True)
+    np.testing.assert_array_equal(found.field(name), expected.field(name))
+    assert kept.stat().st_mtime_ns == before and of_stored(found) == of_stored(expected)
+
+
+@pytest.mark.parametrize("name", ["row", "param"])
+def test_a_chunk_of_a_coordinate_that_is_lost_is_no_fill_value(path, name):
+    next(each for each in (path / name / "c").rglob("*") if each.is_file()).unlink()
+    for read in (lines_of, StoredMap):
+        with pytest.raises(DamagedFileError, match=rf"m/{name} is damaged \(chunks of it are missing\)"):
+            read(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names that come with the data
+
+
+def fits_of(name, dims=("row", "t")):
+    """Lazy maps of data with a scalar coordinate, or an axis with a coordinate, of this name."""
+    coords = {name: (name, np.arange(6.0))} if name in dims else {name: 7.0}
+    y = xr.DataArray(LINES, dims=dims, coords=coords)
+    return dask_nlsq.fit_map(decay, T, y.chunk({dims[0]: 2}), P0, axis="t")
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize("name", ["{}/keep", "../keep", "..", "."])
+def test_a_coordinate_that_is_called_by_a_path_removes_and_writes_nothing_elsewhere(tmp_path, name):
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "notes.txt").write_text("precious")
+    fits = fits_of(name.format(tmp_path))
+    fits.to_zarr(tmp_path / "m", progress=False)
+    forget(tmp_path / "m")
+    fits.to_zarr(tmp_path / "m", resume=True, progress=False)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["keep", "m"]
+    assert [(each.name, each.read_text()) for each in (tmp_path / "keep").iterdir()] == [("notes.txt", "precious")]
+    opened = StoredMap(tmp_path / "m").to_xarray()
+    (own,) = {*opened.coords} - {"param"}
+    assert opened[own] == 7.0 and "/" not in own
+
+
+@pytest.mark.parametrize("name", ["counts/s", "zarr.json", "a\\b", ""])
+def test_a_name_that_no_directory_can_have_is_changed_in_a_map(tmp_path, name):
+    fits = fits_of(name, dims=(name, "t")) if name else fits_of(name)
+    fits.to_zarr(tmp_path / "m", progress=False)
+    opened = StoredMap(tmp_path / "m").to_xarray()
+    assert opened.popt.sizes == fits.to_xarray().popt.sizes and {*opened.coords} == {*fits.to_xarray().coords}
+    np.testing.assert_array_equal(opened.popt, fits.compute().popt)
+
+
+@pytest.mark.hostile
+def test_axes_of_a_file_that_are_paths_have_no_coordinate_and_remove_nothing(tmp_path):
+    (tmp_path / "keep").mkdir()
+    (tmp_path / "keep" / "notes.txt").write_text("precious")
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file[f"{tmp_path}/keep"] = np.arange(6.0)
+        file["entry/y"] = LINES
+        file["entry"].attrs["axes"] = [f"{tmp_path}/keep", "."]
+    with h5py.File(tmp_path / "y.h5") as file:
+        fits = dask_nlsq.fit_map(decay, T, file["entry/y"], P0)
+        fits.to_zarr(tmp_path / "m", progress=False)
+    assert (tmp_path / "keep" / "notes.txt").read_text() == "precious"
+    assert {*StoredMap(tmp_path / "m").to_xarray().coords} == {"param"}
+
+
+def test_an_attribute_of_the_data_does_not_take_the_place_of_what_a_map_is_known_by(tmp_path):
+    y = xr.DataArray(LINES, dims=("row", "t"), attrs={"dask_nlsq": "mine", "beamline": "P10"})
+    dask_nlsq.fit_map(decay, T, y.chunk(row=2), P0, axis="t").to_zarr(tmp_path / "m", progress=False)
+    assert StoredMap(tmp_path / "m").to_xarray().attrs["beamline"] == "P10"

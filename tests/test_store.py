@@ -15,7 +15,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
 from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit, fit_map
+from dask_nlsq.base.x64 import float64
 from dask_nlsq.data.store import Policy, Stored, has_checksum, open_array, scan_keys
+from dask_nlsq.kernels.blocks import Invalid
 
 from .served import served
 
@@ -213,6 +215,49 @@ def test_floats_may_have_sentinels_in_memory():
     assert found.n_masked == 2 * N // 50
     keep = np.isfinite(y) & (y != -999)
     assert same(found, curve_fit(decay, X[keep], y[keep], p0=P0))
+
+
+LIMITS = [-(2**63) - 1, -(2**63), -1, 0, 0.5, 1, 7, 255, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1, 2**64,
+          2.0**63, 2.0**64, 1e30, -1e30, np.inf, -np.inf, np.nan]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u8", "i8", "bool", "f4", "f8"])
+def test_stored_values_are_compared_exactly_with_any_number(dtype):
+    dtype = np.dtype(dtype)
+    with np.errstate(over="ignore"):
+        if dtype.kind == "f":
+            y, limits = np.array(LIMITS, dtype), [float(dtype.type(each)) for each in LIMITS]
+        else:
+            least, most = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+            within = [each for each in LIMITS if isinstance(each, int) and least <= each <= most]
+            y, limits = np.array([least, most - 1, most, *within], dtype), LIMITS
+    exact = [*map(float if dtype.kind == "f" else int, y)]  # which Python compares exactly
+    for given, limit in zip(LIMITS, limits, strict=True):
+        for invalid, expected in (
+            (Invalid((given,), None, None), [each == limit or (limit != limit and each != each) for each in exact]),
+            (Invalid((), given, None), [each < limit for each in exact]),
+            (Invalid((), None, given), [each > limit for each in exact]),
+        ):
+            if limit != limit and not invalid.values:
+                continue  # nan is no limit
+            np.testing.assert_array_equal(invalid.hits(y), expected, str(invalid))
+            with float64():
+                np.testing.assert_array_equal(invalid.hits(jnp.asarray(y)), expected, str(invalid))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(mask_values=[2**64 - 1]), dict(valid_range=(0, 2**63)), dict(valid_range=(0, np.uint64(2**63)))]
+)
+def test_large_unsigned_integers_are_left_out(options):
+    y = Y.astype("u8")
+    y[::97] = 2**64 - 1 if "mask_values" in options else 2**63 + 1
+    expected = curve_fit(decay, X, y, mask=y > 2**62, p0=P0)
+    for strategy in ("standard", "streaming"):
+        found = curve_fit(decay, X, y, p0=P0, strategy=strategy, **options)
+        assert same(found, expected) and found.n_masked == len(y[::97])
+    pixel = fit_map(decay, X, y[None], P0, **options).compute()
+    np.testing.assert_allclose(pixel.popt[0], expected.popt, rtol=1e-4)
+    assert pixel.n_points[0] == expected.n_points
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,16 @@
 """What is kept on disk: whole files with a version and a checksum, of JSON or of arrays."""
 
+import errno
 import json
 import os
 import re
-import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, TypeAlias
 from uuid import uuid4
 from zipfile import BadZipFile
@@ -23,7 +24,9 @@ Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
 BLANK = "0" * 2 * CHECKSUM_BYTES  # stands for the checksum while it is computed
 LEFT = re.compile(r"\..+\.(json|npz|html)\.[0-9a-f]{32}")  # by a writer that was killed, see `write_whole`
+NOT_IN_NAMES = re.compile(r"[/\\\x00-\x1f]")  # of files: separators, and what no terminal should get
 ABANDONED = 3600.0  # seconds since it was written, from which nobody writes a file any more
+NO_FSYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}  # of directories, which network and FUSE file systems may not force
 MALFORMED = (  # what parsing raises where a file is not what its name says, however it came to be
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, OSError, RuntimeError, MemoryError,
     BadZipFile, zlib.error,
@@ -50,6 +53,12 @@ def well_formed(path: Path, whole: Path | None = None) -> Iterator[None]:
         raise DamagedFileError(path, f"{kind}{err}".partition("\n")[0], whole) from None
 
 
+def plain_name(name: str) -> str:
+    """The nearest name of something in a directory: itself, unless it is a path, which may lead anywhere."""
+    found = NOT_IN_NAMES.sub("_", name)
+    return found if found.strip(".") else "_"
+
+
 def check_links(directory: Path) -> None:
     """DamagedFileError where a link in a directory of ours leads out of it, so that nothing is read or written elsewhere."""
     home, left = directory.resolve(), [directory]
@@ -67,26 +76,40 @@ def _stay(path: Path, home: Path) -> None:
         raise DamagedFileError(path, f"it is a link to {target}, outside of its directory")
 
 
-def content_of(path: Path) -> bytes:
-    """The bytes of a file of ours; FileNotFoundError where nothing is there."""
+def check_link(path: Path) -> None:
+    """DamagedFileError where something in a directory of ours is a link out of it."""
     if path.is_symlink():
         _stay(path, path.parent.resolve())
+
+
+def content_of(path: Path) -> bytes:
+    """The bytes of a file of ours; FileNotFoundError where nothing is there."""
+    check_link(path)
     try:
         return path.read_bytes()
     except IsADirectoryError:
         raise DamagedFileError(path, "it is a directory") from None
 
 
-def remove_left(directory: Path, *names: re.Pattern) -> None:
-    """Remove what killed writers have left in a directory, and old files of these names; what may be in use stays."""
+def remove_left(directory: Path, *names: re.Pattern, kept: str | None = None) -> None:
+    """Remove what killed writers have left in a directory, and old files of these names, except the one that is ``kept``.
+
+    What may be in use stays: a file is old by the clock of its disk, which may be that of another machine.
+    """
     with os.scandir(directory) as entries:
-        for entry in entries:
-            if any(each.fullmatch(entry.name) for each in (LEFT, *names)) and entry.is_file(follow_symlinks=False):
-                try:
-                    if time.time() - entry.stat().st_mtime > ABANDONED:
-                        os.unlink(entry)
-                except FileNotFoundError:  # another process has done it
-                    continue
+        left = [entry for entry in entries if any(each.fullmatch(entry.name) for each in (LEFT, *names))]
+    left = [entry for entry in left if entry.name != kept and entry.is_file(follow_symlinks=False)]
+    with suppress(OSError):  # of a directory that cannot be written; another process may have removed it
+        now = _now_on_disk(directory) if left else 0.0
+        for entry in left:
+            if now - entry.stat().st_mtime > ABANDONED:
+                os.unlink(entry)
+
+
+def _now_on_disk(directory: Path) -> float:
+    """When a file is written that is written now."""
+    with TemporaryFile(dir=directory) as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def checksum(content) -> bytes:
@@ -126,6 +149,9 @@ def write_whole(path: Path, pieces: Sequence[Buffer]) -> None:
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(directory)
+        except OSError as err:
+            if err.errno not in NO_FSYNC:
+                raise
         finally:
             os.close(directory)
 

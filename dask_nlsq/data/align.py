@@ -228,7 +228,8 @@ def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STOR
         values = [value.item() if hasattr(value, "item") else value for value in mask_values]
         if values == ["largest"]:
             values = [np.iinfo(dtype).max] if dtype.kind == "u" and dtype.itemsize > 1 else []
-        low, high = (None, None) if valid_range is None else valid_range
+        ends: Any = (None, None) if valid_range is None else valid_range
+        low, high = (each.item() if hasattr(each, "item") else each for each in ends)
         if not all(isinstance(each, Real) for each in (*values, low or 0, high or 0)):
             raise TypeError
     except (TypeError, ValueError):
@@ -240,18 +241,8 @@ def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STOR
     values = [*dict.fromkeys((*values, *decoding.missing))]
     lows, highs = ([each for each in ends if each is not None] for ends in ((low, decoding.low), (high, decoding.high)))
     low, high = max(lows, default=None), min(highs, default=None)
-    if dtype.kind in "iu":
-        info = np.iinfo(dtype)
-        values = [value for value in values if value == value and info.min <= value <= info.max]
-        if (low is not None and low > info.max) or (high is not None and high < info.min):
-            low, high = info.max, info.min  # none counts
-        low = None if low is None or low <= info.min else int(np.ceil(low))
-        high = None if high is None or high >= info.max else int(np.floor(high))
-    elif dtype.kind == "f":  # as the comparison rounds them, wherever it is made
-        with np.errstate(over="ignore"):
-            low, high = (None if each is None else float(dtype.type(each)) for each in (low, high))
-            values = [float(dtype.type(each)) for each in values]
     found = Invalid(tuple(values), low, high)
+    found = found.of(dtype) if dtype.kind in "biuf" else found
     return found if found != ((), None, None) else None
 
 

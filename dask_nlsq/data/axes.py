@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..base.files import MALFORMED
+from ..base.files import MALFORMED, plain_name
 from ..base.lazy import zarr
 from .labels import labelled
 
@@ -64,6 +64,8 @@ def _coordinates(group: Any, dims, shape, place: str) -> Iterable[tuple[str, Any
     """Those of the axes that have one in the group, and one that can be read."""
     for dim, n in zip(dims, shape, strict=True):
         try:
+            if dim != plain_name(dim):
+                raise ValueError("it is a path, not the name of an array in the same group")
             other: Any = group.get(dim)
             if getattr(other, "shape", None) == (n,):
                 yield dim, ((dim,), np.asarray(other[...]), _plain(other.attrs))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..base.lazy import da
+from ..kernels.blocks import Invalid
 
 PACKING = ("scale_factor", "add_offset")
 MISSING = ("_FillValue", "missing_value")
@@ -114,14 +115,7 @@ class Decoding(NamedTuple):
 
     def hidden(self, stored: np.ndarray) -> np.ndarray:
         """Where ``stored`` is invalid."""
-        found = np.zeros(stored.shape, bool)
-        for value in self.missing:
-            found |= stored != stored if value != value else stored == value
-        if self.low is not None:
-            found |= stored < self.low
-        if self.high is not None:
-            found |= stored > self.high
-        return found
+        return Invalid(self.missing, self.low, self.high).hits(stored)
 
     def lazily(self, array: da.Array, invalid=None) -> da.Array:
         """A Dask array of the decoded values, masked where there are none; there ``invalid`` replaces the attributes."""

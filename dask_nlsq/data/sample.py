@@ -61,7 +61,7 @@ def pick(preparation: Preparation, chunk: Chunk, places: np.ndarray) -> tuple[np
     present = np.flatnonzero(np.bincount(number))
     counts = np.ones(len(places), bool)
     for k, layout in enumerate(layouts.operands):
-        found = np.empty(len(places))
+        found = np.empty(len(places), chunk.blocks[0].buffers[k].dtype)
         for b in present:
             block, here = chunk.blocks[b], number == b
             offset, *strides = block.geometry[2 + k * (1 + layouts.ndim) : 2 + (k + 1) * (1 + layouts.ndim)]

@@ -2,7 +2,8 @@
 
 A directory of plain files: ``fit.json`` identifies the fit, ``sample.npz`` contains the sample that it began with, and
 ``state.npz`` all completed sweeps and the partial current one. The state of the solver is not saved: given the same sweeps,
-it takes the same steps. So a resumed fit runs from its start, and finds its first sweeps already done.
+it takes the same steps. So a resumed fit runs from its start, and finds its first sweeps already done. Segments are large,
+and only saved of the points where the fit may end.
 """
 
 import json
@@ -39,7 +40,7 @@ from ..kernels.checks import fingerprint
 from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
-VERSION = 6  # of the files
+VERSION = 7  # of the files
 FIT_FILE, LOCALS = "fit.json", "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options

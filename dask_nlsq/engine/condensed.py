@@ -76,12 +76,15 @@ def held_at(equations: Condensed, free: Sequence[int]) -> Condensed:
     by_gram = equations.reduction == "gram"
     rows = equations.matrix[:, columns]
     matrix = rows[columns] if by_gram else np.asarray(np.linalg.qr(rows, mode="r"))
-    parts = None
-    if equations.parts is not None:
-        parts = np.zeros((1, segment_size(len(free))))
-        n_sums = parts.shape[1] - 2 * matrix.size  # behind the matrices
-        parts[0, -n_sums:] = equations.parts[:, -n_sums:].sum(axis=0)
-    return equations._replace(matrix=matrix, parts=parts)
+    return equations._replace(matrix=matrix, parts=None if equations.parts is None else counted(equations.parts, len(free)))
+
+
+def counted(parts: np.ndarray, n_params: int) -> np.ndarray:
+    """One row of the sums over all segments, without their matrices."""
+    found = np.zeros((1, segment_size(n_params)))
+    n_sums = found.size - 2 * (n_params + 1) ** 2  # behind the matrices
+    found[0, -n_sums:] = parts[:, -n_sums:].sum(axis=0)
+    return found
 
 
 class Factor(NamedTuple):

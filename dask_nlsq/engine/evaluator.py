@@ -15,13 +15,14 @@ from ..kernels.blocks import JacMode, Reduction
 from ..kernels.kind import CPU
 from ..kernels.rows import segment_size, unpack
 from .checkpoint import Checkpoint
-from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums
+from .condensed import MOST_SEGMENTS, SEGMENTS_BYTES, Condensed, Read, Segmentation, Sums, counted
 from .request import Objective, Request
 from .sweep import PartialSweep, SampleSummary, Sweep
 from .waiting import StopOnSignal, Watch, unwatched
 
 logger = logging.getLogger("dask_nlsq")
 EXPECTED = 20  # sweeps of a fit, most of which take fewer
+WHOLE = 4  # sweeps of which a checkpoint has the segments, seldom more
 KEPT = 2  # sweeps whose results are at hand: the accepted one and a trial
 
 
@@ -58,6 +59,7 @@ class Evaluator:
         self.recorded: dict[tuple[bytes, Reduction], Condensed] = {}  # sweeps of an earlier process
         self.finished: list[tuple[np.ndarray, Condensed]] = []  # what a checkpoint holds
         self.begun: PartialSweep | None = None
+        self.stands: bytes | None = None  # where the fit stands, params as bytes
         self.checkpoint: Checkpoint | None = None
         self.stop = StopOnSignal(False)  # which is deaf until it is entered
 
@@ -105,9 +107,39 @@ class Evaluator:
         if not place.held:
             self.admit()
         if self.checkpoint is not None:
-            self.finished += zip(points, found, strict=True)
+            found = [self._weighed(each) for each in found]  # the first one has the weights, which are kept once
+            self.finished = [*self._thinned(), *zip(points, found, strict=True)]
             self.save()
         return found
+
+    def _thinned(self) -> list[tuple[np.ndarray, Condensed]]:
+        """What is finished, with the segments of points where the fit may end: where it stands, and the lowest cost.
+
+        Steps need only the counts of the others. A fit that ends at one of those after all reads it again, see `whole`.
+        """
+        lowest = min((found.cost for _, found in self.finished), default=np.nan)
+        return [
+            (params, found)
+            if params.tobytes() == self.stands or found.cost == lowest or found.parts is None or len(found.parts) == 1
+            else (params, found._replace(parts=counted(found.parts, len(params))))
+            for params, found in self.finished
+        ]
+
+    def following(self, callback: Callable[[Any], None]) -> Callable[[Any], None]:
+        """The callback of a solver, from whose records it is also known where the fit stands."""
+
+        def told(record) -> None:
+            self.stands = record.params.tobytes()
+            callback(record)
+
+        return told
+
+    def whole(self, params: np.ndarray, found: Condensed) -> Condensed:
+        """What was found at a point, with its segments, also where a checkpoint has kept their counts alone."""
+        assert found.parts is not None and self.weights is not None  # as after each sweep over all data
+        if len(found.parts) == len(self.weights):
+            return found
+        return found._replace(parts=self._read([params], found.reduction)[0].parts)
 
     def _look(self, done: int, total: int) -> None:
         self.stop.look()
@@ -122,12 +154,15 @@ class Evaluator:
         kind = self.sweep.data.preparation.kind.name
         values: dict[str, Any] = dict(jac_mode=self.jac_mode, kind=kind, census=None if census is None else _listed(census))
         if self.finished:
+            assert self.weights is not None  # as after each sweep over all data
             params, found = zip(*self.finished, strict=True)
             arrays = dict(
                 params=np.stack(params),
                 matrices=np.stack([each.matrix for each in found]),
                 costs=np.array([each.cost for each in found]),
-                parts=np.stack([each.parts for each in found]),
+                parts=np.concatenate([each.parts for each in found]),
+                lengths=np.array([len(each.parts) for each in found]),
+                weights=self.weights,
             )
             values |= dict(reductions=[each.reduction for each in found], reads=[each.read for each in found])
         if begun is not None and begun.trees[0].nodes:
@@ -168,11 +203,12 @@ class Evaluator:
         """The sweeps that `save` has written."""
         self.jac_mode = values["jac_mode"]
         self.sweep.census = None if values["census"] is None else _census(values["census"])
+        self.weights = arrays.get("weights")
+        parts = np.split(arrays["parts"], np.cumsum(arrays["lengths"])[:-1]) if "parts" in arrays else []
         for k, reduction in enumerate(values.get("reductions", [])):
             read = Read(*values["reads"][k])
-            kept = arrays["matrices"][k], float(arrays["costs"][k]), reduction, arrays["parts"][k]
+            kept = arrays["matrices"][k], float(arrays["costs"][k]), reduction, parts[k]
             self.finished.append((arrays["params"][k], Condensed(*kept, read)))
-            self._weighed(self.finished[-1][1])
             self.recorded[arrays["params"][k].tobytes(), reduction] = self.finished[-1][1]
         self.resumed = len({found.read for _, found in self.finished})  # one may have been at several points
         kind, ours = values.get("kind", CPU.name), self.sweep.data.preparation.kind.name
@@ -190,7 +226,8 @@ class Evaluator:
 
 def state_bytes(n_params: int) -> int:
     """What the state of a fit takes on disk, and the next one while it is written."""
-    return 2 * EXPECTED * min(8 * segment_size(n_params) * MOST_SEGMENTS, SEGMENTS_BYTES)
+    row = 8 * segment_size(n_params)
+    return 2 * (EXPECTED * row + WHOLE * min(row * MOST_SEGMENTS, SEGMENTS_BYTES))
 
 
 def _same(begun: PartialSweep, requests: Sequence[Request], level: int) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +38,7 @@ from ..memory.plan import JoiningError, MemoryBudgetError, Plan
 from ..model.function import Model, held, intern, own_function
 from ..options import GROUPS, Noise, checked, model_first, noise_of, with_known_names
 from ..prepare import HeldData
-from ..solve.outcome import NotConvergedError, interrupted, not_converged
+from ..solve.outcome import NotConvergedError, after_signal, not_converged
 from ..solve.trust_region import INTERRUPTED, Options, Record, solve
 from ..watch.progress import Live, Observers, say_summary
 from .diagnostics import interchangeable
@@ -341,8 +342,12 @@ def _run(ready: ReadyGroups):
         result = group_result(ready, sweep, solution, seconds)
         observers.ended(result)
         on_error.pop_all()
-    interrupted(result, told, sweep.checkpoint)
+    result = after_signal(result, told, sweep.checkpoint, partial(_changed, result))
     return result, solution
+
+
+def _changed(result: GroupResult, **fields) -> GroupResult:
+    return replace(result, shared=replace(result.shared, **fields))
 
 
 def _checkpoint(ready: ReadyGroups) -> Checkpoint:

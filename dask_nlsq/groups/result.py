@@ -175,7 +175,7 @@ class GroupResult:
         before = schema.beside(path)["maps"]
         name = f"local-{uuid4().hex}.zarr" if os.path.lexists(path / LOCAL_MAPS) else LOCAL_MAPS
         with ExitStack() as on_error:
-            if before and isinstance(self.local, StoredMap) and self.local.path == path / before:
+            if before and isinstance(self.local, StoredMap) and self.local.path.resolve() == path.resolve() / before:
                 name = before
             else:
                 on_error.callback(shutil.rmtree, path / name, ignore_errors=True)

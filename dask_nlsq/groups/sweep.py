@@ -6,9 +6,10 @@ its states are computed again, bit-identically. A checkpoint contains the sums o
 point, each written by its own task. A resumed fit reads both instead of repeating the sweeps.
 """
 
+import re
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
@@ -49,6 +50,7 @@ ENDED = (
     MapStatus.STUCK,
     MapStatus.UNDETERMINED,
 )  # without success: the next fit begins afresh
+STATE = re.compile(r"\d+-\d+\.npz")  # the file of a block: the sweep that it is of, and its number
 NONE_USED = (
     "no group can be fitted: all have fewer valid points than parameters, or the model or its derivatives are not finite at "
     "p0 in all of them"
@@ -421,22 +423,22 @@ class GroupSweep:
 
     def _save(self, key: bytes) -> None:
         assert self.checkpoint is not None and self.base is not None
-        before, kept = self.kept, self.kept
+        kept = self.kept
         params, reductions, sums, reads = zip(*self.swept, strict=True)
         arrays = {name: np.stack([getattr(each, name) for each in sums]) for name in GroupSums._fields}
         arrays |= dict(params=np.stack(params), base=self.base, reads=np.array(reads))
-        old: Iterable[str] = ()
         try:
-            if before is None or key != before[0]:
-                kept, old = (key, self.count), self._names(self.count)
-                states = zip(self.states[key], old, strict=True)
+            if kept is None or key != kept[0]:
+                kept = key, self.count
+                states = zip(self.states[key], self._names(self.count), strict=True)
                 dask.compute(*(delayed(keep_state)(state, self.checkpoint, name) for state, name in states))
-            assert kept is not None
             self.checkpoint.save("state", arrays, kept=kept[1], reductions=reductions)
-            self.kept, old = kept, () if before is None or before == kept else self._names(before[1])
-        finally:  # those of the point before, or what a disk that is full has left of the new ones
-            for name in old:
-                (self.checkpoint.path / f"{name}.npz").unlink(missing_ok=True)
+            self.kept = kept
+        finally:  # those of points before, of a process that was killed, or what a full disk has left of the new ones
+            owned = set() if self.kept is None else {f"{name}.npz" for name in self._names(self.kept[1])}
+            for each in (self.checkpoint.path / LOCALS).glob("*.npz"):
+                if STATE.fullmatch(each.name) and f"{LOCALS}/{each.name}" not in owned:
+                    each.unlink(missing_ok=True)
 
     def _kept_states(self, count: int) -> list:
         return [delayed(kept_state)(self.checkpoint, name) for name in self._names(count)]

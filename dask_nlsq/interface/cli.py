@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from ..base.text import printable
+from ..base.warn import warn
 from ..options import FITS, GROUPS, LIMITS, MAPS, WORKFLOWS
 
 PATH = click.Path(path_type=Path)
@@ -29,6 +30,7 @@ USAGE = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirector
 OURS = (ValueError, TypeError, MemoryError, OSError, ImportError, RuntimeError)  # their messages say all that there is
 # and what a model that cannot run raises
 WRONG = (*OURS, NameError, AttributeError, LookupError, ArithmeticError, SyntaxError)
+TOLD_TO_LEAVE = "stopped by Ctrl-C, at the best point so far: with --checkpoint the same command would go on from there"
 
 
 # how the messages of the package name what is an option here
@@ -210,15 +212,23 @@ def _sweep_log(path):
     if path is None:
         yield None
         return
-    with open(path, "a", buffering=1) as file:
+    failed = False
+    with open(path, "ab", buffering=0) as file:  # a line that could not be written is not tried again at the end
 
         def line(record):
+            nonlocal failed
             verdict = "accepted" if record.accepted else "refused"
             values = ", ".join(f"{value:.9g}" for value in record.params)
-            file.write(
+            text = (
                 f"{datetime.now().astimezone().isoformat(timespec='seconds')} sweep {record.nfev} {verdict}: "
                 f"cost {record.cost:.9g}, distance {record.distance:.3g} s.e., {record.seconds:.2f} s, at {values}\n"
             )
+            try:
+                file.write(text.encode())
+            except OSError as err:
+                if not failed:
+                    warn(f"the fit goes on, but --log {path} could not be written: {err.strerror}", RuntimeWarning)
+                failed = True
 
         yield line
 
@@ -258,7 +268,7 @@ def plan(scheduler, **given):
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
     """Run a fit, write and print its result."""
     from ..engine.checkpoint import FIT_FILE
-    from ..solve.outcome import NotConvergedError
+    from ..solve.outcome import Interrupted, NotConvergedError
     from . import cli_values as words
 
     if out is not None:
@@ -269,13 +279,15 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             result = solve(**call, callback=callback)
         except NotConvergedError as err:
             failed, result = f"{err}", err.result
+        except Interrupted as err:
+            failed, result, report = TOLD_TO_LEAVE, err.result, False
         except (KeyboardInterrupt, SystemExit):
             if checkpoint is None or not (checkpoint / FIT_FILE).exists():
                 raise
             raise Failure(
                 f"stopped before the first sweep was finished: continue with dask nlsq resume {checkpoint}", 3
             ) from None
-        if result.status == -3:
+        if result.status == -3 and failed is None:
             failed = f"{result.message} Continue with dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'}"
         elif result.status > 0 and not result.success:
             failed = failed or result.message

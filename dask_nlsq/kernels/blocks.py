@@ -2,6 +2,7 @@
 
 import functools
 import operator
+from math import ceil, floor
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -42,10 +43,30 @@ class Invalid(NamedTuple):
 
     def hits(self, y):
         """Where ``y`` holds such a value; NumPy or JAX."""
-        tests = [y != y if value != value else y == value for value in self.values]
-        tests += [y < self.low] if self.low is not None else []
-        tests += [y > self.high] if self.high is not None else []
-        return functools.reduce(operator.or_, tests)
+        as_stored, (values, low, high) = y.dtype.type, self.of(y.dtype)
+        tests = [y != y if value != value else y == as_stored(value) for value in values]
+        tests += [y < as_stored(low)] if low is not None else []
+        tests += [y > as_stored(high)] if high is not None else []
+        return functools.reduce(operator.or_, tests) if tests else np.zeros(y.shape, bool)
+
+    def of(self, dtype: np.dtype) -> "Invalid":
+        """The same values and limits as numbers that ``dtype`` holds, without those that none of its values can meet.
+
+        Comparisons take place in the dtype: integers of 64 bits have no common type with floats, nor with Python's integers.
+        """
+        if dtype.kind not in "biu":
+            with np.errstate(over="ignore"):
+                values = tuple(float(dtype.type(each)) for each in self.values)
+                low, high = (None if each is None else float(dtype.type(each)) for each in (self.low, self.high))
+            return Invalid(values, low, high)
+        least, most = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+        values = tuple(int(each) for each in self.values if least <= each <= most and each == int(each))  # false for nan
+        low, high = self.low, self.high
+        if (low is not None and low > most) or (high is not None and high < least):
+            return Invalid(values, most, least)  # no value counts
+        low = None if low is None or low <= least else ceil(low)
+        high = None if high is None or high >= most else floor(high)
+        return Invalid(values, low, high)
 
 
 class Layouts(NamedTuple):

@@ -12,6 +12,7 @@ from uuid import uuid4
 import numpy as np
 from dask.graph_manipulation import clone
 
+from ..base.files import plain_name
 from ..base.lazy import da
 from ..data.axes import axes_named
 from ..data.labels import Quantity, along_dims, labelled, map_values, warn_if_packed
@@ -22,10 +23,10 @@ from ..prepare import HeldData
 from .blocks import MapProblem, Operand, build_map, record_dtype
 from .plan import axes_of
 from .result import MapResult
-from .store import DONE
+from .store import DONE, METADATA
 
 OF_DATA = "_of_data"  # behind the name of an axis of the data that an array of the result has
-RESERVED = {*(record_dtype(1, True, 1).names or ()), "param", "param_", "quantity", DONE}
+RESERVED = {*(record_dtype(1, True, 1).names or ()), "param", "param_", "quantity", DONE, METADATA}
 BIN = 8  # pixels to each side of a bin of the coarse map
 
 
@@ -185,8 +186,8 @@ def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
     """What is known of the axes of y; nothing where they have no names.
 
     ``dims``, ``coords`` and ``attrs`` of the map, as xarray takes them, in which axes and coordinates that are called like
-    an array of the result have another name; ``all_dims`` and ``all_coords`` of y, as they are called; ``x`` and ``y``,
-    names for pictures of spectra.
+    an array of the result, or by a path, have another name; ``all_dims`` and ``all_coords`` of y, as they are called; ``x``
+    and ``y``, names for pictures of spectra.
     """
     stored = (each.array for each in problem.sources if each.name in ("ydata", "ydata[0]"))
     found = axes_named(next(stored, ydata))
@@ -205,11 +206,11 @@ def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:
     return dict(dims=map_dims, coords=kept, attrs=attrs, all_dims=found.dims, all_coords=coords, **names)
 
 
-def _own_names(names) -> dict[Any, Any]:
-    """By the names of axes and coordinates of data those that they have in a map."""
-    own: dict[Any, Any] = {}
+def _own_names(names) -> dict[Any, str]:
+    """By the names of axes and coordinates of data those that they have in a map, where each is the name of a directory."""
+    own: dict[Any, str] = {}
     for name in dict.fromkeys(names):
-        other = name
+        other = plain_name(str(name))
         while other in RESERVED or (other != name and other in (*names, *own.values())):
             other = f"{other}{OF_DATA}"
         own[name] = other

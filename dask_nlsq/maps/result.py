@@ -202,7 +202,8 @@ class FittedMaps(Maps):
         path : path
             Of a new group; its arrays are named as the attributes of this class, `xarray.open_zarr` opens it.
         resume : bool
-            Go on with what an earlier call of the same fit has written there; nothing is computed where that is all.
+            Go on with what an earlier call of the same fit has written there; nothing is computed where that is all. Blocks
+            whose chunks have been lost since are fitted again.
         **options
             For `dask.compute`.
 
@@ -237,7 +238,10 @@ class FittedMaps(Maps):
             if blocks != self.problem.blocks:  # there was another amount of memory when it was begun
                 return self._cut_as(blocks).to_zarr(path, True, progress, **options)
         pixels: Any = reduce(np.multiply.outer, map(np.array, self.problem.blocks), np.array(1))  # in each block
-        done = store.read_done(path) if store.is_sealed(about) and (path / store.DONE).exists() else None
+        done = None
+        if store.is_sealed(about) and (path / store.DONE).exists():
+            done = store.read_done(path)
+            done &= ~store.lost_blocks(path, about, done)
         nbytes = self.record.dtype.itemsize * int((pixels if done is None else pixels[~done]).sum())
         check_room("path", path, nbytes)
         with named_when_full(path, nbytes):

@@ -8,12 +8,14 @@ What others add to the group, arrays or attributes, does not matter.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from importlib.util import find_spec
+from itertools import product
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -52,14 +54,14 @@ def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[st
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
     names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
-    for name in names:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
     if path.exists():
+        for each in path.iterdir():  # never path / name: names come from the data, and may be paths
+            if each.name in names and each.is_dir():
+                shutil.rmtree(each)
         remove_left(path)
         (path / METADATA).unlink(missing_ok=True)
     about = {"version": VERSION, "fields": list(record.names), "call": dict(call), **identity}
-    group = zarr.create_group(path, attributes={OURS: about, **_plain(found.labels.get("attrs", {}))})
+    group = zarr.create_group(path, attributes={**_plain(found.labels.get("attrs", {})), OURS: about})
     for name in record.names:
         base, own = record[name].subdtype or (record[name], ())
         group.create_array(
@@ -90,6 +92,8 @@ def create_done(path: Path, found: Any) -> None:
     about = metadata["attributes"][OURS]
     about |= dict(attributes=[name for name in metadata["attributes"] if name != OURS])
     about |= dict(sums={each.parent.name: _sum(_parsed(each, path)) for each in sorted(path.glob(f"*/{METADATA}"))})
+    beside = about["sums"].keys() - {*about["fields"], DONE}
+    about |= dict(chunks={name: _n_chunks(path / name) for name in sorted(beside)})  # those of fill values are not written
     about |= dict(checksum=seal(metadata["attributes"]))
     text = json.dumps(metadata, indent=2).encode()
     write_whole(path / METADATA, [text])
@@ -166,7 +170,7 @@ def is_map(path: Path) -> bool:
 
 def identity_of(about: Mapping[str, Any]) -> dict[str, Any]:
     """What `create` was given, of what `read_about` finds."""
-    others = ("version", "fields", "call", "attributes", "sums", "checksum")
+    others = ("version", "fields", "call", "attributes", "sums", "chunks", "checksum")
     return {name: value for name, value in about.items() if name not in others}
 
 
@@ -228,6 +232,13 @@ def _check(path: Path, metadata: Mapping[str, Any]) -> None:
             continue  # which is made again
         if not file.exists() or _sum(_parsed(file, path)) != known:
             raise DamagedFileError(file, "it is not as it was written", file.parent if name == DONE else path)
+    for name, n in about.get("chunks", {}).items():
+        if _n_chunks(path / Path(name).name) < n:
+            raise DamagedFileError(path / Path(name).name, "chunks of it are missing", path)
+
+
+def _n_chunks(path: Path) -> int:
+    return sum(each.is_file() for each in path.rglob("*")) - 1  # the other one is its metadata
 
 
 def _parsed(path: Path, whole: Path) -> dict[str, Any]:
@@ -247,6 +258,29 @@ def seal(attributes: Mapping[str, Any]) -> str:
     """Of our attributes, and of those beside them that were there when the group was sealed."""
     about = {name: value for name, value in attributes[OURS].items() if name != "checksum"}
     return _sum([about, *(attributes[name] for name in about["attributes"])])
+
+
+def lost_blocks(path: Path, about: Mapping[str, Any], done: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+    """Which of the blocks that are ``done`` lack a chunk of one of these arrays, by default of any.
+
+    Zarr reads an absent chunk as fill values, but each chunk of a block that is done has been written.
+    """
+    group: Any = zarr.open_group(path, mode="r")
+    lost = np.zeros(done.shape, bool)
+    for name in about["fields"] if names is None else names:
+        array, key_of = group[name], group[name].metadata.encode_chunk_key
+        numbers = [_numbers(*each) for each in zip(about["blocks"], array.chunks, strict=False)]
+        inner = [range(1)] * (array.ndim - done.ndim)  # these axes are not cut
+        for index in map(tuple, np.argwhere(done & ~lost).tolist()):
+            chunks = product(*(along[k] for along, k in zip(numbers, index, strict=True)), *inner)
+            lost[index] = not all(os.path.exists(f"{path}/{name}/{key_of(each)}") for each in chunks)
+    return lost
+
+
+def _numbers(sizes: Sequence[int], chunk: int) -> list[range]:
+    """The chunks of each block along an axis."""
+    ends = np.cumsum(sizes).tolist()
+    return [range((end - n) // chunk, -(-end // chunk)) for n, end in zip(sizes, ends, strict=True)]
 
 
 def read_done(path: Path) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from ..results.named_model import import_model
 from .fit import fit_map
 from .pictures import Axis, axis_of
 from .result import MapResult, origins, refuse_another
-from .store import METADATA, identity_of, read_about, read_done
+from .store import METADATA, identity_of, lost_blocks, read_about, read_done
 from .views import Maps, shown
 
+LOST = "chunks of blocks that are done are missing, which to_zarr(path, resume=True) fits again"
 WITH_DATA = ("spectrum", "residuals", "predict", "refit_failed")  # what needs the data
 STARTS = ("start", "coarse", "guess")  # in which a fit of the same data may differ once it is done
 CHECKED = 3  # pixels of lazy data
@@ -38,6 +38,7 @@ class StoredMap(Maps):
     stored = True
 
     def __init__(self, path: Path, trust: Trust = False, done: np.ndarray | None = None):
+        path = path.absolute()  # wherever the process goes
         self.path, self.about, self._trust = path, read_about(path), trust
         self._kept: dict[str, Any] = {}
         self._known = done
@@ -60,12 +61,10 @@ class StoredMap(Maps):
             hint = f"it has {sorted(self._group.array_keys())}"
             hint = "with_data(xdata, ydata) gives the data back, which it needs" if name in WITH_DATA else hint
             raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
-        array = self._group[name]
-        done = self._done
+        if name in self.about["fields"]:
+            self._check_chunks(name)
         with well_formed(self.path / name, self.path):
-            if name in self.about["fields"] and array.nchunks_initialized < self._n_chunks(array.chunks, done):
-                raise DamagedFileError(self.path / name, "chunks of blocks that are done are missing", self.path)
-            values = array[...]
+            values = self._group[name][...]
         if self._known is not None:
             self._kept[name] = values
         return values
@@ -79,10 +78,12 @@ class StoredMap(Maps):
         self._known = done if done.all() else None
         return done
 
-    def _n_chunks(self, chunks: tuple[int, ...], done: np.ndarray) -> int:
-        """Of the blocks that are done."""
-        along = [-(-np.array(sizes) // chunk) for sizes, chunk in zip(self.about["blocks"], chunks, strict=False)]
-        return int(reduce(np.multiply.outer, along, np.array(1))[done].sum())
+    def _check_chunks(self, name: str) -> None:
+        """DamagedFileError where chunks of this array are missing of blocks that are done."""
+        done = self._done
+        with well_formed(self.path / name, self.path):
+            if lost_blocks(self.path, self.about, done, [name]).any():
+                raise DamagedFileError(self.path / name, LOST, self.path)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ class StoredMap(Maps):
     @property
     def origin(self) -> list[tuple[str, str]]:
         """Rows about where the maps come from."""
-        return [("store", str(self.path.absolute())), *origins(self.about)]
+        return [("store", str(self.path)), *origins(self.about)]
 
     def compute(self, progress: bool | None = None, **options) -> StoredMap:
         """The same; while blocks are missing, with those that are done by now, each array of which is read once."""
@@ -120,6 +121,8 @@ class StoredMap(Maps):
         """The `xarray.Dataset` of the store."""
         import xarray
 
+        for name in self.about["fields"]:
+            self._check_chunks(name)
         return xarray.open_zarr(self.path)
 
     def with_data(self, xdata, ydata=None, f=None, **options) -> MapResult:

@@ -460,6 +460,7 @@ def _search(problem: _Problem, rays, progress, limit, what: str) -> tuple[list[R
 
         try:
             found = together(at, (problem.ray(*each) for each in rays))
+            evaluator.stop.look()  # for a signal that has come after the last read
         except ToldToLeave as stop:
             raise stop.exit from stop
     best = min((trial for ray in found for trial in ray.trials), key=lambda each: each.distance)

@@ -19,6 +19,7 @@ import numpy as np
 from ..base.files import (
     DamagedFileError,
     check_directory,
+    check_link,
     read_arrays,
     read_json,
     remove_left,
@@ -202,7 +203,7 @@ def save(path: Path, fit: SimpleNamespace, maps: str | None = None) -> None:
     write_json(path / RESULT, format=FORMAT, version=VERSION, arrays=name, maps=maps, result=text)
     if before and not (path / before).is_dir():
         (path / before).unlink(missing_ok=True)
-    remove_left(path, BESIDE["arrays"])
+    remove_left(path, BESIDE["arrays"], kept=beside(path)["arrays"])
 
 
 def beside(path: Path) -> dict[str, str | None]:
@@ -241,6 +242,8 @@ def load(path: Path) -> tuple[dict[str, Any], str | None]:
         raise ValueError(f"{path} is not a saved result: {_what_else(path)}") from None
     with well_formed(path / RESULT):
         names = _beside(found)
+    for name in filter(None, names.values()):
+        check_link(path / name)
     try:
         arrays, _ = read_arrays(path / names["arrays"], VERSION) if names["arrays"] else ({}, {})
     except FileNotFoundError:

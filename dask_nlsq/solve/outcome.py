@@ -1,15 +1,18 @@
 """Messages of fits that do not converge, or cannot begin."""
 
 import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ..data.chunks import LARGEST
 from ..engine.checkpoint import Checkpoint
 from ..engine.evaluator import Evaluator
 from ..engine.waiting import StopOnSignal
 from ..model.function import function_name
-from .trust_region import INTERRUPTED, Solution
+from .trust_region import INTERRUPTED, MESSAGES, Solution
 
 logger = logging.getLogger("dask_nlsq")
+R = TypeVar("R", bound=Any)  # `FitResult` or `GroupResult`
 
 WAY_OUT = (
     "Start from other values, or raise max_nfev; a model with steps or corners has no optimum that derivatives can find. "
@@ -36,12 +39,19 @@ class Interrupted(KeyboardInterrupt):
         self.result = result
 
 
-def interrupted(result, stop: StopOnSignal, checkpoint: Checkpoint | None) -> None:
-    """Raise `Interrupted` after a signal; with a checkpoint, log where it is."""
-    if checkpoint is None and stop.signal is not None:
+def after_signal(result: R, stop: StopOnSignal, checkpoint: Checkpoint | None, change: Callable[..., R]) -> R:
+    """The result; after a signal raise `Interrupted`, or with a checkpoint let the status say so, and log where it is.
+
+    A signal may have come when the fit had just ended by itself, and must not be lost: then ``change(status=, message=)``.
+    """
+    if stop.signal is None:
+        return result
+    if checkpoint is None:
         raise Interrupted(result)
-    if checkpoint is not None and result.status == INTERRUPTED:
-        logger.warning("%s Completed sweeps are in %s, for `resume`", result.message, checkpoint.path)
+    if result.status != INTERRUPTED:
+        result = change(status=INTERRUPTED, message=f"{MESSAGES[INTERRUPTED]} The fit had just ended: {result.message}")
+    logger.warning("%s Completed sweeps are in %s, for `resume`", result.message, checkpoint.path)
+    return result
 
 
 def not_converged(solution: Solution, names):
