@@ -413,6 +413,21 @@ def test_no_convergence_says_why_and_where():
         curve_fit(decay, X, Y + 0.1 * np.sin(9 * X), max_nfev=2)
 
 
+def test_a_model_with_an_array_of_another_length_is_named_with_the_way_out():
+    def model(x, a):
+        return a * x * jnp.ones(7)
+
+    x, y = np.arange(10.0), np.ones((3, 10))
+    for call in (lambda: curve_fit(model, x, y[0], p0=[1]), lambda: fit_map(model, x, y, p0=[1], axis=1)):
+        with pytest.raises(TypeError, match=r"the model model, tried on 10 points, combines .*\(10,\), \(7,\)\): .*xdata"):
+            call()
+
+    def fitting(x, a):
+        return a * x * jnp.ones(10)
+
+    assert curve_fit(fitting, x, 2 * x, p0=[1]).popt == pytest.approx([2])
+
+
 @pytest.mark.parametrize("call", [curve_fit, plan_fit, fit_map])
 def test_data_without_x_are_for_models_that_need_none(call):
     with pytest.raises(TypeError, match=r"gets None for x, as `xdata` is None .*: pass xdata\. .*xarray `ydata`"):

@@ -107,17 +107,7 @@ def guess(parts: Sequence[Part], x, y, bounds: Sequence, order: Sequence[int]):
     parts = [part.within(own, scale) for part, own in zip(parts, bounds, strict=True)]
     view = View(x, weight, count, y, jnp.zeros((len(x), 0)))
     curved = [k for k in order if parts[k].candidates is not None]
-
-    def follow(rank_and_sign):
-        """What is chosen for the parts, from the candidate of this rank for the first one, with amplitudes of this sign."""
-        rank, sign = rank_and_sign
-        chosen: dict[int, Any] = {k: jnp.zeros(0) for k in range(len(parts)) if k not in curved}
-        for k in curved * ROUNDS:
-            others = [parts[j].columns(view, chosen[j]) for j in chosen if j != k]
-            first = len(chosen) == len(parts) - len(curved)
-            chosen[k] = _choose(parts[k], _beside(view._replace(sign=sign), y, others), rank if first else 0)
-        return jnp.concatenate([chosen[k] for k in range(len(parts))])
-
+    follow = _follower(parts, curved, view)
     whole = _sum(parts)
     if len(curved) > 1:
         ways = jnp.tile(jnp.arange(FOLLOWED), len(SIGNS)), jnp.repeat(jnp.array(SIGNS), FOLLOWED)
@@ -132,6 +122,54 @@ def guess(parts: Sequence[Part], x, y, bounds: Sequence, order: Sequence[int]):
         own, params = params[: len(part.own)], params[len(part.own) :]
         found += part.finish(own)
     return jnp.stack([jnp.asarray(each, y.dtype) for each in found])
+
+
+def _follower(parts: Sequence[Part], curved: Sequence[int], view: View):
+    """``(rank, sign) -> others`` of all parts: chosen one after the other in two rounds, the first one from its candidate of
+    this rank, with amplitudes of this sign.
+
+    Parts that differ in their bounds alone share the code of a turn, which takes seconds to compile.
+    """
+    kinds = {(parts[k].shape, parts[k].linear, parts[k].candidates): parts[k] for k in curved}
+    kind = jnp.array([[*kinds].index((parts[k].shape, parts[k].linear, parts[k].candidates)) for k in curved], int)
+    lengths = [len(part.others) for part in parts]
+    owner = np.repeat(np.arange(len(parts)), [len(part.linear) for part in parts])  # of each column
+    longest = max(lengths), max(len(part.linear) for part in parts)
+    ends = [jnp.stack([_padded(parts[k].ends[m], longest[1 - m]) for k in curved]) for m in (0, 1)] if curved else []
+
+    def cut(chosen):
+        return [own[:n] for own, n in zip(chosen, lengths, strict=True)]
+
+    def follow(rank_and_sign):
+        rank, sign = rank_and_sign
+
+        def turn(i, state):
+            chosen, known = state
+            here = i % len(curved)
+            k = jnp.array(curved)[here]
+            beside = known & (jnp.arange(len(parts)) != k)
+            found = [part.columns(view, own) for part, own in zip(parts, cut(chosen), strict=True)]
+            left = view.left - sum(jnp.where(beside[j], held, 0.0) for j, (_, held) in enumerate(found))
+            columns = jnp.where(beside[owner], jnp.concatenate([own for own, _ in found], axis=1), 0.0)
+            now = _beside(view._replace(left=left, sign=sign), columns)
+
+            def choose(part):
+                own = ends[0][here][:, : len(part.linear)], ends[1][here][:, : len(part.others)]
+                return _padded(_choose(part._replace(ends=own), now, jnp.where(i == 0, rank, 0)), longest[0])
+
+            best = lax.switch(kind[here], [partial(choose, part) for part in kinds.values()])
+            return chosen.at[k].set(best), known.at[k].set(True)
+
+        begin = jnp.ones((len(parts), longest[0])), jnp.array([k not in curved for k in range(len(parts))])
+        chosen, _ = lax.fori_loop(0, ROUNDS * len(curved), turn, begin) if curved else begin
+        return jnp.concatenate(cut(chosen))
+
+    return follow
+
+
+def _padded(array, n: int):
+    """With zeros up to ``n`` along the last axis."""
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, n - array.shape[-1])])
 
 
 def _sum(parts: Sequence[Part]) -> Part:
@@ -161,14 +199,14 @@ def _sorted(x, y):
     return jnp.where(weight > 0, x, last), jnp.where(weight > 0, y, 0.0), weight, count
 
 
-def _beside(view: View, y, columns) -> View:
-    if not columns:
-        return view
-    y = y - sum(known for _, known in columns)
-    columns = jnp.concatenate([own for own, _ in columns], axis=1)
+def _beside(view: View, columns) -> View:
+    """What is left beside the ``columns`` (n, m) of other parts, of which those that are zero do not count."""
     norms = jnp.linalg.norm(columns, axis=0)
-    others = jnp.linalg.qr(columns / jnp.where(norms > 0, norms, 1.0))[0]
-    return view._replace(left=y - others @ (others.T @ y), others=others)
+    last = jnp.argsort(norms == 0, stable=True)  # zero columns, which would take directions from those behind them
+    columns, counts = (columns / jnp.where(norms > 0, norms, 1.0))[:, last], (norms > 0)[last]
+    others = jnp.linalg.qr(columns)[0]
+    others = jnp.where(counts[: others.shape[1]], others, 0.0)
+    return view._replace(left=view.left - others @ (others.T @ view.left), others=others)
 
 
 def _choose(part: Part, view: View, rank):
