@@ -175,8 +175,8 @@ class GroupSweep:
     ----------
     count : int
         Sweeps so far, those of an earlier process that are in the checkpoint among them.
-    resumed : int
-        Sweeps that the checkpoint had.
+    found, resumed : int
+        Sweeps that the checkpoint had; those of them that the fit has gone through.
     seconds : float
         What the last one took; nan where it was one of an earlier process.
     latest : tuple
@@ -188,7 +188,8 @@ class GroupSweep:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.problem, self.spec, self.count, self.resumed, self.seconds = problem, spec, 0, 0, np.nan
+        self.problem, self.spec, self.seconds = problem, spec, np.nan
+        self.count = self.found = self.resumed = 0
         self.in_pieces = problem.in_pieces
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
@@ -226,7 +227,8 @@ class GroupSweep:
                 known = self._swept(params, reduction)
                 self.swept.append(known)
             else:
-                self.count, self.seconds = self.count + known.reads, np.nan
+                self.count, self.resumed = self.count + known.reads, self.resumed + known.reads
+                self.seconds = np.nan
                 if self.kept is not None and key == self.kept[0]:
                     self.states[key] = self._kept_states(self.kept[1])
             self.sums[key] = known
@@ -409,7 +411,7 @@ class GroupSweep:
             how = values["reductions"], sums, arrays["reads"].tolist()
             self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
             self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
-            self.resumed = sum(each.reads for each in self.swept)
+            self.found = sum(each.reads for each in self.swept)
             self.kept = arrays["base"].tobytes(), int(values["kept"])
 
     def _save(self, key: bytes) -> None:
