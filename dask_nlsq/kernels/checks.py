@@ -1,4 +1,4 @@
-"""Checks of a user's Jacobian against the derivatives of the model, before any data are swept."""
+"""Checks of a model and its Jacobian before any data are swept; in which parameters its derivatives show it to be linear."""
 
 import hashlib
 import re
@@ -120,6 +120,7 @@ CALLS = {
     "custom_jvp_call",
     "custom_vjp_call",
 }  # of programs
+SUMS = {"add", "add_any", "sub"}  # of which no part multiplies another
 LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
 
 
@@ -215,14 +216,28 @@ def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
         program = getattr(inner[0], "jaxpr", inner[0]) if len(inner) == 1 and equation.primitive.name in CALLS else None
         if program is not None and len(program.invars) == len(given) > 0:
             found = _influences(program, given)
+        elif equation.primitive.name == "scan":  # as of jnp.polyval
+            found = _influences_of_scan(equation.params, given)
         else:
             total = np.logical_or.reduce([nothing, *given])
-            total[1:] |= total[1:, :1] & total[0]
+            if equation.primitive.name not in SUMS:
+                total[1:] |= total[1:, :1] & total[0]
             mixed = inner or any(each[0].any() and each[1:].any() for each in given)
             total[0] &= bool(mixed) or not total[1:].any()
             found = [total] * len(equation.outvars)
         known |= dict(zip(equation.outvars, found, strict=True))
     return [*map(influence, jaxpr.outvars)]
+
+
+def _influences_of_scan(params, given: list[np.ndarray]) -> list[np.ndarray]:
+    """The same of a loop whose turns hand something on: what that depends on grows until a turn adds nothing."""
+    first, n = params["num_consts"], params["num_carry"]
+    while True:
+        found = _influences(params["jaxpr"].jaxpr, given)
+        carried = [old | new for old, new in zip(given[first : first + n], found[:n], strict=True)]
+        if np.array_equal(carried, given[first : first + n]):
+            return found
+        given = [*given[:first], *carried, *given[first + n :]]
 
 
 SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared

@@ -2,7 +2,7 @@
 
 Where amplitudes are far off, a fit creeps, or loses the other parameters. So a first try ends early. The second one begins
 where the parameters in which the model is linear have been solved for, and a third goes on where the better of them has
-ended. Of the tries of a pixel that with the lowest chi2 counts.
+ended. Which try of a pixel counts says `rules.is_better`. All tries work on the arrays of the block, and need no others.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Other tries where a fit from p0 does not converge: amplitudes that are far off throw the other parameters away.
 
 A first try pauses where it creeps. A second one begins where the parameters in which the model is linear have been solved
-for on a sample. If it fails too, the first one goes on. The solution with the lowest cost counts.
+for on a sample. If it fails too, the first one goes on. Which solution counts says `rules.is_better`.
 """
 
 import logging
