@@ -133,7 +133,7 @@ def test_pixels_of_counts_are_fitted_where_the_mean_is_not_positive_at_the_start
 INVALID = 2.0**123  # 1e37
 
 
-@pytest.mark.parametrize("way", ["value", "nan", "x"])
+@pytest.mark.parametrize("way", ["value", *(pytest.param(way, marks=pytest.mark.slow) for way in ("nan", "x"))])
 def test_values_that_do_not_count_hide_no_second_try_of_a_pixel(way):
     y, x, options = (DECAYING[None] / 1e3).astype("f4"), X, dict(nan_policy="omit")
     plain = fit_map(decay, np.delete(X, 7), np.delete(y, 7, axis=1), [1, 1, 1]).compute()
