@@ -16,7 +16,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from dask_nlsq import CheckpointError, curve_fit, hold, resume
+from dask_nlsq import CheckpointError, NotConvergedError, curve_fit, hold, resume
 from dask_nlsq.base.files import sum_of_values
 from dask_nlsq.options import LIMITS, SAME
 from dask_nlsq.prepare import HELD
@@ -145,6 +145,16 @@ def test_a_fit_that_is_resumed_says_so_in_summary_log_and_bar(store, tmp_path, c
     assert f"{found.sweeps} sweeps, resumed after {n}, in " in found.summary()
     assert f"the fit is resumed after {n} sweeps" in caplog.text
     assert last.startswith(f"curve_fit, resumed after {n} sweeps: {found.sweeps} sweeps ")
+
+
+def test_a_fit_that_is_resumed_counts_the_sweeps_that_it_goes_through(store, tmp_path):
+    tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
+    with pytest.raises(RuntimeError, match="maximum number"):
+        curve_fit(decay, X, store, [20, 3, 90], checkpoint=tmp_path / "c", max_nfev=3, **tight)
+    with pytest.raises(NotConvergedError) as caught:
+        resume(tmp_path / "c", max_nfev=2)
+    fit = caught.value.result
+    assert fit.resumed == fit.sweeps
 
 
 def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):

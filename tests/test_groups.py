@@ -719,3 +719,58 @@ def test_nothing_warns_where_shared_params_overflow_in_each_others_place():
     y = np.array([[1.0], [2.0]]) + 50 * 2**0.5 * np.exp(-0.5 * t) + np.random.default_rng(0).normal(0, 0.1, (2, 40))
     result = fit_groups(f, t, y, dict(offset=1, scale=4e4, rate=0.4), local="offset", group_axes=0)
     assert np.all(np.abs(result.popt - [5e4, 0.5]) < 4 * result.perr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# amplitudes that start far off
+
+PLACES = np.linspace(-5, 5, 60)
+
+
+def peak(x, a, m, w, c):
+    return a * jnp.exp(-0.5 * ((x - m) / w) ** 2) + c
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    """Counts of 8 peaks, (8, 60), their amplitudes, centres and widths, (8, 3), on a background of 300."""
+    rng = np.random.default_rng(0)
+    own = np.stack([10 ** rng.uniform(3, 4, 8), rng.uniform(-2, 2, 8), rng.uniform(0.6, 1.5, 8)], axis=1)
+    a, m, w = own.T[..., None]
+    return rng.poisson(a * np.exp(-0.5 * ((PLACES - m) / w) ** 2) + 300).astype(float), own
+
+
+def joint_peaks(y, own):
+    """SciPy's fit of all peaks at once, from the truth: the background, and the others (8, 3)."""
+
+    def residual(p):
+        a, m, w = p[1:].reshape(-1, 3).T[..., None]
+        return (a * np.exp(-0.5 * ((PLACES - m) / w) ** 2) + p[0] - y).ravel()
+
+    tight = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-14)
+    found = scipy.optimize.least_squares(residual, [300, *own.ravel()], x_scale="jac", **tight).x
+    return found[0], found[1:].reshape(-1, 3)
+
+
+@pytest.mark.parametrize(
+    "loss, bounds",
+    [
+        ("poisson", dict(a=(0, np.inf))),
+        pytest.param("linear", {}, marks=pytest.mark.slow),
+        pytest.param("linear", dict(a=(0, np.inf)), marks=pytest.mark.slow),
+        pytest.param("poisson", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_amplitudes_of_groups_are_found_from_ones(peaks, loss, bounds):
+    y, own = peaks
+    options = dict(local=("a", "m", "w"), group_axes=0, loss=loss, bounds=bounds or (-np.inf, np.inf))
+    result = fit_groups(peak, PLACES, y, dict(a=1.0, m=np.round(own[:, 1]), w=1.0, c=1.0), **options)
+    local = result.local.compute(progress=False)
+    assert result.success and local.success.all()
+    if loss == "linear":
+        background, found = joint_peaks(y, own)
+    else:
+        best = fit_groups(peak, PLACES, y, dict(zip("amw", own.T, strict=True)) | dict(c=300.0), **options)
+        background, found = best.popt[0], best.local.compute(progress=False).popt[:, :3]
+    assert abs(result.popt[0] - background) < 0.01 * result.perr[0]
+    assert np.all(abs(local.popt[:, :3] - found) < 0.01 * local.perr[:, :3])

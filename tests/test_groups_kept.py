@@ -262,6 +262,7 @@ def test_more_sweeps_may_be_allowed_and_the_callback_may_stop_early_when_a_fit_g
 
     with pytest.warns(scipy.optimize.OptimizeWarning, match="Stopped by `callback`"):
         early = fit_groups(decay, T, Y, **options, callback=stop)
+    assert early.resumed <= early.sweeps < whole.sweeps
     assert early.status == -2 and np.isfinite(early.local.compute(progress=False).popt).all()
 
 

@@ -13,8 +13,8 @@ from dask_nlsq.data.align import build_data
 from dask_nlsq.data.chunks import prepare_chunk
 from dask_nlsq.engine.condensed import merge_neighbours
 from dask_nlsq.engine.request import Objective, Request, condense_blocks, kernel_spec
-from dask_nlsq.kernels.blocks import tile_size
-from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint
+from dask_nlsq.kernels.blocks import Layout, Layouts, tile_size
+from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint, linear_places
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.kind import CPU
 from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
@@ -356,3 +356,26 @@ def test_the_faster_way_of_forming_columns_is_found_by_timing():
     assert choose_jac_mode(intern(dense), preparation.layouts, chunk.sample, np.ones(3), 10, CPU) == "columns"
     assert intern(steps).choices
     assert not intern(dense).choices
+
+
+def summed(x, a, b, c):
+    return jax.lax.scan(lambda total, each: (total + each, total * a), 0.0, x * b)[1] * c
+
+
+@pytest.mark.parametrize(
+    "f, linear",
+    [
+        (lambda x, a, b, c: a * jnp.exp(-b * x) + c, "ac"),
+        (lambda x, a, b, c: a * b * x + c, "ac"),
+        (lambda x, a, b, c: a * jnp.where(x > b, x, c), "a"),
+        (lambda x, a, b, c: a * jnp.exp(-b * x) + jnp.polyval(jnp.stack([c, c]), x), "ac"),
+        (lambda x, a, b, c: jnp.polyval(jnp.stack([a, b, c]), x), "abc"),
+        (lambda x, a, b, c: jax.jit(lambda a: a * x)(a) + b**2 + abs(c), "a"),
+        (lambda x, a, b, c: jax.lax.cond(b > 0, lambda: a * x, lambda: b * x) + c, "c"),  # it is not known which
+        (summed, "a"),
+    ],
+)
+def test_the_linear_parameters_are_those_of_which_derivatives_depend_on_none_of_them(f, linear):
+    coordinate = Layout(True)
+    layouts = Layouts(coordinate, coordinate, coordinate, (coordinate,), "single", (), ndim=1)
+    assert "".join("abc"[k] for k in linear_places(intern(f), layouts, 5, 3, range(3))) == linear

@@ -272,6 +272,31 @@ def test_a_fit_ends_where_a_proposal_has_arrived_or_nothing_leads_on(xp, propose
     assert int(rules.finished(xp, course, xp.asarray(arrived), 10)) == status
 
 
+ULP = 1 + 2.0**-52
+
+
+@pytest.mark.parametrize(
+    "first, second, better",
+    [
+        ((10.0, False), (9.0, False), True),  # a lower chi2 counts, success or not
+        ((10.0, True), (9.0, False), True),
+        ((10.0, False), (11.0, True), False),
+        ((10.0 * ULP, True), (10.0, False), False),  # at one level success counts
+        ((10.0, False), (10.0 * ULP, True), True),
+        ((10.0, False), (10.0 * (1 + 1e-6), True), False),
+        ((12.0, True), (10.0, True), True),
+        ((10.0, False), (10.0, False), False),
+        ((1e-6, True), (5e-7, False), False),  # the rounding of both
+        ((5e-7, False), (5e-7, True), False),  # where there is nothing to be gained
+        ((2e-6, False), (2e-6, True), True),
+        ((10.0, False), (np.nan, False), False),
+    ],
+)
+def test_of_two_tries_that_with_the_lower_chi2_counts_and_at_one_level_that_with_success(xp, first, second, better):
+    numbers = [xp.asarray(each) for each in (*first, *second)]
+    assert bool(rules.is_better(xp, *numbers, rounding=1e-6)) == better
+
+
 def test_a_fit_has_converged_near_its_optimum_or_at_rounding(xp):
     def converged(distance, accuracy=0.01, **values):
         return bool(rules.converged(xp, at(xp, distance=distance, **dict(decrement=1.0) | values), accuracy))

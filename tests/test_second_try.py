@@ -9,7 +9,11 @@ import pytest
 from scipy.optimize import OptimizeWarning
 
 from dask_nlsq import NotConvergedError, curve_fit, fit_map
+from dask_nlsq.engine.condensed import Condensed, factor
+from dask_nlsq.kernels.rules import EPS
+from dask_nlsq.kernels.steps import Point
 from dask_nlsq.solve import tries
+from dask_nlsq.solve.trust_region import Options, Solution
 
 X = np.linspace(0, 5, 200)
 RNG = np.random.default_rng(0)
@@ -31,6 +35,16 @@ def test_amplitudes_that_are_nine_orders_off_are_found_by_the_second_try():
     assert [record.iteration for record in fit.history] == [*range(fit.nfev)]
     assert np.all(np.diff([record.seconds for record in fit.history]) >= 0)
     assert fit.sweeps >= fit.nfev
+
+
+@pytest.mark.parametrize("loss", ["soft_l1", "cauchy", "arctan", pytest.param("huber", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_starts", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_amplitudes_that_are_nine_orders_off_are_found_with_a_robust_loss(loss, n_starts):
+    options = dict(loss=loss, f_scale=1e7)
+    best = curve_fit(decay, X, DECAYING, [3e9, 1.3, 5e8], **options)
+    fit = curve_fit(decay, X, DECAYING, [1, 1, 1], n_starts=n_starts, **options)
+    assert fit.success
+    assert np.all(abs(fit.popt - best.popt) < 0.01 * best.perr)
 
 
 @pytest.mark.parametrize("most", [1, 20])
@@ -61,6 +75,21 @@ def test_a_fit_that_does_not_converge_says_how_many_evaluations_each_try_had(f, 
     tries = re.findall(r"evaluations, (\d+), is|not converged in (\d+)|after (\d+) more", text)
     assert [int("".join(each)) for each in tries] == ([300, 300] if most is None else [most])
     assert f"{nfev} were made in all" in text and nfev == (most or 600)
+
+
+@pytest.mark.parametrize("second, status", [((2, 1 + EPS), 2), ((2, 1.1), 11), ((11, 0.9), 11)])
+def test_of_two_tries_that_end_at_one_optimum_the_one_with_success_counts(monkeypatch, second, status):
+    """The first is stuck; `test_rules` has the rule."""
+
+    def begin(evaluator, start, options):
+        status, cost = second if start[0] else (11, 1.0)
+        yield from ()
+        equations = Condensed(np.eye(2), cost, "gram", size=1.0)
+        return Solution(start, equations, factor(equations), status, "Ended.", 0, 0.0, [], 0.0)
+
+    monkeypatch.setattr(tries, "_start", lambda *_: np.ones(1))
+    found = tries.fit_in_tries(None, np.zeros(1), Options(np.full(1, -np.inf), np.full(1, np.inf)), begin)
+    assert found.status == status
 
 
 def test_a_stop_in_the_second_try_keeps_the_better_point():
@@ -100,6 +129,33 @@ def test_pixels_of_counts_are_fitted_where_the_mean_is_not_positive_at_the_start
     best, fits = (fit_map(decay, X, counts, p0, loss="poisson").compute() for p0 in ([50, 1, 1], [0, 1, 0]))
     assert best.success.all() and fits.success.all()
     assert np.all(abs(fits.popt - best.popt) < 0.01 * best.perr)
+
+
+INVALID = 2.0**123  # 1e37
+
+
+@pytest.mark.parametrize("way", ["value", *(pytest.param(way, marks=pytest.mark.slow) for way in ("nan", "x"))])
+def test_values_that_do_not_count_hide_no_second_try_of_a_pixel(way):
+    y, x, options = (DECAYING[None] / 1e3).astype("f4"), X, dict(nan_policy="omit")
+    plain = fit_map(decay, np.delete(X, 7), np.delete(y, 7, axis=1), [1, 1, 1]).compute()
+    if way == "x":
+        x = np.where(np.arange(200) == 7, np.nan, np.broadcast_to(X, y.shape))
+    if way == "value":
+        options |= dict(mask_values=[INVALID])
+    y[0, 7] = np.nan if way == "nan" else INVALID
+    found = fit_map(decay, x, y, [1, 1, 1], axis=1, **options).compute()
+    assert plain.success.all() and found.success.all()
+    np.testing.assert_allclose(found.popt, plain.popt, rtol=1e-9)
+
+
+def test_a_pixel_that_fails_begins_again_beside_one_that_has_converged():
+    """Of a block only the pixels that have failed are fitted again, wherever they are."""
+    y = np.stack([np.exp(-X), DECAYING, np.zeros(200), 3 * DECAYING, 2 * np.exp(-X)])
+    found = fit_map(decay, X, y, [1, 1, 1]).compute()
+    alone = [fit_map(decay, X, each[None], [1, 1, 1]).compute() for each in y]
+    np.testing.assert_array_equal(found.popt, np.concatenate([each.popt for each in alone]))
+    np.testing.assert_array_equal(found.nfev, np.concatenate([each.nfev for each in alone]))
+    assert found.success[[0, 1, 3, 4]].all()
 
 
 @pytest.mark.parametrize("reduction", ["auto", "gram", "qr"])
@@ -187,6 +243,13 @@ def test_a_fit_finds_an_amplitude_that_starts_at_its_bound_of_zero(unit):
     for params, values in zip(truth, y, strict=True):
         best, fit = (curve_fit(peak, PLACES, values, p0, bounds=POSITIVE) for p0 in (params, [0, 0, 1, 0]))
         assert np.all(abs(fit.popt - best.popt) < 0.01 * best.perr)
+
+
+def test_what_a_fit_could_still_gain_decides_whether_it_creeps_not_how_slowly_it_converges():
+    hardly, much = [1.0] * 11, [2.0, *[1.0] * 10]
+    for decrement, costs, creeping in ((0.3, hardly, True), (0.1, hardly, False), (0.3, much, False)):
+        here = Point(cost=1.0, decrement=decrement, contraction=0.99, distance=1e9)
+        assert tries.creeps(here, costs) == creeping
 
 
 def test_a_fit_that_creeps_pauses_and_goes_on_where_the_second_try_fails_too(monkeypatch):

@@ -33,8 +33,8 @@ class Evaluator:
     ----------
     count : int
         Sweeps so far, those of an earlier process that are in the checkpoint among them.
-    resumed : int
-        Sweeps that the checkpoint had.
+    found, resumed : int
+        Sweeps that the checkpoint had; those of them that the fit has gone through.
     seconds : float
         What the last read of all data took; nan where it was one of an earlier process.
     latest : tuple
@@ -51,7 +51,8 @@ class Evaluator:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, sweep: Sweep, objective: Objective, n_params: int, segmentation: Segmentation | None = None):
-        self.sweep, self.objective, self.count, self.resumed, self.seconds = sweep, objective, 0, 0, np.nan
+        self.sweep, self.objective, self.seconds = sweep, objective, np.nan
+        self.count = self.found = self.resumed = 0
         self.segmentation = Segmentation.of(sweep.data, n_params) if segmentation is None else segmentation
         self.weights: np.ndarray | None = None
         self.drawn: SampleSummary | None = None
@@ -82,6 +83,7 @@ class Evaluator:
         if unread:
             fresh |= dict(zip(unread, self._read([*unread.values()], reduction), strict=True))
         self.count += bool(fresh)
+        self.resumed += bool(fresh) and not unread
         recent = {key: self.known[key] for key in [*[*self.known][1 - KEPT :], *keys] if key in self.known}
         self.known = recent | {key: self._weighed(found) for key, found in fresh.items()}
         found = [self.known[key] for key in keys]
@@ -210,7 +212,7 @@ class Evaluator:
             kept = arrays["matrices"][k], float(arrays["costs"][k]), reduction, parts[k]
             self.finished.append((arrays["params"][k], Condensed(*kept, read)))
             self.recorded[arrays["params"][k].tobytes(), reduction] = self.finished[-1][1]
-        self.resumed = len({found.read for _, found in self.finished})  # one may have been at several points
+        self.found = len({found.read for _, found in self.finished})  # one may have been at several points
         kind, ours = values.get("kind", CPU.name), self.sweep.data.preparation.kind.name
         if kind != ours:
             logger.info("the fit goes on from %s on %s: the next sums have other bits than there", kind, ours)

@@ -322,7 +322,7 @@ def _run(ready: ReadyGroups):
         on_error.callback(sweep.close)  # a traceback holds on to all
         if call.checkpoint is not None:
             sweep.resume_from(_checkpoint(ready))
-            if sweep.resumed:
+            if sweep.found:
                 observers.resumed()
         sweep.stop = told = stack.enter_context(StopOnSignal(call.checkpoint is not None))
         loaded = time.perf_counter()

@@ -29,6 +29,7 @@ from ..engine.cluster import DEATHS, computed, give_back, given_up_after, worker
 from ..engine.condensed import Condensed, factor, merge
 from ..engine.waiting import Look, StopOnSignal, Watch, unwatched
 from ..kernels.blocks import Reduction
+from ..kernels.checks import linear_places
 from ..kernels.groups import ASTRAY, GroupSpec, GroupSums, LocalState, group_kernel, nothing_fitted
 from ..kernels.lane_loop import Fitted, Pixels
 from ..kernels.lanes import Limits, MapStatus
@@ -36,9 +37,11 @@ from ..kernels.pieces import PieceSums, joined_kernel, piece_kernel
 from ..kernels.rows import segment_size
 from ..kernels.rules import ROUNDING
 from ..kernels.table import table, tabulated
+from ..kernels.tries import start_kernel
 from ..maps.blocks import BlockFit, Kept, MapProblem, PixelBlock
 from ..memory.device import said_if_full
 from ..memory.processes import room_here
+from ..model.function import Model
 
 INNER = 1e-2  # standard errors to which locals are fitted at first
 FINEST = 1e-8
@@ -82,6 +85,8 @@ def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: Local
         params = begun.params
         model, x = tabulated(params.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, params[0]))
     pixels, known = there._replace(start=begun.params, x=x), (begun.used, begun.moments, begun.fitted)
+    with said_if_full():
+        pixels = _with_amplitudes(fit, spec, model, pixels, _from_p0(block, before), at.limits)
     with float64(), said_if_full(), fit.compiling(("groups", spec), pixels):
         found = group_kernel(model, spec)(pixels, block.n_pixels, *known, before is None, at.limits)
     return jax.tree.map(np.asarray, found)
@@ -132,7 +137,7 @@ def _begun(spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At
         start, used, moments, fitted = before.params.copy(), before.used, before.moments, before.fitted
         step = np.append(at.shared - at.base, 1.0)
         start[:, free] = np.clip(start[:, free] - before.back @ step, pixels.lower, pixels.upper)
-        lost = np.isin(fitted.status, ENDED) & ~(fitted.distance < ASTRAY)  # where they went, no step leads back
+        lost = _from_p0(block, before)
         start[lost] = np.broadcast_to(pixels.start, start.shape)[lost]
     start[:, places] = at.shared
     if before is None:
@@ -140,6 +145,27 @@ def _begun(spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At
         back, inverse = np.zeros((n_all, n_locals, len(places) + 1)), np.zeros((n_all, n_locals, n_locals))
         return LocalState(start, back, inverse, np.ones(n_all, bool), used, moments, fitted)
     return before._replace(params=start)
+
+
+def _from_p0(block: PixelBlock, before: LocalState | None) -> np.ndarray:
+    """Groups whose locals begin where they start: in the first sweep all, later those from where no step leads back."""
+    if before is None:
+        return np.arange(len(block.pixels.y)) < block.n_pixels
+    return np.isin(before.fitted.status, ENDED) & ~(before.fitted.distance < ASTRAY)
+
+
+def _with_amplitudes(fit: BlockFit, spec: GroupSpec, model: Model, pixels: Pixels, those, limits: Limits) -> Pixels:
+    """With the locals of ``those`` groups solved for, in which the model is linear, unless the sweep itself does that."""
+    n, n_params = pixels.start.shape
+    own, which = spec.locals, np.flatnonzero(those)
+    if spec.linear or not len(which):
+        return pixels
+    linear = own.free if spec.tabulated else linear_places(model, own.layouts, pixels.y.shape[1], n_params, own.free)
+    if not linear:
+        return pixels
+    with float64(), fit.compiling("linear", pixels):
+        start, _ = start_kernel(model, own, linear)(pixels, np.resize(which, n), len(which), limits)
+    return pixels._replace(start=np.asarray(start))
 
 
 _tables = threading.Lock()
@@ -184,8 +210,8 @@ class GroupSweep:
     ----------
     count : int
         Sweeps so far, those of an earlier process that are in the checkpoint among them.
-    resumed : int
-        Sweeps that the checkpoint had.
+    found, resumed : int
+        Sweeps that the checkpoint had; those of them that the fit has gone through.
     seconds : float
         What the last one took; nan where it was one of an earlier process.
     latest : tuple
@@ -197,7 +223,8 @@ class GroupSweep:
     latest: tuple[np.ndarray, Condensed]
 
     def __init__(self, problem: MapProblem, spec: GroupSpec, held: bool):
-        self.problem, self.spec, self.count, self.resumed, self.seconds = problem, spec, 0, 0, np.nan
+        self.problem, self.spec, self.seconds = problem, spec, np.nan
+        self.count = self.found = self.resumed = 0
         self.in_pieces = problem.in_pieces
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), INNER_TOLERANCE)
         most = 100 * len(spec.locals.free)
@@ -235,7 +262,8 @@ class GroupSweep:
                 known = self._swept(params, reduction)
                 self.swept.append(known)
             else:
-                self.count, self.seconds = self.count + known.reads, np.nan
+                self.count, self.resumed = self.count + known.reads, self.resumed + known.reads
+                self.seconds = np.nan
                 if self.kept is not None and key == self.kept[0]:
                     self.states[key] = self._kept_states(self.kept[1])
             self.sums[key] = known
@@ -418,7 +446,7 @@ class GroupSweep:
             how = values["reductions"], sums, arrays["reads"].tolist()
             self.swept = [Swept(*each) for each in zip(arrays["params"], *how, strict=True)]
             self.recorded = {(each.params.tobytes(), each.reduction): each for each in self.swept}
-            self.resumed = sum(each.reads for each in self.swept)
+            self.found = sum(each.reads for each in self.swept)
             self.kept = arrays["base"].tobytes(), int(values["kept"])
 
     def _save(self, key: bytes) -> None:

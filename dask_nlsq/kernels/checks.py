@@ -1,12 +1,13 @@
-"""Checks of a user's Jacobian against the derivatives of the model, before any data are swept."""
+"""Checks of a model and its Jacobian before any data are swept; in which parameters its derivatives show it to be linear."""
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from ..base.x64 import float64
 from ..model.function import (
@@ -119,11 +120,12 @@ CALLS = {
     "custom_jvp_call",
     "custom_vjp_call",
 }  # of programs
+SUMS = {"add", "add_any", "sub"}  # of which no part multiplies another
 LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
 
 
 def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], start: np.ndarray, places) -> bool:
-    """Whether the model is linear in the parameters at ``places``: derivatives by them are computed without their values.
+    """Whether the model is linear in the parameters at ``places``, by `curved`.
 
     This is a proof, except for models that change in steps, which derivatives do not show. So it is tried at a few points,
     too, for values of either sign.
@@ -135,9 +137,10 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
     start : (p,) array
         Values of all parameters; those that are not asked for are varied a little, since a power may be 1 there.
     """
-    if not sample or not is_linear_by_structure(model, layouts, sample, start, places):
+    places = list(places)
+    if not sample or curved(model, layouts, len(sample[0]), len(start))[np.ix_(places, places)].any():
         return False
-    rng, places = np.random.default_rng(0), list(places)
+    rng = np.random.default_rng(0)
     one = np.where(start == 0, 0.1, start) * (1 + 0.1 * rng.standard_normal((TRIED, len(start))))
     other = one.copy()
     size = np.maximum(abs(start[places]), 1.0)
@@ -155,43 +158,86 @@ def is_linear(model: Model, layouts: Layouts, sample: tuple[np.ndarray, ...], st
     return bool(np.all(abs(share * a + (1 - share) * b - between) <= LINEAR * size[:, None]))
 
 
-def is_linear_by_structure(model: Model, layouts: Layouts, sample, start: np.ndarray, places) -> bool:
-    """Whether derivatives by the parameters at ``places`` are computed without their values."""
+def linear_places(model: Model, layouts: Layouts, n: int, n_params: int, free: Sequence[int]) -> tuple[int, ...]:
+    """Those of the places ``free`` whose parameters the model is linear in, together, by `curved` on ``n`` points."""
+    bends, found = curved(model, layouts, n, n_params), list[int]()
+    for k in free:
+        found += [] if bends[k, [*found, k]].any() else [k]
+    return tuple(found)
 
-    def derivative(values, direction):
-        def f(values):
-            every = list(start)
-            for k, place in enumerate(places):
-                every[place] = values[k]
-            return jnp.broadcast_to(evaluate(model, assemble_x(layouts, list(sample)), tuple(every)), sample[0].shape)
 
-        return jax.jvp(f, (values,), (direction,))[1]
+def curved(model: Model, layouts: Layouts, n: int, n_params: int) -> np.ndarray:
+    """Pairs of parameters (p, p) by which the second derivative of the model, on ``n`` points, may be other than zero.
 
-    values = jnp.ones(len(places))
+    It is zero where the derivative by one is computed without the value of the other.
+    """
+    if (key := ("curved", layouts, n_params)) not in model.choices:
+        model.choices[key] = _curved(model, layouts, n, n_params)  # tracing takes milliseconds
+    return model.choices[key]
+
+
+def _curved(model: Model, layouts: Layouts, n: int, p: int) -> np.ndarray:
+    def derivative(x, params, directions):
+        def f(params):
+            return evaluate(model, assemble_x(layouts, x), params)
+
+        return jax.jvp(f, (params,), (directions,))[1]
+
+    x = [jax.ShapeDtypeStruct((n,), np.int64 if layout.integer else np.float64) for layout in layouts.x]
+    params = [jax.ShapeDtypeStruct((), np.float64)] * p
     try:
         with float64():
-            traced = jax.make_jaxpr(derivative)(values, values)
+            traced = jax.make_jaxpr(derivative)(x, params, params)
     except (TypeError, ValueError, NotImplementedError):  # no derivative, as of a callback: `jac` has them
-        return False
-    return not any(_depend(traced.jaxpr, [True, False]))
+        return np.ones((p, p), bool)
+    inputs = np.zeros((len(x) + 2 * p, 1 + p, 1 + p), bool)
+    of_params, of_directions = inputs[len(x) : len(x) + p], inputs[len(x) + p :]
+    of_params[:, 0, 1:] = of_directions[:, 1:, 0] = np.eye(p, dtype=bool)
+    (found,) = _influences(traced.jaxpr, [*inputs])
+    return found[1:, 1:] | found[1:, 1:].T
 
 
-def _depend(jaxpr, inputs: list[bool]) -> list[bool]:
-    """Which results of a program depend on the inputs for which that is asked, or may."""
-    known = dict(zip(jaxpr.invars, inputs, strict=True))
+def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """What the results of a program depend on, or may, by what its inputs do: (1 + p, 1 + p) of each.
 
-    def depends(each) -> bool:
-        return not isinstance(each, Literal) and known.get(each, False)
+    Row 0 says on which parameters the part without directions depends, row k whether there is one with direction k (column
+    0), and on which parameters that depends. The program is linear in the directions, so that a step with one of them has
+    no part without; of a loop or a branch it is not known which result is which.
+    """
+    known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros_like(inputs[0])
+
+    def influence(each):
+        return nothing if isinstance(each, Literal) else known.get(each, nothing)
 
     for equation in jaxpr.eqns:
-        given = [*map(depends, equation.invars)]
-        inner = next((each for each in equation.params.values() if isinstance(each, ClosedJaxpr)), None)
-        if inner is not None and equation.primitive.name in CALLS and len(inner.jaxpr.invars) == len(given):
-            found = _depend(inner.jaxpr, given)
+        given = [*map(influence, equation.invars)]
+        # programs within: a call has one, a loop one or two, a branch a tuple of them
+        inner = [each for each in jax.tree.leaves([*equation.params.values()]) if isinstance(each, (ClosedJaxpr, Jaxpr))]
+        program = getattr(inner[0], "jaxpr", inner[0]) if len(inner) == 1 and equation.primitive.name in CALLS else None
+        if program is not None and len(program.invars) == len(given) > 0:
+            found = _influences(program, given)
+        elif equation.primitive.name == "scan":  # as of jnp.polyval
+            found = _influences_of_scan(equation.params, given)
         else:
-            found = [any(given)] * len(equation.outvars)
+            total = np.logical_or.reduce([nothing, *given])
+            if equation.primitive.name not in SUMS:
+                total[1:] |= total[1:, :1] & total[0]
+            mixed = inner or any(each[0].any() and each[1:].any() for each in given)
+            total[0] &= bool(mixed) or not total[1:].any()
+            found = [total] * len(equation.outvars)
         known |= dict(zip(equation.outvars, found, strict=True))
-    return [*map(depends, jaxpr.outvars)]
+    return [*map(influence, jaxpr.outvars)]
+
+
+def _influences_of_scan(params, given: list[np.ndarray]) -> list[np.ndarray]:
+    """The same of a loop whose turns hand something on: what that depends on grows until a turn adds nothing."""
+    first, n = params["num_consts"], params["num_carry"]
+    while True:
+        found = _influences(params["jaxpr"].jaxpr, given)
+        carried = [old | new for old, new in zip(given[first : first + n], found[:n], strict=True)]
+        if np.array_equal(carried, given[first : first + n]):
+            return found
+        given = [*given[:first], *carried, *given[first + n :]]
 
 
 SEEN = 1e-12  # of the values of the model, that a parameter has to move for its column to be compared

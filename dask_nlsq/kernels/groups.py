@@ -31,10 +31,9 @@ from ..model.function import Model
 from . import rules
 from .blocks import Reduction
 from .lane_loop import Fitted, Pixels, build_fit, map_status, no_result, prepare
-from .lanes import PIVOT, Data, Lanes, Limits, MapSpec, MapStatus, diagonal, inverse, lanes_of, normal_equations
-from .rules import EPS, RUNNING, Course, at_bounds
+from .lanes import PIVOT, Data, Limits, MapSpec, MapStatus, diagonal, equations_of, inverse, lanes_of, own_rows
+from .rules import EPS, at_bounds
 
-NOWHERE = Course(None, None)
 MOST_DRIFT = 0.05  # relative change of linear locals, for which derivatives by the others need not be taken again
 ASTRAY = 1.0  # standard errors: a fit of locals that ends without success, and farther off, has gone astray
 NEAR_A_LOCAL = 2.0  # steps of a local to its minimum, as far as which a bound counts
@@ -128,8 +127,8 @@ def _build(model: Model, spec: GroupSpec):
         data, places, n = prepare(spec.locals, pixels), jnp.array(spec.locals.free), len(pixels.y)
 
         def refine(params, wanting, well, fitted):
-            start = jnp.where(wanting[:, None], params, jnp.nan)  # a lane whose start is not finite has nothing to do
-            new = fit(pixels._replace(start=start), n_pixels, limits)
+            those = jnp.argsort(~wanting, stable=True)
+            new = fit(pixels._replace(start=params), those, jnp.sum(wanting), limits)
             done = wanting & (new.nfev > 0) & jnp.isfinite(new.chi2)
             known = _choose(wanting, new, fitted)._replace(nfev=fitted.nfev + new.nfev)
             return jnp.where(done[:, None], new.popt, params), well & (done | ~wanting), known
@@ -277,18 +276,14 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
 
 def condensed(model, spec: GroupSpec, limits: Limits, data: Data, params, group):
     """Of some groups the matrices of [J_l J_s r], (l + s + 1, l + s + 1, groups), cost, and points that are floored."""
-    x = tuple(c[group] if len(c) > 1 else c for c in data.x)
-    cut = data._replace(y=data.y[group], weight=data.weight[group], x=x, start=params[group].T)
-    trial = params[group][:, jnp.array((*spec.locals.free, *spec.shared))].T
-    lanes = Lanes(cut, group, trial, NOWHERE, jnp.full(len(group), RUNNING))
-    return normal_equations(model, spec.all, limits, lanes, spec.reduction)
+    return equations_of(model, spec.all, limits, data, params, group, spec.reduction)
 
 
 def without_locals(spec: GroupSpec, data: Data, params, group, matrix, cost, floored) -> Eliminated:
     """Of some groups, whose parameters are ``params``, from what `condensed` has found."""
     own = params[:, jnp.array(spec.locals.free)].T
     n_locals = len(own)
-    lower, upper = (_rows(each, group).T for each in (data.lower, data.upper))
+    lower, upper = (own_rows(each, group).T for each in (data.lower, data.upper))
     gram = matrix if spec.reduction == "gram" else jnp.einsum("kig,kjg->ijg", matrix, matrix)
     inverted, back, reduced, left, pushed, regular, free, stiff = eliminate(gram, own, lower, upper)
     if spec.reduction == "qr":
@@ -337,11 +332,6 @@ def _added_up(spec: GroupSpec, data: Data, found: Eliminated, state: LocalState)
     zero = jnp.zeros(())
     nothing = GroupSums(jnp.zeros((m, m)), jnp.zeros((m, m)), *(zero,) * 7, jnp.zeros(3))
     return lax.fori_loop(0, -(-n_groups // width), one, nothing)
-
-
-def _rows(array, group):
-    """Of some groups, or what all share."""
-    return array[group] if len(array) > 1 else jnp.broadcast_to(array, (len(group), *array.shape[1:]))
 
 
 def eliminate(gram, local, lower, upper):

@@ -52,14 +52,17 @@ class Fitted(NamedTuple):
 
 
 def map_kernel(model: Model, spec: MapSpec):
-    """Compiled ``(pixels, n_pixels, limits) -> Fitted`` for the first n_pixels of a block; call inside ``float64()``."""
+    """Compiled ``(pixels, which, n, limits) -> Fitted`` for some pixels of a block; call it inside ``float64()``.
+
+    They are the first n of ``which`` (pixels,), places of pixels.
+    """
     return model.get(("map", spec), lambda: model.jit(build_fit(model, spec)))
 
 
 def build_fit(model: Model, spec: MapSpec):
     """What `map_kernel` compiles."""
 
-    def fit(pixels, n_pixels, limits):
+    def fit(pixels, which, n_pixels, limits):
         data = prepare(spec, pixels)
         if spec.guess is not None:
             data = data._replace(start=_guesses(model, spec, data))
@@ -75,7 +78,8 @@ def build_fit(model: Model, spec: MapSpec):
             lanes = jax.tree.map(lambda each: each[..., order], lanes)
             idle = lanes.status != RUNNING
             turn = taken + jnp.cumsum(idle) - 1
-            pixel = jnp.where(idle, jnp.where(turn < n_pixels, turn, len(pixels.y)), lanes.pixel)
+            next_ones = jnp.where(turn < n_pixels, which.at[turn].get(mode="clip"), len(pixels.y))
+            pixel = jnp.where(idle, next_ones, lanes.pixel)
             lanes = _load(spec, data, lanes, pixel, idle, empty.course)
             taken = jnp.minimum(taken + jnp.sum(idle), n_pixels)
             n_running = jnp.sum(lanes.status == RUNNING)

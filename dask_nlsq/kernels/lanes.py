@@ -259,6 +259,20 @@ def normal_equations(model, spec, limits, lanes, reduction: Reduction = "gram"):
     return gram.transpose(1, 2, 0), cost, floored
 
 
+def own_rows(array, which):
+    """Those of some pixels, (which, m), of what each has, or all share."""
+    return array[which] if len(array) > 1 else jnp.broadcast_to(array, (len(which), *array.shape[1:]))
+
+
+def equations_of(model, spec, limits, data: Data, params, which, reduction: Reduction = "gram"):
+    """`normal_equations` of the pixels ``which`` at ``params`` (pixels, all parameters)."""
+    x = tuple(c[which] if len(c) > 1 else c for c in data.x)
+    start = params[which].T
+    own = data._replace(y=data.y[which], weight=data.weight[which], x=x, start=start)
+    lanes = Lanes(own, which, start[jnp.array(spec.free)], None, jnp.full(len(which), RUNNING))
+    return normal_equations(model, spec, limits, lanes, reduction)
+
+
 def linearise(spec, lanes: Lanes, gram, cost, floored) -> Point:
     """The quadratic model at the trial of each lane."""
     p, data = len(spec.free), lanes.data

@@ -42,6 +42,7 @@ STALLS = 3  # refused steps, each a quarter of the one before, after which the g
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
 AT_BOUND = 1e-2  # standard errors
 SHARE = 1e-3  # of the interval between two bounds, and of the size of parameter and bound
+LEVEL = 1e-9  # relative difference of two values of chi2 that count as the same
 TELLING = 1e6  # times the size of a parameter, above which its error says only that the data do not determine it
 
 RUNNING = 255  # status of a fit that goes on
@@ -166,6 +167,16 @@ def finished(xp, course: Course, arrived, max_nfev):
     status = xp.where((status == RUNNING) & course.hopeless, xp.where(arrived, TO_ROUNDING, STUCK), status)
     ended = (status == RUNNING) & (course.nfev >= max_nfev)
     return xp.where(ended, xp.where(course.passed, STUCK, EVALUATIONS), status)
+
+
+def is_better(xp, chi2, succeeded, other, other_succeeded, rounding):
+    """Whether another try of a fit counts instead of the one with ``chi2``, by its own; ``rounding`` is that of both.
+
+    A lower chi2 counts. At the same level it tells nothing: there success counts, unless rounding is all that is left.
+    """
+    same = xp.abs(other - chi2) <= xp.maximum(LEVEL * chi2, rounding)
+    decided = same & (xp.asarray(succeeded) != other_succeeded)
+    return xp.where(decided, xp.asarray(other_succeeded) & (chi2 > rounding), other < chi2 - rounding)
 
 
 def converged(xp, here, accuracy):

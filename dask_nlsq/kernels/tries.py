@@ -2,24 +2,23 @@
 
 Where amplitudes are far off, a fit creeps, or loses the other parameters. So a first try ends early. The second one begins
 where the parameters in which the model is linear have been solved for, and a third goes on where the better of them has
-ended. Of the tries of a pixel that with the lowest chi2 counts.
+ended. Which try of a pixel counts says `rules.is_better`. All tries work on the arrays of the block, and need no others.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from ..model.function import Model
-from .checks import is_linear_by_structure
+from .checks import linear_places
 from .lane_loop import Fitted, Pixels, map_kernel, prepare
-from .lanes import Lanes, Limits, MapSpec, MapStatus, diagonal, inverse, normal_equations, succeeded
-from .rules import ROUNDING, RUNNING
+from .lanes import Limits, MapSpec, MapStatus, diagonal, equations_of, inverse, lanes_of, own_rows, succeeded
+from .rules import ROUNDING, is_better
 
 FIRST, FIRST_PER_PARAM = 30, 10  # evaluations of a first try: fits that do not creep need fewer
-LEVEL = 1e-9  # relative difference of two values of chi2 that count as the same
 TRIED_AGAIN = MapStatus.ITERATION_LIMIT, MapStatus.SINGULAR, MapStatus.STUCK, MapStatus.UNDETERMINED
 
 Compiling = Callable[[str, Pixels], AbstractContextManager]
@@ -30,94 +29,79 @@ def fit_pixels(model: Model, spec: MapSpec, pixels: Pixels, n_pixels: int, limit
 
     ``compiling(what, pixels)`` is entered around each call of a kernel that may compile.
     """
-    kernel, linear = map_kernel(model, spec), _linear(model, spec, pixels)
+    kernel, n = map_kernel(model, spec), len(pixels.y)
+    guessed, n_params = spec.guess is not None, pixels.start.shape[1]
+    linear = () if guessed else linear_places(model, spec.layouts, pixels.y.shape[1], n_params, spec.free)
 
-    def run(pixels, n, most):
+    def run(pixels, which, most):
         with compiling("map", pixels):
-            found = kernel(pixels, n, limits._replace(max_nfev=most))
-        return Fitted(*(np.array(each)[:n] for each in found))
+            found = kernel(pixels, np.resize(which, n), len(which), limits._replace(max_nfev=most))
+        return Fitted(*(np.asarray(each)[which] for each in found))
 
     first = min(limits.max_nfev, FIRST + FIRST_PER_PARAM * len(spec.free)) if linear else limits.max_nfev
     if linear:
-        start = np.broadcast_to(pixels.start, (len(pixels.y), pixels.start.shape[1]))
+        start = np.broadcast_to(pixels.start, (n, n_params))
         pixels = pixels._replace(start=start)  # of one shape in all tries, for which the kernel is compiled once
-    found = run(pixels, n_pixels, first)
-    left = limits.max_nfev - first
-    for again, most in ((True, left // 2), (False, left - left // 2)):
-        failed = np.flatnonzero(np.isin(found.status, TRIED_AGAIN if again else [MapStatus.ITERATION_LIMIT]))
-        if most == 0 or not len(failed):
-            continue
-        some = _some(pixels, failed)
-        if again:
-            with compiling("linear", some):
-                some = some._replace(start=np.asarray(_start_kernel(model, spec, linear)(some, limits)))
-        else:
-            some = _some(pixels._replace(start=_filled(found.popt, len(pixels.y))), failed)
-        found = _better(found, run(some, len(failed), most), failed, _rounding(some, len(failed)))
+    found, left = run(pixels, np.arange(n_pixels), first), limits.max_nfev - first
+    failed = np.flatnonzero(np.isin(found.status, TRIED_AGAIN))
+    if left and len(failed):
+        with compiling("linear", pixels):
+            solved = start_kernel(model, spec, linear)(pixels, np.resize(failed, n), len(failed), limits)
+        start, rounding = np.array(solved[0]), ROUNDING**2 * np.asarray(solved[1])
+        found = _better(found, run(pixels._replace(start=start), failed, left - left // 2), failed, rounding)
+        failed = np.flatnonzero(found.status == MapStatus.ITERATION_LIMIT)  # which has failed before, too
+        if left // 2 and len(failed):
+            start[failed] = found.popt[failed]
+            found = _better(found, run(pixels._replace(start=start), failed, left // 2), failed, rounding)
     return found
 
 
-def _linear(model: Model, spec: MapSpec, pixels: Pixels) -> tuple[int, ...]:
-    """Places of free parameters in which the model is linear together; none where a guess starts each pixel."""
+def start_kernel(model: Model, spec: MapSpec, linear: tuple[int, ...]):
+    """Compiled ``(pixels, which, n, limits) -> start, size``, of all pixels; call it inside ``float64()``.
 
-    def places():
-        x, start = tuple(c[0] for c in pixels.x), np.ones(pixels.start.shape[1])
-        found: tuple[int, ...] = ()
-        for k in spec.free:
-            found += (k,) if is_linear_by_structure(model, spec.layouts, x, start, (*found, k)) else ()
-        return found
-
-    key = "linear parameters", spec.layouts, spec.free
-    if key not in model.choices:
-        model.choices[key] = places() if spec.guess is None else ()
-    return model.choices[key]
-
-
-def _start_kernel(model: Model, spec: MapSpec, linear: tuple[int, ...]):
-    """Compiled ``(pixels, limits) -> start`` (pixels, all parameters), where the ``linear`` ones are solved for."""
+    In the start (pixels, all parameters) of the first n of ``which`` (pixels,) the ``linear`` parameters are solved for.
+    Those that their bounds stop stay, and the others are solved for beside them. The size is sum w y^2, of counts sum w y.
+    """
     return model.get(("linear starts", spec, linear), lambda: model.jit(_build_start(model, spec, linear)))
 
 
 def _build_start(model, spec, linear):
-    rows = jnp.array([spec.free.index(k) for k in linear])
+    rows, places = jnp.array([spec.free.index(k) for k in linear]), jnp.array(linear)
+    # of any loss by least squares: a robust one hardly says how far to go, and of counts the likelihood has no gradient
+    # where the mean is not positive
+    squares = spec._replace(loss="linear")
 
-    def solved(pixels, limits):
-        data = prepare(spec, pixels)
-        start, status = data.start.T, jnp.full(len(pixels.y), RUNNING)
-        lanes = Lanes(data._replace(start=start), None, start[jnp.array(spec.free)], None, status)
-        # of counts by least squares, too, which has a gradient where the mean is not positive
-        gram, _, _ = normal_equations(model, spec._replace(loss="linear"), limits, lanes)
+    def step(gram, held):
+        """To the minimum along the linear parameters, but those that are ``held``, (linear, lanes)."""
         lengths = jnp.sqrt(diagonal(gram)[rows])
-        lengths = jnp.where(lengths > 0, lengths, 1.0)
+        lengths = jnp.where((lengths > 0) & ~held, lengths, jnp.inf)
         inverted, _ = inverse(gram[rows][:, rows] / (lengths[:, None] * lengths))
-        step = -jnp.sum(inverted * (gram[rows, -1] / lengths), axis=1) / lengths
-        return start.at[jnp.array(linear)].add(jnp.where(jnp.isfinite(step), step, 0.0)).T
+        found = -jnp.sum(inverted * (gram[rows, -1] / lengths), axis=1) / lengths
+        return jnp.where(jnp.isfinite(found), found, 0.0)
+
+    def solved(pixels, which, n, limits):
+        data = prepare(spec, pixels)
+        n_pixels, width = len(data.y), min(lanes_of(spec, data.y), len(data.y))
+
+        def some(k, start):
+            own = lax.dynamic_slice_in_dim(which, jnp.minimum(k * width, n_pixels - width), width)
+            gram, _, _ = equations_of(model, squares, limits, data, data.start, own)
+            lower, upper = (own_rows(each, own)[:, rows].T for each in (data.lower, data.upper))
+            before = data.start[own][:, places].T
+            after = before + step(gram, jnp.zeros(before.shape, bool))
+            after = before + step(gram, (after < lower) | (after > upper))
+            return start.at[own[:, None], places].set(jnp.clip(after, lower, upper).T)
+
+        return lax.fori_loop(0, -(-n // width), some, data.start), data.size
 
     return solved
 
 
-def _some(pixels: Pixels, which) -> Pixels:
-    """Some of the pixels, filled up to as many."""
-    n = len(pixels.y)
-    return jax.tree.map(lambda each: each if len(each) == 1 < n else _filled(each[which], n), pixels)
-
-
-def _filled(array, n):
-    return np.concatenate([array, np.repeat(array[-1:], n - len(array), axis=0)])
-
-
-def _rounding(pixels: Pixels, n: int):
-    """What chi2 of the first ``n`` pixels may be wrong by."""
-    values = np.where(pixels.mask, 0.0, pixels.y.astype(np.float64)) / pixels.sigma
-    return ROUNDING**2 * np.sum(values**2, axis=1, where=np.isfinite(values))[:n]
-
-
 def _better(found: Fitted, again: Fitted, which, rounding) -> Fitted:
     """With the results of another try of some pixels, where they are better."""
-    nfev, chi2 = found.nfev.copy(), found.chi2[which]
+    nfev, old, new = found.nfev.copy(), *(succeeded(each) for each in (found.status[which], again.status))
     nfev[which] += again.nfev
-    level = again.chi2 <= chi2 * (1 + LEVEL)
-    better = (again.chi2 < chi2 - rounding) | level & (chi2 > rounding) & succeeded(again.status)
-    for old, new in zip(found, again, strict=True):
-        old[which[better]] = new[better]
+    better = is_better(np, found.chi2[which], old, again.chi2, new, rounding[which])
+    for each, other in zip(found, again, strict=True):
+        each[which[better]] = other[better]
     return found._replace(nfev=nfev)

@@ -42,7 +42,7 @@ from ..memory.machine import active_client
 from ..memory.plan import make_plan
 from ..model.params import ByName
 from ..solve.together import together
-from ..solve.trust_region import Asks, NotFiniteAtStart, Options, solving
+from ..solve.trust_region import Ask, Asks, NotFiniteAtStart, Options, solving
 from . import plots
 from .statistics import check_level, distance_at
 
@@ -376,17 +376,17 @@ class _Problem:
         step = params[places] - near.params[places]
         shift = self.C[np.ix_(free, places)] @ np.linalg.solve(self.C[np.ix_(places, places)], step)
         if not free:
-            equations = yield params, "gram"
+            equations = yield Ask(params, "gram")
             return self._found(r, equations.cost if equations.finite else np.inf, params, True)
         options = replace(self.options, lower=self.lower[free], upper=self.upper[free])
         for start in (near.params[free] + shift, near.params[free]):
             loop = solving(np.clip(start, self.lower[free], self.upper[free]), options)
             try:
-                asked, reduction = next(loop)
+                asked = next(loop)
                 while True:
                     params = params.copy()
-                    params[free] = asked
-                    asked, reduction = loop.send(held_at((yield params, reduction), free))
+                    params[free] = asked.params
+                    asked = loop.send(held_at((yield Ask(params, asked.reduction)), free))
             except NotFiniteAtStart:
                 continue
             except StopIteration as end:

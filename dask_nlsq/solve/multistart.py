@@ -5,7 +5,7 @@ p0 on a scale from the data. All of them take a few Levenberg-Marquardt steps on
 with all of it (successive halving [2]_), until ``n_starts`` are left, which run to convergence. The result on the sample
 only has to lie in the right basin; the trust-region loop continues from there on all data.
 
-Parameters in which the model is linear (amplitudes, offsets) are found by evaluating it, and solved for before a
+Parameters in which the model is linear (amplitudes, offsets) are found in its derivatives, and solved for before a
 candidate takes its first step (variable projection [3]_), so the candidates only need to cover the others.
 
 Two optima are compared by a paired test: the sample's costs differ by ``sum d_i``, ``d_i`` the difference at point i,
@@ -30,6 +30,7 @@ from ..engine.condensed import Condensed, factor
 from ..engine.evaluator import Evaluator
 from ..engine.request import Objective
 from ..kernels.blocks import KernelSpec
+from ..kernels.checks import linear_places
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
 from ..kernels.values import values_kernel
 from ..model.losses import LIKELIHOODS, LOSSES
@@ -111,14 +112,13 @@ def search(
     ValueError
         Where cost and derivatives are finite at none of the candidates.
     """
-    screen = _Screen(objective, sample, lower, upper, len(p0))
+    screen = _Screen(objective, sample, lower, upper)
     p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
     reach = _reach(p0, screen(p0[None], 1)[2][0])
-    screen.linear = _linear(screen, p0, reach)
     n_candidates = _candidate_count(n_starts, len(p0), screen)
     starts = candidates(p0, lower, upper, reach, n_candidates, seed)
 
-    params, costs, _ = screen(starts, FIRST_STEPS, screen.first_points)
+    params, costs, _ = screen(screen.better(starts), FIRST_STEPS, screen.first_points)
     kept = _first(np.argsort(costs, kind="stable"), SECOND_PER_START * n_starts)
     params, costs, grams = screen(params[kept], SECOND_STEPS)
     if not np.isfinite(costs).any():
@@ -145,18 +145,11 @@ def search(
 
 
 def separated(objective: Objective, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
-    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none.
-
-    Of counts by least squares, which has a gradient where the mean is not positive.
-    """
-    if objective.counts:
-        objective = objective._replace(loss="linear")
-    screen = _Screen(objective, sample, lower, upper, len(p0))
-    p0 = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
-    screen.linear = _linear(screen, p0, _reach(p0, screen(p0[None], 1)[2][0]))
+    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none."""
+    screen = _Screen(objective, sample, lower, upper)
     if not screen.linear.any():
         return None
-    params, costs, _ = screen(p0[None], 1 + LINEAR_STEPS)
+    params, costs = screen.solved(np.clip(np.asarray(p0, dtype=np.float64), lower, upper)[None])
     return params[0] if np.isfinite(costs[0]) else None
 
 
@@ -237,26 +230,6 @@ def _reach(p0, gram):
     return np.where(known, columns[p] / np.where(known, columns[:p], 1.0), size)
 
 
-def _linear(screen, p0, reach):
-    """Which parameters (p,) the model is linear in, together: its second differences along and between them vanish."""
-    p = len(p0)
-    step = 0.5 * np.maximum(np.abs(p0), reach)
-    pairs = [(j, k) for j in range(p) for k in range(j + 1)]
-    shifted = [p0 + step * (np.arange(p) == k) for k in range(p)]
-    shifted += [p0 + step * (np.arange(p) == j) + step * (np.arange(p) == k) for j, k in pairs]
-    values = screen.values(np.array([p0, *shifted]), "model")
-    base, single, double = values[0], values[1 : 1 + p], values[1 + p :]
-    straight = np.zeros((p, p), bool)
-    for (j, k), both in zip(pairs, double, strict=True):
-        change = np.abs(both - base).max() + np.abs(single[j] - base).max() + np.abs(single[k] - base).max()
-        bent = np.abs(both - single[j] - single[k] + base).max()
-        straight[j, k] = straight[k, j] = bent <= 1e-9 * (change + np.abs(base).max())  # false where not finite
-    linear = np.zeros(p, bool)
-    for k in range(p):
-        linear[k] = straight[k, k] and straight[k, linear].all()
-    return linear
-
-
 def _distance(params, p0, reach):
     """From p0, (k,), each parameter in units of its scale."""
     return np.linalg.norm((params - p0) / np.maximum(np.abs(p0), reach), axis=1)
@@ -320,12 +293,12 @@ def _rivals(screen, params, costs, basin, distance):
 class _Screen:
     """The sample and the kernels that work on it for many params at once, in batches of one size."""
 
-    def __init__(self, objective: Objective, sample: Sample, lower, upper, p: int):
-        self.sample, self.objective = sample, objective
+    def __init__(self, objective: Objective, sample: Sample, lower, upper):
+        self.sample, self.objective, p = sample, objective, len(lower)
         self.bounds = np.asarray(lower, dtype=np.float64), np.asarray(upper, dtype=np.float64)
-        self.linear = np.zeros(p, bool)
         block, layouts = sample.block, sample.layouts
         capacity = len(block.buffers[0])
+        self.linear = np.isin(np.arange(p), linear_places(objective.model, layouts, capacity, p, range(p)))
         tile = None if sample.whole else min(TILE, capacity)
         layouts = layouts._replace(invalid=None) if block.clean else layouts
         self.spec = KernelSpec(layouts, "gram", "columns", objective.loss, tile, len(block.buffers) > len(layouts.operands))
@@ -334,18 +307,39 @@ class _Screen:
 
     def __call__(self, starts, steps, n_points=None):
         """params (k, p), costs (k,) and grams (k, p+1, p+1) after at most ``steps`` steps on the first ``n_points``."""
-        kernel = screen_kernel(self.objective.model, self.spec)
+        linear = self.linear & (steps > 1) & (self.spec.loss == "linear")  # others solve for them before, see `better`
+        return self._run(self.spec, starts, linear, steps, n_points)
+
+    def solved(self, starts, n_points=None):
+        """Starts (k, p), with the linear parameters solved for by least squares, and the sums of squares there (k,).
+
+        For any loss: a robust one hardly says how far to go, and of counts the likelihood has no gradient where the mean
+        is not positive.
+        """
+        squares = self.spec._replace(loss="linear")
+        return self._run(squares, starts, self.linear, 1 + LINEAR_STEPS, n_points)[:2]
+
+    def better(self, starts):
+        """Starts (k, p), with the linear parameters solved for where that is better by a loss of other than squares."""
+        if self.spec.loss == "linear" or not self.linear.any():
+            return starts
+        found, _ = self.solved(starts, self.first_points)
+        before, after = (self(each, 1, self.first_points)[1] for each in (starts, found))
+        return np.where((after < before)[:, None], found, starts)
+
+    def _run(self, spec, starts, linear, steps, n_points):
+        kernel = screen_kernel(self.objective.model, spec)
         block = self.sample.block
         if not self.sample.whole:
             geometry = block.geometry.copy()
             geometry[0] = n_points or self.sample.n_points
             block = block._replace(geometry=geometry)
-        rest = (self.objective.f_scale, block, *self.bounds, self.linear & (steps > 1), steps)
+        rest = (self.objective.f_scale, block, *self.bounds, linear, steps)
         return self._batches(kernel, starts, *rest)
 
-    def values(self, params, what):
-        """Residuals or model values (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
-        kernel = values_kernel(self.objective.model, self.spec, what)
+    def residuals(self, params):
+        """Residuals (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
+        kernel = values_kernel(self.objective.model, self.spec, "residual")
         (values,) = self._batches(kernel, params, self.objective.f_scale, self.sample.block)
         values = values[:, : self.sample.block.geometry[0]]
         return values[:, np.isfinite(values[0]) | np.isfinite(values).any(axis=0)]
@@ -354,7 +348,7 @@ class _Screen:
         """What each point adds to the cost, (k, m)."""
         rho_of = LOSSES["linear" if self.spec.loss in LIKELIHOODS else self.spec.loss]  # of the deviance's residuals
         with float64():
-            rho = rho_of((self.values(params, "residual") / self.objective.f_scale) ** 2)[0]
+            rho = rho_of((self.residuals(params) / self.objective.f_scale) ** 2)[0]
         return 0.5 * self.objective.f_scale**2 * np.asarray(rho)
 
     def _batches(self, kernel, params, *rest):

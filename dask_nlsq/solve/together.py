@@ -7,7 +7,7 @@ import numpy as np
 
 from ..engine.condensed import Condensed
 from ..kernels.blocks import Reduction
-from .trust_region import Asks, T
+from .trust_region import Ask, Asks, T
 
 MOST = 64  # loops at a time: each costs a kernel per block and a matrix per task, and reads are well shared by then
 
@@ -16,7 +16,7 @@ def together(at: Callable[[Sequence[np.ndarray], Reduction], list[Condensed]], l
     """What each of ``loops`` returns, such as `trust_region.solving`; ``at(points, reduction)`` is one read of the data."""
     left = enumerate(loops)
     running: dict[int, Asks[T]] = {}
-    asked: dict[int, tuple[np.ndarray, Reduction]] = {}
+    asked: dict[int, Ask] = {}
     found: dict[int, T] = {}
 
     def go_on(k: int, answer: Any) -> None:
@@ -32,8 +32,8 @@ def together(at: Callable[[Sequence[np.ndarray], Reduction], list[Condensed]], l
             go_on(new[0], None)
         if not asked:
             return [found[k] for k in sorted(found)]
-        reduction = next(iter(asked.values()))[1]
-        alike = [k for k, each in asked.items() if each[1] == reduction]
-        points = [asked.pop(k)[0] for k in alike]
+        reduction = next(iter(asked.values())).reduction
+        alike = [k for k, each in asked.items() if each.reduction == reduction]
+        points = [asked.pop(k).params for k in alike]
         for k, answer in zip(alike, at(points, reduction), strict=True):
             go_on(k, answer)

@@ -1,10 +1,11 @@
 """Other tries where a fit from p0 does not converge: amplitudes that are far off throw the other parameters away.
 
 A first try pauses where it creeps. A second one begins where the parameters in which the model is linear have been solved
-for on a sample. If it fails too, the first one goes on. The solution with the lowest cost counts.
+for on a sample. If it fails too, the first one goes on. Which solution counts says `rules.is_better`.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,13 +14,13 @@ from ..base.text import several
 from ..data.sample import NoSample, sample_size
 from ..engine.evaluator import Evaluator
 from ..engine.waiting import ToldToLeave
-from ..kernels.rules import STUCK, UNDETERMINED
+from ..kernels.rules import ROUNDING, STUCK, UNDETERMINED, is_better
+from ..kernels.steps import Point
 from ..kernels.tries import FIRST, FIRST_PER_PARAM
 from .multistart import separated
 from .trust_region import MESSAGES, Begin, Loop, NotFiniteAtStart, Options, Record, Solution
 
 logger = logging.getLogger("dask_nlsq")
-MOST_SEPARATED = 50  # parameters, for pairs of which the model is evaluated to find the linear ones
 FAILED = (0, STUCK, UNDETERMINED)  # statuses
 LAST, HARDLY, MUCH = 10, 0.1, 0.2  # evaluations that have lowered the cost by less than a share, of which another could go
 LINEAR_FIRST = "from p0 with its linear parameters solved for"
@@ -38,10 +39,9 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
         if options.callback is not None:
             options.callback(seen[-1])
 
-    may_pause = options.max_nfev is None and len(p0) <= MOST_SEPARATED
     loop = Loop(begin(evaluator, p0, replace(options, callback=observe)), evaluator)
-    first = loop.go_on(FIRST + FIRST_PER_PARAM * len(p0) if may_pause else np.inf)
-    if first is None and not _creeps(seen, evaluator, options):
+    first = loop.go_on(FIRST + FIRST_PER_PARAM * len(p0) if options.max_nfev is None else np.inf)
+    if first is None and not creeps(loop.here, [each.cost for each in seen]):
         first = loop.end()
     if first is not None and first.status not in FAILED:
         return first
@@ -56,13 +56,13 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
         return first or loop.end()
     except ToldToLeave as stop:
         return loop.leave(stop) if first is None else first._replace(status=-3, message=MESSAGES[-3])
-    n_second, arrived = len(seen) - n_first, second.status > 0 and second.status not in FAILED
-    if first is None and arrived and second.equations.cost <= seen[n_first - 1].cost:
+    n_second = len(seen) - n_first
+    if first is None and _succeeded(second) and _is_better(seen[n_first - 1].cost, False, second):
         return second._replace(message=_since(second, n_first), nfev=len(seen), history=seen)
     if first is None:
         first = loop.leave(ToldToLeave(0)) if second.status < 0 else loop.end()
-    found, message = first, f"{first.message} A second try, {LINEAR_FIRST}, was worse after {n_second:,} more."
-    if second.equations.cost < first.equations.cost:
+    found, message = first, f"{first.message} A second try, {LINEAR_FIRST}, was no better after {n_second:,} more."
+    if _is_better(first.equations.cost, _succeeded(first), second):
         found, message = second, _since(second, first.nfev)
     stopped = next((each for each in (second, first) if each.status < 0), None)
     if stopped is not None:
@@ -70,12 +70,18 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
     return found._replace(message=message, nfev=len(seen), history=seen)
 
 
-def _creeps(seen: list[Record], evaluator: Evaluator, options: Options) -> bool:
-    """Whether the cost has hardly changed, although by the quadratic model much of it could vanish."""
-    now, dof = seen[-1], evaluator.latest[1].n_points - len(options.lower)
-    variance = 1.0 if options.noise == "known" else 2 * now.cost / max(dof, 1)
-    decrement = 0.5 * variance * now.distance**2
-    return decrement > MUCH * now.cost and now.cost > (1 - HARDLY) * seen[-1 - LAST].cost
+def creeps(here: Point, costs: Sequence[float]) -> bool:
+    """Whether the cost has hardly changed, although by the quadratic model ``here`` much of it could vanish."""
+    return here.decrement > MUCH * here.cost and here.cost > (1 - HARDLY) * costs[-1 - LAST]
+
+
+def _succeeded(found: Solution) -> bool:
+    return found.status > 0 and found.status not in FAILED
+
+
+def _is_better(cost: float, succeeded: bool, second: Solution) -> bool:
+    rounding = ROUNDING**2 * second.equations.size
+    return bool(is_better(np, 2 * cost, succeeded, 2 * second.equations.cost, _succeeded(second), rounding))
 
 
 def _since(second: Solution, n_first: int) -> str:
@@ -85,8 +91,6 @@ def _since(second: Solution, n_first: int) -> str:
 
 def _start(evaluator: Evaluator, p0: np.ndarray, options: Options) -> np.ndarray | None:
     """Where a second try begins; None where there is no such place."""
-    if len(p0) > MOST_SEPARATED:
-        return None
     try:
         sample = evaluator.sweep.points(sample_size(len(p0)))
     except NoSample:

@@ -132,8 +132,16 @@ class NotFiniteAtStart(ValueError):
     """Cost or derivatives are not finite at the start point."""
 
 
+class Ask(NamedTuple):
+    """A sweep that a loop needs, and the point where it stands; before the first one that is nowhere."""
+
+    params: np.ndarray
+    reduction: Reduction
+    here: Point = Point()
+
+
 T = TypeVar("T")
-Asks: TypeAlias = Generator[tuple[np.ndarray, Reduction], Condensed, T]  # params and reduction of sweeps, until there is a T
+Asks: TypeAlias = Generator[Ask, Condensed, T]  # sweeps, until there is a T
 
 
 def solve(sweep: Callable[[np.ndarray, Reduction], Condensed], p0: np.ndarray, options: Options) -> Solution:
@@ -160,7 +168,7 @@ class Loop:
 
     def __init__(self, asks: Asks[Solution], sweep: Callable[[np.ndarray, Reduction], Condensed]):
         self.asks, self.sweep = asks, sweep
-        self.asked: tuple[np.ndarray, Reduction] | None = None
+        self.asked: Ask | None = None  # after a pause
 
     def go_on(self, most: float = np.inf) -> Solution | None:
         """Its solution; None if it needs more than ``most`` sweeps from here."""
@@ -168,7 +176,7 @@ class Loop:
             asked = next(self.asks) if self.asked is None else self.asked
             while most > 0:
                 try:
-                    found = self.sweep(*asked)
+                    found = self.sweep(asked.params, asked.reduction)
                 except ToldToLeave as stop:
                     asked = self.asks.throw(stop)
                 else:
@@ -179,6 +187,11 @@ class Loop:
         self.asked = asked
         return None
 
+    @property
+    def here(self) -> Point:
+        """Where it stands, after a pause."""
+        return Point() if self.asked is None else self.asked.here
+
     def end(self) -> Solution:
         """Its solution, however many sweeps it needs."""
         found = self.go_on()
@@ -187,10 +200,11 @@ class Loop:
 
     def leave(self, stop: ToldToLeave) -> Solution:
         """Where it stands, after a pause."""
-        try:
-            self.asked = self.asks.throw(stop)
-        except StopIteration as end:
-            return end.value
+
+        def told(*_):
+            raise stop
+
+        self.sweep = told
         return self.end()
 
 
@@ -201,7 +215,7 @@ def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:
     """
     started = time.perf_counter() if options.began is None else options.began
     params = rules.off_the_bounds(np, np.asarray(p0, dtype=np.float64), options.lower, options.upper, OFF_BOUND)
-    equations = yield params, "qr" if options.reduction == "qr" else "gram"
+    equations = yield Ask(params, "qr" if options.reduction == "qr" else "gram")
     if not equations.finite:
         raise NotFiniteAtStart("the cost or its derivatives are not finite at the start point")
     course = follow(Course(Point(), Step()), params, equations, options)
@@ -219,7 +233,7 @@ def solving(p0: np.ndarray, options: Options) -> Asks[Solution]:
             if np.all(rules.same(np, trial, here.params)):
                 course = course._replace(hopeless=True)
                 continue
-            equations = yield trial, _next_reduction(here, options)
+            equations = yield Ask(trial, _next_reduction(here, options), here)
             course = follow(tried, trial, equations, options)
             history.append(_record(course, equations.read, started))
             stopped = _stopped(options.callback, history[-1])
@@ -273,7 +287,7 @@ def linearise(params, equations: Condensed, before: Point, options: Options, ful
 
 def _by_qr(here: Point, options: Options) -> Asks[Point]:
     """The same point, by a sweep that loses no digits."""
-    equations = yield here.params, "qr"
+    equations = yield Ask(here.params, "qr", here)
     if not equations.finite:
         return here
     there = linearise(here.params, equations, here, options)

@@ -172,7 +172,7 @@ class Observers:
 
     def resumed(self) -> None:
         """After what an earlier process has done has been read."""
-        n = self.evaluator.resumed
+        n = self.evaluator.found
         self.bar.describe(f"{self.live.what}, resumed after {several(n, 'sweep')}")
         logger.info("the fit is resumed after %s", several(n, "sweep"))
         self.live.tell(resumed=n)
