@@ -373,6 +373,12 @@ def summed(x, a, b, c):
         (lambda x, a, b, c: jax.jit(lambda a: a * x)(a) + b**2 + abs(c), "a"),
         (lambda x, a, b, c: jax.lax.cond(b > 0, lambda: a * x, lambda: b * x) + c, "c"),  # it is not known which
         (summed, "a"),
+        (lambda x, *p: jnp.stack(p)[0] * jnp.exp(-jnp.stack(p)[1] * x) + jnp.stack(p)[2], "ac"),
+        (lambda x, *p: jnp.array(p)[0] * jnp.exp(-jnp.array(p)[1:][0] * x) + 2 * jnp.array(p)[-1], "ac"),
+        (lambda x, *p: (lambda q: (q * 2)[0] * x + (q * q)[1] * x + q[2] * jnp.flip(q)[0])(jnp.asarray(p)), "a"),
+        (lambda x, *p: (lambda a, b, c: a * x**b + c)(*jnp.asarray(p)), "ac"),
+        (lambda x, *p: jnp.asarray(p) @ jnp.stack([x, x**2, x**3]), "abc"),
+        (lambda x, *p: jnp.cumsum(jnp.asarray(p))[1] * x * p[0], "bc"),
     ],
 )
 def test_the_linear_parameters_are_those_of_which_derivatives_depend_on_none_of_them(f, linear):

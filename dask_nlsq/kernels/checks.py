@@ -121,6 +121,7 @@ CALLS = {
     "custom_vjp_call",
 }  # of programs
 SUMS = {"add", "add_any", "sub"}  # of which no part multiplies another
+ELEMENTWISE = SUMS | {"mul", "div", "neg", "exp", "log", "pow", "integer_pow", "square", "sqrt", "convert_element_type"}
 LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
 
 
@@ -190,43 +191,70 @@ def _curved(model: Model, layouts: Layouts, n: int, p: int) -> np.ndarray:
             traced = jax.make_jaxpr(derivative)(x, params, params)
     except (TypeError, ValueError, NotImplementedError):  # no derivative, as of a callback: `jac` has them
         return np.ones((p, p), bool)
-    inputs = np.zeros((len(x) + 2 * p, 1 + p, 1 + p), bool)
-    of_params, of_directions = inputs[len(x) : len(x) + p], inputs[len(x) + p :]
+    inputs = np.zeros((len(x) + 2 * p, 1, 1 + p, 1 + p), bool)
+    of_params, of_directions = inputs[len(x) : len(x) + p, 0], inputs[len(x) + p :, 0]
     of_params[:, 0, 1:] = of_directions[:, 1:, 0] = np.eye(p, dtype=bool)
-    (found,) = _influences(traced.jaxpr, [*inputs])
+    found = _whole(*_influences(traced.jaxpr, [*inputs]))[0]
     return found[1:, 1:] | found[1:, 1:].T
 
 
 def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """What the results of a program depend on, or may, by what its inputs do: (1 + p, 1 + p) of each.
+    """What the results of a program depend on, or may, by what its inputs do: (m, 1 + p, 1 + p) of each.
 
-    Row 0 says on which parameters the part without directions depends, row k whether there is one with direction k (column
-    0), and on which parameters that depends. The program is linear in the directions, so that a step with one of them has
-    no part without; of a loop or a branch it is not known which result is which.
+    m is 1, or the length of a vector, such as that of all parameters, whose elements have each their own. Row 0 says on
+    which parameters the part without directions depends, row k whether there is one with direction k (column 0), and on which
+    parameters that depends. The program is linear in the directions, so that a step with one of them has no part without; of
+    a loop or a branch it is not known which result is which.
     """
-    known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros_like(inputs[0])
+    known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros_like(inputs[0][:1])
 
     def influence(each):
         return nothing if isinstance(each, Literal) else known.get(each, nothing)
 
     for equation in jaxpr.eqns:
-        given = [*map(influence, equation.invars)]
+        given, name = [*map(influence, equation.invars)], equation.primitive.name
         # programs within: a call has one, a loop one or two, a branch a tuple of them
         inner = [each for each in jax.tree.leaves([*equation.params.values()]) if isinstance(each, (ClosedJaxpr, Jaxpr))]
-        program = getattr(inner[0], "jaxpr", inner[0]) if len(inner) == 1 and equation.primitive.name in CALLS else None
+        program = getattr(inner[0], "jaxpr", inner[0]) if len(inner) == 1 and name in CALLS else None
         if program is not None and len(program.invars) == len(given) > 0:
             found = _influences(program, given)
-        elif equation.primitive.name == "scan":  # as of jnp.polyval
-            found = _influences_of_scan(equation.params, given)
+        elif (moved := _moved(equation, given)) is not None:
+            found = moved
+        elif name == "scan":  # as of jnp.polyval
+            found = _influences_of_scan(equation.params, [_whole(each) for each in given])
         else:
-            total = np.logical_or.reduce([nothing, *given])
-            if equation.primitive.name not in SUMS:
-                total[1:] |= total[1:, :1] & total[0]
-            mixed = inner or any(each[0].any() and each[1:].any() for each in given)
-            total[0] &= bool(mixed) or not total[1:].any()
+            given = given if name in ELEMENTWISE else [_whole(each) for each in given]
+            given = np.broadcast_arrays(nothing, *given)
+            total = np.logical_or.reduce(given)
+            if name not in SUMS:
+                total[:, 1:] |= total[:, 1:, :1] & total[:, :1]
+            mixed = bool(inner) | np.any([each[:, 0].any(axis=1) & each[:, 1:].any(axis=(1, 2)) for each in given], axis=0)
+            total[:, 0] &= (mixed | ~total[:, 1:].any(axis=(1, 2)))[:, None]
             found = [total] * len(equation.outvars)
         known |= dict(zip(equation.outvars, found, strict=True))
     return [*map(influence, jaxpr.outvars)]
+
+
+def _whole(influence):
+    return influence.any(axis=0, keepdims=True)
+
+
+def _moved(equation, given: list[np.ndarray]) -> list[np.ndarray] | None:
+    """Of operations that only move elements of vectors: stack them, take some of them; None of others."""
+    params, shapes = equation.params, [each.aval.shape for each in equation.invars]
+    each = [np.broadcast_to(one, (n[0], *one.shape[1:])) for one, n in zip(given, shapes, strict=True) if len(n) == 1]
+    match equation.primitive.name:
+        case "stack" if not any(shapes):
+            return [np.concatenate(given)]
+        case "concatenate" if len(each) == len(given):
+            return [np.concatenate(each)]
+        case "slice" if each:
+            return [each[0][slice(params["start_indices"][0], params["limit_indices"][0], (params["strides"] or [1])[0])]]
+        case "split" if each:
+            return np.split(each[0], np.cumsum(params["sizes"])[:-1])
+        case "squeeze" | "reshape" if shapes[0] == (1,):
+            return [given[0]]
+    return None
 
 
 def _influences_of_scan(params, given: list[np.ndarray]) -> list[np.ndarray]:
