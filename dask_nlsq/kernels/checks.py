@@ -201,10 +201,10 @@ def _curved(model: Model, layouts: Layouts, n: int, p: int) -> np.ndarray:
 def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
     """What the results of a program depend on, or may, by what its inputs do: (m, 1 + p, 1 + p) of each.
 
-    m is 1, or the length of a vector, such as that of all parameters, whose elements have each their own. Row 0 says on
-    which parameters the part without directions depends, row k whether there is one with direction k (column 0), and on which
-    parameters that depends. The program is linear in the directions, so that a step with one of them has no part without; of
-    a loop or a branch it is not known which result is which.
+    m is 1, or the length of a vector, such as that of all parameters, whose elements have each their own.
+    Row 0 says on which parameters the part without directions depends, row k whether there is one with direction k (column
+    0), and on which parameters that depends. The program is linear in the directions, so that a step with one of them has no
+    part without; of a loop or a branch it is not known which result is which.
     """
     known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros_like(inputs[0][:1])
 
@@ -224,7 +224,7 @@ def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
             found = _influences_of_scan(equation.params, [_whole(each) for each in given])
         else:
             given = given if name in ELEMENTWISE else [_whole(each) for each in given]
-            given = np.broadcast_arrays(nothing, *given)
+            given = [*np.broadcast_arrays(nothing, *given)]
             total = np.logical_or.reduce(given)
             if name not in SUMS:
                 total[:, 1:] |= total[:, 1:, :1] & total[:, :1]
