@@ -183,6 +183,8 @@ def test_pictures_come_where_they_are_wanted(large):
     top, below = plots.fit(large, axes[:, 2], residuals=True)
     assert top is axes[0, 2] and below is axes[1, 2]
     assert plt.get_fignums() == [figure.number]
+    with pytest.raises(TypeError, match="`ax` must be matplotlib axes, not 'x'"):
+        large.plot("x")
     with pytest.raises(ValueError, match="needs 2 axes, not 1"):
         plots.fit(large, axes[0, 0], residuals=True)
     assert plots.fit(large).figure is not figure

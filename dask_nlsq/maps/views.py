@@ -151,7 +151,17 @@ class Maps(NamesOfLmfit):
         return self.compute()
 
     def plot(self, axes=None, names=None, **options):
-        """Maps of parameters and of what else each pixel has: `dask_nlsq.plots.maps`."""
+        """Maps of parameters and of what else each pixel has: `dask_nlsq.plots.maps`.
+
+        Parameters
+        ----------
+        axes : matplotlib axes, optional
+            As many as ``names``.
+        names : sequence of str, optional
+            Of parameters, derived quantities, errors as "rate.error", "chi2", "status", ...; by default all parameters.
+        **options
+            ``vmin``, ``vmax``, ``cmap``.
+        """
         return pictures.maps(self, names, axes, **options)
 
     def view(self, path: str | Path | None = None) -> Viewer | Path:

@@ -24,6 +24,7 @@ SHOWN = (0.5, 99.5)  # percentiles of the data between which images are coloured
 ROOM = 1.6  # factor between the least and the most that is drawn and the ends of a logarithmic axis
 ROW = 24  # most letters of all names in a row; longer rows are turned
 LINE = 40  # letters in a line of a label
+NARROW = 5  # numbers at most along the axis of a narrow picture, whose digits may be many
 LONG = 28  # letters of a name in a picture; longer names lose their middle
 
 
@@ -273,6 +274,7 @@ def profile(found, ax=None):
             axes.annotate(f" {100 * level:.3g} %", (ends[1], found.distance[0]), color=MODEL, fontsize="small")
     axes.set_xlabel(found.name, parse_math=False)
     axes.set_ylabel("distance (standard errors)")
+    axes.locator_params(axis="x", nbins=NARROW)
     axes.legend(frameon=False, fontsize="small")
     return axes
 
@@ -292,7 +294,8 @@ def contours(found, ax=None):
     axes.plot(*found.value, "+", color=MODEL, markersize=9)
     axes.set_xlabel(found.names[0], parse_math=False)
     axes.set_ylabel(found.names[1], parse_math=False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.locator_params(axis="x", nbins=NARROW)
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # off the optimum
     return axes
 
 
@@ -319,6 +322,8 @@ def _axes(ax, rows=1, columns=1, **layout):
     if len(flat) != rows * columns:
         raise ValueError(f"this picture needs {rows * columns} axes, not {len(flat)}")
     for each in flat:
+        if not hasattr(each, "spines"):
+            raise TypeError(f"`ax` must be matplotlib axes, not {each.item() if isinstance(each, np.generic) else each!r}")
         each.spines[["top", "right"]].set_visible(False)
     return flat if rows * columns > 1 or isinstance(ax, np.ndarray) else flat[0]
 

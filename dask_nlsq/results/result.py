@@ -532,7 +532,20 @@ class FitResult(NamesOfLmfit):
         return self.popt, self.pcov, info, self.message, min(self.status, 4) if self.success else 5
 
     def plot(self, ax=None, **options):
-        """Data and model against a coordinate: `dask_nlsq.plots.fit`."""
+        """Data and model against a coordinate: `dask_nlsq.plots.fit`.
+
+        Parameters
+        ----------
+        ax : matplotlib axes, optional
+            Two of them with ``residuals=True``.
+        **options
+            ``coordinate="q"``, which one, by name or number; ``residuals=True``, drawn below; ``components=True``, the
+            summands of a sum of models; ``log``, ``bins``, ``x``.
+
+        Examples
+        --------
+        >>> result.plot(residuals=True)  # doctest: +SKIP
+        """
         return plots.fit(self, ax, **options)
 
     def report(self, path, **options) -> Path:
