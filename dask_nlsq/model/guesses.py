@@ -33,9 +33,9 @@ from jax import lax
 
 ENDLESS = (-np.inf, np.inf)
 ROUNDS = 2  # in which every part is chosen
-REFINED = 6  # candidates, of as many groups, by
+REFINED = 8  # candidates, of as many groups, by
 STEPS = 6  # of Levenberg and Marquardt, so that what a part leaves does not hide the next one
-FOLLOWED = 4  # candidates of the first part, where there are others to choose,
+FOLLOWED = 6  # candidates of the first part, where there are others to choose,
 SIGNS = (0.0, 1.0, -1.0)  # with amplitudes of any sign, and all of one: else two bands become a wide one and a dip
 RIDGE = 1e-10  # relative: columns closer to each other than its root count as the same
 WINDOWS_PER_OCTAVE = 2  # of their number of points
