@@ -173,7 +173,8 @@ def curve_fit(
     on_bad_chunk : {"raise", "mask"}
         Unreadable chunks of Zarr arrays: an error, or their points are left out and the result's ``damage`` lists them.
     missing_chunks : {"error", "mask", "fill"}
-        Absent chunks: an error before anything is read, left out, or read as fill values.
+        Absent chunks of Zarr arrays: an error before anything is read, left out, or read as fill values. They are not left
+        out where Dask or xarray opens the store: pass a path or the zarr.Array.
     decode_cf : bool
         Whether to apply the attributes ``scale_factor``, ``add_offset``, ``_FillValue``, ``missing_value``, ``valid_min``,
         ``valid_max`` and ``valid_range`` of Zarr arrays and h5py datasets; the plan lists those applied. Masks refer to

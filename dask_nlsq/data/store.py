@@ -16,7 +16,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -441,12 +441,11 @@ def scan_keys(stored: Stored) -> None:
     if stored.damaged and policy.on_bad_chunk == "raise":
         raise next(iter(stored.damaged.values()))
     if missing and policy.missing_chunks == "error":
-        n_all = sum(1 for _ in stored.grid())
-        names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
-        raise MissingChunksError(
-            f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
-            f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
-            'missing_chunks="mask"; or, if absent chunks mean fill values, give missing_chunks="fill"'
+        raise missing_error(
+            stored,
+            missing,
+            'Complete the store; or leave their points out with missing_chunks="mask"; or, if absent chunks mean fill '
+            'values, give missing_chunks="fill"',
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
@@ -487,6 +486,15 @@ def _stamp(sizes):
 
 class MissingChunksError(FileNotFoundError):
     """Chunks of a stored array are absent."""
+
+
+def missing_error(stored: Stored, missing: Sequence[tuple[int, ...]], way_out: str) -> MissingChunksError:
+    n_all = sum(1 for _ in stored.grid())
+    names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
+    return MissingChunksError(
+        f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
+        f"value {stored.array.fill_value}. {way_out}"
+    )
 
 
 def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:
