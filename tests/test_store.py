@@ -16,7 +16,7 @@ from obstore.store import HTTPStore
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
-from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit, fit_groups, fit_map
+from dask_nlsq import BadChunkError, DamagedFileError, MissingChunksError, curve_fit, fit, fit_groups, fit_map
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.data.store import Policy, Stored, has_checksum, open_array, scan_keys
 from dask_nlsq.kernels.blocks import Invalid
@@ -611,6 +611,36 @@ def test_a_store_that_is_written_to_during_the_fit_is_told(tmp_path):
 
     with pytest.warns(RuntimeWarning, match="changed during the fit"):
         curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=spoil)
+
+
+METADATA = {"zarr.json": 3, ".zarray": 2, ".zattrs": 2}
+
+
+@pytest.mark.parametrize("file", METADATA)
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]"])
+def test_damaged_metadata_of_a_store_are_named(file, content, tmp_path):
+    write(tmp_path / "y.zarr", zarr_format=METADATA[file], attributes={"unit": "s"})
+    (tmp_path / "y.zarr" / file).write_bytes(content)
+    for path in (tmp_path / "y.zarr", f"file://{tmp_path}/y.zarr"):
+        with pytest.raises(DamagedFileError, match=rf"y.zarr/{file} is damaged .*: restore it from a copy$"):
+            curve_fit(decay, X, path, p0=P0)
+
+
+def test_damaged_metadata_of_a_group_are_named(tmp_path):
+    for file, version in (("zarr.json", 3), (".zgroup", 2)):
+        path = tmp_path / file
+        zarr.create_group(path, zarr_format=version)
+        (path / file).write_text("{")
+        with pytest.raises(DamagedFileError, match=f"{file} is damaged"):
+            curve_fit(decay, X, path, p0=P0)
+
+
+def test_metadata_that_zarr_does_not_understand_name_the_array(tmp_path):
+    write(tmp_path / "y.zarr")
+    text = (tmp_path / "y.zarr" / "zarr.json").read_text()
+    (tmp_path / "y.zarr" / "zarr.json").write_text(text.replace('"shape"', '"shap"'))
+    with pytest.raises(ValueError, match=r"`ydata`: Zarr cannot open the array at .*y.zarr': .*shap"):
+        curve_fit(decay, X, tmp_path / "y.zarr", p0=P0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

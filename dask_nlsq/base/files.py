@@ -11,7 +11,7 @@ from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from uuid import uuid4
 from zipfile import BadZipFile
 
@@ -34,15 +34,15 @@ MALFORMED = (  # what parsing raises where a file is not what its name says, how
 
 
 class DamagedFileError(ValueError):
-    """A file that is not as it was written; ``whole`` is what to remove, if not the file."""
+    """A file that is not as it was written; ``whole`` is what to remove, if not the file; "" where that is of no use."""
 
-    def __init__(self, path: Path, how: str, whole: Path | None = None):
-        remove = f"remove {whole}" if whole else "remove it"
-        super().__init__(f"{path} is damaged ({how}): restore it from a copy, or {remove} and fit again")
+    def __init__(self, path: Path | str, how: str, whole: Path | Literal[""] | None = None):
+        remove = "" if whole == "" else f", or remove {whole or 'it'} and fit again"
+        super().__init__(f"{path} is damaged ({how}): restore it from a copy{remove}")
 
 
 @contextmanager
-def well_formed(path: Path, whole: Path | None = None) -> Iterator[None]:
+def well_formed(path: Path | str, whole: Path | Literal[""] | None = None) -> Iterator[None]:
     """Within, ``path`` is parsed: what it cannot be parsed for is a DamagedFileError, as `MALFORMED` lists it."""
     try:
         yield

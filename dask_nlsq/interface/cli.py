@@ -98,13 +98,15 @@ def _warn(message, category, *_, **__):
 
 
 def _failure(err, with_traceback=False) -> Failure:
+    from ..base.files import DamagedFileError
     from ..base.modules import is_installed
     from ..data.store import BadChunkError, MissingChunksError
     from ..solve.outcome import NotConvergedError
 
     if with_traceback:
         click.echo("".join(traceback.format_exception(err)), err=True)
-    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 2: USAGE, 1: WRONG}
+    damaged = (BadChunkError, MissingChunksError, DamagedFileError)
+    kinds: dict[int, Any] = {4: damaged, 3: NotConvergedError, 2: USAGE, 1: WRONG}
     code = next(code for code, kind in kinds.items() if isinstance(err, kind))
     frames = traceback.extract_tb(err.__traceback__)
     own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]
