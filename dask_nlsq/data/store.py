@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..base.config import codec_pipeline, setting
-from ..base.files import well_formed
+from ..base.files import ZARR_METADATA, well_formed
 from ..base.lazy import da, zarr
 from ..base.text import near
 from ..base.values import is_address
@@ -48,7 +48,6 @@ DECODING: tuple[type[Exception], ...] = (
     lzma.LZMAError,
 )
 NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError)  # raised by Zarr where it opens damaged metadata
-METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
 CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
 NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
 CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
@@ -190,7 +189,7 @@ async def _check_metadata(source, store, path) -> None:
         storage = zarr.storage
         store = storage.FsspecStore.from_url(store, read_only=True) if is_address(store) else storage.LocalStore(store)
     place = await zarr.storage.StorePath.open(store, path or "", mode="r")
-    for file in METADATA:
+    for file in ZARR_METADATA:
         content = await (place / file).get()
         if content is None:
             continue

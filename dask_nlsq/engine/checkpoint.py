@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..base.files import (
+    FIT_FILE,
     DamagedFileError,
     check_directory,
     check_links,
+    check_place,
     checksum,
+    make_directory,
     read_arrays,
     read_json,
     remove_left,
@@ -41,7 +44,7 @@ from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
 VERSION = 7  # of the files
-FIT_FILE, LOCALS = "fit.json", "locals"
+LOCALS = "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
 WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
@@ -70,16 +73,15 @@ class Checkpoint:
     ------
     CheckpointError
         Where ``path`` has a checkpoint of another fit; the message lists what differs.
-    NotADirectoryError
-        Where it is a file.
+    NotADirectoryError, ValueError
+        Where it is a file, a Zarr store or a saved result.
     """
 
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
         self.path, self.failed, self.warned = Path(path).absolute(), "", False
-        check_directory("checkpoint", self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory("checkpoint", self.path, FIT_FILE)
         check_links(self.path)
         for directory in (self.path, *filter(Path.is_dir, [self.path / LOCALS])):
             remove_left(directory)
@@ -234,7 +236,7 @@ def open_checkpoint(path, *fit) -> Checkpoint:
 
 def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
     """The errors of `open_checkpoint`, before anything is written; what is ``unknown`` yet is not compared."""
-    check_directory("checkpoint", path)
+    check_place("checkpoint", path, FIT_FILE)
     if (path / FIT_FILE).exists():
         _compare(path, describe_fit(*fit)[0], unknown)
 

@@ -269,7 +269,7 @@ def plan(scheduler, **given):
 
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
     """Run a fit, write and print its result."""
-    from ..engine.checkpoint import FIT_FILE
+    from ..base.files import FIT_FILE
     from ..solve.outcome import Interrupted, NotConvergedError
     from . import cli_values as words
 

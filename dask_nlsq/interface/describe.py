@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.checkpoint import FIT_FILE, read_fit, read_state
+from ..base.files import FIT_FILE, RESULT
+from ..engine.checkpoint import read_fit, read_state
 from ..maps.store import NoMapError, read_done
 from ..maps.stored import StoredMap
 from ..maps.views import status_counts
-from ..results.schema import RESULT
 
 
 def describe(path: Path, load: Callable) -> str:
