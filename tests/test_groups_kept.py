@@ -29,6 +29,7 @@ from dask_nlsq import (
     plan_fit,
     resume,
 )
+from dask_nlsq.interface.describe import describe
 from dask_nlsq.maps.stored import StoredMap
 from dask_nlsq.models import gaussian
 from dask_nlsq.results.schema import VERSION
@@ -262,6 +263,12 @@ def test_more_sweeps_may_be_allowed_when_a_fit_goes_on_and_the_callback_gets_eac
     before = [*seen]
     assert_same_bits(fit_groups(decay, T, Y, **options, callback=elsewhere), whole)
     assert seen == before
+
+
+def test_info_of_a_checkpoint_of_groups_counts_sweeps_and_has_their_cost(tmp_path):
+    found = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, checkpoint=tmp_path / "kept")
+    said = describe(tmp_path / "kept", load)
+    assert f"finished sweeps: {found.sweeps}; lowest cost {found.cost:.9g}" in said
 
 
 def test_the_callback_may_stop_groups_early_and_the_fit_goes_on_after_that(tmp_path):
