@@ -17,7 +17,6 @@ import pytest
 import xarray as xr
 import zarr
 
-
 from dask_nlsq import CheckpointError, NotConvergedError, curve_fit, hold, resume
 from dask_nlsq.base.files import sum_of_values
 from dask_nlsq.options import LIMITS, SAME

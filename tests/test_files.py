@@ -370,6 +370,45 @@ def test_a_checkpoint_imports_modules_of_packages_alone_unless_it_is_trusted(che
     assert resume(checkpoint).success  # it is imported already
 
 
+def test_a_model_is_imported_from_the_directory_that_is_trusted(checkpoint, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    own_module(tmp_path / "models", "own_of_directory")
+    (tmp_path / "models" / "own_beside.py").write_text("from own_of_directory import decay")
+    (tmp_path / "models" / "numbers.py").write_text("raise SystemExit('it hides a module of Python')")
+    names(checkpoint, model=["own_beside", "decay"])
+    before = [*sys.path]
+    with pytest.raises(CheckpointError, match=r"no module 'own_beside' .*\. Pass it.* name the directory of its module"):
+        resume(checkpoint, trust=True)
+    with pytest.raises(
+        CheckpointError, match=rf"no module 'own_beside' .*{tmp_path / 'c'}\)\. Pass it, as in resume\(path, f\)$"
+    ):
+        resume(checkpoint, trust=tmp_path / "c")
+    assert resume(checkpoint, trust=tmp_path / "models").success
+    assert f"imports own_beside.decay ({tmp_path / 'models' / 'own_beside.py'})" in capsys.readouterr().out
+    names(checkpoint, model=["numbers", "decay"])
+    with pytest.raises(CheckpointError, match="cannot import the model again"):
+        resume(checkpoint, trust=tmp_path / "models")
+    assert sys.path == before
+
+
+def test_a_loaded_result_imports_its_model_from_the_directory_that_is_trusted(tmp_path):
+    (tmp_path / "models").mkdir()
+    own_module(tmp_path / "models", "own_of_loaded")
+    curve_fit(decay, X, Y, P0).save(tmp_path / "r")
+    found = read_json(tmp_path / "r" / "result.json", schema.VERSION)["result"]
+    found["fields"]["model"]["fields"]["name"] = ["own_of_loaded", "decay"]
+    changed(tmp_path / "r" / "result.json", schema.VERSION, result=found)
+    assert np.isfinite(load(tmp_path / "r", trust=tmp_path / "models").predict(X)).all()
+
+
+def test_the_command_line_names_its_own_options_for_a_model(checkpoint):
+    names(checkpoint, model=["own_of_nowhere", "decay"])
+    said = CliRunner().invoke(nlsq, ["resume", str(checkpoint)])
+    assert said.exit_code == 2
+    assert "Name it, as in --model module:function, or name the directory of its module, as in --models DIR" in said.stderr
+    assert "resume(path" not in said.stderr
+
+
 @pytest.mark.hostile
 def test_a_package_is_judged_before_its_modules_run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)

@@ -47,7 +47,8 @@ VERSION = 7  # of the files
 LOCALS = "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
-WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
+WAY_OUT = "Pass it, as in resume(path, f)"
+OF_MODULE = ', or name the directory of its module, as in trust="models"'
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
 
@@ -373,7 +374,7 @@ def read_call(
         return place
 
     if f is None and call["model"] is None:
-        raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again. {WAY_OUT}")
     data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
     try:
         if f is None:
@@ -382,9 +383,12 @@ def read_call(
             print(printable(f"{path}: {'; '.join(said)}"), flush=True)
         return f or import_by(call["model"], trust), data, call["options"]
     except UntrustedError as err:
-        raise UntrustedError(f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True if you know who wrote it") from None
+        raise UntrustedError(
+            f"the checkpoint {path}: {err}. {WAY_OUT}{OF_MODULE}, or trust=True if you know who wrote it"
+        ) from None
     except (ImportError, AttributeError) as err:
-        raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
+        way_out = WAY_OUT + (OF_MODULE if isinstance(trust, bool) else "")
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {way_out}") from err
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:
