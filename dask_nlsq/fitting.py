@@ -161,7 +161,8 @@ def curve_fit(
     verbose : {0, 1, 2}
         1 prints a summary, 2 a line per sweep.
     callback : callable, optional
-        Called with a `Record` after each trial step; raise StopIteration to stop with the result so far.
+        Called with a `Record` after each trial step; raise StopIteration to stop with the result so far. A fit that is
+        resumed does not call it again for the sweeps that its checkpoint has.
     check_finite, nan_policy : bool, {None, "raise", "omit"}
         By default, and with "raise", nonfinite values of x, y or sigma raise ValueError. "omit" leaves their points out and
         counts them. ``check_finite=False`` alone skips the check.
@@ -173,7 +174,8 @@ def curve_fit(
     on_bad_chunk : {"raise", "mask"}
         Unreadable chunks of Zarr arrays: an error, or their points are left out and the result's ``damage`` lists them.
     missing_chunks : {"error", "mask", "fill"}
-        Absent chunks: an error before anything is read, left out, or read as fill values.
+        Absent chunks of Zarr arrays: an error before anything is read, left out, or read as fill values. "mask" needs a
+        path or the zarr.Array, not an array of Dask or xarray.
     decode_cf : bool
         Whether to apply the attributes ``scale_factor``, ``add_offset``, ``_FillValue``, ``missing_value``, ``valid_min``,
         ``valid_max`` and ``valid_range`` of Zarr arrays and h5py datasets; the plan lists those applied. Masks refer to

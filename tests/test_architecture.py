@@ -27,7 +27,10 @@ KNOWS = {  # library -> folders, or single modules
         "groups", "interface",
     },
     "distributed": {"base.plugins", "memory", "data.loading", "data.sizes", "engine", "watch", "interface"},
-    "zarr": {"base.lazy", "data.axes", "data.store", "maps.result", "maps.store", "maps.stored", "interface", "demo"},
+    "zarr": {
+        "base.lazy", "data.axes", "data.sources", "data.store", "maps.result", "maps.store", "maps.stored", "interface",
+        "demo",
+    },
     "bokeh": {"watch.live_page", "maps.viewer"},
     "matplotlib": {"results.plots", "results.report", "maps.pictures", "maps.report", "demo"},
     "xarray": {"data.labels", "results.result", "maps.result", "maps.store", "maps.stored", "interface.accessor"},
@@ -118,7 +121,7 @@ def test_no_module_reads_what_is_private_to_another(module):
 
 
 NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
-FOREIGN = {"_meta", "_applications"}  # of Dask's arrays and of bokeh's application, which have no public name
+FOREIGN = {"_meta", "_applications", "_data"}  # of Dask, bokeh and xarray, which have no public name
 
 
 def test_public_modules_are_attributes_that_are_imported_when_they_are_used():

@@ -5,6 +5,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import dask
@@ -122,16 +123,33 @@ def test_segments_are_kept_of_few_sweeps_and_a_fit_that_ends_at_another_one_read
     np.testing.assert_array_equal(again.sandwich, whole.sandwich)
     assert not y.reads
 
-    def stop(record):
-        if record.nfev == 3:
-            raise StopIteration
-
-    early = curve_fit(ydata=y, strategy="streaming", callback=stop, **tight)
+    with pytest.raises(NotConvergedError) as raised:
+        curve_fit(ydata=y, strategy="streaming", max_nfev=3, **tight)
+    early = raised.value.result
     y.reads.clear()
-    found = resume(path, ydata=y, callback=stop)
+    with pytest.raises(NotConvergedError) as raised:
+        resume(path, ydata=y, max_nfev=3)
+    found = raised.value.result
     same_bits(found, early)
     np.testing.assert_array_equal(found.sandwich, early.sandwich)
     assert {*y.reads.values()} == {1} and len(y.reads) == 10
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt, StopIteration, Killed])
+def test_a_callback_gets_each_sweep_once_however_often_the_fit_is_resumed(how, tmp_path):
+    y, options, seen = Dies(Y[:5000]), dict(ftol=1e-12, xtol=1e-12, gtol=1e-12), []
+    whole = curve_fit(decay, X[:5000], y, [20, 3, 90], strategy="streaming", **options)
+
+    def stop_at_2_and_4(record):
+        seen.append(record.nfev)
+        if record.nfev in (2, 4):
+            raise how
+
+    for _ in range(2):
+        with nullcontext() if how is StopIteration else pytest.raises(how):
+            curve_fit(decay, X[:5000], y, [20, 3, 90], checkpoint=tmp_path / "c", callback=stop_at_2_and_4, **options)
+    same_bits(resume(tmp_path / "c", ydata=y, callback=stop_at_2_and_4), whole)
+    assert seen == [record.nfev for record in whole.history]
 
 
 def test_a_fit_that_is_resumed_says_so_in_summary_log_and_bar(store, tmp_path, caplog, capsys):

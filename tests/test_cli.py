@@ -163,6 +163,8 @@ def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
     assert "1 damaged or absent chunks left out" in outcome.stdout
     (Path(store) / "c" / "3").unlink()
     fails(4, "1 of 10 chunks of `ydata`.* are absent", "fit", store, *DECAY, *START)
+    (Path(store) / "zarr.json").write_bytes((Path(store) / "zarr.json").read_bytes()[:50])
+    fails(4, r"y\.zarr/zarr\.json is damaged", "fit", store, *DECAY, *START)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import resource
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +17,8 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from dask_nlsq import CheckpointError, DamagedFileError, UntrustedError, curve_fit, load, resume
+from dask_nlsq import CheckpointError, DamagedFileError, UntrustedError, curve_fit, fit_groups, fit_map, load, resume
+from dask_nlsq.base.disk import named_when_full
 from dask_nlsq.base.files import ABANDONED, read_json, remove_left, write_arrays, write_json
 from dask_nlsq.engine import checkpoint as kept
 from dask_nlsq.interface.cli import nlsq
@@ -47,6 +50,108 @@ def changed(path, version, **values):
     found = read_json(path, version)
     path.unlink()  # which may be a link
     write_json(path, **found | values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# places
+
+
+@pytest.fixture
+def taken(fitted, checkpoint, store, tmp_path):
+    """Directories that are something already."""
+    fitted.save(tmp_path / "result")
+    zarr.create_group(tmp_path / "old.zarr", zarr_format=2)
+    return {
+        "a Zarr store": Path(store), "a Zarr store of format 2": tmp_path / "old.zarr",
+        "a saved result": tmp_path / "result", "a checkpoint": checkpoint,
+    }  # fmt: skip
+
+
+def listing(path):
+    return sorted(each.name for each in path.iterdir())
+
+
+GROUPS = dict(ydata=Y.reshape(4, 100), p0=P0, local=["a"], group_axes=0)
+
+
+@pytest.mark.parametrize("what", ["a Zarr store", "a Zarr store of format 2", "a saved result"])
+def test_a_checkpoint_is_not_written_into_something_else(taken, store, what):
+    path = taken[what]
+    before = listing(path)
+    message = f"`checkpoint` .*{path.name} is {what.removesuffix(' of format 2')}: give the path of another directory"
+    with pytest.raises(ValueError, match=message):
+        curve_fit(decay, X, store, P0, checkpoint=path)
+    with pytest.raises(ValueError, match=message):
+        fit_groups(decay, X[:100], **GROUPS, checkpoint=path)
+    assert listing(path) == before
+
+
+@pytest.mark.parametrize("what", ["a Zarr store", "a Zarr store of format 2", "a checkpoint"])
+def test_a_result_is_not_saved_into_something_else(fitted, taken, what):
+    path = taken[what]
+    before = listing(path)
+    message = f"`path` .*{path.name} is {what.removesuffix(' of format 2')}: give the path of another directory"
+    for result in (fitted, fit_groups(decay, X[:100], **GROUPS)):
+        with pytest.raises(ValueError, match=message):
+            result.save(path)
+    assert listing(path) == before
+
+
+def test_a_checkpoint_and_a_result_may_be_in_a_directory_that_is_there(fitted, store, tmp_path):
+    for name in ("c", "r"):
+        (tmp_path / name).mkdir()
+    for _ in range(2):
+        assert curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c").success
+        fitted.save(tmp_path / "r")
+
+
+@pytest.fixture
+def read_only(fitted, tmp_path):
+    """A directory in which this process may not write."""
+    fitted.report(tmp_path / "a.html")  # which imports what another user may not read
+    path = Path(tempfile.mkdtemp())
+    path.chmod(0o555)
+    user = os.geteuid()
+    if not user:  # root may everywhere
+        os.seteuid(65534)
+    try:
+        yield path
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_a_place_that_may_not_be_written_is_named_as_it_was_given(fitted, read_only, below):
+    path, way_out = read_only / below, r" could not be written \(Permission denied\): give a path where you may write"
+    writers = [
+        lambda: fitted.save(path),
+        lambda: curve_fit(decay, X, Y, P0, strategy="streaming", checkpoint=path),
+        lambda: fit_groups(decay, X[:100], **GROUPS, checkpoint=path),
+        lambda: fit_map(decay, X[:100], GROUPS["ydata"], P0).to_zarr(path),
+    ]
+    for write in writers:
+        with pytest.raises(PermissionError, match=rf"{path}\S*{way_out}"):
+            write()
+    with pytest.raises(PermissionError, match=rf"{read_only}/a\.html{way_out}"):
+        fitted.report(read_only / "a.html")
+
+
+def test_a_limit_of_the_size_of_files_is_not_taken_for_a_full_disk(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"a\.npz could not be written \(File too large\): it takes .*ulimit -f") as raised:
+            write_arrays(tmp_path / "a.npz", dict(a=np.zeros(1000)), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "left" not in str(raised.value)
+
+
+def test_a_quota_is_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(OSError, match="the quota of its disk is used up") as raised, named_when_full(tmp_path, 10):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    assert "left" not in str(raised.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,6 +368,45 @@ def test_a_checkpoint_imports_modules_of_packages_alone_unless_it_is_trusted(che
     said = f"imports own_of_trust.decay ({tmp_path / 'own_of_trust.py'}); opens {tmp_path / 'y.zarr'}\n"
     assert capsys.readouterr().out == f"{checkpoint}: {said}"
     assert resume(checkpoint).success  # it is imported already
+
+
+def test_a_model_is_imported_from_the_directory_that_is_trusted(checkpoint, tmp_path, capsys):
+    (tmp_path / "models").mkdir()
+    own_module(tmp_path / "models", "own_of_directory")
+    (tmp_path / "models" / "own_beside.py").write_text("from own_of_directory import decay")
+    (tmp_path / "models" / "numbers.py").write_text("raise SystemExit('it hides a module of Python')")
+    names(checkpoint, model=["own_beside", "decay"])
+    before = [*sys.path]
+    with pytest.raises(CheckpointError, match=r"no module 'own_beside' .*\. Pass it.* name the directory of its module"):
+        resume(checkpoint, trust=True)
+    with pytest.raises(
+        CheckpointError, match=rf"no module 'own_beside' .*{tmp_path / 'c'}\)\. Pass it, as in resume\(path, f\)$"
+    ):
+        resume(checkpoint, trust=tmp_path / "c")
+    assert resume(checkpoint, trust=tmp_path / "models").success
+    assert f"imports own_beside.decay ({tmp_path / 'models' / 'own_beside.py'})" in capsys.readouterr().out
+    names(checkpoint, model=["numbers", "decay"])
+    with pytest.raises(CheckpointError, match="cannot import the model again"):
+        resume(checkpoint, trust=tmp_path / "models")
+    assert sys.path == before
+
+
+def test_a_loaded_result_imports_its_model_from_the_directory_that_is_trusted(tmp_path):
+    (tmp_path / "models").mkdir()
+    own_module(tmp_path / "models", "own_of_loaded")
+    curve_fit(decay, X, Y, P0).save(tmp_path / "r")
+    found = read_json(tmp_path / "r" / "result.json", schema.VERSION)["result"]
+    found["fields"]["model"]["fields"]["name"] = ["own_of_loaded", "decay"]
+    changed(tmp_path / "r" / "result.json", schema.VERSION, result=found)
+    assert np.isfinite(load(tmp_path / "r", trust=tmp_path / "models").predict(X)).all()
+
+
+def test_the_command_line_names_its_own_options_for_a_model(checkpoint):
+    names(checkpoint, model=["own_of_nowhere", "decay"])
+    said = CliRunner().invoke(nlsq, ["resume", str(checkpoint)])
+    assert said.exit_code == 2
+    assert "Name it, as in --model module:function, or name the directory of its module, as in --models DIR" in said.stderr
+    assert "resume(path" not in said.stderr
 
 
 @pytest.mark.hostile

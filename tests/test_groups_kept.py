@@ -29,6 +29,7 @@ from dask_nlsq import (
     plan_fit,
     resume,
 )
+from dask_nlsq.interface.describe import describe
 from dask_nlsq.maps.stored import StoredMap
 from dask_nlsq.models import gaussian
 from dask_nlsq.results.schema import VERSION
@@ -242,11 +243,14 @@ def test_a_checkpoint_of_other_labels_is_refused_whatever_the_data_are(tmp_path)
         fit_groups(decay, T, chunked(), groups=other, **options)
 
 
-def test_more_sweeps_may_be_allowed_and_the_callback_may_stop_early_when_a_fit_goes_on(tmp_path, monkeypatch):
+def test_more_sweeps_may_be_allowed_when_a_fit_goes_on_and_the_callback_gets_each_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = dict(p0=P0, local=LOCAL, group_axes=0, checkpoint="kept")
 
+    seen = []
+
     def elsewhere(record):
+        seen.append(record.nfev)
         (tmp_path / "sub").mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / "sub")
 
@@ -256,14 +260,28 @@ def test_more_sweeps_may_be_allowed_and_the_callback_may_stop_early_when_a_fit_g
     whole = resume("kept", max_nfev=50)
     assert_same_bits(whole, fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0))
 
+    before = [*seen]
+    assert_same_bits(fit_groups(decay, T, Y, **options, callback=elsewhere), whole)
+    assert seen == before
+
+
+def test_info_of_a_checkpoint_of_groups_counts_sweeps_and_has_their_cost(tmp_path):
+    found = fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0, checkpoint=tmp_path / "kept")
+    said = describe(tmp_path / "kept", load)
+    assert f"finished sweeps: {found.sweeps}; lowest cost {found.cost:.9g}" in said
+
+
+def test_the_callback_may_stop_groups_early_and_the_fit_goes_on_after_that(tmp_path):
     def stop(record):
         if record.nfev == 2:
             raise StopIteration
 
+    options = dict(p0=P0, local=LOCAL, group_axes=0, checkpoint=tmp_path / "kept", callback=stop)
     with pytest.warns(scipy.optimize.OptimizeWarning, match="Stopped by `callback`"):
-        early = fit_groups(decay, T, Y, **options, callback=stop)
-    assert early.resumed <= early.sweeps < whole.sweeps
+        early = fit_groups(decay, T, Y, **options)
     assert early.status == -2 and np.isfinite(early.local.compute(progress=False).popt).all()
+    found = fit_groups(decay, T, Y, **options)
+    assert_same_bits(found, fit_groups(decay, T, Y, P0, local=LOCAL, group_axes=0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])

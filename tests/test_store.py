@@ -4,17 +4,19 @@ import logging
 import time
 
 import dask
+import dask.array as da
 import fsspec
 import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
 from obstore.store import HTTPStore
 from zarr.codecs import BloscCodec, Crc32cCodec, GzipCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore, ObjectStore, WrapperStore, ZipStore
 
-from dask_nlsq import BadChunkError, MissingChunksError, curve_fit, fit, fit_map
+from dask_nlsq import BadChunkError, DamagedFileError, MissingChunksError, curve_fit, fit, fit_groups, fit_map
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.data.store import Policy, Stored, has_checksum, open_array, scan_keys
 from dask_nlsq.kernels.blocks import Invalid
@@ -609,3 +611,131 @@ def test_a_store_that_is_written_to_during_the_fit_is_told(tmp_path):
 
     with pytest.warns(RuntimeWarning, match="changed during the fit"):
         curve_fit(decay, X, tmp_path / "y.zarr", p0=P0, strategy="streaming", callback=spoil)
+
+
+METADATA = {"zarr.json": 3, ".zarray": 2, ".zattrs": 2}
+
+
+@pytest.mark.parametrize("file", METADATA)
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[]"])
+def test_damaged_metadata_of_a_store_are_named(file, content, tmp_path):
+    write(tmp_path / "y.zarr", zarr_format=METADATA[file], attributes={"unit": "s"})
+    (tmp_path / "y.zarr" / file).write_bytes(content)
+    for path in (tmp_path / "y.zarr", f"file://{tmp_path}/y.zarr"):
+        with pytest.raises(DamagedFileError, match=rf"y.zarr/{file} is damaged .*: restore it from a copy$"):
+            curve_fit(decay, X, path, p0=P0)
+
+
+def test_damaged_metadata_of_a_group_are_named(tmp_path):
+    for file, version in (("zarr.json", 3), (".zgroup", 2)):
+        path = tmp_path / file
+        zarr.create_group(path, zarr_format=version)
+        (path / file).write_text("{")
+        with pytest.raises(DamagedFileError, match=f"{file} is damaged"):
+            curve_fit(decay, X, path, p0=P0)
+
+
+def test_metadata_that_zarr_does_not_understand_name_the_array(tmp_path):
+    write(tmp_path / "y.zarr")
+    text = (tmp_path / "y.zarr" / "zarr.json").read_text()
+    (tmp_path / "y.zarr" / "zarr.json").write_text(text.replace('"shape"', '"shap"'))
+    with pytest.raises(ValueError, match=r"`ydata`: Zarr cannot open the array at .*y.zarr': .*shap"):
+        curve_fit(decay, X, tmp_path / "y.zarr", p0=P0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# stores behind Dask and xarray arrays
+
+
+def by_xarray(path, **options):
+    xr.Dataset({"y": ("t", Y)}, coords={"t": X}).to_zarr(path, encoding={"y": {"chunks": (CHUNK,)}}, consolidated=False)
+    (path / "y" / "c" / "9").unlink()
+    return xr.open_zarr(path, consolidated=False, **options).y
+
+
+def by_dask(path, read=da.from_zarr):
+    write(path)
+    (path / "c" / "9").unlink()
+    return read(path)
+
+
+BEHIND = {
+    "from_zarr": by_dask,
+    "from_array": lambda path: by_dask(path, lambda path: da.from_array(zarr.open_array(path))),
+    "inline": lambda path: by_dask(path, lambda path: da.from_array(zarr.open_array(path), inline_array=True)),
+    "url": lambda path: by_dask(path, lambda path: da.from_zarr(f"file://{path}")),
+    "computed on": lambda path: by_dask(path, lambda path: (da.from_zarr(path) * 1.0).rechunk(7_000)),
+    "optimized": lambda path: by_dask(path, lambda path: dask.optimize(da.from_zarr(path) + 1)[0]),
+    "joined": lambda path: by_dask(path, lambda path: da.concatenate([da.from_zarr(path)[:1], da.from_zarr(path)[1:]])),
+    "xarray": by_xarray,
+    "xarray without Dask": lambda path: by_xarray(path, chunks=None),
+    "xarray in larger chunks": lambda path: by_xarray(path, chunks={"t": 3 * CHUNK}),
+}
+
+
+@pytest.mark.parametrize("how", BEHIND)
+def test_absent_chunks_behind_dask_and_xarray_arrays_are_not_fitted(how, tmp_path):
+    y = BEHIND[how](tmp_path / "y")
+    with pytest.raises(MissingChunksError, match=r"1 of 15 chunks of `ydata` .*key (y/)?c/9.*pass the path .*zarr.Array"):
+        curve_fit(decay, X, y, p0=P0)
+    for option in (dict(missing_chunks="mask"), dict(on_bad_chunk="mask")):
+        with pytest.raises(ValueError, match=r"=\"mask\" cannot be applied: `ydata` is an array of.*pass the path"):
+            curve_fit(decay, X, y, p0=P0, **option)
+    filled = curve_fit(decay, X, y, p0=P0, missing_chunks="fill")
+    assert same(filled, curve_fit(decay, X, np.asarray(y), p0=P0))
+
+
+def test_maps_and_groups_look_for_chunks_behind_dask_arrays(tmp_path):
+    write(tmp_path / "y", values=Y.reshape(15, CHUNK), chunks=(1, CHUNK))
+    (tmp_path / "y" / "c" / "9" / "0").unlink()
+    y = da.from_zarr(tmp_path / "y")
+    for fit_all in (
+        lambda **options: fit_map(decay, X[:CHUNK], y, P0, **options),
+        lambda **options: fit_groups(decay, X[:CHUNK], y, P0, local=["a"], group_axes=0, **options),
+    ):
+        with pytest.raises(MissingChunksError, match=r"1 of 15 chunks of `ydata`"):
+            fit_all()
+        with pytest.raises(ValueError, match='missing_chunks="mask" cannot be applied'):
+            fit_all(missing_chunks="mask")
+
+
+@pytest.mark.parametrize("name", ["xdata", "sigma", "mask"])
+def test_absent_chunks_behind_other_arguments_are_found(name, tmp_path):
+    data = dict(xdata=X, ydata=Y)
+    data[name] = by_dask(tmp_path / name) + 1
+    with pytest.raises(MissingChunksError, match=f"1 of 15 chunks of `{name}`"):
+        curve_fit(decay, p0=P0, **data)
+
+
+def test_absent_chunks_that_no_task_reads_are_no_error(tmp_path):
+    y = by_dask(tmp_path / "y")
+    n = 9 * CHUNK
+    assert same(curve_fit(decay, X[:n], y[:n], p0=P0), curve_fit(decay, X[:n], Y[:n], p0=P0))
+    with pytest.raises(MissingChunksError, match="1 of 15"):
+        curve_fit(decay, X[: n + 1], y[: n + 1], p0=P0)
+
+
+@pytest.mark.parametrize("encoding", [{}, dict(_FillValue=0, dtype="u2")])
+def test_chunks_that_xarray_has_never_written_are_nan(encoding, tmp_path):
+    y = np.where(np.arange(N) // CHUNK == 9, np.nan, Y)
+    xr.Dataset({"y": ("t", y)}).to_zarr(tmp_path / "y", encoding={"y": {"chunks": (CHUNK,)} | encoding}, consolidated=False)
+    (tmp_path / "y" / "y" / "c" / "9").unlink(missing_ok=True)
+    stored = xr.open_zarr(tmp_path / "y", consolidated=False).y
+    assert np.isnan(stored[9 * CHUNK])
+    with pytest.raises(ValueError, match="nan or infinity"):
+        curve_fit(decay, X, stored, p0=P0)
+    found = curve_fit(decay, X, stored, p0=P0, nan_policy="omit")
+    assert found.n_omitted == CHUNK
+    assert same(found, curve_fit(decay, X, y, p0=P0, nan_policy="omit"))
+
+
+def test_options_for_chunks_are_refused_where_nothing_can_know_them(tmp_path):
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        for y in (da.from_array(Y, chunks=CHUNK), file.create_dataset("y", data=Y, chunks=(CHUNK,))):
+            for option in (dict(missing_chunks="fill"), dict(missing_chunks="mask"), dict(on_bad_chunk="mask")):
+                with pytest.raises(ValueError, match="cannot be applied: `ydata` is"):
+                    curve_fit(decay, X, y, p0=P0, **option)
+    write(tmp_path / "y")
+    (tmp_path / "y" / "c" / "9").unlink()
+    hidden = da.from_array(np.arange(N) < CHUNK, chunks=CHUNK)  # the option is for the data in the store
+    assert curve_fit(decay, X, tmp_path / "y", p0=P0, mask=hidden, missing_chunks="mask").n_masked == 2 * CHUNK

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from .text import size
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # no room, a quota, a limit of the size of files
+LIMITS = {  # which are met although the disk has space left
+    errno.EFBIG: "it is larger than files may be here. Raise the limit (ulimit -f)",
+    errno.EDQUOT: "the quota of its disk is used up. Free some of it",
+}
+FULL = {errno.ENOSPC, *LIMITS}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def existing(path: Path) -> Path:
@@ -39,8 +44,22 @@ def named_when_full(path: Path, nbytes: int) -> Iterator[None]:
     except OSError as err:
         if err.errno not in FULL:
             raise
+        full = f"its disk has {size(free_bytes(path))} left. Free some space" if err.errno == errno.ENOSPC else ""
         raise OSError(
             err.errno,
-            f"{path} could not be written ({err.strerror}): it takes {size(nbytes)}, and its disk has "
-            f"{size(free_bytes(path))} left. Free some space, or give a path on another disk",
+            f"{path} could not be written ({err.strerror}): it takes {size(nbytes)}, and "
+            f"{LIMITS.get(err.errno, full)}, or give a path on another disk",
+        ) from err
+
+
+@contextmanager
+def named_when_refused(path: Path, argument: str = "") -> Iterator[None]:
+    """Within, an error of missing rights names ``path``, and not what was to be written below or beside it."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno not in REFUSED:
+            raise
+        raise OSError(
+            err.errno, f"{argument}{path} could not be written ({err.strerror}): give a path where you may write"
         ) from err

@@ -11,14 +11,17 @@ from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 from uuid import uuid4
 from zipfile import BadZipFile
 
 import numpy as np
 
-from .disk import existing, named_when_full
+from .disk import existing, named_when_full, named_when_refused
 
+FIT_FILE, RESULT = "fit.json", "result.json"  # by which checkpoints and results are known
+ZARR_METADATA = ("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")
+KINDS = {FIT_FILE: "a checkpoint", RESULT: "a saved result", **dict.fromkeys(ZARR_METADATA, "a Zarr store")}
 CHECKSUM_BYTES = 16
 Buffer: TypeAlias = bytes | memoryview
 PIECE = 2**16  # elements
@@ -34,15 +37,15 @@ MALFORMED = (  # what parsing raises where a file is not what its name says, how
 
 
 class DamagedFileError(ValueError):
-    """A file that is not as it was written; ``whole`` is what to remove, if not the file."""
+    """A file that is not as it was written; ``whole`` is what to remove, if not the file; "" where that is of no use."""
 
-    def __init__(self, path: Path, how: str, whole: Path | None = None):
-        remove = f"remove {whole}" if whole else "remove it"
-        super().__init__(f"{path} is damaged ({how}): restore it from a copy, or {remove} and fit again")
+    def __init__(self, path: Path | str, how: str, whole: Path | Literal[""] | None = None):
+        remove = "" if whole == "" else f", or remove {whole or 'it'} and fit again"
+        super().__init__(f"{path} is damaged ({how}): restore it from a copy{remove}")
 
 
 @contextmanager
-def well_formed(path: Path, whole: Path | None = None) -> Iterator[None]:
+def well_formed(path: Path | str, whole: Path | Literal[""] | None = None) -> Iterator[None]:
     """Within, ``path`` is parsed: what it cannot be parsed for is a DamagedFileError, as `MALFORMED` lists it."""
     try:
         yield
@@ -123,6 +126,32 @@ def check_directory(name: str, path: Path) -> None:
         raise NotADirectoryError(f"`{name}` {path}: {there} is a file: give the path of a directory, which need not exist")
 
 
+def make_directory(name: str, path: Path, own: str) -> None:
+    """Make the directory of the argument ``name``, which has a file ``own`` where it is one of ours already.
+
+    Raises
+    ------
+    NotADirectoryError
+        As `check_directory`.
+    ValueError
+        Where it is something else, as a store of data, which would be written into.
+    OSError
+        Where it cannot be made.
+    """
+    check_place(name, path, own)
+    with named_when_refused(path, f"`{name}` "):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def check_place(name: str, path: Path, own: str) -> None:
+    """The errors of `make_directory` before anything is made."""
+    check_directory(name, path)
+    if not (path / own).exists():
+        for file, what in KINDS.items():
+            if (path / file).exists():
+                raise ValueError(f"`{name}` {path} is {what}: give the path of another directory, which need not exist")
+
+
 def sum_of_values(array: np.ndarray) -> int:
     """CRC-32 of the values of an array in C order, wherever they lie; at most a piece of it is copied at a time."""
     found = 0
@@ -137,8 +166,9 @@ def sum_of_values(array: np.ndarray) -> int:
 def write_whole(path: Path, pieces: Sequence[Buffer]) -> None:
     """Write a file, all or nothing: ``pieces`` of bytes under another name, forced to disk, and renamed."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    nbytes = sum(memoryview(each).nbytes for each in pieces)
     try:
-        with named_when_full(path, sum(memoryview(each).nbytes for each in pieces)), open(temporary, "wb") as file:
+        with named_when_refused(path), named_when_full(path, nbytes), open(temporary, "wb") as file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())

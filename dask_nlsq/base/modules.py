@@ -3,7 +3,9 @@
 import site
 import sys
 import sysconfig
-from importlib import import_module
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module, invalidate_caches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,22 @@ def import_name(f) -> list[str] | None:
     return None if module in (None, "__main__") or "<" in qualname else [module, qualname]
 
 
+@contextmanager
+def _searched(trust: Trust) -> Iterator[None]:
+    """Within, modules are found in the directory ``trust`` as well, after all others: it hides no installed package."""
+    directory = None if isinstance(trust, bool) else str(Path(trust).resolve())
+    if directory is None or directory in sys.path:
+        yield
+        return
+    sys.path.append(directory)
+    invalidate_caches()  # of files that are younger than the last look
+    try:
+        yield
+    finally:
+        if directory in sys.path:
+            sys.path.remove(directory)
+
+
 def origin(module: str, trust: Trust) -> str:
     """Where a module comes from, before its code runs; that of its parents may, once they have passed.
 
@@ -42,8 +60,13 @@ def origin(module: str, trust: Trust) -> str:
     UntrustedError
         Where it is neither of Python, nor of an installed package, nor in the directory ``trust``.
     ImportError
-        The module does not exist.
+        The module does not exist; the message says where it was looked for.
     """
+    with _searched(trust):
+        return _origin(module, trust)
+
+
+def _origin(module, trust):
     names, found = module.split("."), ""
     for name in (".".join(names[: k + 1]) for k in range(len(names))):
         if name in sys.modules:
@@ -51,7 +74,9 @@ def origin(module: str, trust: Trust) -> str:
             continue
         spec: Any = find_spec(name) if all(name.split(".")) else None
         if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            places = [str(Path(each).resolve()) for each in sys.path]
+            looked = ", ".join(each for each in places if not is_installed(each))
+            raise ModuleNotFoundError(f"no module {name!r} among the installed packages and in {looked}", name=name)
         found = spec.origin or ""
         own = trust if isinstance(trust, bool) else Path(found).resolve().is_relative_to(Path(trust).resolve())
         if spec.origin not in (None, "built-in", "frozen") and not (own or is_installed(found)):
@@ -72,8 +97,9 @@ def import_by(name: list[str], trust: Trust):
         Where it is not there any more.
     """
     module, qualname = name
-    origin(module, trust)
-    found = import_module(module)
+    with _searched(trust):
+        origin(module, trust)
+        found = import_module(module)
     for part in qualname.split("."):
         found = getattr(found, part)
     return found

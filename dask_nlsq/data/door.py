@@ -16,6 +16,7 @@ from .align import Data, build_data
 from .arrays import as_array, decoded, stacked
 from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
+from .sources import check_sources
 from .store import Opened, Policy, is_stored, n_stored, open_all
 
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
@@ -39,7 +40,7 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     Raises
     ------
     ValueError
-        Attributes that cannot be understood.
+        Attributes that cannot be understood, options for chunks that cannot be applied.
     BadChunkError, MissingChunksError
         Chunks that are damaged or absent, as far as a look at their keys shows it.
     """
@@ -47,7 +48,9 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     if mask_values is None:
         in_file = is_stored(data["ydata"]) or hasattr(data["ydata"], "file")  # of h5py
         mask_values = ["largest"] if in_file else []
-    data, opened = open_all(policy, call.decode_cf, masks, **data)
+    given = data
+    data, opened = open_all(policy, call.decode_cf, masks, **given)
+    check_sources(policy, given, len(opened))
     stored = [each for one in opened for each in one.stored]
     said = [(each.name, each.url, how) for one in opened for each, how in zip(one.stored, one.decodings, strict=True)]
     of_y = next((one for one in opened if one.array is data["ydata"]), None)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import lzma
 import os
 import stat
 import sys
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ..base.config import codec_pipeline, setting
+from ..base.files import ZARR_METADATA, well_formed
 from ..base.lazy import da, zarr
 from ..base.text import near
 from ..base.values import is_address
@@ -45,6 +47,7 @@ DECODING: tuple[type[Exception], ...] = (
     zlib.error,
     lzma.LZMAError,
 )
+NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError)  # raised by Zarr where it opens damaged metadata
 CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
 NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
 CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
@@ -150,6 +153,8 @@ def open_array(name: str, source) -> zarr.Array:
         Where nothing is there.
     TypeError
         Where it is a group, or a file of another format.
+    DamagedFileError, ValueError
+        Where its metadata are not JSON, or not those of an array that Zarr can read.
     OSError
         Where the store does not answer, or not to us.
     """
@@ -163,14 +168,34 @@ def open_array(name: str, source) -> zarr.Array:
             opened = zarr.core.sync.sync(
                 patience().get(lambda: zarr.api.asynchronous.open(store=store, path=path, mode="r", use_consolidated=False))
             )
+        if not isinstance(opened.attrs, dict):
+            raise TypeError(f"its attributes are {opened.attrs!r}, which is not a JSON object")
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
         raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}{_hint(name, source)}") from err
     except _client_errors(TimeoutError) as err:
         raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
+    except NOT_UNDERSTOOD as err:
+        zarr.core.sync.sync(patience().get(lambda: _check_metadata(source, store, path)))
+        raise ValueError(f"`{name}`: Zarr cannot open the array at {str(source)!r}: {_said(err)}") from err
     if not isinstance(opened, zarr.AsyncArray):
         members = ", ".join(sorted(zarr.Group(opened).array_keys())) or "none"
         raise TypeError(f"`{name}`: {str(source)!r} is a group: name one of its arrays as in '{source}/ARRAY' ({members})")
     return zarr.Array(opened)
+
+
+async def _check_metadata(source, store, path) -> None:
+    """DamagedFileError where a file of metadata is not JSON."""
+    if isinstance(store, str):
+        storage = zarr.storage
+        store = storage.FsspecStore.from_url(store, read_only=True) if is_address(store) else storage.LocalStore(store)
+    place = await zarr.storage.StorePath.open(store, path or "", mode="r")
+    for file in ZARR_METADATA:
+        content = await (place / file).get()
+        if content is None:
+            continue
+        with well_formed(f"{str(source).rstrip('/')}/{file}", ""):
+            if not isinstance(json.loads(content.to_bytes()), dict):
+                raise ValueError("it is not a JSON object")
 
 
 def _store(name, source):
@@ -441,12 +466,11 @@ def scan_keys(stored: Stored) -> None:
     if stored.damaged and policy.on_bad_chunk == "raise":
         raise next(iter(stored.damaged.values()))
     if missing and policy.missing_chunks == "error":
-        n_all = sum(1 for _ in stored.grid())
-        names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
-        raise MissingChunksError(
-            f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
-            f"value {stored.array.fill_value}. Complete the store; or leave their points out with "
-            'missing_chunks="mask"; or, if absent chunks mean fill values, give missing_chunks="fill"'
+        raise missing_error(
+            stored,
+            missing,
+            'Complete the store; or leave their points out with missing_chunks="mask"; or, if absent chunks mean fill '
+            'values, give missing_chunks="fill"',
         )
     if missing and policy.missing_chunks == "mask":
         stored.damaged |= {index: stored.error(index, "it is absent", True) for index in missing}
@@ -487,6 +511,15 @@ def _stamp(sizes):
 
 class MissingChunksError(FileNotFoundError):
     """Chunks of a stored array are absent."""
+
+
+def missing_error(stored: Stored, missing: Sequence[tuple[int, ...]], way_out: str) -> MissingChunksError:
+    n_all = sum(1 for _ in stored.grid())
+    names = ", ".join(f"{index} (key {stored.key(index)})" for index in missing[:NAMED])
+    return MissingChunksError(
+        f"{len(missing)} of {n_all} chunks of {stored.place} are absent, first {names}: Zarr would read them as fill "
+        f"value {stored.array.fill_value}. {way_out}"
+    )
 
 
 def _sizes(stored: Stored) -> dict[tuple[int, ...], Any]:

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 
 from ..base.files import (
+    FIT_FILE,
     DamagedFileError,
     check_directory,
     check_links,
+    check_place,
     checksum,
+    make_directory,
     read_arrays,
     read_json,
     remove_left,
@@ -41,10 +44,11 @@ from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
 VERSION = 7  # of the files
-FIT_FILE, LOCALS = "fit.json", "locals"
+LOCALS = "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options
-WAY_OUT = 'Pass it, as in resume(path, f), or name the directory of its module: trust="models", on the command line --models'
+WAY_OUT = "Pass it, as in resume(path, f)"
+OF_MODULE = ', or name the directory of its module, as in trust="models"'
 MOST_KEPT = 2**26  # bytes of an array in memory that is kept, so that `resume` needs the path alone
 
 
@@ -70,16 +74,15 @@ class Checkpoint:
     ------
     CheckpointError
         Where ``path`` has a checkpoint of another fit; the message lists what differs.
-    NotADirectoryError
-        Where it is a file.
+    NotADirectoryError, ValueError
+        Where it is a file, a Zarr store or a saved result.
     """
 
     def __init__(
         self, path: str | Path, identity: Mapping[str, Any], call: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
     ):
         self.path, self.failed, self.warned = Path(path).absolute(), "", False
-        check_directory("checkpoint", self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory("checkpoint", self.path, FIT_FILE)
         check_links(self.path)
         for directory in (self.path, *filter(Path.is_dir, [self.path / LOCALS])):
             remove_left(directory)
@@ -234,7 +237,7 @@ def open_checkpoint(path, *fit) -> Checkpoint:
 
 def check_checkpoint(path, *fit, unknown: Collection[str] = ()) -> None:
     """The errors of `open_checkpoint`, before anything is written; what is ``unknown`` yet is not compared."""
-    check_directory("checkpoint", path)
+    check_place("checkpoint", path, FIT_FILE)
     if (path / FIT_FILE).exists():
         _compare(path, describe_fit(*fit)[0], unknown)
 
@@ -371,7 +374,7 @@ def read_call(
         return place
 
     if f is None and call["model"] is None:
-        raise CheckpointError(f"the checkpoint {path} cannot import the model again: pass it, as in resume(path, f)")
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again. {WAY_OUT}")
     data = {name: make(name, kept) if data.get(name) is None else data[name] for name, kept in call["data"].items()}
     try:
         if f is None:
@@ -380,9 +383,12 @@ def read_call(
             print(printable(f"{path}: {'; '.join(said)}"), flush=True)
         return f or import_by(call["model"], trust), data, call["options"]
     except UntrustedError as err:
-        raise UntrustedError(f"the checkpoint {path}: {err}. {WAY_OUT}, or trust=True if you know who wrote it") from None
+        raise UntrustedError(
+            f"the checkpoint {path}: {err}. {WAY_OUT}{OF_MODULE}, or trust=True if you know who wrote it"
+        ) from None
     except (ImportError, AttributeError) as err:
-        raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {WAY_OUT}") from err
+        way_out = WAY_OUT + (OF_MODULE if isinstance(trust, bool) else "")
+        raise CheckpointError(f"the checkpoint {path} cannot import the model again ({err}). {way_out}") from err
 
 
 def create_checkpoint_directory(base: str | Path | None = None, name: str | None = None) -> Path:

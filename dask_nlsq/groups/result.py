@@ -19,6 +19,7 @@ from uuid import uuid4
 import numpy as np
 from dask import delayed
 
+from ..base.files import RESULT, check_place
 from ..base.lazy import da
 from ..base.modules import Trust
 from ..base.text import several
@@ -172,6 +173,7 @@ class GroupResult:
         A result that is at ``path`` already is replaced. The maps are in ``local.zarr`` where there is nothing of that name.
         """
         path = Path(path)
+        check_place("path", path, RESULT)
         before = schema.beside(path)["maps"]
         name = f"local-{uuid4().hex}.zarr" if os.path.lexists(path / LOCAL_MAPS) else LOCAL_MAPS
         with ExitStack() as on_error:

@@ -45,10 +45,19 @@ def _flag(name: str) -> str:
     return (row.option.flag if row and row.option else "") or name.replace("_", "-")
 
 
+WORDS = {  # what is said otherwise here
+    "Pass it, as in resume(path, f)": "Name it, as in --model module:function",
+    'as in trust="models"': "as in --models DIR",
+    "as in resume(path, xdata=...)": "as in --x 0:10:0.01",
+}
+
+
 class Failure(click.ClickException):
     """One line on stderr, and an exit code."""
 
     def __init__(self, text: str, exit_code: int):
+        for python, here in WORDS.items():
+            text = text.replace(python, here)
         text = OPTIONS.sub(lambda found: f"--{'no-' * (found[1] == 'decode_cf')}{_flag(found[1])}", text)
         super().__init__(printable(" ".join(text.split())))
         self.exit_code = exit_code  # type: ignore[misc]  # of the class for click, of the error here
@@ -98,13 +107,15 @@ def _warn(message, category, *_, **__):
 
 
 def _failure(err, with_traceback=False) -> Failure:
+    from ..base.files import DamagedFileError
     from ..base.modules import is_installed
     from ..data.store import BadChunkError, MissingChunksError
     from ..solve.outcome import NotConvergedError
 
     if with_traceback:
         click.echo("".join(traceback.format_exception(err)), err=True)
-    kinds: dict[int, Any] = {4: (BadChunkError, MissingChunksError), 3: NotConvergedError, 2: USAGE, 1: WRONG}
+    damaged = (BadChunkError, MissingChunksError, DamagedFileError)
+    kinds: dict[int, Any] = {4: damaged, 3: NotConvergedError, 2: USAGE, 1: WRONG}
     code = next(code for code, kind in kinds.items() if isinstance(err, kind))
     frames = traceback.extract_tb(err.__traceback__)
     own = [frame for frame in frames if not (is_installed(frame.filename) or frame.filename.startswith("<"))]
@@ -267,7 +278,7 @@ def plan(scheduler, **given):
 
 def _solve(solve, call, scheduler, checkpoint, out, report, log):
     """Run a fit, write and print its result."""
-    from ..engine.checkpoint import FIT_FILE
+    from ..base.files import FIT_FILE
     from ..solve.outcome import Interrupted, NotConvergedError
     from . import cli_values as words
 
@@ -340,8 +351,8 @@ def resume(directory, model, x, models, trust, scheduler, out, report, log, **li
     from . import cli_values as words
 
     kept = read_fit(directory)["call"]
-    if models is not None or trust:
-        sys.path.insert(0, str((models or Path()).resolve()))
+    if trust:
+        sys.path.insert(0, str(Path().resolve()))
     call = dict(limits, path=directory, f=model and words.model(model), trust=trust or models or False)
     if x and "path" not in (kept["data"]["ydata"] or {}):
         raise ValueError(f"--x: {directory} does not know the path of its data: continue in Python with dask_nlsq.resume")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..engine.checkpoint import FIT_FILE, read_fit, read_state
+from ..base.files import FIT_FILE, RESULT
+from ..engine.checkpoint import read_fit, read_state
 from ..maps.store import NoMapError, read_done
 from ..maps.stored import StoredMap
 from ..maps.views import status_counts
-from ..results.schema import RESULT
 
 
 def describe(path: Path, load: Callable) -> str:
@@ -37,10 +37,12 @@ def describe(path: Path, load: Callable) -> str:
 def describe_checkpoint(path: Path) -> str:
     call = read_fit(path)["call"]
     arrays, values = read_state(path)
-    costs = arrays.get("costs", ())
+    costs, n = arrays.get("costs", ()), len(arrays.get("costs", ()))
+    if "cost" in arrays:  # of groups, in blocks; they may be read several times at one point
+        costs, n = arrays["cost"].sum(axis=1), arrays["reads"].sum()
     model, data = ".".join(call["model"] or ["a model without a name"]), call["data"]["ydata"] or {}
     lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]
-    lines.append(f"finished sweeps: {len(costs)}" + (f"; lowest cost {min(costs):.9g}" if len(costs) else ""))
+    lines.append(f"finished sweeps: {n}" + (f"; lowest cost {min(costs):.9g}" if len(costs) else ""))
     lines += ["one more is begun"] if "begun" in values else []
     return "\n".join([*lines, f"to continue: dask nlsq resume {path}"])
 

@@ -16,7 +16,7 @@ from typing import Any, Self
 import dask
 import numpy as np
 
-from ..base.disk import check_room, named_when_full
+from ..base.disk import check_room, named_when_full, named_when_refused
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.modules import import_name
@@ -244,7 +244,7 @@ class FittedMaps(Maps):
             done &= ~store.lost_blocks(path, about, done)
         nbytes = self.record.dtype.itemsize * int((pixels if done is None else pixels[~done]).sum())
         check_room("path", path, nbytes)
-        with named_when_full(path, nbytes):
+        with named_when_refused(path, "`path` "), named_when_full(path, nbytes):
             if not store.is_sealed(about):
                 store.create(path, self, identity, self._call())
             elif done is None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..base.files import well_formed
+from ..base.files import RESULT, well_formed
 from ..base.modules import Trust
 from ..base.text import NamesOfLmfit
 from ..data.align import Data, build_data
@@ -429,8 +429,8 @@ class FitResult(NamesOfLmfit):
 
         Raises
         ------
-        NotADirectoryError
-            Where ``path`` is a file.
+        NotADirectoryError, ValueError
+            Where ``path`` is a file, a checkpoint or a Zarr store.
         """
         schema.save(Path(path), self.to_file())
 
@@ -573,7 +573,7 @@ def load(path: Path, trust: Trust) -> tuple[dict[str, Any], str | None]:
         As `dask_nlsq.load`.
     """
     found, maps = schema.load(path)
-    with well_formed(path / schema.RESULT):
+    with well_formed(path / RESULT):
         schema.check_types(FitResult, found)
         model, loss, f_scale, origins, groups = map(found.pop, ("model", "loss", "f_scale", "origins", "groups"))
         schema.check_types(Objective, dict(loss=loss, f_scale=f_scale))

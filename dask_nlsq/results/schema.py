@@ -17,9 +17,11 @@ from uuid import uuid4
 import numpy as np
 
 from ..base.files import (
+    FIT_FILE,
+    RESULT,
     DamagedFileError,
-    check_directory,
     check_link,
+    make_directory,
     read_arrays,
     read_json,
     remove_left,
@@ -30,7 +32,6 @@ from ..base.files import (
 from ..base.values import is_integer, is_number
 from ..data.chunks import Preparation, ValuePolicy
 from ..data.store import BadChunkError
-from ..engine.checkpoint import FIT_FILE
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
 from ..kernels.blocks import Layout, Layouts
@@ -44,7 +45,7 @@ from ..solve.trust_region import Record
 from .named_model import NamedModel
 from .statistics import Groups, Totals
 
-FORMAT, VERSION, RESULT = "result of dask_nlsq", 6, "result.json"
+FORMAT, VERSION = "result of dask_nlsq", 6
 BESIDE = {  # it, by what names them: its larger arrays; the maps of groups, which `groups.result` writes
     "arrays": re.compile(r"arrays-[0-9a-f]{32}\.npz"),
     "maps": re.compile(r"local(-[0-9a-f]{32})?\.zarr"),
@@ -194,8 +195,7 @@ def save(path: Path, fit: SimpleNamespace, maps: str | None = None) -> None:
     """Write what has the fields of `FIT`, with the name of the maps beside it; what was there is replaced at the end."""
     arrays: dict[str, np.ndarray] = {}
     text = encode(fit, "result", arrays)
-    check_directory("path", path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_directory("path", path, RESULT)
     before = beside(path)["arrays"]
     name = f"arrays-{uuid4().hex}.npz" if arrays else None
     if name:

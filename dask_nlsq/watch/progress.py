@@ -184,8 +184,13 @@ class Observers:
         self._show(self.stages.text)
         if self.live.client is not None:
             self._tell(record)
-        if self.callback is not None:
+        if self.callback is not None and not self._told_before:
             self.callback(record)
+
+    @property
+    def _told_before(self) -> bool:
+        """Whether all sweeps so far are those of an earlier process, whose callback got their records."""
+        return self.evaluator is not None and 0 < self.evaluator.count == self.evaluator.resumed
 
     def _show(self, text: str) -> None:
         self.bar.show(self.evaluator.count if self.evaluator else 0, text)
