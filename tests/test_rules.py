@@ -319,7 +319,7 @@ def test_a_fit_has_converged_near_its_optimum_or_at_rounding(xp):
 def test_statuses_have_scipys_numbers_and_those_of_maps():
     own = rules.EVALUATIONS, rules.GTOL, rules.FTOL, rules.XTOL, rules.FTOL_XTOL, rules.TO_ROUNDING
     assert own == (0, 1, 2, 3, 4, 5)
-    assert [*map(int, MapStatus)] == [*range(13)]
+    assert [*map(int, MapStatus)] == [*range(14)]
     assert (rules.STUCK, rules.UNDETERMINED) == (MapStatus.STUCK, MapStatus.UNDETERMINED)
     assert rules.RUNNING == 255 > max(MapStatus)  # of a byte
 
