@@ -413,6 +413,14 @@ def test_no_convergence_says_why_and_where():
         curve_fit(decay, X, Y + 0.1 * np.sin(9 * X), max_nfev=2)
 
 
+def test_a_fit_whose_parameters_run_away_is_advised_other_starts_and_bounds_instead_of_more_evaluations():
+    x = np.linspace(0, 10, 500)
+    y = 2 * np.exp(-0.5 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, 500)
+    with pytest.raises(RuntimeError, match=r"condition \de\+0\d.*n_starts.*bounds") as error:
+        curve_fit(lambda x, a, b, c: a * jnp.exp(-b * x) + c, x, y, [1, -1, 0])
+    assert "Raise max_nfev" not in str(error.value)
+
+
 def test_a_model_with_an_array_of_another_length_is_named_with_the_way_out():
     def model(x, a):
         return a * x * jnp.ones(7)

@@ -196,6 +196,18 @@ def test_a_chunk_of_a_block_that_is_not_done_does_not_stand_for_one_that_is_lost
         StoredMap(tmp_path / "maps").popt  # noqa: B018
 
 
+def test_pixels_of_blocks_that_are_not_done_are_not_fitted_yet(tmp_path):
+    decays(tmp_path / "maps")
+    for name in ("done", "status", "popt"):
+        chunk_files(tmp_path / "maps" / name)[3].unlink()
+    stored = StoredMap(tmp_path / "maps")
+    missing = stored.status == dask_nlsq.MapStatus.NOT_FITTED_YET
+    assert missing.tolist() == [False, False, False, True]
+    assert "not fitted yet" in repr(stored) and "iteration limit" not in repr(stored)
+    status = stored.to_xarray().status
+    assert np.array_equal(status == 13, missing) and "NOT_FITTED_YET" in status.flag_meanings
+
+
 @pytest.mark.parametrize("name", ["popt", "nfev"])
 def test_blocks_whose_chunks_are_lost_are_fitted_again_and_no_others(tmp_path, name):
     expected = decays(tmp_path / "whole")

@@ -319,7 +319,7 @@ def test_a_fit_has_converged_near_its_optimum_or_at_rounding(xp):
 def test_statuses_have_scipys_numbers_and_those_of_maps():
     own = rules.EVALUATIONS, rules.GTOL, rules.FTOL, rules.XTOL, rules.FTOL_XTOL, rules.TO_ROUNDING
     assert own == (0, 1, 2, 3, 4, 5)
-    assert [*map(int, MapStatus)] == [*range(13)]
+    assert [*map(int, MapStatus)] == [*range(14)]
     assert (rules.STUCK, rules.UNDETERMINED) == (MapStatus.STUCK, MapStatus.UNDETERMINED)
     assert rules.RUNNING == 255 > max(MapStatus)  # of a byte
 
@@ -381,12 +381,35 @@ def test_a_column_is_remembered_but_not_for_ever(xp):
 
 
 def test_a_parameter_is_undetermined_where_its_column_is_zero_or_has_faded(xp):
-    columns = xp.asarray([0.0, 1e-20, 1e-20, 1.0, 4 * ROUNDING])
-    longest, params = xp.asarray([0.0, 1.0, 1.0, 1e26, 4.0]), xp.asarray([1.0, 5.0, 1e19, 2.0, -0.75])
-    found = rules.undetermined(xp, columns, longest, params, xp.asarray(9.0))
-    np.testing.assert_array_equal(found, [True, True, False, False, True])
-    again = rules.undetermined(xp, columns, longest, params * 1.1, xp.asarray(9.0))
-    np.testing.assert_array_equal(again, [True, True, False, False, False])
+    edge = 3 * rules.VISIBLE  # of data whose sum of squares is 9
+    columns = xp.asarray([0.0, 1e-20, 1e-20, 1.0, edge, edge, 2e-6])
+    longest, span = xp.asarray([0.0, 1.0, 1.0, 1e26, 4.0, edge, 1.0]), xp.asarray([1.0, 5.0, 1e19, 2.0, 1.0, 0.0, 0.0])
+    found = rules.undetermined(xp, columns, longest, span, xp.asarray(9.0))
+    np.testing.assert_array_equal(found, [True, True, False, False, True, False, False])
+    again = rules.undetermined(xp, columns, longest, span * 1.1, xp.asarray(9.0))
+    np.testing.assert_array_equal(again, [True, True, False, False, False, False, False])
+
+
+def test_the_span_of_a_parameter_is_what_it_has_moved_or_would_have_alone(xp):
+    params, start, longest = xp.asarray([1e6, 1e6, 3.0]), xp.asarray([1e6, 1e6 - 7, 3.0]), xp.asarray([2.0, 2.0, 0.0])
+    np.testing.assert_array_equal(rules.span(xp, params, start, xp.asarray(8.0), longest), [2.0, 7.0, 0.0])
+
+
+def test_what_two_bounds_leave_to_a_parameter_has_to_show_in_the_data(xp):
+    bounds, columns = (xp.asarray([0.0, 0.0, 0.0]), xp.asarray([2.0, 2.0, np.inf])), xp.asarray([1e-12, 1e-3, 0.0])
+    unmoved, unseen = rules.below_noise(xp, columns, xp.asarray(0.0), 10, bounds, xp.asarray(1.0))
+    assert not np.any(unmoved)
+    np.testing.assert_array_equal(unseen, [True, False, False])
+    unmoved, unseen = rules.below_noise(xp, columns, xp.asarray(5e12), 1000, bounds, xp.asarray(0.0))
+    np.testing.assert_array_equal(unmoved, [True, True, False])
+    np.testing.assert_array_equal(unseen, [True, False, False])
+
+
+def test_an_effect_vanishes_beside_the_data_or_where_they_are_zero_beside_the_one_before(xp):
+    effect, before = xp.asarray([1e-12, 1e-12, 1e-9]), xp.asarray([1.0, 1e-3, 1e9])
+    np.testing.assert_array_equal(rules.vanishes(xp, effect, before, xp.asarray(1.0)), [True, True, False])
+    np.testing.assert_array_equal(rules.vanishes(xp, effect, before, xp.asarray(0.0)), [True, False, True])
+    np.testing.assert_array_equal(rules.rounding_of_chi2(xp, xp.asarray([4.0, 0.0])), [4 * ROUNDING**2, np.inf])
 
 
 def test_a_trial_is_the_point_itself_to_rounding(xp):

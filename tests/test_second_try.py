@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.optimize import OptimizeWarning
 
-from dask_nlsq import NotConvergedError, curve_fit, fit_map
+from dask_nlsq import MapStatus, NotConvergedError, curve_fit, fit_groups, fit_map
 from dask_nlsq.engine.condensed import Condensed, factor
 from dask_nlsq.kernels.rules import EPS
 from dask_nlsq.kernels.steps import Point
@@ -264,3 +264,84 @@ def test_a_fit_that_creeps_pauses_and_goes_on_where_the_second_try_fails_too(mon
             curve_fit(peak, PLACES, y, [1, 0, 1, 1], **options)
     assert len(slow) == 800
     np.testing.assert_array_equal(slow[:70] + slow[470:], alone)
+
+
+E = np.linspace(9, 11, 64)
+AT = dict(height=40, center=10.1, width=0.3, base=1)
+DEAD = {
+    "no bounds": None,
+    "one side": dict(height=(0, None), width=(0.01, 1)),
+    "amplitudes": dict(height=(0, None), width=(0.01, 1), base=(0, None)),
+    "two sides": dict(height=(0, 1e5), center=(9, 11), width=(0.01, 1)),
+}
+
+
+def peak_of_four(x, height, center, width, base):
+    return height * jnp.exp(-(((x - center) / width) ** 2) / 2) + base
+
+
+def measured(rng, shape, height, base, noise):
+    return height * np.exp(-(((E - 10.1) / 0.3) ** 2) / 2) + base + noise * rng.normal(size=(*shape, 64))
+
+
+def in_units(y, x, bounds):
+    """Coordinates, start and bounds."""
+    units = dict(height=y, base=y, center=x, width=x)
+    start = {name: value * units[name] for name, value in AT.items()}
+    ends = {name: tuple(None if end is None else end * units[name] for end in own) for name, own in (bounds or {}).items()}
+    return x * E, start, dict(bounds=ends) if ends else {}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", ["linear", pytest.param("soft_l1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bounds", DEAD.values(), ids=DEAD)
+@pytest.mark.parametrize("level", [0.0, 5.0, pytest.param(1 / 3, marks=pytest.mark.slow)])
+def test_a_dead_pixel_determines_neither_place_nor_width_of_a_peak(level, bounds, loss):
+    for y, x in ((1.0, 1.0), (1e-9, 1e6)):
+        points, start, ends = in_units(y, x, bounds)
+        options = dict(loss=loss, f_scale=y) | ends
+        found = curve_fit(peak_of_four, points, np.full(64, level * y), start, **options)
+        assert found.status == 12 and not found.success and np.isinf(found.perr[[1, 2]]).all()
+        maps = fit_map(peak_of_four, points, np.full((2, 64), level * y), start, **options).compute()
+        assert np.all(maps.status == MapStatus.UNDETERMINED) and np.isinf(maps.perr[:, [1, 2]]).all()
+
+
+@pytest.mark.parametrize("bounds", [pytest.param(DEAD["no bounds"], marks=pytest.mark.slow), DEAD["one side"]])
+def test_a_group_without_a_peak_determines_no_local_place(bounds):
+    rng = np.random.default_rng(0)
+    y = np.concatenate([measured(rng, (3,), 40, 1, 0.5), np.full((1, 64), 5.0), np.zeros((1, 64))])
+    local = "height", "center", "base"
+    found = fit_groups(peak_of_four, E, y, AT, local=local, group_axes=0, bounds=bounds or (-np.inf, np.inf))
+    local = found.local.compute()
+    assert found.success and local.success.tolist() == [True] * 3 + [False] * 2
+    assert np.isinf(local.perr[3:, 1]).all()
+
+
+@pytest.mark.parametrize("level", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", ["float64", "uint16"])
+def test_dead_pixels_stand_out_in_a_map_with_masks_weights_and_coarse_starts(level, dtype):
+    rng = np.random.default_rng(1)
+    y = np.round(measured(rng, (6, 6), 400, 50, 5)).astype(dtype)
+    y[2, 3] = y[5, 5] = level
+    mask = rng.random(y.shape) < 0.05
+    found = fit_map(peak_of_four, E, y, AT, bounds=DEAD["one side"], mask=mask, sigma=2.0, guess="coarse-to-fine").compute()
+    dead = (y == level).all(axis=-1)
+    assert np.array_equal(found.status == MapStatus.UNDETERMINED, dead) and np.array_equal(found.success, ~dead)
+
+
+def test_an_amplitude_that_starts_at_its_bound_0_is_found_in_groups():
+    rng = np.random.default_rng(2)
+    x, heights, places = np.linspace(0, 10, 100), rng.uniform(5e3, 1e4, (12, 1)), rng.uniform(4, 6, (12, 1))
+    y = heights / (1 + ((x - places) / 0.3) ** 2) + 20 + rng.normal(0, 50, (12, 100))
+    bounds = dict(h=(0, None), w=(0.01, 5), b=(0, None))
+    found = fit_groups(
+        lambda x, h, c, w, b: h / (1 + ((x - c) / w) ** 2) + b,
+        x,
+        y,
+        dict(h=0, c=5, w=1, b=0),
+        local=("h", "c", "b"),
+        group_axes=0,
+        bounds=bounds,
+    )
+    assert found.success and abs(found.popt[0] - 0.3) < 5 * found.shared.perr[0]
+    assert found.local.compute().success.all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dask_nlsq.kernels import steps
-from dask_nlsq.kernels.rules import MOST_CHANGE, ROUNDING
+from dask_nlsq.kernels.rules import MOST_CHANGE, VISIBLE
 from dask_nlsq.kernels.steps import HatSpace, Point, Scheme, Seen
 
 INF = np.inf
@@ -157,8 +157,8 @@ def test_parameters_that_have_faded_count_unless_the_data_are_exact(xp):
     here = point(xp, columns=[1, 0])
     np.testing.assert_array_equal(here.undetermined, [False, True])
     assert int(here.n_faded) == 1
-    assert int(point(xp, columns=[1, 0], cost=0.9 * 100 * ROUNDING**2).n_faded) == 0
-    assert int(point(xp, columns=[1, 0], cost=1.1 * 100 * ROUNDING**2).n_faded) == 1
+    assert int(point(xp, columns=[1, 0], cost=0.9 * 100 * VISIBLE**2).n_faded) == 0
+    assert int(point(xp, columns=[1, 0], cost=1.1 * 100 * VISIBLE**2).n_faded) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -340,7 +340,8 @@ def block_record(fit: BlockFit, spec: GroupSpec, state: LocalState, shape, share
     C = variance * state.inverse + T @ pcov @ T.swapaxes(1, 2) if known else np.full_like(state.inverse, np.inf)
     found, used = state.fitted, state.used
     lost = ~used & (found.status != MapStatus.MASKED) & (found.status != MapStatus.TOO_FEW_POINTS)
-    C = np.where(state.regular[:, None, None], C, np.inf)  # what the data of the group do not determine
+    determined = state.regular & (found.status != MapStatus.UNDETERMINED)
+    C = np.where(determined[:, None, None], C, np.inf)  # what the data of the group do not determine
     held = found.at_bound != 0
     C = np.where(held[:, :, None] | held[:, None, :], 0.0, C)
     T = np.where(held[..., None], 0.0, T)

@@ -46,6 +46,7 @@ class MapStatus(IntEnum):
     MASKED = 10  # no point at all
     STUCK = 11  # no step lowers the cost, although the optimum of the quadratic model is far
     UNDETERMINED = 12  # the model does not depend on a parameter where the fit ended
+    NOT_FITTED_YET = 13  # in a store whose blocks are not all done
 
 
 def succeeded(status):

@@ -38,6 +38,8 @@ LEAST_RATIO = 0.2  # of actual and predicted reduction: a lower cost by less is 
 MOST_CHANGE = 1e4  # of a parameter in one step, times the largest that it has been
 SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
 UNMOVED, UNSEEN = 1e-6, 1e-10  # of the noise: what a parameter changes that is to move; that is to be determined
+FADED = 1e-6  # of the longest that a column of J has been: the model hardly depends on its parameter any more
+VISIBLE = 1e3 * ROUNDING  # of the data: a fit that ends at rounding leaves amplitudes, and narrow widths raise their slopes
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
 AT_BOUND = 1e-2  # standard errors
@@ -169,6 +171,14 @@ def finished(xp, course: Course, arrived, max_nfev):
     return xp.where(ended, xp.where(course.passed, STUCK, EVALUATIONS), status)
 
 
+def rounding_of_chi2(xp, size):
+    """What is left of chi2 where a fit has come to rounding; ``size`` is sum w y^2.
+
+    Of data that are zero all of it: only the start of a first try says how large a model is, and what vanishes beside it.
+    """
+    return xp.where(size > 0, ROUNDING**2 * size, xp.inf)
+
+
 def is_better(xp, chi2, succeeded, other, other_succeeded, rounding):
     """Whether another try of a fit counts instead of the one with ``chi2``, by its own; ``rounding`` is that of both.
 
@@ -251,21 +261,34 @@ def scale(xp, columns, longest):
     return 1 / xp.where(lengths > 0, lengths, 1.0)
 
 
-def undetermined(xp, columns, longest, params, magnitude):
-    """Parameters on which the model does not depend: whose column is zero, or has faded to less than y is rounded."""
-    faded = (columns <= ROUNDING * longest) & (columns * xp.abs(params) <= ROUNDING * xp.sqrt(magnitude))
-    return (columns == 0) | faded
+def undetermined(xp, columns, longest, span, magnitude):
+    """Parameters on which the model does not depend: whose column is zero, or has faded to less than the data can show.
+
+    ``span`` is how far each of them may plausibly move, whatever its origin.
+    """
+    return (columns == 0) | (columns <= FADED * longest) & (columns * span <= VISIBLE * xp.sqrt(magnitude))
 
 
-def below_noise(xp, columns, cost, n_points, bounds):
+def vanishes(xp, effect, before, size):
+    """Where an effect is too small for data with sum w y^2 = ``size``; where that is 0, beside that ``before``."""
+    return xp.abs(effect) <= VISIBLE * xp.where(size > 0, xp.sqrt(size), xp.abs(before))
+
+
+def span(xp, params, start, cost, longest):
+    """How far parameters have moved since the start, or would have moved alone to explain all the residuals there."""
+    alone = xp.sqrt(2 * cost) / xp.where(longest > 0, longest, xp.inf)
+    return xp.maximum(xp.abs(params - start), alone)
+
+
+def below_noise(xp, columns, cost, n_points, bounds, magnitude):
     """What a parameter could change between its two bounds is less than these shares of the noise: `UNMOVED`, `UNSEEN`.
 
-    Not where the residuals are zero, nor without two bounds.
+    What the data cannot show, however small the noise, is not seen either; nor is it where there are not two bounds.
     """
     if bounds is None:
         return False, False
     change, noise = columns * (bounds[1] - bounds[0]), xp.sqrt(2 * cost / xp.maximum(n_points, 1))
-    return change < UNMOVED * noise, change < UNSEEN * noise
+    return change < UNMOVED * noise, change < xp.maximum(UNSEEN * noise, VISIBLE * xp.sqrt(magnitude))
 
 
 def off_the_bounds(xp, params, lower, upper, share):

@@ -83,6 +83,8 @@ class Point(NamedTuple):
     floored: Any = np.inf
     longest: Any = 0.0  # columns of J so far; 0 for those that were always zero
     reach: Any = 0.0  # the largest that each parameter has been, in size
+    start: Any = 0.0  # the params of the first point
+    start_cost: Any = np.inf
     hat: Any = None  # HatSpace
     newton: Any = None  # step to the minimum of the model, in hat space
     decrement: Any = np.inf
@@ -115,8 +117,11 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     reach = xp.maximum(xp.abs(params), before.reach)
     scale = rules.scale(xp, columns, longest) if isinstance(scheme.x_scale, str) else scheme.x_scale
     magnitude = rules.magnitude(xp, seen.size, reach, columns)
-    unmoved, unseen = rules.below_noise(xp, columns, cost, seen.n_points, scheme.bounds)
-    undetermined = rules.undetermined(xp, columns, longest, params, magnitude) | unseen
+    unmoved, unseen = rules.below_noise(xp, columns, cost, seen.n_points, scheme.bounds, magnitude)
+    begun = xp.isfinite(before.start_cost)
+    start, start_cost = xp.where(begun, before.start, params), xp.where(begun, before.start_cost, cost)
+    span = rules.span(xp, params, start, start_cost, longest)
+    undetermined = rules.undetermined(xp, columns, longest, span, magnitude) | unseen
     near = _reach_of_bounds(xp, seen, scale, scheme, solve_newton)
     hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near, undetermined | unmoved)
     newton, decrement, model = solve_newton(hat)
@@ -133,6 +138,8 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
         floored=seen.floored,
         longest=longest,
         reach=reach,
+        start=start,
+        start_cost=start_cost,
         hat=hat,
         newton=newton,
         decrement=decrement,
@@ -141,7 +148,7 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
         variance=variance,
         floor=floor,
         undetermined=undetermined,
-        n_faded=xp.where(cost > rules.ROUNDING**2 * magnitude, undetermined.sum(axis=0), 0),  # exact data need none
+        n_faded=xp.where(cost > rules.VISIBLE**2 * magnitude, undetermined.sum(axis=0), 0),  # exact data need none
         n_full=n_full,
         contraction=contraction,
         distance=rules.distance(xp, decrement, variance, contraction, floor),

@@ -16,7 +16,7 @@ from ..model.function import Model
 from .checks import linear_places
 from .lane_loop import Fitted, Pixels, map_kernel, prepare
 from .lanes import Limits, MapSpec, MapStatus, diagonal, equations_of, inverse, lanes_of, own_rows, succeeded
-from .rules import ROUNDING, is_better
+from .rules import is_better, rounding_of_chi2, vanishes
 
 FIRST, FIRST_PER_PARAM = 30, 10  # evaluations of a first try: fits that do not creep need fewer
 TRIED_AGAIN = MapStatus.ITERATION_LIMIT, MapStatus.SINGULAR, MapStatus.STUCK, MapStatus.UNDETERMINED
@@ -47,7 +47,7 @@ def fit_pixels(model: Model, spec: MapSpec, pixels: Pixels, n_pixels: int, limit
     if left and len(failed):
         with compiling("linear", pixels):
             solved = start_kernel(model, spec, linear)(pixels, np.resize(failed, n), len(failed), limits)
-        start, rounding = np.array(solved[0]), ROUNDING**2 * np.asarray(solved[1])
+        start, rounding = np.array(solved[0]), rounding_of_chi2(np, np.asarray(solved[1]))
         found = _better(found, run(pixels._replace(start=start), failed, left - left // 2), failed, rounding)
         failed = np.flatnonzero(found.status == MapStatus.ITERATION_LIMIT)  # which has failed before, too
         if left // 2 and len(failed):
@@ -60,7 +60,8 @@ def start_kernel(model: Model, spec: MapSpec, linear: tuple[int, ...]):
     """Compiled ``(pixels, which, n, limits) -> start, size``, of all pixels; call it inside ``float64()``.
 
     In the start (pixels, all parameters) of the first n of ``which`` (pixels,) the ``linear`` parameters are solved for.
-    Those that their bounds stop stay, and the others are solved for beside them. The size is sum w y^2, of counts sum w y.
+    Those that their bounds stop stay, and those that would vanish beside the data: a fit that begins without its amplitudes
+    would not know what it lost. The others are solved for beside them. The size is sum w y^2, of counts sum w y.
     """
     return model.get(("linear starts", spec, linear), lambda: model.jit(_build_start(model, spec, linear)))
 
@@ -87,9 +88,10 @@ def _build_start(model, spec, linear):
             own = lax.dynamic_slice_in_dim(which, jnp.minimum(k * width, n_pixels - width), width)
             gram, _, _ = equations_of(model, squares, limits, data, data.start, own)
             lower, upper = (own_rows(each, own)[:, rows].T for each in (data.lower, data.upper))
-            before = data.start[own][:, places].T
+            before, lengths = data.start[own][:, places].T, jnp.sqrt(diagonal(gram)[rows])
             after = before + step(gram, jnp.zeros(before.shape, bool))
-            after = before + step(gram, (after < lower) | (after > upper))
+            vanish = vanishes(jnp, after * lengths, before * lengths, data.size[own])
+            after = before + step(gram, (after < lower) | (after > upper) | vanish)
             return start.at[own[:, None], places].set(jnp.clip(after, lower, upper).T)
 
         return lax.fori_loop(0, -(-n // width), some, data.start), data.size

@@ -36,6 +36,7 @@ COLOURS = {  # of each status
     MapStatus.ROUNDING: "#b5e3d0", MapStatus.AT_BOUND: "#0072b2", MapStatus.SINGULAR: "#f0e442",
     MapStatus.ITERATION_LIMIT: "#e69f00", MapStatus.STUCK: "#d55e00", MapStatus.UNDETERMINED: "#b8860b",
     MapStatus.NON_FINITE: "#a0144f", MapStatus.TOO_FEW_POINTS: "#8c8c8c", MapStatus.MASKED: "#d9d9d9",
+    MapStatus.NOT_FITTED_YET: "#f2f2f2",
 }  # fmt: skip
 
 

@@ -114,7 +114,8 @@ def examples(found) -> list[tuple[tuple[int, ...], str]]:
             what = "the largest of all" if percent == 100 else f"{percent} % of the {found.word}s have less"
             place = tuple(map(int, np.unravel_index(k, status.shape)))
             chosen.setdefault(place, f"chi-square / degrees of freedom = {reduced[place]:.4g}: {what}")
-    failed = np.unique(status[~succeeded(status) & (status != MapStatus.MASKED) & (status != MapStatus.TOO_FEW_POINTS)])
+    fitted = ~np.isin(status, [MapStatus.MASKED, MapStatus.TOO_FEW_POINTS, MapStatus.NOT_FITTED_YET])
+    failed = np.unique(status[~succeeded(status) & fitted])
     for code in failed[:MOST_FAILED]:
         places = np.argwhere(status == code)
         chosen[tuple(map(int, places[len(places) // 2]))] = (

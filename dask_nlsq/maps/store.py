@@ -64,9 +64,11 @@ def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[st
     group = zarr.create_group(path, attributes={**_plain(found.labels.get("attrs", {})), OURS: about})
     for name in record.names:
         base, own = record[name].subdtype or (record[name], ())
+        # what a pixel has whose block is not done
+        empty = np.nan if base.kind == "f" else int(MapStatus.NOT_FITTED_YET) if name == "status" else 0
         group.create_array(
             name, shape=(*found.problem.shape, *own), chunks=(*chunks, *own), dtype=base, compressors=_codecs(),
-            dimension_names=(*dims, *inner(name)), fill_value=np.nan if base.kind == "f" else 0, attributes=attributes(name),
+            dimension_names=(*dims, *inner(name)), fill_value=empty, attributes=attributes(name),
         )  # fmt: skip
     if find_spec("xarray"):
         named = found.coordinates.assign_attrs(group.attrs)  # which it would else take away

@@ -29,6 +29,7 @@ from ..data.sample import Sample
 from ..engine.condensed import Condensed, factor
 from ..engine.evaluator import Evaluator
 from ..engine.request import Objective
+from ..kernels import rules
 from ..kernels.blocks import KernelSpec
 from ..kernels.checks import linear_places
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
@@ -144,13 +145,21 @@ def search(
     )
 
 
-def separated(objective: Objective, sample: Sample, p0: np.ndarray, lower, upper) -> np.ndarray | None:
-    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none."""
+def separated(objective: Objective, sample: Sample, p0: np.ndarray, lower, upper, mean: float) -> np.ndarray | None:
+    """``p0`` (p,) with the parameters in which the model is linear solved for on the sample; None where it has none.
+
+    Those that would vanish beside the data, whose w y^2 is ``mean`` on average, stay as they are.
+    """
     screen = _Screen(objective, sample, lower, upper)
     if not screen.linear.any():
         return None
-    params, costs = screen.solved(np.clip(np.asarray(p0, dtype=np.float64), lower, upper)[None])
-    return params[0] if np.isfinite(costs[0]) else None
+    start = np.clip(np.asarray(p0, dtype=np.float64), lower, upper)
+    (params,), (cost,) = screen.solved(start[None])
+    if not np.isfinite(cost):
+        return None
+    lengths = screen.lengths(start)
+    vanish = rules.vanishes(np, params * lengths, start * lengths, mean * sample.n_points)
+    return np.where(screen.linear & vanish, start, params)
 
 
 def polish(found: Search, evaluator: Evaluator, options: Options, begin: Begin = alone) -> tuple[Solution, Search]:
@@ -318,6 +327,11 @@ class _Screen:
         """
         squares = self.spec._replace(loss="linear")
         return self._run(squares, starts, self.linear, 1 + LINEAR_STEPS, n_points)[:2]
+
+    def lengths(self, params):
+        """Of the columns of J (p,) at ``params``, by least squares as in `solved`."""
+        _, _, grams = self._run(self.spec._replace(loss="linear"), params[None], np.zeros_like(self.linear), 1, None)
+        return np.sqrt(np.diagonal(grams[0])[:-1])
 
     def better(self, starts):
         """Starts (k, p), with the linear parameters solved for where that is better by a loss of other than squares."""

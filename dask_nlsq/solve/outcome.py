@@ -12,6 +12,7 @@ from ..model.function import function_name
 from .trust_region import INTERRUPTED, MESSAGES, Solution
 
 logger = logging.getLogger("dask_nlsq")
+RUNAWAY = 1e4  # condition: of exponentials and peaks that the data determine it is at most some 1000
 R = TypeVar("R", bound=Any)  # `FitResult` or `GroupResult`
 
 WAY_OUT = (
@@ -58,7 +59,18 @@ def not_converged(solution: Solution, names):
     at = ", ".join(f"{name}={value:.6g}" for name, value in zip(names, solution.params, strict=True))
     return (
         f"Optimal parameters not found: {solution.message} {solution.nfev} were made in all; the best so far has cost "
-        f"{solution.equations.cost:.6g} at {at}. Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
+        f"{solution.equations.cost:.6g} at {at}. {_what_helps(solution.factor.condition)}"
+    )
+
+
+def _what_helps(condition: float) -> str:
+    """Advice to those whose evaluations are exhausted; ``condition`` is that of J, with columns of norm 1."""
+    if condition <= RUNAWAY:
+        return "Raise max_nfev, start from there, or loosen ftol, xtol and gtol"
+    return (
+        f"There the data hardly tell the parameters apart (condition {condition:.1g}), as in a valley that leads to "
+        "infinity: more evaluations would only go on in it. Start from other values, as n_starts of curve_fit does, or set "
+        "bounds"
     )
 
 

@@ -14,7 +14,7 @@ from ..base.text import several
 from ..data.sample import NoSample, sample_size
 from ..engine.evaluator import Evaluator
 from ..engine.waiting import ToldToLeave
-from ..kernels.rules import ROUNDING, STUCK, UNDETERMINED, is_better
+from ..kernels.rules import STUCK, UNDETERMINED, is_better, rounding_of_chi2
 from ..kernels.steps import Point
 from ..kernels.tries import FIRST, FIRST_PER_PARAM
 from .multistart import separated
@@ -46,7 +46,8 @@ def fit_in_tries(evaluator: Evaluator, p0: np.ndarray, options: Options, begin: 
     if first is not None and first.status not in FAILED:
         return first
     n_first, left = len(seen), None if options.max_nfev is None else options.max_nfev - len(seen)
-    start = None if left == 0 else _start(evaluator, p0, options)
+    n_points = (loop.here.model.equations if first is None else first.equations).n_points
+    start = None if left == 0 else _start(evaluator, p0, options, n_points)
     if start is None:
         return first or loop.end()
     logger.info("not converged from p0: another fit begins with its linear parameters solved for")
@@ -80,7 +81,7 @@ def _succeeded(found: Solution) -> bool:
 
 
 def _is_better(cost: float, succeeded: bool, second: Solution) -> bool:
-    rounding = ROUNDING**2 * second.equations.size
+    rounding = rounding_of_chi2(np, second.equations.size)
     return bool(is_better(np, 2 * cost, succeeded, 2 * second.equations.cost, _succeeded(second), rounding))
 
 
@@ -89,11 +90,13 @@ def _since(second: Solution, n_first: int) -> str:
     return f"{second.message} F{LINEAR_FIRST[1:]}{since}"
 
 
-def _start(evaluator: Evaluator, p0: np.ndarray, options: Options) -> np.ndarray | None:
+def _start(evaluator: Evaluator, p0: np.ndarray, options: Options, n_points: int) -> np.ndarray | None:
     """Where a second try begins; None where there is no such place."""
     try:
         sample = evaluator.sweep.points(sample_size(len(p0)))
     except NoSample:
         return None
-    start = separated(evaluator.objective, sample, p0, options.lower, options.upper)
+    assert evaluator.weights is not None  # as after each sweep over all data
+    mean = evaluator.weights[:, 2].sum() / n_points
+    start = separated(evaluator.objective, sample, p0, options.lower, options.upper, mean)
     return None if start is None or np.array_equal(start, p0) else start
