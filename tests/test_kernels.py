@@ -362,6 +362,26 @@ def summed(x, a, b, c):
     return jax.lax.scan(lambda total, each: (total + each, total * a), 0.0, x * b)[1] * c
 
 
+@jax.custom_jvp
+def mixed(a, b, c):
+    return a + b * c
+
+
+@mixed.defjvp
+def _of_mixed(primals, tangents):
+    (_, b, c), (ta, tb, tc) = primals, tangents
+    one, other = jnp.stack([b, ta]), jnp.stack([c, ta])
+    return mixed(*primals), one[1] + one[0] * tc + other[0] * tb
+
+
+@jax.jit
+def squared(none, k):
+    k = k * k
+    for n in range(none.shape[0]):
+        k = k + none[n]
+    return k
+
+
 @pytest.mark.parametrize(
     "f, linear",
     [
@@ -378,6 +398,9 @@ def summed(x, a, b, c):
         (lambda x, *p: (lambda q: (q * 2)[0] * x + (q * q)[1] * x + q[2] * jnp.flip(q)[0])(jnp.asarray(p)), "a"),
         (lambda x, *p: (lambda a, b, c: a * x**b + c)(*jnp.asarray(p)), "ac"),
         (lambda x, *p: jnp.asarray(p) @ jnp.stack([x, x**2, x**3]), "abc"),
+        (lambda x, a, b, c: a * squared(jnp.stack([a, b, c])[3:], c) * x + b, "ab"),  # a vector of no elements
+        (lambda x, a, b, c: (a * jnp.exp(-x[:, None] * jnp.ones(3) * squared(jnp.stack([a])[1:], c))).sum(1) + b, "ab"),
+        (lambda x, a, b, c: mixed(a * x, b + 0 * x, c + 0 * x), "a"),
         (lambda x, *p: jnp.cumsum(jnp.asarray(p))[1] * x * p[0], "bc"),
     ],
 )

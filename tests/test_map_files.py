@@ -280,6 +280,8 @@ def test_axes_of_a_file_that_are_paths_have_no_coordinate_and_remove_nothing(tmp
 
 
 def test_an_attribute_of_the_data_does_not_take_the_place_of_what_a_map_is_known_by(tmp_path):
-    y = xr.DataArray(LINES, dims=("row", "t"), attrs={"dask_nlsq": "mine", "beamline": "P10"})
+    attrs = {"dask_nlsq": "mine", "beamline": "P10", "gain": np.float32(2), "pixels": [np.int64(3)]}
+    y = xr.DataArray(LINES, dims=("row", "t"), attrs=attrs)
     dask_nlsq.fit_map(decay, T, y.chunk(row=2), P0, axis="t").to_zarr(tmp_path / "m", progress=False)
-    assert StoredMap(tmp_path / "m").to_xarray().attrs["beamline"] == "P10"
+    kept = StoredMap(tmp_path / "m").to_xarray().attrs
+    assert (kept["beamline"], kept["gain"], kept["pixels"]) == ("P10", 2, [3])

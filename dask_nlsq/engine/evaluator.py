@@ -137,11 +137,18 @@ class Evaluator:
         return told
 
     def whole(self, params: np.ndarray, found: Condensed) -> Condensed:
-        """What was found at a point, with its segments, also where a checkpoint has kept their counts alone."""
+        """What was found at a point, with its segments, also where a checkpoint has kept their counts alone.
+
+        The fit has ended, and a signal that comes now ends nothing: its result is returned.
+        """
         assert found.parts is not None and self.weights is not None  # as after each sweep over all data
         if len(found.parts) == len(self.weights):
             return found
-        return found._replace(parts=self._read([params], found.reduction)[0].parts)
+        stop, self.stop = self.stop, StopOnSignal(False)
+        try:
+            return found._replace(parts=self._read([params], found.reduction)[0].parts)
+        finally:
+            self.stop = stop
 
     def _look(self, done: int, total: int) -> None:
         self.stop.look()

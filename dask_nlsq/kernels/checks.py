@@ -121,6 +121,7 @@ CALLS = {
     "custom_vjp_call",
 }  # of programs
 SUMS = {"add", "add_any", "sub"}  # of which no part multiplies another
+PRODUCTS = {"mul", "div", "dot_general"}  # with a direction, where one of the factors has one
 ELEMENTWISE = SUMS | {"mul", "div", "neg", "exp", "log", "pow", "integer_pow", "square", "sqrt", "convert_element_type"}
 LINEAR, TRIED = 1e-9, 6  # misfit of a linear model, relative to its values; pairs of parameters that are compared
 
@@ -206,7 +207,7 @@ def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
     0), and on which parameters that depends. The program is linear in the directions, so that a step with one of them has no
     part without; of a loop or a branch it is not known which result is which.
     """
-    known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros_like(inputs[0][:1])
+    known, nothing = dict(zip(jaxpr.invars, inputs, strict=True)), np.zeros((1, *inputs[0].shape[1:]), bool)
 
     def influence(each):
         return nothing if isinstance(each, Literal) else known.get(each, nothing)
@@ -228,8 +229,9 @@ def _influences(jaxpr, inputs: list[np.ndarray]) -> list[np.ndarray]:
             total = np.logical_or.reduce(given)
             if name not in SUMS:
                 total[:, 1:] |= total[:, 1:, :1] & total[:, :1]
-            mixed = bool(inner) | np.any([each[:, 0].any(axis=1) & each[:, 1:].any(axis=(1, 2)) for each in given], axis=0)
-            total[:, 0] &= (mixed | ~total[:, 1:].any(axis=(1, 2)))[:, None]
+            if name in PRODUCTS or (name == "select_n" and not any(each[:, 0].any() for each in given[2:])):
+                mixed = np.any([each[:, 0].any(axis=1) & each[:, 1:].any(axis=(1, 2)) for each in given], axis=0)
+                total[:, 0] &= (mixed | ~total[:, 1:].any(axis=(1, 2)))[:, None]
             found = [total] * len(equation.outvars)
         known |= dict(zip(equation.outvars, found, strict=True))
     return [*map(influence, jaxpr.outvars)]

@@ -37,6 +37,7 @@ from ..base.lazy import zarr
 from ..kernels.lanes import MapStatus
 
 VERSION = 1  # of the attributes
+PLAIN = str, int, float, bool, list, tuple, np.generic, np.ndarray  # attributes that are kept
 METADATA, OURS, DONE = "zarr.json", "dask_nlsq", "done"
 COPIES = "consolidated_metadata"  # of the arrays' metadata, in those of the group
 PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of metadata that it could not write
@@ -136,7 +137,16 @@ def attributes(name) -> dict[str, Any]:
 
 
 def _plain(attrs):
-    return {str(name): value for name, value in attrs.items() if isinstance(value, (str, int, float, bool, list))}
+    """Those that JSON can hold, and NumPy's scalars and arrays as Python's."""
+    return {
+        str(name): json.loads(json.dumps(value, default=_listed))
+        for name, value in attrs.items()
+        if isinstance(value, PLAIN)
+    }
+
+
+def _listed(value):
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else str(value)
 
 
 def _codecs():
