@@ -124,6 +124,7 @@ NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 FOREIGN = {"_meta", "_applications", "_data"}  # of Dask, bokeh and xarray, which have no public name
 
 
+@pytest.mark.slow
 def test_public_modules_are_attributes_that_are_imported_when_they_are_used():
     code = (
         "import sys, dask_nlsq; assert not {'jax', 'xarray', 'zarr', 'dask.array'} & {*sys.modules}; "

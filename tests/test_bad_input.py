@@ -385,6 +385,7 @@ def test_a_task_that_fails_names_its_block():
     assert "block (3,)" in caught.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_a_task_that_fails_on_a_worker_names_its_block_and_leaves_nothing(workers):
     y = da.from_array(Y, 10).map_blocks(failing, dtype=float)
     with workers.as_current():

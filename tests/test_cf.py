@@ -84,6 +84,7 @@ HIDES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, hides",
     [
@@ -258,6 +259,7 @@ def test_x_sigma_and_mask_are_decoded_too(kind, tmp_path):
     np.testing.assert_allclose(np.asarray(raw.predict(opened)), x + raw.popt, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_coordinates_in_a_tuple_are_decoded_and_indices_stay_integers(tmp_path):
     x = in_zarr(tmp_path / "x", np.arange(N, dtype="i2"), dict(scale_factor=5 / (N - 1)))
     k = in_zarr(tmp_path / "k", np.arange(N, dtype="i4"), dict(_FillValue=17))
@@ -436,6 +438,7 @@ def test_maps_of_the_command_line_are_decoded(tmp_path):
     assert outcome.exit_code == 0 and "2 of 2 converged" in outcome.stdout, outcome.output
 
 
+@pytest.mark.slow
 def test_a_dask_array_and_an_array_in_memory_have_no_attributes():
     assert curve_fit(decay, X, da.from_array(Y, 500), p0=P0).plan.decoded == ()
 

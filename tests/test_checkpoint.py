@@ -175,6 +175,7 @@ def test_a_fit_that_is_resumed_counts_the_sweeps_that_it_goes_through(store, tmp
     assert fit.resumed == fit.sweeps
 
 
+@pytest.mark.slow
 def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
     whole = curve_fit(decay, X, store, [20, 3, 90], strategy="streaming", ftol=1e-12, xtol=1e-12, gtol=1e-12)
     tight = dict(ftol=1e-12, xtol=1e-12, gtol=1e-12)
@@ -183,6 +184,7 @@ def test_the_limit_of_evaluations_may_be_raised(store, tmp_path):
     same_bits(resume(tmp_path / "c", max_nfev=100), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -210,6 +212,7 @@ def test_changed_data_are_refused(store, tmp_path):
         resume(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_model_is_known_by_what_it_computes(store, tmp_path):
     def make(scale):
         return lambda x, a, b, c: decay(x, a, b, c) * scale
@@ -285,6 +288,7 @@ def test_weights_of_the_model_are_part_of_a_fit(store, tmp_path):
         curve_fit(**call)
 
 
+@pytest.mark.slow
 def test_mask_values_may_be_any_collection(store, tmp_path):
     first = curve_fit(decay, X, store, P0, mask_values={30, 31}, checkpoint=tmp_path / "c")
     same_bits(resume(tmp_path / "c"), first)
@@ -313,6 +317,7 @@ def test_a_checkpoint_knows_what_hold_was_given(name, store, tmp_path):
     same_bits(resume(tmp_path / "c"), first)
 
 
+@pytest.mark.slow
 def test_an_unfinished_fit_of_held_data_goes_on_from_its_path_alone(tmp_path):
     y = np.where(X > 9, np.nan, Y)
 
@@ -370,6 +375,7 @@ def test_damage_is_remembered(store, tmp_path):
     assert [err.index for err in again.damage] == [err.index for err in first.damage] == [(9,)]
 
 
+@pytest.mark.slow
 def test_workers_and_threads_go_on_with_each_others_sweeps(tmp_path, workers):
     y = da.from_array(Y, CHUNK)
     tight = dict(ftol=1e-13, xtol=1e-13, gtol=1e-13)

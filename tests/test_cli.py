@@ -89,12 +89,14 @@ def test_fit_is_curve_fit_and_writes_what_it_found(store, tmp_path):
     assert f"sweep {expected.nfev} accepted: cost {expected.history[-1].cost:.9g}" in lines[-1]
 
 
+@pytest.mark.slow
 def test_ready_models_and_sums_need_no_start(store):
     outcome = converges("fit", store, "--model", "exponential+polynomial:0", "--x", "0:10:0.0005")
     values = re.findall(r"^  \w+ +(\S+) +\+-", outcome.stdout, re.M)
     np.testing.assert_allclose([float(each) for each in values], [200, 0.5, 30], rtol=0.02)
 
 
+@pytest.mark.slow
 def test_options_mean_what_they_mean_to_curve_fit(store, tmp_path):
     x = write(tmp_path / "x.zarr", X, (3000,))
     mask = write(tmp_path / "mask.zarr", X > 9, (3000,))
@@ -156,6 +158,7 @@ def test_no_convergence_exits_with_3_and_writes_the_best(store, tmp_path):
     assert json.loads((out / "summary.json").read_text())["status"] == 0
 
 
+@pytest.mark.slow
 def test_damage_exits_with_4_or_is_left_out(store, tmp_path):
     (Path(store) / "c" / "3").write_bytes(b"")
     fails(4, r"chunk \(3,\) of `ydata`", "fit", store, *DECAY, *START)
@@ -255,6 +258,7 @@ def test_a_checkpoint_that_is_a_file_is_named(store, tmp_path):
         fails(2, "`checkpoint` .*f is a file", command, store, *DECAY, *START, "--checkpoint", tmp_path / "f")
 
 
+@pytest.mark.slow
 def test_a_fit_runs_on_a_scheduler_that_is_named(store, tmp_path, workers):
     expected = curve_fit(decay, 0 + 0.0005 * np.arange(N), store, P0, strategy="chunked")
     where = ("--scheduler", workers.scheduler.address)
@@ -291,6 +295,7 @@ def test_a_range_that_is_long_is_lazy_and_has_the_values_of_a_short_one(monkeypa
     same_bits(load(tmp_path / "again"), expected)
 
 
+@pytest.mark.slow
 def test_info_of_a_result_and_of_a_checkpoint(store, tmp_path):
     model = ("--model", "exponential+polynomial:0", "--x", "0:10:0.0005")
     out = ("--checkpoint", tmp_path / "c", "--max-nfev", "2", "--out", tmp_path / "r", "--no-report")
@@ -495,6 +500,7 @@ def test_tab_completes_commands_options_choices_and_models(words, found):
     assert {each.value for each in completed} == found
 
 
+@pytest.mark.slow
 def test_tab_completes_in_a_shell_what_dask_starts():
     words = dict(_DASK_COMPLETE="bash_complete", COMP_WORDS="dask nlsq fi", COMP_CWORD="2")
     outcome = subprocess.run([Path(sys.executable).parent / "dask"], env=os.environ | words, capture_output=True, text=True)

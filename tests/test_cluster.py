@@ -191,6 +191,7 @@ def test_a_fit_inside_a_task_leaves_its_thread_to_its_own_tasks():
             np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-10)  # joined into other blocks there
 
 
+@pytest.mark.slow
 def test_an_asynchronous_client_is_refused_with_the_way_that_works(client):
     async def fits():
         async with Client(client.scheduler.address, asynchronous=True):

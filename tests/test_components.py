@@ -50,6 +50,7 @@ def test_products_bind_as_python_has_it():
     assert nested.tree == (models.line + models.gaussian + models.lorentzian).tree  # and has the same bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", [X, da.from_array(X, chunks=50)], ids=["numpy", "dask"])
 def test_components_add_up_to_the_model(fitted, x):
     parts = fitted.components(x)

@@ -351,6 +351,7 @@ def test_a_fit_that_refuses_nearly_all_steps_arrives_or_warns():
     assert stationary_or_warned(decay, x, y, fitted(decay, x, y, [1, 1, 1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [1, 5])
 def test_a_cubic_far_from_the_origin_is_found_from_zeros(half):
     """Its columns are nearly parallel: the cosine between them and the residual is small all the way to the optimum."""
@@ -360,6 +361,7 @@ def test_a_cubic_far_from_the_origin_is_found_from_zeros(half):
     assert found.success and far(cubic, x, y, found.popt) <= FAR
 
 
+@pytest.mark.slow
 def test_the_place_of_a_step_is_named_as_undetermined():
     x = np.arange(1000.0)
     y = noisy(step, x, [300, 1, 2], 0.1)
@@ -433,6 +435,7 @@ def test_no_pixel_has_finite_errors_where_parameters_are_degenerate():
 # counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "first, way",
     [

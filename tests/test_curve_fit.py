@@ -83,6 +83,7 @@ def test_residuals_and_predictions_of_dask_arrays_are_lazy():
     np.testing.assert_allclose(result.residuals().compute(), (result.predict(x) - y).compute(), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_n_dimensional_data_with_axis_vectors():
     t, q = np.linspace(0, 2, 60)[:, None], np.linspace(0.5, 2, 50)
 
@@ -239,6 +240,7 @@ def test_nothing_is_left_on_the_workers(client):
     assert_nothing_left(client)
 
 
+@pytest.mark.slow
 def test_each_sweep_is_a_few_tasks_per_thread_however_many_chunks(client):
     def finished(dask_scheduler):
         return {t[0] for t in dask_scheduler.transition_log if str(t[0]).startswith("nlsq-sweep") and t[2] == "memory"}
@@ -274,6 +276,7 @@ def test_a_result_can_be_pickled_without_the_data():
         again.residuals()
 
 
+@pytest.mark.slow
 def test_a_cluster_whose_workers_come_later_is_waited_for():
     with LocalCluster(n_workers=0, dashboard_address=":0") as cluster, Client(cluster):
         later = threading.Timer(1.0, cluster.scale, [1])
@@ -299,6 +302,7 @@ def test_units_of_the_data_do_not_matter(unit):
     np.testing.assert_allclose(found.popt / [unit, 1, unit], expected.popt, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["auto", "qr"])
 @pytest.mark.parametrize(
     "f",

@@ -71,6 +71,7 @@ def test_what_fits_tell_the_page_is_text():
         assert "<script" not in text and "&lt;script&gt;" in text
 
 
+@pytest.mark.slow
 def test_a_fit_brings_the_page_to_the_scheduler_once(client):
     with client.as_current():
         for _ in range(2):
@@ -299,6 +300,7 @@ def test_report_keeps_what_dask_saw(client, tmp_path):
         curve_fit(decay, X, Y, performance_report=tmp_path / "none.html")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["chunked", "streaming"])
 def test_time_in_jax_is_metered_apart_from_reading_in_spans_that_all_fits_share(client, strategy):
     def new_model(x, a, b, c):  # so that a worker has to compile it

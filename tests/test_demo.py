@@ -136,8 +136,7 @@ def test_the_fit_that_streams_is_resumed_and_ends_where_the_other_did(small):
     assert found.apart < run.MAX_APART
     assert found.streamed.n_points == 5 * 40 * 39
     first = [line for line in lines if line.startswith("sweep   1:")]
-    assert len(first) == 3  # held, cut off, resumed
-    assert first[1].split(",")[0] == first[2].split(",")[0]
+    assert len(first) == 2  # held, cut off: a fit that is resumed goes on with the next one
     (said,) = (line for line in lines if " read, the locals kept " in line)
     assert said.startswith(f"{found.streamed.sweeps} sweeps of 31.25 kiB")
 

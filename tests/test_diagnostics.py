@@ -42,6 +42,7 @@ def test_sandwich_and_jackknife_are_whites_covariance_where_points_are_independe
     np.testing.assert_allclose(errors(result.jackknife), expected, rtol=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [1000, 7777])
 def test_they_are_nearly_the_same_however_the_data_are_chunked(chunks):
     n = 200_000
@@ -52,6 +53,7 @@ def test_they_are_nearly_the_same_however_the_data_are_chunked(chunks):
     np.testing.assert_allclose(errors(parts.jackknife), errors(whole.jackknife), rtol=0.3)
 
 
+@pytest.mark.slow
 def test_the_jackknife_is_that_of_fits_that_leave_a_part_out():
     x, y = decay_data(400)
     exact = dict(ftol=1e-14, xtol=1e-14, gtol=1e-14)

@@ -124,6 +124,7 @@ def test_groups_that_could_not_be_saved_can_be_saved_again(disk):
     np.testing.assert_array_equal(load(disk.path / "g").popt, result.popt)
 
 
+@pytest.mark.slow
 def test_a_map_has_room_before_it_is_fitted_and_what_is_written_stays_when_its_disk_fills_up(disk):
     def deadly(block, block_info=None):
         if block_info and block_info[0]["chunk-location"] == (3, 0) and armed:
@@ -144,6 +145,7 @@ def test_a_map_has_room_before_it_is_fitted_and_what_is_written_stays_when_its_d
     np.testing.assert_array_equal(found["popt"][...], maps.compute().popt)
 
 
+@pytest.mark.slow
 def test_a_performance_report_that_cannot_be_written_costs_no_result(disk, workers):
     with workers.as_current(), pytest.warns(RuntimeWarning, match="`performance_report` .*fit.html could not be written"):
         found = curve_fit(decay, X, Y, P0, performance_report=disk.path / "fit.html", callback=at(2, disk.fill))

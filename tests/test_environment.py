@@ -87,6 +87,7 @@ def test_memory_limits_that_are_missing_or_uneven_are_named():
     assert "JAX_PLATFORMS=cpu" in single
 
 
+@pytest.mark.slow
 def test_limits_come_from_the_workers_themselves():
     with local(1, memory_limit=0) as cluster, Client(cluster) as client:
         assert any("no memory limit" in line for line in cluster_report(client).advice)

@@ -388,6 +388,7 @@ def test_a_long_group_needs_a_model_that_is_pointwise():
 # nothing is lost in silence
 
 
+@pytest.mark.slow
 def test_a_trial_at_which_a_group_is_not_finite_is_refused_and_no_group_is_lost():
     """The root of a shared parameter that a long step makes too small for the last groups."""
 

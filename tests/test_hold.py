@@ -58,6 +58,7 @@ def counted():
     return y, da.from_array(y, chunks=CHUNK, asarray=False, name=False, meta=np.empty(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["standard", "streaming", "workers", "read by workers"])
 def test_one_read_answers_two_models_at_three_points(where, workers):
     client = workers if "workers" in where else None
@@ -139,6 +140,7 @@ def test_workers_hold_data_for_several_fits(workers):
     np.testing.assert_allclose(found[0].pcov, expected.pcov, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_data_that_stream_keep_their_sample(monkeypatch):
     monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # each chunk is a run
     y, lazy = counted()

@@ -94,6 +94,7 @@ def test_ctrl_c_in_a_sweep_on_workers_leaves_nothing_behind(kind, workers, caplo
     assert not [record for record in caplog.records if "never retrieved" in record.message]
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_not_lost_in_a_callback_of_the_garbage_collector():
     def collected(phase, info):
         if phase == "start" and armed:

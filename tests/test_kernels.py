@@ -102,6 +102,7 @@ def test_qr_does_not_hide_a_value_that_is_not_finite(bad):
     assert not np.isfinite(factor).all()
 
 
+@pytest.mark.slow
 def test_a_tile_as_long_as_the_block_reads_the_same_points(monkeypatch):
     """As on a GPU; operands of several types start at different places of a cache line."""
     n = 2 * BLOCK_POINTS + 5000

@@ -24,6 +24,7 @@ def inverted(*matrices):
     return np.asarray(found.transpose(2, 0, 1)), list(map(bool, regular))
 
 
+@pytest.mark.slow
 def test_inverse_by_elimination():
     plain, large = [[4, 2], [2, 2]], [[4e12, 2], [2, 2e-12]]
     found, regular = inverted(plain, large)

@@ -42,6 +42,7 @@ def information(params):
     return np.linalg.inv(columns / mean(params) @ columns.T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "strategy, chunks, reduction",
     [("standard", None, "gram"), ("chunked", 1000, "gram"), ("chunked", 1000, "qr"), ("streaming", 700, "gram")],

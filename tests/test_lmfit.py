@@ -42,6 +42,7 @@ def test_starts_bounds_fixed_values_and_expressions_come_from_lmfits_parameters(
     assert [*found.params.valuesdict()] == [*NAMES]
 
 
+@pytest.mark.slow
 def test_what_the_call_says_besides_wins(params):
     found = curve_fit(decay, X, Y, params, bounds={"amplitude": (0, 20)}, fixed={"rate": 1.0}, expr={"area": "amplitude"})
     assert found["amplitude"].bounds == (0, 20) and found.fixed == {"base": 0.3, "rate": 1.0}
@@ -67,6 +68,7 @@ def test_a_model_of_lmfit_is_refused_in_a_sentence():
             curve_fit(*arguments)
 
 
+@pytest.mark.slow
 def test_ties_bounds_and_values_of_the_call_win_over_those_of_the_parameters(params):
     tied = next(name for name, each in params.items() if each.expr)
     assert curve_fit(decay, X, Y, params, fixed={tied: 0.5}).fixed[tied] == 0.5

@@ -177,6 +177,7 @@ def chunk_files(path):
     return sorted(each for each in (path / "c").rglob("*") if each.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["popt", "status", "chi2"])
 def test_a_chunk_of_a_map_that_is_lost_is_no_fill_value(tmp_path, name):
     stored = decays(tmp_path / "maps")

@@ -93,6 +93,7 @@ def test_nothing_is_computed_before_it_is_asked_for(nothing_runs, options):
         found.pcov  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_block_is_read_and_fitted_in_one_task(tmp_path):
     y, reads = counted(tmp_path / "y", Y, (*BLOCK, N))
     found = fit_map(peak, X, y, P0)

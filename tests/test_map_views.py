@@ -427,6 +427,7 @@ def kept(tmp_path_factory):
     return folder, fits.compute()
 
 
+@pytest.mark.slow
 def test_a_map_that_was_loaded_is_seen_like_one_that_was_fitted(kept, tmp_path):
     folder, fits = kept
     found = load(folder / "fits.zarr")
@@ -701,6 +702,7 @@ def test_a_notebook_shows_the_viewer_and_names_in_it_are_text(kept):
 # of groups
 
 
+@pytest.mark.slow
 def test_the_map_of_groups_has_what_works_for_groups():
     data = xr.DataArray(
         VALUES_OF_GROUPS, dims=("angle", "t"), coords=dict(angle=("angle", 5.0 * np.arange(G), {"units": "degree"}), t=T)

@@ -414,6 +414,7 @@ def test_sizes_without_meaning_are_refused(manager, bytes_needed, error):
             ask(manager, bytes_needed)
 
 
+@pytest.mark.slow
 def test_more_than_there_is_is_refused_with_numbers_and_a_way_out(manager):
     message = r"200\.00 MiB are needed, 100\.00 MiB available, 100\.00 MiB missing: .*\"chunked\" or \"streaming\""
     for wait in (False, True):
@@ -454,6 +455,7 @@ def until_waiting(manager, n):
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_reservations_of_other_threads_count(manager):
     with Holding(manager, 60 * MB):
         assert manager.get_available_memory() == 40 * MB
@@ -527,6 +529,7 @@ def test_those_who_wait_are_served_in_order(manager):
     assert order == [*range(8)]
 
 
+@pytest.mark.slow
 def test_a_thread_that_holds_a_reservation_does_not_wait_for_another(manager):
     failures, both = [], threading.Barrier(2, timeout=SECONDS)
 

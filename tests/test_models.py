@@ -437,6 +437,7 @@ def test_in_a_map_too_a_guess_gives_a_peak_to_the_part_that_may_have_it():
     assert fits.nfev.max() <= 10
 
 
+@pytest.mark.slow
 def test_a_guess_is_compiled_once_for_all_bounds_and_fixed_values():
     x, y = two_bands()
     model, compiled = gaussian + line, []

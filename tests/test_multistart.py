@@ -188,6 +188,7 @@ def test_sample_leaves_out_what_is_masked_or_not_finite_and_makes_up_for_it():
 # ---------------------------------------------------------------- costs
 
 
+@pytest.mark.slow
 def test_costs_count_sigma_mask_and_loss_as_the_fit_does():
     sigma, mask = 0.2 + 0.1 * np.sin(X), np.arange(N) % 7 == 3
     y = Y + 20 * (np.arange(N) % 50 == 0)
@@ -251,6 +252,7 @@ def test_a_region_where_the_model_is_not_finite_is_left_out():
 # ---------------------------------------------------------------- all data
 
 
+@pytest.mark.slow
 def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_candidates):
     rng = np.random.default_rng(0)
     x = np.linspace(0, 10, 400_000)
@@ -270,6 +272,7 @@ def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_
     assert settled.winner == rivals.chosen[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("roots, found_of_them", [((-1, 0, 1), 3), ((-2, -1, 0, 1, 2), 4)])
 def test_no_more_than_three_optima_are_compared_on_all_data(few_candidates, roots, found_of_them):
     """The model is a polynomial in b: of noise without a signal each of its roots is as good as the others."""

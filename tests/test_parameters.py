@@ -50,6 +50,7 @@ def test_a_parameter_that_is_held_leaves_the_fit(how):
         assert not matrix[1].any() and np.all(np.diag(matrix)[[0, 2]] > 0)
 
 
+@pytest.mark.slow
 def test_a_value_that_is_held_needs_no_start_and_may_lie_outside_of_the_bounds():
     found = curve_fit(decay, X, Y, p0={"a": 1, "b": 1}, fixed={"c": 0.3}, bounds={"c": (5, 9), "a": (0, 3)})
     assert found.popt[2] == 0.3

@@ -160,6 +160,7 @@ def scattering(q, noise=0.02, seed=0):
     return q, y * (1 + noise * np.random.default_rng(seed).standard_normal(len(q)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [200, 5000])
 def test_axes_of_data_over_decades_are_logarithmic(n):
     q, y = scattering(np.geomspace(0.003, 0.3, n))
@@ -185,6 +186,7 @@ def test_noise_around_zero_has_a_linear_axis():
     assert plots.fit(curve_fit(decay, T, y, p0=[900, 2])).get_yscale() == "linear"
 
 
+@pytest.mark.slow
 def test_error_bars_reach_the_edge_of_a_logarithmic_axis_where_they_reach_down_to_zero():
     q, y = scattering(np.geomspace(0.003, 0.3, 100))
     found = curve_fit(guinier, q, y, p0=[8e3, 30, 1], sigma=np.maximum(0.02 * y, 6))
@@ -231,6 +233,7 @@ def test_images_have_the_means_of_their_bins_however_the_data_are_chunked(chunks
     assert seen.names == ("t", "q") and seen.edges[0][0] == pytest.approx(-0.1)
 
 
+@pytest.mark.slow
 def test_images_are_means_over_all_axes_but_two():
     frames = np.stack([PLANE, PLANE + 1, PLANE + 5])
     k = np.arange(3.0)[:, None, None]
@@ -255,6 +258,7 @@ def test_images_are_means_over_all_axes_but_two():
             images(found, along)
 
 
+@pytest.mark.slow
 def test_scattered_points_with_two_coordinates_have_images():
     rng = np.random.default_rng(0)
     t, q = rng.uniform(0, 6, 20_000), rng.uniform(-2, 2, 20_000)
@@ -268,6 +272,7 @@ def test_scattered_points_with_two_coordinates_have_images():
         images(curve_fit(decay, T, Y, p0=[1, 1]))
 
 
+@pytest.mark.slow
 def test_data_and_model_have_the_same_colours_and_residuals_are_white_at_zero():
     mask = np.zeros(PLANE.shape, bool)
     mask[5:9] = True
@@ -403,6 +408,7 @@ def level(y, a):
     return a + 0 * y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [(8, 400, 1000), (400, 1000), (8, 400, 1)])
 def test_a_part_of_masked_data_is_found_without_an_array_of_their_size(cut):
     shape = (8, 400, 1000)
@@ -438,6 +444,7 @@ def test_coordinates_of_axes_are_read_by_pictures_alone():
     assert images(found).edges[1][[0, -1]] == pytest.approx([6, 10], abs=0.03) and reads
 
 
+@pytest.mark.slow
 def test_residuals_that_follow_a_coordinate_are_named_in_the_report(tmp_path):
     y = np.broadcast_to(3 * np.exp(-(ANGLE**2)) + 0.3 * np.sin(4 * ANGLE), (300, 90))
     y = y + np.random.default_rng(0).normal(0, 0.5, y.shape)

@@ -64,6 +64,7 @@ def client(cluster):
         yield cluster
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_chunks_are_planned_within_a_second_and_without_a_compute():
     y = unread(10**8, 1000)
     x = da.arange(10**8, chunks=1000)

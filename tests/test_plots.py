@@ -431,6 +431,7 @@ def test_the_few_are_few():
     assert binned(curve_fit(decay, t[1:], y[1:], p0=START)).points.shape == (5, FEW)
 
 
+@pytest.mark.slow
 def test_the_summands_of_a_model_are_drawn():
     t, y = data(300)
     result = curve_fit(models.exponential + models.polynomial(0), t, y)

@@ -371,6 +371,7 @@ WARNED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category, call", WARNED.values(), ids=WARNED)
 def test_a_warning_points_at_the_line_that_called(category, call):
     with pytest.warns(category) as caught:

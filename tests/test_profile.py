@@ -54,6 +54,7 @@ def test_the_ends_are_where_the_f_test_refuses_the_fit_with_the_parameter_held(f
         assert found.success and found.name == "abc"[k] and (found.value, found.error) == (fitted.popt[k], fitted.perr[k])
 
 
+@pytest.mark.slow
 def test_counts_have_the_ends_of_the_likelihood_ratio():
     y = np.random.default_rng(1).poisson(numpy_decay(X, 9, 0.9, 1.5))
     fitted = curve_fit(decay, X, y, [5, 1, 1], bounds=(0, 30), loss="poisson")
@@ -69,6 +70,7 @@ def test_counts_have_the_ends_of_the_likelihood_ratio():
         assert end == pytest.approx(mine, abs=2e-3 * fitted.perr[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, dict(sigma=0.2, absolute_sigma=True), dict(reduction="qr")], ids=str)
 def test_of_a_linear_model_they_are_those_of_the_standard_errors_and_the_ellipse(options):
     fitted = curve_fit(line, X, Y, **options)
@@ -127,6 +129,7 @@ def test_an_end_at_a_bound_is_the_bound_and_where_the_data_never_object_it_is_in
     assert np.isnan(both.contour("b", "c", rays=8).points).any()
 
 
+@pytest.mark.slow
 def test_a_region_goes_along_a_bound():
     fitted = curve_fit(line, X, 1e-3 * X + 0.2, bounds=([0, -np.inf], np.inf), sigma=1, absolute_sigma=True)
     slope, offset = fitted.contour("slope", "offset", 0.9).points[0].T
@@ -150,6 +153,7 @@ def test_parameters_held_stay_and_those_tied_follow():
         tied.profile("c")
 
 
+@pytest.mark.slow
 def test_a_lower_cost_on_the_way_is_a_warning_that_says_where():
     x = np.linspace(0, 10, 100)
     y = np.sin(1.3 * x) + 0.3 * np.random.default_rng(0).normal(size=100)
@@ -158,6 +162,7 @@ def test_a_lower_cost_on_the_way_is_a_warning_that_says_where():
         away.profile("w", 0.999)
 
 
+@pytest.mark.slow
 def test_an_end_where_the_model_ends_or_rounding_hides_it_is_enclosed():
     x = np.linspace(0, 5, 60)
     y = np.sqrt(5.02 - x) + np.random.default_rng(3).normal(0, 0.3, 60)

@@ -123,6 +123,7 @@ def put(value, place, text):
     value[place[-1]] = text
 
 
+@pytest.mark.slow
 @pytest.mark.hostile
 def test_whatever_a_saved_result_says_is_text_on_a_page_and_in_pictures(found, tmp_path):
     script, accepted = r"<script>alert('$\nope$')</script>", 0

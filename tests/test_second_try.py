@@ -189,6 +189,7 @@ def test_pixels_that_are_zero_everywhere_converge_in_few_evaluations(bounds):
     assert dark.success.all() and dark.nfev.max() < 100
 
 
+@pytest.mark.slow
 def test_a_start_at_which_no_parameter_can_move_is_said_at_once():
     with pytest.warns(OptimizeWarning, match="does not change with"):
         fit = curve_fit(lambda x, a, b: a * b * x, X, X, [0, 0])
@@ -196,6 +197,7 @@ def test_a_start_at_which_no_parameter_can_move_is_said_at_once():
     assert np.isnan(fit.distance)
 
 
+@pytest.mark.slow
 def test_a_parameter_that_is_pressed_against_its_bound_ends_there_in_any_unit():
     for unit in (1e-12, 1.0, 1e12):
         with warnings.catch_warnings():

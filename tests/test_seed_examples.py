@@ -433,6 +433,7 @@ def environment_as_before(monkeypatch):
     del os.environ["NLSQ_MEMORY_FRACTION"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_runs(name, capsys):
     run(name, EXAMPLES[name].replace("50_000_000", "500_000"), capsys)

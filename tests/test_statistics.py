@@ -129,6 +129,7 @@ def test_statistics_of_weighted_data_follow_their_formulas(weighted_data, chunks
     np.testing.assert_allclose(found.confidence_intervals(), np.stack([popt - half, popt + half], 1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_statistics_of_counts_are_those_of_the_deviance():
     x = np.linspace(0, 5, 300)
     y = np.random.default_rng(0).poisson(4 * np.exp(-0.7 * x) + 0.5)

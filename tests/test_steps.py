@@ -91,6 +91,7 @@ def point(xp, before=NOWHERE, full=False, scheme=UNBOUNDED, decrement=8.0, **see
     return steps.point_at(xp, values, before, full, scheme, lambda hat: (hat.d, xp.asarray(decrement), "model"))
 
 
+@pytest.mark.slow
 def test_a_point_is_as_far_as_its_decrement_in_units_of_the_variance(xp):
     here = point(xp)
     assert (float(here.dof), float(here.variance), float(here.distance)) == (4, 4, 2)

@@ -387,6 +387,7 @@ def test_damaged_chunks_are_left_out_and_listed(damage, strategy, tmp_path):
     np.testing.assert_allclose((model - residuals)[~hidden], Y[~hidden], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
     for name, values in (("x", X), ("y", Y), ("sigma", 5 + X)):
         write(tmp_path / name, values=values, **CODECS["crc32c"])

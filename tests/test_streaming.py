@@ -131,6 +131,7 @@ def test_the_same_threads_read_in_all_sweeps(where, workers, tmp_path):
     assert len([*tmp_path.iterdir()]) <= n_processes * (n_threads + READ_AHEAD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["gram", "qr"])
 def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path):
     x, y = da.from_array(X, CHUNK), stored(Y, CHUNK, tmp_path / "y.zarr")
@@ -173,6 +174,7 @@ def test_the_fit_is_that_of_held_data_within_three_or_four_sweeps(f, truth, wher
     np.testing.assert_allclose(found.pcov, tight.pcov, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_chunks, n_drawn", [(12, 6), (45, 6), (80, 8)])
 def test_each_chunk_is_read_once_per_sweep_and_the_sample_reads_a_tenth_or_six(n_chunks, n_drawn):
     chunk = -(-N // n_chunks)
@@ -197,6 +199,7 @@ def two_peaks(x, A1, c1, w1, A2, c2, w2, b0, b1):
 TWO_PEAKS = np.array([80.0, 3.0, 0.4, 50.0, 6.0, 0.6, 5.0, 0.5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
     "f, truth, off, noise, sweeps",
@@ -234,6 +237,7 @@ def test_the_sample_saves_sweeps():
     assert curve_fit(decay, x, y, p0=p0, strategy="standard").sweeps > 6
 
 
+@pytest.mark.slow
 def test_records_say_what_a_sweep_has_read():
     begin = time.perf_counter()
     result = curve_fit(decay, da.from_array(X, CHUNK), da.from_array(Y, CHUNK), mask=X < 1, strategy="streaming")
@@ -277,6 +281,7 @@ def slowly(y):
     return y
 
 
+@pytest.mark.slow
 def test_progress_shows_how_far_a_sweep_is_and_ends_at_the_sweeps_of_the_result(capsys):
     y = da.from_array(Y, CHUNK).map_blocks(slowly)
     found = curve_fit(decay, da.from_array(X, CHUNK), y, strategy="streaming", progress=True)
@@ -302,6 +307,7 @@ def test_no_sweep_takes_less_time_than_its_reads():
 HOLES = np.where(np.arange(N) % 1000 == 7, np.nan, Y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "y, options",
     [
@@ -364,6 +370,7 @@ def test_a_model_that_is_not_pointwise_is_refused(chunk):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoy", [[3, 0.2, 0.1], [1, 2, 0.6]])
 def test_a_sample_that_misleads_does_not_change_the_result(decoy):
     k = np.arange(N) // CHUNK
@@ -376,6 +383,7 @@ def test_a_sample_that_misleads_does_not_change_the_result(decoy):
     assert found.sweeps <= held.sweeps + 3
 
 
+@pytest.mark.slow
 def test_params_that_the_sample_does_not_see_are_found():
     outside = [k for k in range(45) if k not in spread(6, 45)][20]
     place = jnp.arange(N) // CHUNK == outside
@@ -422,6 +430,7 @@ def test_workers_read_and_nothing_is_left_on_them(workers, tmp_path):
     assert_nothing_left(workers)
 
 
+@pytest.mark.slow
 def test_data_that_do_not_fit_are_streamed_without_being_asked():
     x = da.linspace(0, 1, 2 * 10**7, chunks=250_000)
     y = 2 * da.exp(-x) + 0.3

@@ -52,6 +52,7 @@ def test_rosenbrock(reduction, tr_solver):
     assert solution.status > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tr_solver", ["exact", "cg"])
 def test_near_the_optimum_bounds_that_are_far_from_it_cost_no_sweep(tr_solver):
     t = jnp.linspace(0, 1, 200)

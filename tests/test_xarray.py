@@ -293,6 +293,7 @@ def test_each_variable_of_a_dataset_has_its_own_sigma(noisy):
     np.testing.assert_array_equal(found.z_curvefit_covariance, other.curvefit_covariance)
 
 
+@pytest.mark.slow
 def test_all_points_are_one_fit_of_curve_fit(noisy):
     data, sigma = noisy
     found = data.chunk(t=3, row=1).nlsq.curvefit("t", decay, ["row", "column"], sigma=sigma, kwargs=dict(method="trf"))
@@ -394,6 +395,7 @@ def test_sigma_and_mask_of_curve_fit_are_aligned_by_name(waves):
         np.testing.assert_allclose(curve_fit(lambda s, a: a * s, None, line, sigma=matrix).popt, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", [None, {"x": 2, "t": 3}], ids=["numpy", "dask"])
 def test_predictions_have_the_labels_of_the_data_and_of_x(waves, chunks):
     data = maybe_chunked(waves, chunks)

@@ -156,7 +156,7 @@ def try_model(model: Model, layouts: Layouts, n: int, n_params: int, shape: tupl
         raise ModelShapeError(f"{err}. {taken}, and the model gets them as an array of shape {(*lead, n)}") from None
     except (TypeError, AttributeError) as err:
         is_tuple = layouts.x_kind == "tuple" and "'tuple'" in str(err)
-        if not isinstance(err, ModelError) and "incompatible shapes" in str(err):
+        if not isinstance(err, ModelError) and "incompatible shapes" in str(err) and n == prod(shape):
             why = f"arrays of different lengths ({str(err).rstrip('.')})"
             raise ModelError(
                 f"the model {function_name(model.f)}, tried on {n:,} points, combines {why}: data are fitted in blocks, so "
