@@ -66,8 +66,8 @@ def test_blocks_are_put_on_the_devices_in_turn_as_they_are_stored_and_stay(run):
 
 def test_a_sweep_fetches_once_from_each_device(run):
     held = run["held"]
-    assert len(held["fetches"]) == 3
-    assert max(held["fetches"]) <= held["sweeps"] + 25  # of the sample, which is small
+    assert all(len({*each}) == len(each) for each in held["fetches"])
+    assert held["fetches"].count([0, 1, 2]) == held["sweeps"]
 
 
 def test_blocks_without_room_stay_in_the_memory_of_the_process_and_do_not_change_a_bit(run):

@@ -62,7 +62,6 @@ AGAIN = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", FITS)
 def test_a_disk_that_fills_up_in_mid_fit_ends_neither_the_fit_nor_what_was_kept(kind, disk):
     whole, path = FITS[kind](), disk.path / "checkpoint"

@@ -131,7 +131,6 @@ def test_the_same_threads_read_in_all_sweeps(where, workers, tmp_path):
     assert len([*tmp_path.iterdir()]) <= n_processes * (n_threads + READ_AHEAD)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["gram", "qr"])
 def test_a_sweep_has_the_bits_of_one_over_held_data(reduction, workers, tmp_path):
     x, y = da.from_array(X, CHUNK), stored(Y, CHUNK, tmp_path / "y.zarr")

@@ -6,7 +6,6 @@ XLA makes three devices of the host; data are cut for them as for a GPU, but sho
 import json
 import logging
 import threading
-from collections import Counter
 
 import dask.array as da
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dask_nlsq import curve_fit, fit_groups, fit_map, hold
-from dask_nlsq.engine import devices
+from dask_nlsq.engine import devices, request
 from dask_nlsq.kernels import kind
 
 SHORT = kind.GPU._replace(name="cpu", block_points=2**14, longest_tile=2**14, tile_bytes=2**19, most_lanes=256)
@@ -70,11 +69,18 @@ def where(blocks):
 
 
 def held():
-    """Of data that are held: where blocks are, in which dtype, how often and when they get there; transfers of a fit."""
-    fetches, puts, arrived, put = Counter(), [], devices._packed, jax.device_put
+    """Of data that are held: where blocks are, in which dtype, how often and when they get there; transfers of a fit.
+
+    ``fetches`` are the devices that each sweep over all blocks, and each over a sample, has fetched from.
+    """
+    fetches, puts, arrived, fetched, put = [], [], devices._packed, request.fetched, jax.device_put
+
+    def counted(results):
+        fetches.append([])
+        return fetched(results)
 
     def counted_fetch(arrays):
-        fetches[next(iter(arrays[0].devices())).id] += 1
+        fetches[-1].append(next(iter(arrays[0].devices())).id)
         return arrived(arrays)
 
     def counted_put(array, *args):
@@ -87,15 +93,15 @@ def held():
         before = place.partition.on_devices.blocks
         curve_fit(decay, kept, p0=[1, 1, 0])
         blocks = place.partition.on_devices.blocks
-        devices._packed, jax.device_put = counted_fetch, counted_put
+        devices._packed, request.fetched, jax.device_put = counted_fetch, counted, counted_put
         try:
             second = curve_fit(decay, kept, p0=[2, 2, 0], jac_mode="columns")
         finally:
-            devices._packed, jax.device_put = arrived, put
+            devices._packed, request.fetched, jax.device_put = arrived, fetched, put
         same = place.partition.on_devices.blocks is blocks
         dtypes = sorted({str(buffer.dtype) for block in blocks for buffer in block.buffers})
     return dict(
-        before=before, where=where(blocks), dtypes=dtypes, same=same, fetches=[*fetches.values()], sweeps=second.sweeps,
+        before=before, where=where(blocks), dtypes=dtypes, same=same, fetches=fetches, sweeps=second.sweeps,
         puts=puts, after=place.partition.on_devices,
     )  # fmt: skip
 

@@ -79,22 +79,17 @@ class Swept(NamedTuple):
 
 def sweep_block(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At):
     """The task: `GroupSums` and `LocalState` of a block."""
-    begun, model, there = _begun(spec, block, before, at), fit.model, _there(spec, block)
-    x = there.x
-    if spec.tabulated:
-        params = begun.params
-        model, x = tabulated(params.shape[1], spec.locals.free, spec.shared), (*x, *_table(fit, spec, params[0]))
-    pixels, known = there._replace(start=begun.params, x=x), (begun.used, begun.moments, begun.fitted)
-    with said_if_full():
+    begun, model = _begun(spec, block, before, at), fit.model
+    known = begun.used, begun.moments, begun.fitted
+    with float64(), said_if_full():
+        pixels = block.on_device(spec.locals.kind)._replace(start=begun.params)
+        if spec.tabulated:
+            model = tabulated(begun.params.shape[1], spec.locals.free, spec.shared)
+            pixels = pixels._replace(x=(*pixels.x, *_table(fit, spec, begun.params[0])))
         pixels = _with_amplitudes(fit, spec, model, pixels, _from_p0(block, before), at.limits)
-    with float64(), said_if_full(), fit.compiling(("groups", spec), pixels):
-        found = group_kernel(model, spec)(pixels, block.n_pixels, *known, before is None, at.limits)
+        with fit.compiling(("groups", spec), pixels):
+            found = group_kernel(model, spec)(pixels, block.n_pixels, *known, before is None, at.limits)
     return jax.tree.map(np.asarray, found)
-
-
-def _there(spec: GroupSpec, block: PixelBlock) -> Pixels:
-    with float64():
-        return block.on_device(spec.locals.kind)
 
 
 class Begun(NamedTuple):
@@ -109,9 +104,10 @@ class Begun(NamedTuple):
 def sweep_piece(fit: BlockFit, spec: GroupSpec, block: PixelBlock, before: LocalState | None, at: At, is_first: bool):
     """The task: what a piece of a block adds to its groups, and, of the first one, how they begin."""
     begun = _begun(spec, block, before, at)
-    pixels = _there(spec, block)._replace(start=begun.params)
-    with float64(), said_if_full(), fit.compiling(("piece", spec), pixels):
-        found = piece_kernel(fit.model, spec)(pixels, at.limits)
+    with float64(), said_if_full():
+        pixels = block.on_device(spec.locals.kind)._replace(start=begun.params)
+        with fit.compiling(("piece", spec), pixels):
+            found = piece_kernel(fit.model, spec)(pixels, at.limits)
     first = Begun(begun, pixels.lower, pixels.upper, before is None) if is_first else None
     return jax.tree.map(np.asarray, found), first
 
@@ -155,7 +151,10 @@ def _from_p0(block: PixelBlock, before: LocalState | None) -> np.ndarray:
 
 
 def _with_amplitudes(fit: BlockFit, spec: GroupSpec, model: Model, pixels: Pixels, those, limits: Limits) -> Pixels:
-    """With the locals of ``those`` groups solved for, in which the model is linear, unless the sweep itself does that."""
+    """With the locals of ``those`` groups solved for, in which the model is linear, unless the sweep itself does that.
+
+    To be called inside ``float64()``.
+    """
     n, n_params = pixels.start.shape
     own, which = spec.locals, np.flatnonzero(those)
     if spec.linear or not len(which):
@@ -163,7 +162,7 @@ def _with_amplitudes(fit: BlockFit, spec: GroupSpec, model: Model, pixels: Pixel
     linear = own.free if spec.tabulated else linear_places(model, own.layouts, pixels.y.shape[1], n_params, own.free)
     if not linear:
         return pixels
-    with float64(), fit.compiling("linear", pixels):
+    with fit.compiling("linear", pixels):
         start, _ = start_kernel(model, own, linear)(pixels, np.resize(which, n), len(which), limits)
     return pixels._replace(start=np.asarray(start))
 

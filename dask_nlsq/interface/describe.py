@@ -37,7 +37,8 @@ def describe(path: Path, load: Callable) -> str:
 def describe_checkpoint(path: Path) -> str:
     call = read_fit(path)["call"]
     arrays, values = read_state(path)
-    costs, n = arrays.get("costs", ()), len(arrays.get("costs", ()))
+    costs = arrays.get("costs", ())
+    n = len(costs)
     if "cost" in arrays:  # of groups, in blocks; they may be read several times at one point
         costs, n = arrays["cost"].sum(axis=1), arrays["reads"].sum()
     model, data = ".".join(call["model"] or ["a model without a name"]), call["data"]["ydata"] or {}

@@ -267,20 +267,15 @@ def _eliminate(model, spec: GroupSpec, limits: Limits, data: Data, params, order
     def one(k, known):
         first = jnp.minimum(k * width, n_groups - width)
         group = lax.dynamic_slice_in_dim(order, first, width)
-        sums = condensed(model, spec, limits, data, params, group)
+        sums = equations_of(model, spec.all, limits, data, params, group, spec.reduction)
         found = without_locals(spec, data, params[group], group, *sums)
         return jax.tree.map(lambda whole, part: whole.at[group].set(part), known, found)
 
     return lax.fori_loop(0, -(-n_wanted // width), one, known)
 
 
-def condensed(model, spec: GroupSpec, limits: Limits, data: Data, params, group):
-    """Of some groups the matrices of [J_l J_s r], (l + s + 1, l + s + 1, groups), cost, and points that are floored."""
-    return equations_of(model, spec.all, limits, data, params, group, spec.reduction)
-
-
 def without_locals(spec: GroupSpec, data: Data, params, group, matrix, cost, floored) -> Eliminated:
-    """Of some groups, whose parameters are ``params``, from what `condensed` has found."""
+    """Of some groups, whose parameters are ``params``, from what `equations_of` has found."""
     own = params[:, jnp.array(spec.locals.free)].T
     n_locals = len(own)
     lower, upper = (own_rows(each, group).T for each in (data.lower, data.upper))

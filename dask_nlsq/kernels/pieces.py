@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.function import Model
-from .groups import GroupSpec, LocalState, condensed, moments_of, outcome, stays, unfitted, without_locals
+from .groups import GroupSpec, LocalState, moments_of, outcome, stays, unfitted, without_locals
 from .lane_loop import Pixels, prepare
-from .lanes import Data, Limits, lanes_of
+from .lanes import Data, Limits, equations_of, lanes_of
 
 
 class PieceSums(NamedTuple):
@@ -39,7 +39,7 @@ def _piece(model, spec: GroupSpec, pixels: Pixels, limits: Limits) -> PieceSums:
 
     def one(k, found):
         group = jnp.minimum(k * width, n - width) + jnp.arange(width)
-        matrix, cost, _ = condensed(model, spec, limits, data, pixels.start, group)
+        matrix, cost, _ = equations_of(model, spec.all, limits, data, pixels.start, group, spec.reduction)
         return found[0].at[group].set(matrix.transpose(2, 0, 1)), found[1].at[group].set(cost)
 
     matrix, cost = lax.fori_loop(0, -(-n // width), one, (jnp.zeros((n, m, m)), jnp.zeros(n)))

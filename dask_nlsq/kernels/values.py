@@ -29,13 +29,13 @@ def value_kernel(model: Model, spec: KernelSpec, what: What):
     return model.get((what, spec), lambda: model.jit(_build_values(model, spec, what)))
 
 
-def values_kernel(model: Model, spec: KernelSpec, what: Literal["residual", "model"]):
-    """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: `value_kernel` for many params."""
+def residuals_kernel(model: Model, spec: KernelSpec):
+    """Compiled ``(params (k, p), f_scale, block) -> (k, capacity)``: residuals of `value_kernel`, for many params."""
 
     def build():
-        return model.jit(jax.vmap(_build_values(model, spec, what), in_axes=(0, None, None)))
+        return model.jit(jax.vmap(_build_values(model, spec, "residual"), in_axes=(0, None, None)))
 
-    return model.get(("values", spec, what), build)
+    return model.get(("residuals", spec), build)
 
 
 def pixels_kernel(model: Model, spec: MapSpec, what: PixelWhat):

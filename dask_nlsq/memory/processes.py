@@ -185,7 +185,7 @@ def _mismatches(ours: ProcessMemory, place: ProcessMemory, most: float):
     if place.python.split(".")[:2] != ours.python.split(".")[:2]:
         yield f"Python {place.python}, here {ours.python}: start the worker with the Python of the client, or vice versa"
     n, of_jax = place.n_threads, int(said) if (said := place.pjrt_nproc or "").isdigit() else place.cores
-    if n > 1 and of_jax != n and not place.device.total:
+    if n > 1 and of_jax != n and not place.device.kind.own_memory:
         why = f"JAX runs {of_jax} kernels at once" if of_jax < n else f"each of them may start {of_jax} more"
         yield f"it has {n} threads, and {why}: set PJRT_NPROC={n} in its environment before it starts"
     if place.x64 == NO_X64:

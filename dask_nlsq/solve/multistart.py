@@ -33,7 +33,7 @@ from ..kernels import rules
 from ..kernels.blocks import KernelSpec
 from ..kernels.checks import linear_places
 from ..kernels.many_starts import LINEAR_STEPS, screen_kernel
-from ..kernels.values import values_kernel
+from ..kernels.values import residuals_kernel
 from ..model.losses import LIKELIHOODS, LOSSES
 from .trust_region import Begin, Loop, NotFiniteAtStart, Options, Solution, alone
 
@@ -353,7 +353,7 @@ class _Screen:
 
     def residuals(self, params):
         """Residuals (k, m) of the sample; NaN where a mask leaves a point out of a whole problem."""
-        kernel = values_kernel(self.objective.model, self.spec, "residual")
+        kernel = residuals_kernel(self.objective.model, self.spec)
         (values,) = self._batches(kernel, params, self.objective.f_scale, self.sample.block)
         values = values[:, : self.sample.block.geometry[0]]
         return values[:, np.isfinite(values[0]) | np.isfinite(values).any(axis=0)]
