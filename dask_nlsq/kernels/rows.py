@@ -28,7 +28,7 @@ from ..model.losses import LOSSES, masked_cost, poisson_terms
 from .blocks import JacMode, KernelSpec, Tile
 from .rules import EPS
 
-REFLECTED_UP_TO = 6  # rows: 3 parameters 9.7 against 12.1 ns per point, 8 parameters no gain
+REFLECTED_UP_TO = 12  # rows: 3 parameters 1.2 times a gram sweep, 8 parameters 1.04 (LAPACK 1.13), 20 parameters no gain
 N_WEIGHTS = 3  # sums of w, w y and w y^2
 HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 
@@ -90,18 +90,24 @@ def build_sweep(model, spec):
 
         def of_tile(first, fresh):
             rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
-            gram = _gram(rows, spec.pairs)  # which XLA leaves out where nothing needs it
+            if by_gram:
+                matrix = gram = _gram(rows, spec.pairs)
+            else:
+                # else XLA forms the rows once more for each reflection: twice the time at 2 parameters
+                rows = lax.optimization_barrier(rows)
+                matrix = _update_factor(jnp.zeros((p + 1, p + 1)), rows)
+                gram = matrix.T @ matrix  # which XLA leaves out where nothing needs it
             all_sums = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
-            return all_sums, (gram if by_gram else rows, sums[0])
+            return all_sums, (matrix, sums[0])
 
         def add(state, condensed):
             (matrix, cost), (found, costs) = state, condensed
             if by_gram:
                 return matrix + found.sum(axis=0), cost + costs.sum()
-            return _update_factor(matrix, found.reshape(p + 1, -1)), cost + costs.sum()
+            return _update_factor(matrix, found.reshape(-1, p + 1).T), cost + costs.sum()
 
         start, n_columns = (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS
-        return _by_tile(spec, block, n_columns, of_tile, (0 if by_gram else 1, 0), start, add)
+        return _by_tile(spec, block, n_columns, of_tile, start, add)
 
     return sweep
 
@@ -112,14 +118,14 @@ def _sum_weights(spec, block):
         one, y = (_weighted(spec, each, tile, fresh, block) for each in (jnp.ones(len(fresh)), tile.y()))
         return jnp.stack([one @ one, one @ y, y @ y]), ()
 
-    return _by_tile(spec, block, N_WEIGHTS, of_tile, (), (), lambda state, condensed: state)[0]
+    return _by_tile(spec, block, N_WEIGHTS, of_tile, (), lambda state, condensed: state)[0]
 
 
-def _by_tile(spec, block, n_columns, of_tile, axes, start, add):
+def _by_tile(spec, block, n_columns, of_tile, start, add):
     """Walk over a block: ``of_tile(first, fresh) -> sums (n_columns,), condensed`` of each tile.
 
     A turn of the loop costs as much as hundreds of points, so it takes as many short tiles as make a long one.
-    ``add(state, condensed)`` gets what they are condensed to, stacked along ``axes``; the state is ``start`` at first, and
+    ``add(state, condensed)`` gets what they are condensed to, stacked; the state is ``start`` at first, and
     ends in the sums of the parts, (k, n_columns).
     """
     capacity, n = block.buffers[0].shape[0], block.geometry[0]
@@ -140,9 +146,9 @@ def _by_tile(spec, block, n_columns, of_tile, axes, start, add):
         *state, parts = state
         if together == 1:
             sums, condensed = at(i)
-            sums, condensed = sums[None], jax.tree.map(jnp.expand_dims, condensed, axes)
+            sums, condensed = sums[None], jax.tree.map(lambda each: each[None], condensed)
         else:
-            sums, condensed = jax.vmap(at, out_axes=(0, axes))(i * together + jnp.arange(together))
+            sums, condensed = jax.vmap(at)(i * together + jnp.arange(together))
         if own_part:
             parts = lax.dynamic_update_slice(parts, sums, (i * together, 0))
         elif n_parts:
@@ -177,16 +183,18 @@ def _update_factor(factor, rows):
     m = len(rows)
     if m > REFLECTED_UP_TO:
         return jnp.linalg.qr(jnp.concatenate([factor, rows.T]), mode="r")
+    done = []
     for k in range(m):
-        column = rows[k]
+        # the rows of columns that are left, and the part of the factor that the reflection touches
+        row, column = factor[k, k:], rows[0]
         dots = rows @ column
-        norm = jnp.sqrt(factor[k, k] ** 2 + dots[k])
-        diagonal = jnp.where(factor[k, k] > 0, -norm, norm)
-        head = jnp.where(dots[k] != 0, factor[k, k] - diagonal, 1.0)  # of the vector; nothing to do for 0, NaN goes on
-        share = jnp.where(dots[k] != 0, (diagonal - factor[k, k]) / diagonal, 0.0) * (factor[k] + dots / head)
-        factor = factor.at[k].set(jnp.where(jnp.arange(m) < k, 0.0, factor[k] - share))
-        rows = rows - jnp.outer(share / head, column)
-    return factor
+        norm = jnp.sqrt(row[0] ** 2 + dots[0])
+        diagonal = jnp.where(row[0] > 0, -norm, norm)
+        head = jnp.where(dots[0] != 0, row[0] - diagonal, 1.0)  # of the vector; nothing to do for 0, NaN goes on
+        share = jnp.where(dots[0] != 0, (diagonal - row[0]) / diagonal, 0.0) * (row + dots / head)
+        done.append(jnp.concatenate([jnp.zeros(k), row - share]))
+        rows = rows[1:] - jnp.outer(share[1:] / head, column)
+    return jnp.stack(done)
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):
