@@ -178,21 +178,21 @@ class Tile:
             return jnp.broadcast_to(buffer[0], (self.length,))
         strides = self.block.geometry[3 + k * (1 + ndim) : 2 + (k + 1) * (1 + ndim)]
         index = sum(place * stride for place, stride in zip(self._places(), strides, strict=True))
-        return buffer.at[index].get(mode="clip")
+        # 32 bits where they are enough: vector units convert to those only
+        index = index.astype(jnp.int32 if len(buffer) < 2**31 else jnp.int64)
+        return buffer.at[index].get(mode="clip")  # behind the last point: some element
 
     def _places(self):
-        """Place of each point along each axis of the chunk.
+        """Place of each point along each axis of the chunk, as float64.
 
-        Quotients are taken in float64: (q + 1/2) / size is at least 1/(2 size) away from an integer, so that the
-        floor is exact up to q = 2^51, and unlike integer division it uses the vector units.
+        Quotients are exact: (q + 1/2) / size is at least 1/(2 size) away from an integer, so that the floor is right up to
+        q = 2^51, and unlike integer division it uses the vector units.
         """
-        n, base = self.block.geometry[0], self.block.geometry[1]
-        point = jnp.minimum(self.first + jnp.arange(self.length), n - 1)  # behind the last point: the last point again
-        q = (base + point).astype(jnp.float64)
+        q = (self.block.geometry[1] + self.first).astype(jnp.float64) + jnp.arange(self.length, dtype=jnp.int32)
         places = []
         for axis in reversed(range(1, self.layouts.ndim)):
             size = self.block.shape[axis]
             quotient = jnp.floor((q + 0.5) * (1.0 / size))
-            places.append((q - quotient * size).astype(jnp.int64))
+            places.append(q - quotient * size)
             q = quotient
-        return [q.astype(jnp.int64), *reversed(places)]
+        return [q, *reversed(places)]
