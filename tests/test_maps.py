@@ -800,3 +800,26 @@ def test_chunks_of_a_pixel_are_joined_to_blocks():
     one, many = (fit_map(line, x, da.from_array(y, chunks), [0, 1], axis=2) for chunks in ((20, 15, 16), (1, 1, 16)))
     assert many.plan.n_blocks == 1
     np.testing.assert_array_equal(one.compute(progress=False).popt, many.compute(progress=False).popt)
+
+
+OSCILLATORS = """
+import dask.array as da, jax.numpy as jnp, numpy as np
+from dask_nlsq import fit_map
+
+def upper(x, coupling, scale):
+    H = jnp.diag(jnp.linspace(0.0, 1.0, 12)) + x[..., None, None] * coupling * (jnp.eye(12, k=1) + jnp.eye(12, k=-1))
+    return scale * jnp.linalg.eigvalsh(H)[..., -1]
+
+x = np.linspace(0, 3, 300)
+y = da.from_array(np.tile(2 * np.array(upper(x, 1.3, 1.0)), (64, 1)), chunks=(16, 300))
+found = fit_map(upper, x, y, p0=[1.0, 1.0]).compute(scheduler="threads", num_workers=2)
+np.testing.assert_allclose(found.popt, np.tile([1.3, 2.0], (64, 1)), rtol=1e-5)
+"""
+
+
+def test_a_model_that_calls_lapack_for_each_point_does_not_hang_where_as_many_blocks_are_fitted_as_jax_has_threads():
+    root, environment = Path(__file__).parent.parent, os.environ | {"PJRT_NPROC": "2"}
+    run = subprocess.run(
+        [sys.executable, "-c", OSCILLATORS], capture_output=True, text=True, env=environment, cwd=root, timeout=60
+    )
+    assert run.returncode == 0, run.stderr

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..model.function import Model
+from ..model.lapack import InTurn
 from .groups import GroupSpec, LocalState, moments_of, outcome, stays, unfitted, without_locals
 from .lane_loop import Pixels, prepare
 from .lanes import Data, Limits, equations_of, lanes_of
@@ -52,7 +53,7 @@ def joined_kernel(spec: GroupSpec):
 
     ``pieces`` are those of each group, (pieces, groups, ...); ``state`` has the parameters at which they were evaluated.
     """
-    return jax.jit(partial(_joined, spec))
+    return InTurn(jax.jit(partial(_joined, spec)))
 
 
 def _joined(spec: GroupSpec, pieces: PieceSums, state: LocalState, lower, upper, fresh, limits: Limits):

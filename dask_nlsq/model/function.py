@@ -29,6 +29,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from ..base.config import compilation_cache
 from ..base.modules import is_installed
+from .lapack import InTurn
 from .ties import Ties
 
 HOISTED_FROM = 2**20  # bytes of a model, from which arrays that it closes over are arguments of what is compiled
@@ -76,7 +77,7 @@ class Model:
     def jit(self, function: Callable) -> Callable:
         """``function``, which evaluates this model, compiled."""
         compiled = jax.jit(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
-        return _FirstSlow(self, compiled)
+        return _FirstSlow(self, InTurn(compiled))
 
     @contextmanager
     def watched(self, told: Callable[[float], None]):
@@ -122,15 +123,21 @@ class _Hoisted:
 
     def __init__(self, function: Callable, constants: dict[tuple, jax.Array]):
         self.function, self.constants = function, constants
-        self.traced: dict[tuple, tuple[Callable, list[jax.Array], Any]] = {}
+        self.traced: dict[tuple, tuple[Callable, list[jax.Array], Any, ClosedJaxpr]] = {}
 
     def __call__(self, *args):
+        run, constants, out, _ = self._traced(*args)
+        return jax.tree.unflatten(out, run(constants, *jax.tree.leaves(args)))
+
+    def trace(self, *args) -> ClosedJaxpr:
+        return self._traced(*args)[-1]
+
+    def _traced(self, *args):
         leaves, tree = jax.tree.flatten(args)
         key = tree, tuple(map(jax.typeof, leaves))
         if key not in self.traced:
             self.traced[key] = self._trace(*args)
-        run, constants, out = self.traced[key]
-        return jax.tree.unflatten(out, run(constants, *leaves))
+        return self.traced[key]
 
     def _trace(self, *args):
         closed, shape = jax.make_jaxpr(self.function, return_shape=True)(*args)
@@ -138,7 +145,7 @@ class _Hoisted:
         def run(constants, *leaves):
             return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves)
 
-        return jax.jit(run), [*map(self._on_device, closed.consts)], jax.tree.structure(shape)
+        return jax.jit(run), [*map(self._on_device, closed.consts)], jax.tree.structure(shape), closed
 
     def _on_device(self, constant) -> jax.Array:
         """The array where kernels compute, once for all of them."""
