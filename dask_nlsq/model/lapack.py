@@ -37,7 +37,7 @@ class InTurn:
 def calls_in_batches(program: Jaxpr | ClosedJaxpr) -> bool:
     """Whether a program calls LAPACK for more than one matrix at a time."""
     for equation in program.eqns:
-        if equation.primitive in LAPACK and any(len(each.aval.shape) > 2 for each in equation.invars):
+        if equation.primitive in LAPACK and any(getattr(each.aval, "ndim", 0) > 2 for each in equation.invars):
             return True
         inner = [each for each in jax.tree.leaves([*equation.params.values()]) if isinstance(each, ClosedJaxpr | Jaxpr)]
         if any(map(calls_in_batches, inner)):
