@@ -119,6 +119,19 @@ def test_negative_counts_are_refused(counts, fit):
         fit(decay, X, counts - 1.0, p0=[2, 1, 1], loss="poisson")
 
 
+@pytest.mark.parametrize("weights", [dict(loss="poisson"), dict(sigma="poisson")])
+def test_counts_that_were_divided_are_warned_of_and_whole_numbers_as_floats_are_not(counts, weights):
+    dask_nlsq.curve_fit(decay, X, da.from_array(counts + 0.0, chunks=1000), p0=[2, 1, 1], **weights)
+    with pytest.warns(UserWarning, match="not whole numbers"):
+        dask_nlsq.curve_fit(decay, X, da.from_array(counts / 10, chunks=1000), p0=[0.2, 1, 0.1], **weights)
+
+
+def test_counts_that_were_divided_are_warned_of_by_maps(counts):
+    y = np.stack([counts / 10, counts])[:, ::100]
+    with pytest.warns(UserWarning, match="not whole numbers"):
+        dask_nlsq.fit_map(decay, X[::100], y, p0=[2, 1, 1], loss="poisson").compute(scheduler="synchronous")
+
+
 def peak(x, height, place, width, background):
     return height * jnp.exp(-0.5 * ((x - place) / width) ** 2) + background
 

@@ -14,6 +14,7 @@ from .store import BadChunkError
 
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
+LOOKED_AT = 1000  # values of y in each chunk, whether they are counts
 LARGEST = 1e75  # of y in units of sigma: sums of fourth powers must be finite
 MOST_INTEGER = np.iinfo(np.int64).max
 
@@ -33,7 +34,7 @@ class Census(NamedTuple):
     n_points: int
     n_masked: int
     n_omitted: int
-    faults: dict[str, Fault]  # not finite: "xdata", "ydata", "sigma"; and "sigma <= 0", "ydata < 0", "too large"
+    faults: dict[str, Fault]  # not finite: "xdata", "ydata", "sigma"; and "sigma <= 0", "ydata < 0", "too large", ...
     damage: tuple[BadChunkError, ...] = ()  # chunks of stores that were left out
 
     @property
@@ -168,12 +169,23 @@ def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool
     if pieces[0].dtype.kind != "u" and not pieces[0].min() >= 0:  # nan hides what is less
         counts["ydata < 0"] = _count((pieces[0] < 0) & ~hidden, shape)
     faults = {name: Fault(n, index) for name, n in counts.items() if n}
+    if not may_be_counts(pieces[0], hidden | spoiled):
+        faults["ydata not whole"] = Fault(1, index)
     if policy.check and (value := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
         faults["too large"] = Fault(1, index, value)
     for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
             check_integers(piece, hidden, f"in block {index}")
     return Census(index, prod(shape), n_masked, n_omitted, faults), pieces, is_invalid
+
+
+def may_be_counts(y, hidden) -> bool:
+    """Whether y has whole numbers at some points, as far as they are not ``hidden``."""
+    if y.dtype.kind != "f":
+        return True
+    places = np.unravel_index(np.unique(np.linspace(0, y.size - 1, LOOKED_AT).astype(np.int64)), y.shape)
+    some = y[places][~np.broadcast_to(hidden, y.shape)[places]]
+    return not np.any(np.isfinite(some) & (some != np.floor(some)))
 
 
 def check_integers(coordinate, hidden, where) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.warn import warn
 from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
 from ..memory.machine import active_client
@@ -214,12 +215,20 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
             f"loss='poisson' is for counts: {fault.count} values of `ydata` are negative{where(fault)}; use mask= to "
             "leave points out, and give counts before any background is subtracted"
         )
+    if counts and "ydata not whole" in faults:
+        warn(NOT_COUNTS, UserWarning)
     if census.n_used == 0:
         left_out = "masked, outside `xrange` or omitted (mask: true leaves a point out)"
         raise ValueError(f"no data: all {problem.n_points} points are {left_out}")
     if census.n_used < n_params:
         raise TypeError(too_few(n_params, census.n_used, census.n_masked + problem.n_dropped + census.n_omitted))
     return census.n_used, census.n_masked + problem.n_dropped, census.n_omitted
+
+
+NOT_COUNTS = (
+    "`ydata` has values that are not whole numbers, but errors from loss='poisson' and sigma='poisson' are right for counts "
+    "only: undo what they were divided by or multiplied with, or give sigma= instead"
+)
 
 
 def too_few(n_params, n_points, left_out=0):

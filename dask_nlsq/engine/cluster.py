@@ -22,6 +22,7 @@ from dask.callbacks import Callback
 from distributed import Client, Future, KilledWorker, futures_of, performance_report, rejoin, secede
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.threadpoolexecutor import thread_state
+from distributed.worker import warn as warn_clients
 
 from ..base.plugins import install
 from ..base.warn import warn
@@ -442,3 +443,8 @@ def attached(client: Client | None, report: str | Path | None = None):
     finally:
         if leaves:
             rejoin()
+
+
+def warn_user(text: str, category: type[Warning]) -> None:
+    """Warn from a task: here, and in the processes of the clients where it runs on a worker."""
+    warn_clients(text, category)

@@ -28,11 +28,12 @@ from ..base.x64 import float64
 from ..data.align import Coordinates, invalid_values
 from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
-from ..data.chunks import check_integers
-from ..data.door import open_data, refuse_scaled, try_model
+from ..data.chunks import check_integers, may_be_counts
+from ..data.door import NOT_COUNTS, open_data, refuse_scaled, try_model
 from ..data.labels import coordinates_of, labelled
 from ..data.ranges import by_place
 from ..data.store import Policy, Stored
+from ..engine.cluster import warn_user
 from ..kernels.blocks import Layout, Layouts, assemble_x
 from ..kernels.checks import check_pointwise
 from ..kernels.jac_mode import choose_jac_mode
@@ -200,6 +201,8 @@ class BlockFit:
             raise ValueError(
                 f"loss='poisson' is for counts: `ydata` is negative {pixel.first(bad)}; mask= leaves points out"
             )
+        if self.spec.loss == "poisson" and not may_be_counts(y, ~counted()):
+            warn_user(NOT_COUNTS, UserWarning)
         for c in x:
             check_integers(c, mask, "in one block")
         if self.raises:
