@@ -1,6 +1,8 @@
 """The parameters of a model: names, start, bounds, values that are held, ties; numbers, or in a map arrays of its shape."""
 
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +10,7 @@ import scipy
 
 from .base.text import near
 from .base.values import is_number, takes, without_flags
+from .base.warn import warn
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
 from .model.ready import Guess, ReadyModel
@@ -15,6 +18,8 @@ from .model.ties import Ties
 from .options import are_endless
 
 ENDLESS = (-np.inf, np.inf)
+
+NUMBERS = re.compile(r"\d+")
 
 
 class Parameters(NamedTuple):
@@ -51,6 +56,8 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
     names, starts = _named_starts(f, p0, call.param_names, fixed, shape)
     ties = None if not call.expr else Ties(names, call.expr)
     tied = () if ties is None else ties.tied
+    for name in () if ties is None else ties.derived:
+        _warn_of_misspelt(name, names)
     pairs = _pairs(names, bounds, shape)
     if tied:
         _check_tied(tied, fixed, _pairs(names, call.bounds, shape))
@@ -70,6 +77,18 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
         ends = zip(names, lower, upper, strict=True)  # arrays are taken for close bounds
         guess = intern(Guess(f, [(0.0, 0.0) if n in fixed or np.ndim(a) or np.ndim(b) else (a, b) for n, a, b in ends]))
     return Parameters(names, free, start, lower, upper, guessed, guess, ties)
+
+
+def _warn_of_misspelt(derived: str, names) -> None:
+    """A tie that was meant for a parameter would leave it free; names that differ in digits, as of peaks, are distinct."""
+    like = get_close_matches(derived.casefold(), [each.casefold() for each in names], 1, cutoff=0.85)
+    for name in names:
+        if name.casefold() in like and NUMBERS.sub("", name) != NUMBERS.sub("", derived):
+            warn(
+                f"`expr` has {derived!r}, which is not a parameter, so it is a derived quantity, and {name!r} stays free: "
+                f"write {name!r} to tie the parameter, or give the quantity a name that differs more",
+                UserWarning,
+            )
 
 
 def ready_model(f, call) -> tuple[Any, Any, tuple[str, ...]]:

@@ -187,7 +187,7 @@ def test_a_known_noise_needs_no_degrees_of_freedom():
     "how, message",
     [
         (dict(loss="soft_l1"), "is not a likelihood"),
-        (dict(sigma="poisson"), 'sigma="poisson" is not a likelihood'),
+        (dict(sigma="poisson", y=np.round(100 * np.abs(Y))), 'sigma="poisson" is not a likelihood'),
         (dict(y=numpy_decay(X, 1, 1, 0.5)), "the noise, which is 0 here"),
     ],
     ids=["robust", "reweighted", "exact"],

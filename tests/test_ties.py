@@ -1,5 +1,7 @@
 """Parameters that follow others, and derived quantities: `expr` in fits, maps and groups."""
 
+from contextlib import nullcontext
+
 import dask.array as da
 import jax
 import jax.numpy as jnp
@@ -273,3 +275,16 @@ def test_the_command_line_ties_and_derives(tmp_path):
     assert found.exit_code == 0 and "= slope/2" in found.output and "zero" in found.output
     found = CliRunner().invoke(nlsq, [*command, "--expr", "slope"])
     assert found.exit_code == 2 and "--expr slope: one name, and what it is" in found.output
+
+
+@pytest.mark.parametrize(
+    "name, warned", [("amplitudes", True), ("Amplitude", True), ("amplitude2", False), ("area", False), ("am", False)]
+)
+def test_a_derived_quantity_whose_name_is_almost_that_of_a_parameter_is_warned_of(name, warned):
+    x = np.linspace(0, 1, 20)
+
+    def line(x, amplitude, offset):
+        return amplitude * x + offset
+
+    with pytest.warns(UserWarning, match="'amplitude' stays free") if warned else nullcontext():
+        curve_fit(line, x, 2 * x + 1, p0=[1, 1], expr={name: "2 * offset"})
