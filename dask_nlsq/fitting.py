@@ -491,8 +491,8 @@ def _start(ready: Prepared, evaluator: Evaluator, counts: Callable, observers: O
     elif params.guessed:
         sweep.draw(n, GUESS_RUNS, partial(observers.at, "sample"))
     if params.guessed:
-        guess = guessed_start(sweep, model, lower, upper)
-        every[ready.free] = np.where([name in params.guessed for name in ready.names], guess, ready.start)
+        given = [name not in params.guessed for name in ready.names]
+        every[ready.free] = guessed_start(sweep, model, *np.where(given, ready.start, (lower, upper)))
     jac_mode = call.jac_mode
     if not sweep.place.held:
         if call.checkpoint is not None and _keep(ready, evaluator, every):

@@ -13,7 +13,8 @@ from .base.values import is_number, takes, without_flags
 from .base.warn import warn
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
-from .model.ready import Guess, ReadyModel
+from .model.ready import ReadyModel
+from .model.starts import Guess
 from .model.ties import Ties
 from .options import are_endless
 
@@ -44,12 +45,11 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
         What does not fit together, or to the model.
     """
     p0, bounds, guessed = ready_model(f, call)
-    guess, by_model = None, False
+    guess = None
     if shape is not None:
-        by_model = bool(guessed) and p0 is None
         if callable(p0) and not takes(p0, 2):
             raise TypeError(f"`p0` is the function {function_name(p0)}, which does not take x and y: write it as p0(x, y)")
-        p0, guess, guessed = (None, intern(p0), ()) if callable(p0) else (p0, None, ())
+        p0, guess = (None, intern(p0)) if callable(p0) else (p0, None)
     fixed = {} if call.fixed is None else call.fixed
     if not isinstance(fixed, Mapping):
         raise TypeError(f"`fixed` must be a dict of values by name, such as {{'c': 0.5}}, not {fixed!r}")
@@ -70,12 +70,15 @@ def read_parameters(f, call, shape: tuple[int, ...] | None = None) -> Parameters
         missing := [n for n in names if not any(n in each for each in (starts, fixed, tied, guessed))]
     ):
         raise ValueError(f"`p0` has no {missing[0]!r}: it must name all parameters that are not fixed or tied, {names}")
+    guessed = tuple(names[k] for k in free if names[k] in guessed)
+    given = tuple(k for k in free if names[k] not in guessed)
     starts = {**starts, **dict.fromkeys(tied, 0.0)}  # which does not matter
     values = [_start_and_bounds(name, starts, pairs.get(name, (None, None)), fixed, shape) for name in names]
     start, lower, upper = (list(each) if shape else np.array(each, dtype=float) for each in zip(*values, strict=True))
-    if by_model:
-        ends = zip(names, lower, upper, strict=True)  # arrays are taken for close bounds
-        guess = intern(Guess(f, [(0.0, 0.0) if n in fixed or np.ndim(a) or np.ndim(b) else (a, b) for n, a, b in ends]))
+    if guessed and shape is not None:
+        known = [n in fixed or k in given or np.ndim(lower[k]) or np.ndim(upper[k]) for k, n in enumerate(names)]
+        ends = zip(known, lower, upper, strict=True)  # arrays are taken for close bounds
+        guess = intern(Guess(f, [(0.0, 0.0) if each else (low, high) for each, low, high in ends], given, ties))
     return Parameters(names, free, start, lower, upper, guessed, guess, ties)
 
 

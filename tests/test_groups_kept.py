@@ -335,8 +335,9 @@ def test_ready_models_guess_their_start():
     x = np.linspace(-3, 3, 90)
     heights = np.linspace(1, 4, 20)
     y = heights[:, None] * np.exp(-((x - 0.4) ** 2) / (2 * 0.6**2)) + np.random.default_rng(0).normal(0, 0.02, (20, 90))
-    result = fit_groups(gaussian, x, y, local="amplitude", group_axes=0)
-    assert result.success and np.max(np.abs(result.popt - [0.4, 0.6]) / result.perr) < 5
+    for p0 in (None, {"center": 0.5}, {"amplitude": heights}):
+        result = fit_groups(gaussian, x, y, p0, local="amplitude", group_axes=0)
+        assert result.success and np.max(np.abs(result.popt - [0.4, 0.6]) / result.perr) < 5
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Parameters that follow others, and derived quantities: `expr` in fits, maps and groups."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import dask.array as da
@@ -110,6 +113,16 @@ def test_ties_hold_with_values_that_are_fixed_and_bounds_of_others(expected):
     assert found["w2"].value == pytest.approx(expected["w1"].value * 2, rel=0.01)
     again = curve_fit(peaks, X, Y, found.params, expr=found.tied, bounds=found.params)
     assert_like(again, expected)
+
+
+def test_ties_are_pickled_to_the_same_bytes_in_every_process():
+    code = "import pickle, sys; from dask_nlsq.model.ties import Ties; "
+    code += "ties = Ties('abcdef', {'f': 'a+b+c', 'd': 'f+c+a+e', 'e': 'b*f'}); sys.stdout.buffer.write(pickle.dumps(ties))"
+    found = [
+        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True).stdout
+        for seed in "123"
+    ]
+    assert found[0] and len({*found}) == 1
 
 
 @pytest.mark.slow

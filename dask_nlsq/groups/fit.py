@@ -392,7 +392,10 @@ def _guessed(problem: MapProblem) -> MapProblem:
     good = succeeded(record["status"])
     if not good.any():
         raise ValueError("p0 could not be guessed: none of the groups that were tried can be fitted by itself; give p0")
-    start = np.median(record["popt"][good], axis=0)
+    given = getattr(fit.spec.guess.f, "given", ())
+    kept = np.array([k in given or k not in fit.spec.free for k in range(len(fit.names))])
+    lib = da if isinstance(own := problem.operands["start"].array, da.Array) else np
+    start = lib.where(kept, own, np.median(record["popt"][good], axis=0))
     spec = fit.spec._replace(guess=None)
     return replace(problem, fit=replace(fit, spec=spec)).with_operands(start=Operand(start, 1))
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from ..model.function import Model
-from ..model.ready import Guess
+from ..model.starts import Guess
 from . import rules
 from .lanes import Data, Lanes, MapSpec, MapStatus, as_x, diagonal, inverse, iterate, lanes_of, linearise
 from .rules import OFF_BOUND, RUNNING, Course, places_at_bounds
@@ -164,23 +164,21 @@ def _load(spec, data: Data, lanes: Lanes, pixel, idle, fresh: Course) -> Lanes:
 def _guesses(model: Model, spec, data: Data):
     """Start (pixels, all parameters) from a guess; points that do not count hold nan, or the mean of those that do.
 
-    A ready model guesses within the bounds of each pixel, and beside the values of parameters that are held.
+    A ready model guesses within the bounds of each pixel, and beside the values of parameters that are held or given.
     """
     mean = jnp.sum(data.y, axis=1) / jnp.maximum(data.n_points, 1)
     ready = isinstance(spec.guess.f, Guess)
     y = jnp.where(data.weight > 0, data.y, jnp.nan if ready else mean[:, None])
     free, tied = jnp.array(spec.free), np.array(getattr(model.f, "tied", ()), dtype=int)
-    held = jnp.array([k not in spec.free for k in range(data.start.shape[1])])
+    held = jnp.array([k not in spec.free or (ready and k in spec.guess.f.given) for k in range(data.start.shape[1])])
 
     def own(values, k):
         return values[k] if len(values) > 1 else values[0]
 
     def one(k):
         start = own(data.start, k)
-        ends = jnp.stack(
-            [jnp.where(held, start, 0.0).at[free].set(own(each, k)) for each in (data.lower, data.upper)], axis=1
-        )
-        more = [ends.at[tied].set(spec.guess.f.ends[tied])] if ready else []
+        ends = [jnp.where(held, start, start.at[free].set(own(each, k))) for each in (data.lower, data.upper)]
+        more = [jnp.stack(ends, axis=1).at[tied].set(spec.guess.f.ends[tied])] if ready else []
         found = spec.guess.f(as_x(spec, tuple(own(c, k) for c in data.x)), y[k], *more)
         return jnp.stack([jnp.asarray(each, jnp.float64).reshape(()) for each in found])
 

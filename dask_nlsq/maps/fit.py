@@ -82,8 +82,8 @@ def fit_map(
     p0 : optional
         Start: a sequence with one value per parameter, or a dict by name; each value is a number or an array of the map's
         shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`; in its
-        y, invalid points are replaced by the mean of the others. "guess", None: as in `dask_nlsq.curve_fit`, for each
-        spectrum. Starts that differ from pixel to pixel are moved into the bounds.
+        y, invalid points are replaced by the mean of the others. "guess", None, and what a dict leaves out: as in
+        `dask_nlsq.curve_fit`, for each spectrum. Starts that differ from pixel to pixel are moved into the bounds.
     axis : int, str or tuple
         The fit axes, in their order in ``ydata``; names for xarray.
     sigma, mask : array_like, optional

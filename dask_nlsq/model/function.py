@@ -316,9 +316,9 @@ def own_function(f: Any) -> Any:
 
 def _rules(f) -> list[Callable]:
     """The user's functions that a model is made of, and that tie its parameters."""
-    ties = f.ties if isinstance(f, FixedParameters) else None
+    ties = getattr(f, "ties", None)
     own = [*getattr(own_function(f), "own_functions", ())]
-    return own if ties is None else own + [rule for rule in ties.expr.values() if callable(rule)]
+    return own + [rule for rule in ties.expr.values() if callable(rule)] if isinstance(ties, Ties) else own
 
 
 def function_name(f: Callable) -> str:

@@ -12,7 +12,7 @@ the data.
 
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 from math import inf, pi
 from numbers import Integral
@@ -26,8 +26,9 @@ import numpy as np
 from ..base.text import near, numbered
 from ..base.x64 import float64
 from .faddeeva import faddeeva_real
-from .function import FixedParameters, Model, function_name, intern, own_function, parameter_names
-from .guesses import Part, exponents, frequencies, guess, peaks, rates, steps, two_rates
+from .function import function_name, parameter_names
+from .guesses import Part, exponents, frequencies, peaks, rates, steps, two_rates
+from .starts import Guess
 
 __all__ = [
     "ReadyModel", "arctan_edge", "damped_sine", "exponential", "g2_double", "g2_single", "gaussian", "line", "lorentzian",
@@ -190,29 +191,6 @@ class ReadyModel:
         return (_again, recipes) if self.can_guess else (_composed, (self.tree, *recipes))
 
 
-class Guess:
-    """What a `ReadyModel` guesses within bounds: parameters (p,) of x (n,), y (n,), and bounds (p, 2), also in `jax.vmap`.
-
-    Two equal bounds hold a parameter. Those that are given here only say which parts are chosen first.
-    """
-
-    def __init__(self, model: ReadyModel, bounds: Sequence[tuple[float, float]] | None = None):
-        self.model = model
-        self.ends = np.array([*model.bounds.values()])  # nan is left out: a map need not fill the points that do not count
-        given, begin, freedom = self.ends.tolist() if bounds is None else [*bounds], 0, []
-        for term in model.terms:
-            assert term.part is not None  # as `ReadyModel.can_guess` says
-            low, high = (-inf, inf) if term.part.place is None else given[begin + term.part.place]
-            freedom.append((high - low, int(np.isinf(low)) + int(np.isinf(high))))
-            begin += len(term.bounds)
-        self.order = sorted(range(len(freedom)), key=freedom.__getitem__)
-
-    def __call__(self, x, y, ends=None):
-        sizes = [len(term.bounds) for term in self.model.terms]
-        bounds = jnp.split(jnp.asarray(self.ends if ends is None else ends), np.cumsum(sizes)[:-1])
-        return guess([term.part for term in self.model.terms if term.part], x, y, bounds, self.order)
-
-
 class Component:
     """A part of a `ReadyModel` as a function of x and of all its parameters."""
 
@@ -257,24 +235,6 @@ def _combined(how: str, one: Any, other: Any) -> ReadyModel:
 def _composed(tree: Tree, *recipes) -> ReadyModel:
     terms = (Term.of_user(each[1]) if callable(each[-1]) else _again(each).terms[0] for each in recipes)
     return ReadyModel(*terms, tree=tree)
-
-
-def guessed(model: Model, x: np.ndarray, y: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> np.ndarray:
-    """What the interned `ReadyModel` guesses in float64, (p,), within bounds; compiled once for each length of x and y.
-
-    Parameters that are held have their value; those that are tied count as free.
-    """
-    f: Any = own_function(model.f)
-    ends = np.array([*f.bounds.values()])
-    free = [*range(len(ends))]
-    if isinstance(model.f, FixedParameters):
-        free = model.f.free
-        ends = np.array([ends[k] if k in model.f.tied else (v, v) for k, v in enumerate(model.f.values)])
-    ends[free] = np.stack([lower, upper], axis=1)
-    guess = Guess(f, ends.tolist())
-    compiled = intern(f).get(("guess", *guess.order), lambda: jax.jit(guess))
-    with float64():
-        return np.asarray(compiled(x, y, ends))[free]
 
 
 def named(text: str) -> ReadyModel:

@@ -57,9 +57,13 @@ class Ties:
     def __init__(self, names: Sequence[str], expr: Mapping[str, Rule]):
         self.names, known = tuple(names), tuple(dict.fromkeys((*names, *expr)))
         untied = [name for name in names if name not in expr]
-        needs = {name: _needs(name, rule, known, untied) - (CONSTANTS.keys() - {*known}) for name, rule in expr.items()}
+        constants = CONSTANTS.keys() - {*known}
+        # in one order, so that all processes pickle the same bytes
+        needs = {name: sorted(_needs(name, rule, known, untied) - constants) for name, rule in expr.items()}
         try:
-            order = TopologicalSorter({name: needed & expr.keys() for name, needed in needs.items()}).static_order()
+            order = TopologicalSorter(
+                {name: [n for n in needed if n in expr] for name, needed in needs.items()}
+            ).static_order()
             self.expr = {name: expr[name] for name in order}
             self.needs = {name: needs[name] for name in self.expr}
         except CycleError as err:
@@ -84,7 +88,7 @@ class Ties:
         """Those that are functions of these parameters alone."""
         found: list[str] = []
         for name, needed in self.needs.items():
-            found += [name] if needed <= {*names, *found} else []
+            found += [name] if {*needed} <= {*names, *found} else []
         return found
 
     def every(self, params: Sequence) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from ..data.sample import pick
 from ..engine.sweep import Sweep
 from ..kernels.checks import check_jac, check_pointwise
 from ..model.function import Model, function_name
-from ..model.ready import guessed
+from ..model.starts import guessed
 
 GUESS_POINTS = 2048  # from which a ready model guesses its start
 GUESS_RUNS = 8  # runs of chunks, at least, that are read for it where the data are not held
@@ -22,7 +22,7 @@ def check_start(sweep: Sweep, model: Model, names, start, lower, upper) -> None:
 
 
 def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
-    """p0 (p,) within the bounds, that a ready model guesses from a sample of the data.
+    """p0 (p,) within the bounds, that a ready model guesses from a sample of the data; two equal ones hold a parameter.
 
     Raises
     ------
