@@ -151,8 +151,8 @@ X = click.option(
     required=True,
     type=click.Path(),  # which shells complete
     metavar="RANGE|PATH",
-    help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
-    "several axes, the k-th vector belongs to the k-th of them.",
+    help="start:stop:step, without stop as in range; or the path of a Zarr array. One --x: the last axis. "
+    "Several: one for each axis, in order; where there is one axis, one for each coordinate.",
 )
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
