@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from .base.text import near
+from .base.text import near, several
 from .base.values import is_number, takes, without_flags
 from .data.arrays import has_masked, plain_array
 from .model.function import Model, function_name, intern, parameter_names
@@ -228,7 +228,9 @@ def _listed(name, values, shape, n=None) -> list:
         raise ValueError(f"`{name}` must be a sequence of one value per parameter, or a dict by name, not {values!r}")
     values = [*values] * (n if n is not None and len(values) == 1 else 1)
     if n is not None and len(values) != n:
-        raise ValueError(f"`{name}` has {len(values)} values: give one number, or one for each of the {n} parameters")
+        raise ValueError(
+            f"`{name}` has {several(len(values), 'value')}: give one number, or one for each of the {n} parameters"
+        )
     return values
 
 

@@ -481,7 +481,7 @@ NAMED = {  # what names the argument, where a model or a choice is called in ano
     "a tuple for a model of one x": (curve_fit, "as `xdata` is a tuple .*pass an array", dict(xdata=(X,))),
     "None for a model that uses x": (plan_fit, "as `xdata` is None .*pass xdata", dict(xdata=None)),
     "text from a model": (plan_fit, "the model <lambda> returned str, which is not", dict(f=lambda x, a: "s")),
-    "a model of x alone": (fit_map, "`p0` has 1 values, but <lambda> takes 0", dict(f=lambda x: x, ydata=ROWS, p0=[1])),
+    "a model of x alone": (fit_map, "`p0` has 1 value, but <lambda> takes 0", dict(f=lambda x: x, ydata=ROWS, p0=[1])),
     "a guess of other arguments": (fit_map, "`p0` is the function decay, .*p0.x, y", dict(ydata=ROWS, p0=decay)),
     "sigma of pieces": (hold, "`sigma` is not an array", dict(f=None, sigma=(X, None))),
     "y of pieces": (plan_fit, "`ydata` is not an array", dict(ydata=(Y, None))),

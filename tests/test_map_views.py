@@ -281,7 +281,7 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     for wrong, error, message in (
         (dict(row=40.0, column=5), ValueError, "`row` is 40.0, outside of the map, which extends from 3 to 7.5"),
         (dict(row="a", column=5), TypeError, "`row` is 'a': give a number, the coordinate of a pixel"),
-        (dict(row=4.0), ValueError, "coordinates along row, column, not row"),
+        (dict(row=4.0), ValueError, "coordinates along row, column: give column, too"),
         (dict(), TypeError, "by 2 numbers, or by its coordinates along row, column"),
     ):
         with pytest.raises(error, match=message):
