@@ -119,7 +119,7 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
     n = len(starts)
     own = signature or []
     if len(own) != n and not takes(f, 1 + n):
-        raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(own)} parameters: {own}")
+        raise ValueError(f"`p0` has {several(n, 'value')}, but {function_name(f)} takes {len(own)} parameters: {own}")
     if param_names is None:
         param_names = signature if signature and len(signature) == n else [f"p{k}" for k in range(n)]
     names = tuple(param_names)

@@ -218,7 +218,7 @@ def test_wrong_arguments_are_named(fitted, tmp_path):
     groups = fit_groups(lambda x, a, b: a * jnp.exp(-b * x), t, rows, [1, 1], local="a", group_axes=0)
     with pytest.raises(ValueError, match="trial fits need the data"):
         load(tmp_path / "fit").profile()
-    with pytest.raises(ValueError, match="^fits of groups have no profiles$"):
+    with pytest.raises(ValueError, match=r"^fits of groups have no profiles$"):
         groups.profile()
 
 

@@ -212,8 +212,8 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
         )
     if counts and (fault := faults.get("ydata < 0")):
         raise ValueError(
-            f"loss='poisson' is for counts: `ydata` has {several(fault.count, 'negative value')}{where(fault)}; use mask= to "
-            "leave points out, and give counts before any background is subtracted"
+            f"loss='poisson' is for counts: `ydata` has {several(fault.count, 'negative value')}{where(fault)}; use mask= "
+            "to leave points out, and give counts before any background is subtracted"
         )
     if census.n_used == 0:
         left_out = "masked, outside `xrange` or omitted (mask: true leaves a point out)"
