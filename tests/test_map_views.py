@@ -235,7 +235,7 @@ def test_long_names_fit_their_panels():
 
 def test_a_notebook_shows_statuses_medians_and_small_maps(named):
     text = named._repr_html_()
-    assert "<b>MapResult 10 x 6 pixels" in text and "<td>ftol</td>" in text and "<td>center</td>" in text
+    assert "<b>MapResult 10 x 6 pixels" in text and "<td>converged (" in text and "<td>center</td>" in text
     assert text.count("data:image/png;base64,") == 1
     name = "<script>alert(1)</script>"
     assert "<script" not in fitted(Y[:5], param_names=[name, *NAMES[1:]])._repr_html_()
