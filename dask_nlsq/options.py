@@ -361,7 +361,8 @@ def with_known_names(table: Mapping[str, Row]) -> Callable[[F], F]:
                         f"{function.__name__} has no argument 'report': Dask's report of the work on a cluster is "
                         "performance_report=path, the page about the fit result.report(path)"
                     )
-                raise TypeError(f"{function.__name__} has no argument {name!r}{near(name, names)}")
+                hint = ": give sigma = 1 / weights" if name == "weights" else near(name, names)
+                raise TypeError(f"{function.__name__} has no argument {name!r}{hint}")
             return function(*args, **options)
 
         return cast(F, call)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from .base.text import near
+from .base.text import near, several
 from .base.values import is_number, takes, without_flags
 from .base.warn import warn
 from .data.arrays import has_masked, plain_array
@@ -141,7 +141,7 @@ def _named_starts(f, p0, param_names, fixed, shape) -> tuple[tuple[str, ...], Ma
     n = len(starts)
     own = signature or []
     if len(own) != n and not takes(f, 1 + n):
-        raise ValueError(f"`p0` has {n} values, but {function_name(f)} takes {len(own)} parameters: {own}")
+        raise ValueError(f"`p0` has {several(n, 'value')}, but {function_name(f)} takes {len(own)} parameters: {own}")
     if param_names is None:
         param_names = signature if signature and len(signature) == n else [f"p{k}" for k in range(n)]
     names = tuple(param_names)
@@ -250,7 +250,9 @@ def _listed(name, values, shape, n=None) -> list:
         raise ValueError(f"`{name}` must be a sequence of one value per parameter, or a dict by name, not {values!r}")
     values = [*values] * (n if n is not None and len(values) == 1 else 1)
     if n is not None and len(values) != n:
-        raise ValueError(f"`{name}` has {len(values)} values: give one number, or one for each of the {n} parameters")
+        raise ValueError(
+            f"`{name}` has {several(len(values), 'value')}: give one number, or one for each of the {n} parameters"
+        )
     return values
 
 

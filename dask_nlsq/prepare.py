@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .base.text import size
+from .base.text import several, size
 from .data.align import Data, whitened
 from .data.arrays import check_sendable
 from .data.door import align_data, count_points, needs_all_points, open_data, refuse_scaled
@@ -212,7 +212,7 @@ class HeldData:
 
     def __repr__(self):
         state = "released" if self.closed else f'"{self.plan.strategy}", {size(self.plan.held_bytes)} held'
-        return f"<HeldData {self.plan.n_points:,} points, {state}>"
+        return f"<HeldData {several(self.plan.n_points, 'point')}, {state}>"
 
     def __array__(self, *args, **options):
         raise TypeError(

@@ -103,7 +103,7 @@ def states(client, browser):
         shows(r"sweep [4-9]: \d+ of 20, .* to go")
         yield "page", 760
         fit.result()
-        shows(r"converged: .*; \d+ sweeps in [\d.]+ s, begun after [\d.]+ s")
+        shows(r"converged: .*; \d+ sweeps in [\d.]+ s, after [\d.]+ s of preparation")
         settled()
         yield "finished", 800
         fits = fit_map(spectrum, E, scan(600, 10, 0.4), START)

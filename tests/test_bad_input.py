@@ -10,7 +10,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from dask_nlsq import curve_fit, fit, fit_groups, fit_map, hold, plan_fit
+from dask_nlsq import curve_fit, fit, fit_groups, fit_map, hold, load, plan_fit
 
 from .clusters import assert_nothing_left
 
@@ -481,7 +481,7 @@ NAMED = {  # what names the argument, where a model or a choice is called in ano
     "a tuple for a model of one x": (curve_fit, "as `xdata` is a tuple .*pass an array", dict(xdata=(X,))),
     "None for a model that uses x": (plan_fit, "as `xdata` is None .*pass xdata", dict(xdata=None)),
     "text from a model": (plan_fit, "the model <lambda> returned str, which is not", dict(f=lambda x, a: "s")),
-    "a model of x alone": (fit_map, "`p0` has 1 values, but <lambda> takes 0", dict(f=lambda x: x, ydata=ROWS, p0=[1])),
+    "a model of x alone": (fit_map, "`p0` has 1 value, but <lambda> takes 0", dict(f=lambda x: x, ydata=ROWS, p0=[1])),
     "a guess of other arguments": (fit_map, "`p0` is the function decay, .*p0.x, y", dict(ydata=ROWS, p0=decay)),
     "sigma of pieces": (hold, "`sigma` is not an array", dict(f=None, sigma=(X, None))),
     "y of pieces": (plan_fit, "`ydata` is not an array", dict(ydata=(Y, None))),
@@ -501,3 +501,27 @@ def test_an_error_names_the_argument_that_it_is_about(function, message, call):
     call = dict(f=decay, xdata=X, ydata=Y) | call
     with pytest.raises((ValueError, TypeError), match=message):
         function(**{name: value for name, value in call.items() if value is not None or name == "xdata"})
+
+
+@pytest.mark.parametrize(
+    "n, shape, message",
+    [
+        (60, (60, 300), r"give x\[:, None\] for values along axis 0, an array of shape \(300,\) for values along the last"),
+        (50, (50, 1), r"both the same shape, as with ydata.ravel\(\)"),
+    ],
+)
+def test_x_of_another_shape_is_refused_with_the_usual_way(n, shape, message):
+    with pytest.raises(ValueError, match=message):
+        curve_fit(decay, np.arange(float(n)), np.ones(shape), [1, 1])
+
+
+def test_a_missing_result_is_not_called_damaged(tmp_path):
+    with pytest.raises(ValueError, match="there is nothing at this path"):
+        load(tmp_path / "fitz.zarr")
+
+
+def test_arguments_of_lmfit_get_a_hint():
+    with pytest.raises(TypeError, match=r"no argument 'weights': give sigma = 1 / weights"):
+        curve_fit(decay, np.arange(9.0), np.ones(9), [1, 1], weights=2)
+    with pytest.raises(ValueError, match=r"'a \^ b': write powers with \*\*"):
+        curve_fit(decay, np.arange(9.0), np.ones(9), [1, 1], expr={"c": "a^b"})

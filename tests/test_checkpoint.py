@@ -348,7 +348,8 @@ def test_the_limits_of_hold_are_kept(tmp_path):
 
 def test_files_are_plain_arrays_and_json(store, tmp_path):
     curve_fit(decay, X, store, P0, checkpoint=tmp_path / "c")
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["data.npz", "fit.json", "sample.npz", "state.npz"]
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert names == ["data.npz", "end.npz", "fit.json", "sample.npz", "state.npz"]
     for path in (tmp_path / "c").glob("*.npz"):
         with np.load(path, allow_pickle=False) as found:
             assert all(found[name].dtype.kind in "ufi" for name in found.files)

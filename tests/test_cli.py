@@ -529,3 +529,14 @@ def test_dask_nlsq_demo_runs_in_a_shell(tmp_path):
     outcome = subprocess.run(command, capture_output=True, text=True)
     assert outcome.returncode == 1
     assert outcome.stderr == "Error: frames = 5: at least 20 are needed to determine all parameters\n"
+
+
+def test_info_says_that_a_fit_is_complete_and_how_its_model_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    x = np.linspace(0, 1, 50)
+    curve_fit(decay, x, np.asarray(decay(x, 2.0, 1.0, 1.0)), [1, 2, 0.5], checkpoint=tmp_path / "c")
+    text = converges("info", tmp_path / "c").stdout
+    assert "complete: " in text and "to continue" not in text
+    assert f"dask nlsq resume {tmp_path / 'c'} --models . --out result" in text
+    (tmp_path / "c" / "end.npz").unlink()
+    assert converges("info", tmp_path / "c").stdout.endswith(f"to continue: dask nlsq resume {tmp_path / 'c'} --models .\n")

@@ -136,3 +136,8 @@ def test_bounds_of_amplitudes_do_not_hide_that_a_model_is_a_special_case():
     one = curve_fit(models.gaussian + models.line, x, y)
     two = curve_fit((models.gaussian + models.gaussian).positive + models.line, x, y, p0=[3, 4, 1, 0.5, 7, 1, 0.2, 0])
     assert compare(one=one, two=two).rows[1].within == "one"
+
+
+def test_fits_with_other_noise_are_refused_with_the_difference_in_words(two):
+    with pytest.raises(ValueError, match=r"decay has loss='linear', no sigma, sloped has loss='linear', sigma=0.02\."):
+        compare(two[0], curve_fit(sloped, X, Y, [1, 1, 0, 0], sigma=0.02))

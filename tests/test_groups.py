@@ -775,3 +775,15 @@ def test_amplitudes_of_groups_are_found_from_ones(peaks, loss, bounds):
         background, found = best.popt[0], best.local.compute(progress=False).popt[:, :3]
     assert abs(result.popt[0] - background) < 0.01 * result.perr[0]
     assert np.all(abs(local.popt[:, :3] - found) < 0.01 * local.perr[:, :3])
+
+
+def test_a_spectrum_of_a_group_says_which_parameters_are_shared(tmp_path):
+    x = np.linspace(0, 1, 20)
+    y = np.array([[1.0], [2.0], [3.0]]) + 2 * x + np.random.default_rng(0).normal(0, 0.1, (3, 20))
+    result = fit_groups(lambda x, a, b, c: a * x + b + c, x, y, [1, 1, 0], local="b", group_axes=0, fixed={"c": 0.5})
+    shown = result.local.spectrum(0).params
+    assert [shown[name].remark for name in "abc"] == ["shared", "", "fixed"]
+    assert shown["a"].error == pytest.approx(result.perr[0]) and "+-" in shown["a"].row()[2]
+    result.save(tmp_path / "r")
+    with pytest.raises(AttributeError, match="call fit_groups again"):
+        dask_nlsq.load(tmp_path / "r").local.spectrum(0)

@@ -21,7 +21,7 @@ from zarr.storage import LocalStore
 
 from dask_nlsq import MapResult, MapStatus, UntrustedError, fit_groups, fit_map, load
 from dask_nlsq.maps import viewer, views
-from dask_nlsq.maps.pictures import limits
+from dask_nlsq.maps.pictures import ends_with_errors, limits
 from dask_nlsq.maps.points import some_points
 from tests.spectra import BLOCK, NAMES, P0, N, X, blocks_of, counted, fitted, peak, same_bits, spectra
 from tests.test_dashboard import CHROMIUM, opened, wait
@@ -235,7 +235,7 @@ def test_long_names_fit_their_panels():
 
 def test_a_notebook_shows_statuses_medians_and_small_maps(named):
     text = named._repr_html_()
-    assert "<b>MapResult 10 x 6 pixels" in text and "<td>ftol</td>" in text and "<td>center</td>" in text
+    assert "<b>MapResult 10 x 6 pixels" in text and "<td>converged (" in text and "<td>center</td>" in text
     assert text.count("data:image/png;base64,") == 1
     name = "<script>alert(1)</script>"
     assert "<script" not in fitted(Y[:5], param_names=[name, *NAMES[1:]])._repr_html_()
@@ -281,7 +281,7 @@ def test_a_pixel_is_named_by_its_coordinates(named):
     for wrong, error, message in (
         (dict(row=40.0, column=5), ValueError, "`row` is 40.0, outside of the map, which extends from 3 to 7.5"),
         (dict(row="a", column=5), TypeError, "`row` is 'a': give a number, the coordinate of a pixel"),
-        (dict(row=4.0), ValueError, "coordinates along row, column, not row"),
+        (dict(row=4.0), ValueError, "coordinates along row, column: give column, too"),
         (dict(), TypeError, "by 2 numbers, or by its coordinates along row, column"),
     ):
         with pytest.raises(error, match=message):
@@ -717,3 +717,15 @@ def test_the_map_of_groups_has_what_works_for_groups():
     assert {"popt", "cost", "local", "sel"} <= {*dir(result)}
     assert f"LocalMap {G} groups" in result._repr_html_()
     np.testing.assert_array_equal(result.sel(param="amplitude").popt, result["amplitude"].value)
+
+
+def test_statuses_that_have_converged_are_counted_together():
+    status = np.array([MapStatus.FTOL, MapStatus.FTOL, MapStatus.FTOL_XTOL, MapStatus.MASKED])
+    assert views.counted(status) == [("3", "converged (2 ftol, 1 ftol xtol)"), ("1", "masked")]
+
+
+def test_axes_of_a_curve_show_error_bars_also_where_all_values_are_equal():
+    values, errors = np.full(5, 2.0), np.full(5, 0.7)
+    for each in (errors, np.zeros(5)):
+        low, high = ends_with_errors("a", values, each)
+        assert low < 2 - each[0] and high > 2 + each[0]

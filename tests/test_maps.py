@@ -476,7 +476,7 @@ BAD = {
     "names": (dict(param_names=["a", "b"]), ValueError, "must be 4 different names"),
     "names twice": (dict(param_names=["a", "b", "c", "a"]), ValueError, "`param_names` must be different"),
     "sigma shape": (dict(sigma=np.ones(7)), ValueError, r"`sigma` of shape \(7,\) does not fit"),
-    "sigma ambiguous": (dict(ydata=np.ones((N, N)), sigma=np.ones(N)), ValueError, "`sigma`.*several ways.*as many axes"),
+    "sigma ambiguous": (dict(ydata=np.ones((N, N)), sigma=np.ones(N)), ValueError, r"fits `ydata` .* in several ways: give"),
     "mask shape": (dict(mask=np.ones((6, 5), bool)), ValueError, r"`mask` of shape \(6, 5\)"),
     "sigma text": (dict(sigma="wide"), (TypeError, FileNotFoundError), "`sigma`.*wide"),
     "guess wrong name": (dict(guess="neighbours"), ValueError, "`guess`.*coarse-to-fine"),

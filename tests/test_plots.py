@@ -441,3 +441,20 @@ def test_the_summands_of_a_model_are_drawn():
     np.testing.assert_allclose(total, lines["model"].get_ydata())
     with pytest.raises(ValueError, match="decay is not a sum of models"):
         curve_fit(decay, t, y, START).plot(components=True)
+
+
+def test_the_model_is_evaluated_across_a_gap_of_binned_data():
+    x = np.r_[np.linspace(2, 7.5, 2000), np.linspace(10, 18, 2000)]
+    result = curve_fit(models.gaussian, x, 5 * np.exp(-0.5 * ((x - 9) / 1.0) ** 2), [4, 9.1, 1.1])
+    assert len(x) > FEW
+    line = next(each for each in result.plot().lines if each.get_label() == "model")
+    at, drawn = line.get_data()
+    within = (at > 8) & (at < 9.9)
+    assert within.sum() > 50 and np.allclose(drawn[within], result.predict(at[within]))
+    plt.close("all")
+
+
+def test_a_wrong_argument_of_a_plot_names_the_right_one():
+    result = curve_fit(models.line, np.arange(9.0), np.arange(9.0) ** 1.1)
+    with pytest.raises(TypeError, match="plot has no argument 'residual': did you mean 'residuals'"):
+        result.plot(residual=True)

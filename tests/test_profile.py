@@ -216,9 +216,16 @@ def test_wrong_arguments_are_named(fitted, tmp_path):
     fitted.save(tmp_path / "fit")
     t, rows = X, np.outer([1.0, 2.0, 3.0], Y)
     groups = fit_groups(lambda x, a, b: a * jnp.exp(-b * x), t, rows, [1, 1], local="a", group_axes=0)
-    for result in (load(tmp_path / "fit"), groups):
-        with pytest.raises(ValueError, match="trial fits need the data"):
-            result.profile()
+    with pytest.raises(ValueError, match="trial fits need the data"):
+        load(tmp_path / "fit").profile()
+    with pytest.raises(ValueError, match=r"^fits of groups have no profiles$"):
+        groups.profile()
+
+
+def test_a_profile_of_a_tied_parameter_says_that_it_is_tied():
+    result = curve_fit(lambda x, a, b, c: a * x + b + c, X, Y, [1, 1, 1], expr={"c": "b"})
+    with pytest.raises(ValueError, match=r"'c', which is tied \(c = b\)"):
+        result.profile("c")
 
 
 def test_profiles_print_as_tables_and_are_drawn(fitted):

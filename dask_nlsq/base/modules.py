@@ -86,6 +86,20 @@ def _origin(module, trust):
     return found
 
 
+def directory_of(module: str) -> str:
+    """Where a module is that ``trust`` has to name, "." for the current directory; "" for one of an installed package."""
+    here, top = Path().resolve(), module.partition(".")[0]
+    with _searched(here):
+        spec: Any = find_spec(top) if top else None
+    if spec is None:
+        return "DIR"
+    if spec.origin in (None, "built-in", "frozen") or is_installed(spec.origin):
+        return ""
+    parent = Path(spec.origin).resolve().parent
+    parent = parent.parent if spec.submodule_search_locations else parent
+    return "." if parent == here else str(parent)
+
+
 def import_by(name: list[str], trust: Trust):
     """What `import_name` has named.
 

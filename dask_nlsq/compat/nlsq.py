@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..base.text import GB, size
+from ..base.text import GB, several, size
 from ..base.values import count, positive
 from ..memory.machine import active_client, available_memory
 from ..memory.threshold import Strategy, effective_fraction
@@ -86,7 +86,7 @@ class MemoryBudget:
 
     def __str__(self):
         jacobian, available = size(self.jacobian_gb * GB), size(self.available_gb * GB)
-        problem = f"{self.n_points:,} points, {self.n_params} parameters"
+        problem = f"{several(self.n_points, 'point')}, {several(self.n_params, 'parameter')}"
         return f"{self.strategy}: {self.reason} (Jacobian {jacobian}, available {available}, {problem})"
 
     def chunks(self) -> tuple[int, int]:

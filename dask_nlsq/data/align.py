@@ -323,11 +323,26 @@ def _broadcastable(name, array, shape):
         way_out = {
             "sigma": f"a scalar, an array that broadcasts against ydata, or a covariance matrix {(prod(shape),) * 2}",
             "mask": "an array that broadcasts against ydata",
-            "xdata": f"an array of shape {shape} or {('k', *shape)}, or a tuple of arrays that broadcast against ydata",
+            "xdata": _ways_of_x(array.shape, shape),
         }[name]
         extra = "; `sigma` has incorrect shape." if name == "sigma" else ""
         raise ValueError(f"`{name}` of shape {array.shape} does not fit `ydata` of shape {shape}: give {way_out}{extra}")
     return array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
+
+
+def _ways_of_x(given, shape) -> str:
+    """What xdata may be for data of this shape."""
+    if prod(given) == prod(shape):
+        return "both the same shape, as with ydata.ravel()" if len(given) == 1 else "both the same shape"
+    if len(shape) == 1:
+        return f"an array of shape {shape}, or a tuple of several, one for each coordinate"
+    along = [k for k, n in enumerate(shape[:-1]) if given == (n,)]
+    index = ", ".join([":", *["None"] * (len(shape) - 1 - along[0])]) if along else ""
+    one = f"x[{index}] for values along axis {along[0]}, " if along else ""
+    return (
+        f"{one}an array of shape {shape[-1:]} for values along the last axis, one of shape {shape}, or for several "
+        "coordinates a tuple of arrays that broadcast against ydata"
+    )
 
 
 def _aligned(operand, chunks, lazy):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.text import several
 from ..base.warn import warn
 from ..kernels.blocks import Layouts
 from ..kernels.checks import check_model
@@ -202,7 +203,7 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
             )
     if fault := faults.get("sigma <= 0"):
         raise ValueError(
-            f"`sigma` must be positive: {fault.count} values are zero or negative{where(fault)}; use mask= to "
+            f"`sigma` must be positive: {several(fault.count, 'value')} zero or negative{where(fault)}; use mask= to "
             "leave points out"
         )
     if fault := faults.get("too large"):
@@ -212,8 +213,8 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
         )
     if counts and (fault := faults.get("ydata < 0")):
         raise ValueError(
-            f"loss='poisson' is for counts: {fault.count} values of `ydata` are negative{where(fault)}; use mask= to "
-            "leave points out, and give counts before any background is subtracted"
+            f"loss='poisson' is for counts: `ydata` has {several(fault.count, 'negative value')}{where(fault)}; use mask= "
+            "to leave points out, and give counts before any background is subtracted"
         )
     if counts and "ydata not whole" in faults:
         warn(NOT_COUNTS, UserWarning)

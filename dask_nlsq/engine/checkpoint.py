@@ -194,6 +194,21 @@ def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
 
 
+END = "end"  # of a fit that has converged
+
+
+def keep_end(checkpoint: "Checkpoint", message: str) -> None:
+    """Say that the fit has converged."""
+    with checkpoint.tolerant():
+        checkpoint.save(END, {}, message=message)
+
+
+def read_end(path: Path) -> str | None:
+    """The message of a fit that has converged; None of another one."""
+    found = _read(path / f"{END}.npz", _name_of(read_fit(path)["identity"]))
+    return None if found is None else str(found[1].get("message", ""))
+
+
 OPAQUE = {  # what an identity has of arguments, in words, since its values say nothing to people
     "model": "f", "chunks": "chunks of `ydata`", "decoded": "attributes that `decode_cf` applies",
 }  # fmt: skip

@@ -191,7 +191,8 @@ def fit_groups(
         ``jac(x, *params) -> (n, p)``, as in `dask_nlsq.curve_fit`.
     callback, progress, verbose, absolute_sigma, loss, f_scale, ftol, xtol, gtol, accuracy, param_names, mask_values, \
     valid_range, xrange, nan_policy, on_bad_chunk, missing_chunks, decode_cf, jac_mode, memory_limit_gb
-        As in `dask_nlsq.curve_fit` and `dask_nlsq.fit_map`.
+        As in `dask_nlsq.curve_fit` and `dask_nlsq.fit_map`. By default ``nan_policy`` is "omit" here: points that are not
+        finite are left out, where `dask_nlsq.curve_fit` raises an error.
 
     Returns
     -------
@@ -285,6 +286,7 @@ def _prepared(given: Mapping[str, Any], too_large: JoiningError | None = None) -
         own = "`local` names parameters that the model is linear in, with loss='linear': then groups need not be joined"
         raise MemoryBudgetError(too_large.numbers, *too_large.ways_out, f"see that {own}")
     plan = plan_groups(problem, spec, call)
+    plan = plan if by_label is None else replace(plan, n_points=prod(by_label.shape))  # without what fills rows up
     return ReadyGroups(given, call, problem, labels, by_label, spec, start, options, noise_of(call), plan, sample)
 
 

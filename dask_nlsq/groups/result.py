@@ -57,6 +57,7 @@ class LocalMap(FittedMaps):
     """The map of a `GroupResult`: its records come from the fit of all groups together, not from fits of each."""
 
     shared: dict[str, Any] = field(default_factory=dict)  # values of the shared parameters, and their covariance
+    shared_names: tuple[str, ...] = ()
 
     @property
     def provenance(self):
@@ -295,7 +296,7 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
         data=None,
         groups=about,
     )
-    local = LocalMap(record, problem, ready.labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist()))
+    local = LocalMap(record, problem, ready.labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist()), options.names)
     return GroupResult(shared, local)
 
 

@@ -49,6 +49,11 @@ WORDS = {  # what is said otherwise here
     "Pass it, as in resume(path, f)": "Name it, as in --model module:function",
     'as in trust="models"': "as in --models DIR",
     "as in resume(path, xdata=...)": "as in --x 0:10:0.01",
+    'nan_policy="omit"': "--nan-policy omit",
+    "mask=, mask_values= or valid_range=": "--mask, --mask-values or --valid-range",
+    "mask=": "--mask",
+    "name it in `fixed`": "give it with --fixed",
+    ", start from there, or loosen ftol, xtol and gtol": ", or start from there with --p0",
 }
 
 
@@ -151,8 +156,8 @@ X = click.option(
     required=True,
     type=click.Path(),  # which shells complete
     metavar="RANGE|PATH",
-    help="start:stop:step, without stop as in range; or the path of a Zarr array. For each coordinate one; where STORE has "
-    "several axes, the k-th vector belongs to the k-th of them.",
+    help="start:stop:step, without stop as in range; or the path of a Zarr array. One --x: the last axis. "
+    "Several: one for each axis, in order; where there is one axis, one for each coordinate.",
 )
 SCHEDULER = click.option("--scheduler", metavar="ADDRESS", help="Run on this cluster: tcp://host:8786.")
 OUT = click.option("--out", type=PATH, help="Directory for result.json, summary.json and report.html.")
@@ -281,6 +286,7 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
     from ..base.files import FIT_FILE
     from ..solve.outcome import Interrupted, NotConvergedError
     from . import cli_values as words
+    from .describe import resume_command
 
     if out is not None:
         words.new_place(out)
@@ -296,10 +302,11 @@ def _solve(solve, call, scheduler, checkpoint, out, report, log):
             if checkpoint is None or not (checkpoint / FIT_FILE).exists():
                 raise
             raise Failure(
-                f"stopped before the first sweep was finished: continue with dask nlsq resume {checkpoint}", 3
+                f"stopped before the first sweep was finished: continue with {resume_command(checkpoint, out)}", 3
             ) from None
         if result.status == -3 and failed is None:
-            failed = f"{result.message} Continue with dask nlsq resume {checkpoint or 'nlsq_checkpoints/...'}"
+            again = resume_command(checkpoint, out) if checkpoint else "dask nlsq resume nlsq_checkpoints/..."
+            failed = f"{result.message} Continue with {again}"
         elif result.status > 0 and not result.success:
             failed = failed or result.message
         click.echo(printable(result.summary()))

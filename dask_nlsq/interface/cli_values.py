@@ -15,6 +15,7 @@ import numpy as np
 
 from ..base.files import check_directory
 from ..base.lazy import da, zarr
+from ..base.text import several
 from ..data.store import Policy, as_dask, open_array
 from ..engine.checkpoint import MOST_KEPT, absolute
 from ..model.ready import named
@@ -80,11 +81,11 @@ def _coordinate(text, k, shape, array, read, decode_cf):
         n = stored.size
     k = k if len(shape) > 1 else 0
     if k >= len(shape):
-        raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: the k-th vector is for axis k")
+        raise ValueError(f"--x {text} is number {k + 1}, and there are {len(shape)} axes: give one for each, in order")
     if n != shape[k]:
-        way_out = "the k-th --x is for axis k, a single one for the last"
+        way_out = "one --x is for the last axis, several are for the axes in order"
         way_out = "start:stop:step leaves out stop, as range does" if is_range else way_out
-        raise ValueError(f"--x {text} has {n:,} values, but axis {k} has {shape[k]:,} ({way_out})")
+        raise ValueError(f"--x {text} has {several(n, 'value')}, but axis {k} has {shape[k]:,} ({way_out})")
     if is_range and 8 * n > MOST_KEPT:  # lazy, in the chunks of y
         vector = begin + step * da.arange(n, chunks=(array.shards or array.chunks)[k])
     elif is_range:

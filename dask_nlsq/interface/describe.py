@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ..base.files import FIT_FILE, RESULT
-from ..engine.checkpoint import read_fit, read_state
+from ..base.modules import directory_of
+from ..engine.checkpoint import read_end, read_fit, read_state
 from ..maps.store import NoMapError, read_done
 from ..maps.stored import StoredMap
 from ..maps.views import status_counts
@@ -45,7 +46,19 @@ def describe_checkpoint(path: Path) -> str:
     lines = [f"checkpoint of a fit of {model} to {data.get('path', 'an array')}"]
     lines.append(f"finished sweeps: {n}" + (f"; lowest cost {min(costs):.9g}" if len(costs) else ""))
     lines += ["one more is begun"] if "begun" in values else []
-    return "\n".join([*lines, f"to continue: dask nlsq resume {path}"])
+    if (ended := read_end(path)) is not None:
+        return "\n".join([*lines, f"complete: {ended}", f"its result: {resume_command(path)} --out result"])
+    return "\n".join([*lines, f"to continue: {resume_command(path)}"])
+
+
+def resume_command(path: Path, out: Path | None = None) -> str:
+    """The command that goes on with a checkpoint, with what it needs to find the model."""
+    name, model = read_fit(path)["call"]["model"], ""
+    if name is None:
+        model = " --model module:function"
+    elif directory := directory_of(name[0]):
+        model = f" --models {directory}"
+    return f"dask nlsq resume {path}{model}" + (f" --out {out}" if out is not None else "")
 
 
 def describe_map(path: Path) -> str:

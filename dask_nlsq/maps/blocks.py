@@ -560,10 +560,10 @@ def along(name, array, shape, fit_axes):
     if len(padded) == len(shape) and all(a in (1, n) for a, n in zip(padded, shape, strict=True)):
         ways.add(padded)
     if len(ways) != 1:
-        what = "fits `ydata` in several ways" if ways else "does not fit `ydata`"
+        y = f"`ydata` of shape {shape} with fit axes {fit_axes}"
+        what = f"fits {y} in several ways" if ways else f"does not fit {y}"
         raise ValueError(
-            f"`{name}` of shape {array.shape} {what} of shape {shape} with fit axes {fit_axes}: give it as many axes as "
-            "ydata, of size 1 where it does not vary"
+            f"`{name}` of shape {array.shape} {what}: give it as many axes as ydata, of size 1 where it does not vary"
         )
     return array.reshape(ways.pop())
 

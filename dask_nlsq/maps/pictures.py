@@ -139,6 +139,15 @@ def limits(name, values, errors, low=None, high=None) -> tuple[float, float, boo
     return low, high, positive and low > 0 and high > DECADES * low
 
 
+def ends_with_errors(name, values, errors) -> tuple[float, float]:
+    """Ends of an axis that shows the error bars of what the data determine, too."""
+    low, high, _ = limits(name, values, errors)
+    rounding = ROUNDING * max(abs(low), abs(high))
+    shown = determined(values, errors) & (values >= low - rounding) & (values <= high + rounding)
+    margin = max(0.3 * (high - low), 1.1 * errors[shown].max(initial=0.0)) or _around(high)
+    return low - margin, high + margin
+
+
 def determined(values, errors):
     """Pixels whose values the data determine."""
     good = np.isfinite(values)
@@ -341,9 +350,7 @@ def _curve(ax, axis, name, values, errors, given):
         markersize=2.5 if many else 5, linewidth=0.6, alpha=0.7,
     )  # fmt: skip
     if errors is not None and not determined(values, errors)[good].all():
-        low, high, _ = limits(name, values, errors)
-        margin = 0.3 * (high - low) or _around(high)
-        ax.set_ylim(low - margin, high + margin)
+        ax.set_ylim(*ends_with_errors(name, values, errors))
     low, high = ax.get_ylim()
     if high - low <= ROUNDING * max(abs(low), abs(high)):
         ax.set_ylim(low - _around(low), high + _around(high))

@@ -58,15 +58,20 @@ class MapPlan:
         """Print the plan, which is also ``str(plan)``."""
         print(self)
 
-    def __str__(self):
+    def rows(self, before: str = "") -> list[tuple[str, str]]:
+        """Names, with ``before`` in front, and what there is to say of each."""
+        points = several(self.n_points, "point")
         rows = [
-            ("map", f"{several(self.n_pixels, 'pixel')} of {self.n_points:,} points; {several(self.n_params, 'parameter')}"),
+            ("map", f"{several(self.n_pixels, 'pixel')} of {points}; {several(self.n_params, 'parameter')}"),
             ("blocks", f"{self.n_blocks:,} in {several(self.n_bands, 'band')}: {self.reason}"),
             ("reads", size(self.read_bytes)),
             *(("decoded", each) for each in self.decoded),
             ("memory", f"{size(self.peak_bytes)} at the peak"),
         ]
-        return "\n".join(table(rows))
+        return [(before + name, text) for name, text in rows]
+
+    def __str__(self):
+        return "\n".join(table(self.rows()))
 
     def _repr_html_(self):
         return html_text(str(self))

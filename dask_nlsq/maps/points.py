@@ -200,7 +200,10 @@ def place_of(found, place: tuple[int, ...], labels: dict[str, Any]) -> tuple[int
                 raise IndexError(f"{missing}: the length of axis {dim!r} is {n}")
         return tuple(int(k) % n for k, n in zip(place, shape, strict=True))
     if {*labels} != {*dims}:
-        raise ValueError(f"a pixel of this map has coordinates along {', '.join(dims)}, not {', '.join(labels)}")
+        wrong = [name for name in labels if name not in dims]
+        lacking = [dim for dim in dims if dim not in labels]
+        what = f"not {', '.join(wrong)}" if wrong else f"give {', '.join(lacking)}, too"
+        raise ValueError(f"a pixel of this map has coordinates along {', '.join(dims)}: {what}")
     return tuple(_nearest(dim, axis, labels[dim]) for dim, axis in zip(dims, found.axes, strict=True))
 
 
@@ -238,8 +241,12 @@ def _params(found, record) -> Params:
     fit = found.problem.fit
     texts = fit.ties.texts if fit.ties is not None else {}
     columns = zip(found.param_names, record["popt"], record["perr"], record["at_bound"], strict=True)
-    held = {name for k, name in enumerate(found.param_names) if k not in fit.spec.free and name not in texts}
-    params = [Parameter(n, float(v), float(e), int(side), None, n in held, texts.get(n)) for n, v, e, side in columns]
+    shared = getattr(found, "shared_names", ())  # of groups
+    own = {*texts, *shared, *(found.param_names[k] for k in fit.spec.free)}
+    params = [
+        Parameter(n, float(v), float(e), int(side), None, n not in own, texts.get(n), n in shared)
+        for n, v, e, side in columns
+    ]
     rows = zip(found.derived_names, *(record[name] for name in DERIVED), strict=True) if found.derived_names else ()
     return Params(*params, *(Parameter(name, float(v), float(e), 0, expr=texts[name]) for name, v, e in rows))
 

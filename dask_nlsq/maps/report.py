@@ -118,8 +118,8 @@ def examples(found) -> list[tuple[tuple[int, ...], str]]:
     failed = np.unique(status[~succeeded(status) & fitted])
     for code in failed[:MOST_FAILED]:
         places = np.argwhere(status == code)
-        chosen[tuple(map(int, places[len(places) // 2]))] = (
-            f"{pictures.status_name(code)}: one of {len(places):,} {found.word}s"
+        chosen[tuple(map(int, places[len(places) // 2]))] = f"{pictures.status_name(code)}: " + (
+            f"one of {len(places):,} {found.word}s" if len(places) > 1 else f"the only {found.word}"
         )
     return list(chosen.items())
 

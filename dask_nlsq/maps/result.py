@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from ..base.disk import check_room, named_when_full, named_when_refused
 from ..base.files import sum_of_values
 from ..base.lazy import da, zarr
 from ..base.modules import import_name
+from ..base.text import several
 from ..data.labels import Labels, label
 from ..data.store import same_store
 from ..engine.cluster import computed, workers_of
@@ -36,6 +38,7 @@ from .points import PixelWhat, Spectrum, all_points, at_x, one_spectrum, place_o
 from .store import attributes, inner
 from .views import Maps, shown
 
+logger = logging.getLogger("dask_nlsq")
 PLAIN = (str, int, float, NoneType)  # values that an error shows
 NEIGHBOURS = 2  # pixels to each side, whose median a failed pixel starts from
 
@@ -96,7 +99,7 @@ class FittedMaps(Maps):
     @property
     def origin(self) -> list[tuple[str, str]]:
         """Rows about where the maps come from."""
-        return [("plan", str(self.plan)), *origins(self.provenance)]
+        return [*self.plan.rows("plan: "), *origins(self.provenance, self.labels.get("all_dims"))]
 
     @property
     def lazy(self) -> bool:  # type: ignore[override]
@@ -344,10 +347,13 @@ class MapResult(FittedMaps):
             start=Operand(starts.reshape(*mapped, starts.shape[-1]), 1)
         )
         again, record = problem.records(), before.record.copy()
-        places = [(index, place) for index, place in problem.places if failed[place].any()]
+        places, n_mended = [(index, place) for index, place in problem.places if failed[place].any()], 0
         for (_, place), new in zip(places, dask.compute(*(again.blocks[index] for index, _ in places)), strict=True):
             better = failed[place] & succeeded(new["status"])
             record[place] = np.where(better, new, record[place])
+            n_mended += int(better.sum())
+        tried = several(int(failed.sum()), f"failed {self.word}")
+        logger.info("refit_failed: %s fitted again, %s converged", tried, f"{n_mended:,}")
         return replace(before, record=record)
 
     def medians_around(self):
@@ -365,14 +371,15 @@ class MapResult(FittedMaps):
         return found
 
 
-def origins(provenance) -> list[tuple[str, str]]:
-    """Rows about a fit, of what a store keeps of it."""
+def origins(provenance, dims=None) -> list[tuple[str, str]]:
+    """Rows about a fit, of what a store keeps of it; ``dims`` are the names of y's axes, where they are known."""
+    fit_axes = [dims[k] if dims else k for k in provenance["fit_axes"]]
     stores = [(name, re.sub(r"//[^/@]*@", "//", each["place"])) for name, each in provenance["stores"].items()]
     shape, dtype, *_ = provenance["data"]
     limits = ", ".join(f"{name} {value:g}" for name, value in provenance["limits"].items() if value is not None)
     return [
         ("model", provenance["model"]), ("data", f"{' x '.join(map(str, shape))}, {dtype}"), *stores,
-        ("fit axes", ", ".join(map(str, provenance["fit_axes"]))), ("loss", provenance["loss"]), ("limits", limits),
+        ("fit axes", ", ".join(map(str, fit_axes))), ("loss", provenance["loss"]), ("limits", limits),
     ]  # fmt: skip
 
 

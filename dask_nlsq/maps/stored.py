@@ -20,6 +20,7 @@ from .views import Maps, shown
 
 LOST = "chunks of blocks that are done are missing, which to_zarr(path, resume=True) fits again"
 WITH_DATA = ("spectrum", "residuals", "predict", "refit_failed")  # what needs the data
+OF_GROUPS = "groups that were fitted together and stored without their data: call fit_groups again, its `local` has the data"
 STARTS = ("start", "coarse", "guess")  # in which a fit of the same data may differ once it is done
 CHECKED = 3  # pixels of lazy data
 SAME_CHI2 = 1e-6  # relative
@@ -59,7 +60,10 @@ class StoredMap(Maps):
             return self._kept[name]
         if name not in self._group:
             hint = f"it has {sorted(self._group.array_keys())}"
-            hint = "with_data(xdata, ydata) gives the data back, which it needs" if name in WITH_DATA else hint
+            needs_data = (
+                OF_GROUPS if "shared" in self.about else "with_data(xdata, ydata) gives the data back, which it needs"
+            )
+            hint = needs_data if name in WITH_DATA else hint
             raise AttributeError(f"{type(self).__name__} has no {name!r}: {hint}")
         if name in self.about["fields"]:
             self._check_chunks(name)
@@ -145,9 +149,7 @@ class StoredMap(Maps):
             are not those of the fit; the message says which. An `UntrustedError` where the model may not be imported.
         """
         if "shared" in self.about:
-            raise ValueError(
-                f"{self.path} is a map of fit_groups, whose groups are not fitted one by one: call fit_groups again"
-            )
+            raise ValueError(f"{self.path} has {OF_GROUPS}")
         done = self._done
         if not done.all():
             raise ValueError(

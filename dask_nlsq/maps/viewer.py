@@ -19,7 +19,7 @@ from ..base.text import size
 from ..kernels.lanes import MapStatus
 from ..model.params import Parameter
 from ..results.plots import DATA, MODEL
-from .pictures import COLOURS, Axis, limits, shape, status_name
+from .pictures import COLOURS, Axis, ends_with_errors, limits, shape, status_name
 from .points import residual_label, some_points
 
 CURVES = ("y", "model", "residual")
@@ -249,8 +249,7 @@ def _panel(found, name: str, axes, every, chosen):
         if errors is not None:
             error = errors[:: every[0]]
             plot.segment(x, y - error, x, y + error, color=DATA)
-            low, high, _ = limits(name, values, errors)
-            plot.y_range.start, plot.y_range.end = low - 0.3 * (high - low), high + 0.3 * (high - low)
+            plot.y_range.start, plot.y_range.end = ends_with_errors(name, values, errors)
         return plot, line
     y, x = axes
     plot.yaxis.axis_label = y.label

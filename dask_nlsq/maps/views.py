@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..base.text import NamesOfLmfit, html_table, near, table
-from ..kernels.lanes import succeeded
+from ..kernels.lanes import MapStatus, succeeded
 from ..model.params import Parameter, of_map
 from . import pictures
 from .pictures import Axis, status_name
@@ -231,9 +231,15 @@ class Maps(NamesOfLmfit):
 
 
 def counted(status) -> list[tuple[str, str]]:
-    """How many pixels have each status."""
+    """How many pixels have each status; those that have converged by one test or another together."""
     codes, counts = np.unique(status, return_counts=True)
-    return [(f"{n:,}", status_name(code)) for code, n in zip(codes, counts, strict=True)]
+    rows = [
+        (n, status_name(code), MapStatus.GTOL <= code <= MapStatus.ROUNDING) for code, n in zip(codes, counts, strict=True)
+    ]
+    by_test = [(n, name) for n, name, converged in rows if converged]
+    tests = ", ".join(f"{n:,} {name}" if len(by_test) > 1 else name for n, name in by_test)
+    first = [(f"{sum(n for n, _ in by_test):,}", f"converged ({tests})")] if by_test else []
+    return first + [(f"{n:,}", name) for n, name, converged in rows if not converged]
 
 
 def status_counts(status) -> list[str]:

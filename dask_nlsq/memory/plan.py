@@ -115,7 +115,7 @@ class Plan:
         source = "where they are stored" if self.strategy == "streaming" else "memory"
         rows = [
             ("strategy", f"{self.strategy}: {self.reason}"),
-            ("data", f"{self.n_points:,} points, {size(self.sweep_bytes)} in {several(self.n_chunks, 'chunk')}"),
+            ("data", f"{several(self.n_points, 'point')}, {size(self.sweep_bytes)} in {several(self.n_chunks, 'chunk')}"),
             ("parameters", f"{self.n_params}"),
             ("held", held),
             ("in flight", f"{size(self.in_flight_bytes)} per thread while data are read"),

@@ -30,6 +30,8 @@ class Parameter:
         Whether it was fixed; None for a map.
     expr : str or None
         Expression of a tied parameter or derived quantity; otherwise None.
+    shared : bool
+        Whether all groups of a fit share it; only in the spectrum of a group.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Parameter:
     bounds: tuple[float, float] | None = None
     fixed: bool | None = None
     expr: str | None = None
+    shared: bool = False
 
     def __float__(self):
         return float(self.value)
@@ -48,7 +51,9 @@ class Parameter:
 
     @property
     def remark(self) -> str:
-        """That it was held, or tied, or is at a bound; empty of any other."""
+        """That it was held, or tied, or shared, or is at a bound; empty of any other."""
+        if self.shared:
+            return "shared"
         return "fixed" if self.fixed else f"= {self.expr}" if self.expr else SIDES[int(self.at_bound)]
 
     def row(self, full: bool = False) -> tuple[str, str, str, str, str]:

@@ -208,6 +208,8 @@ def _meaning(node, text: str, names: set[str]) -> Callable[[Mapping], Any]:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if len(args) == ARGUMENTS.get(name):
             function, inside = getattr(jnp, name), [_meaning(each, text, names) for each in args]
             return lambda values: function(*(each(values) for each in inside))
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitXor):
+        raise ValueError(f"`expr` {text!r} has {ast.unparse(node)!r}: write powers with **")
     raise ValueError(
         f"`expr` {text!r} has {ast.unparse(node)!r}: it may contain numbers, names, pi, e, + - * / **, and the functions "
         f"{', '.join(ONE)} of one value and {', '.join(TWO)} of two; for anything else give a function"

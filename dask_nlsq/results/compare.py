@@ -23,6 +23,7 @@ import scipy
 from ..base.text import html_table, numbered, table
 from ..model.function import function_name, own_function
 from ..model.ready import ReadyModel
+from ..options import Noise
 
 ALIKE = 1e-9  # relative, of sums over the same points in another order
 CRITERIA = {"aic": "AIC", "aicc": "AICc", "bic": "BIC"}
@@ -135,10 +136,22 @@ def _model_name(fit) -> str:
     return function_name(model.f) if hasattr(model, "f") else (model.name or ["model"])[-1]
 
 
+def _in_words(noise: Noise) -> str:
+    """The arguments that have led to it."""
+    if noise.reweighted:
+        return "sigma='poisson'"
+    kinds = {None: "a sigma for each point", 1.0: "no sigma"}
+    sigma = "" if noise.likelihood else f", {kinds.get(noise.sigma, f'sigma={noise.sigma}')}"
+    return f"loss={noise.loss!r}{sigma}" + ", absolute_sigma=True" * (noise.absolute and not noise.likelihood)
+
+
 def _check_alike(first: str, one, name: str, other) -> None:
     """An error where two fits are of other points, or of other noise."""
     if one.noise != other.noise:
-        raise ValueError(f"{first} and {name} differ in loss or sigma, {one.noise} and {other.noise}: make them the same")
+        raise ValueError(
+            f"{first} and {name} differ in loss or sigma: {first} has {_in_words(one.noise)}, {name} has "
+            f"{_in_words(other.noise)}. Make them the same"
+        )
     for which, fit in ((first, one), (name, other)):
         if np.isnan(fit.aic):
             raise ValueError(

@@ -112,7 +112,7 @@ def diagnose(result, residuals: np.ndarray | None = None) -> Diagnostics:
 
     words = next((words for limit, words in SEPARATED if result.condition < limit), "parameters are hardly separated")
     words = POORLY if correlated and result.condition < HARDLY else words
-    lines = [f"{words}: condition {result.condition:.1e} of the Jacobian, columns of norm 1, by {result.reduction!r}"]
+    lines = [f"{words}: condition number {result.condition:.1e} of the Jacobian with columns scaled to norm 1"]
     lines += combinations(factor, names)
     lines += [f"{name} is at its {sides[name]} bound: its error, which knows no bounds, says little" for name in at_bounds]
     if np.isfinite(result.condition) and result.condition < HARDLY:
@@ -164,7 +164,7 @@ def _goodness(result) -> list[str]:
         name, explained = "chi-square", "1"
         if noise.likelihood:
             most, variance = DEVIANCE
-            name, explained = "deviance", f"{most}, the most that noise explains"
+            name, explained = "deviance", f"at most {most}"
             excess = (value - most * result.n_points / dof) / np.sqrt(variance / dof)
         else:
             sums = result.parts.squares[result.parts.n > 0]
@@ -180,7 +180,10 @@ def _goodness(result) -> list[str]:
         return []
     if abs(excess) <= SIGNIFICANT or (noise.loss == "poisson" and excess < 0):  # which zeros have by nature
         return []
-    return [f"reduced {name} {value:.4g}, {excess:+.0f} standard deviations from {explained}: {why}"]
+    side = "above" if excess > 0 else "below"
+    return [
+        f"reduced {name} {value:.4g} is {abs(excess):.0f} standard deviations {side} what noise gives, {explained}: {why}"
+    ]
 
 
 def _runs(mean):

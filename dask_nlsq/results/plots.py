@@ -18,6 +18,7 @@ __all__ = ["contours", "convergence", "correlation", "fit", "images", "profile",
 
 DATA, MODEL = "#0072b2", "#d55e00"  # palette of M. Okabe and K. Ito, for colour-blind readers too
 CURVE_POINTS = 500  # at which a model is drawn between few points of data
+GAP = 3.0  # typical distances between bins, from which on the model is evaluated between them
 PANELS = (5, 2)  # heights of a fit and of its residuals
 LABELLED = 12  # most parameters with which each correlation is written as a number
 SHOWN = (0.5, 99.5)  # percentiles of the data between which images are coloured
@@ -93,6 +94,8 @@ def fit(
         line = few[0], few[2]
     else:
         drawn, line = (seen.x, seen.y, seen.error), (seen.x, seen.model)
+        if x is None and _smooth(result) and seen.name == coordinates(result)[0].label:
+            line = _across_gaps(result, seen)
     if x is not None:
         line = np.asarray(x, float), np.asarray(result.predict(np.asarray(x, float)))
     if components:
@@ -334,6 +337,20 @@ def _smooth(result) -> bool:
         return False
     preparation = result.data.preparation
     return preparation.layouts.x_kind == "single" and preparation.layouts.ndim == 1 and not preparation.whole
+
+
+def _across_gaps(result, seen: Binned) -> tuple[np.ndarray, np.ndarray]:
+    """The model in the bins, and evaluated where bins between them have no points."""
+    x = np.log10(seen.x) if seen.log else seen.x
+    steps = np.diff(x)
+    gaps = np.flatnonzero(steps > GAP * np.median(steps if len(steps) else 0))
+    if not len(gaps):
+        return seen.x, seen.model
+    n = max(CURVE_POINTS // len(gaps), 1)
+    between = np.linspace(x[:-1][gaps], x[1:][gaps], n + 2)[1:-1].T.ravel()
+    between = 10**between if seen.log else between
+    at = np.repeat(gaps + 1, n)
+    return np.insert(seen.x, at, between), np.insert(seen.model, at, np.asarray(result.predict(between)))
 
 
 def _wrapped(label: str) -> str:

@@ -337,10 +337,11 @@ class _Problem:
     """What trial fits need of a fit; parameters are those that were fitted, (q,)."""
 
     def __init__(self, result):
+        if hasattr(result, "groups"):
+            raise ValueError("fits of groups have no profiles")
         if result.data is None:
             raise ValueError(
-                "trial fits need the data, which this result does not have: it was loaded or pickled, so fit again from "
-                "popt; fits of groups have no profiles"
+                "trial fits need the data, which this result does not have: it was loaded or pickled, so fit again from popt"
             )
         if not result.noise.squares or result.noise.reweighted:
             kind = 'sigma="poisson"' if result.noise.reweighted else f"loss={result.noise.loss!r}"
@@ -360,6 +361,11 @@ class _Problem:
         self.options = Options(self.lower, self.upper, noise=result.noise.variance, **limits)
 
     def place(self, argument: str, name: str) -> int:
+        if name in self.result.tied:
+            raise ValueError(
+                f"`{argument}` names {name!r}, which is tied ({name} = {self.result.tied[name]}): only fitted parameters "
+                f"have a profile, {', '.join(self.names)}"
+            )
         if name not in self.names:
             hint = near(str(name), self.names, "; ")
             raise ValueError(f"`{argument}` names {name!r}, the fitted parameters are {', '.join(self.names)}{hint}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.files import write_whole
-from ..base.text import measured, size
+from ..base.text import measured, several, size
 from ..data.store import address
 from ..memory.machine import detect_total_system_memory, process_settings, version_of
 from ..model.function import function_name, own_function
@@ -142,7 +142,8 @@ def page(result, coordinate: int | str | None = 0, log: Log = None, groups: str 
     verdict = ("good", "converged") if result.success else ("bad", "NOT CONVERGED")
     head = (
         f'<h1>{escape(name)}</h1><p><strong class="{verdict[0]}">{verdict[1]}</strong>: {escape(result.message)}<br>'
-        f'<span class="faint">{result.n_points:,} points, {len(result.popt)} parameters, {result.sweeps} sweeps in '
+        f'<span class="faint">{several(result.n_points, "point")}, {several(len(result.popt), "parameter")}, '
+        f"{several(result.sweeps, 'sweep')} in "
         f"{result.seconds['solve']:.2f} s. Report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}</span></p>"
     )
     first, *others = [section(title, content) for title, content in sections]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from inspect import signature
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 
 from ..base.files import RESULT, well_formed
 from ..base.modules import Trust
-from ..base.text import NamesOfLmfit
+from ..base.text import NamesOfLmfit, near
 from ..data.align import Data, build_data
 from ..data.arrays import decoded
 from ..data.chunks import Preparation
@@ -546,6 +547,10 @@ class FitResult(NamesOfLmfit):
         --------
         >>> result.plot(residuals=True)  # doctest: +SKIP
         """
+        known = [name for name in signature(plots.fit).parameters if name not in ("result", "ax")]
+        if unknown := [name for name in options if name not in known]:
+            hint = near(unknown[0], known) or f": there are ax, {', '.join(known)}"
+            raise TypeError(f"plot has no argument {unknown[0]!r}{hint}")
         return plots.fit(self, ax, **options)
 
     def report(self, path, **options) -> Path:

@@ -225,6 +225,8 @@ def _beside(found: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _what_else(path: Path) -> str:
     """What is there instead of a result."""
+    if not path.exists():
+        return "there is nothing at this path"
     return "it is a checkpoint, dask_nlsq.resume(path) continues it" if (path / FIT_FILE).exists() else f"it has no {RESULT}"
 
 

@@ -14,7 +14,7 @@ MOST_CORRELATIONS = 5  # in a summary
 
 def summary(result, full: bool) -> str:
     """How the solver got there, statistics, parameters with standard errors, largest correlations."""
-    points = f"{result.n_points:,} points"
+    points = several(result.n_points, "point")
     points += f", {result.n_masked:,} masked" if result.n_masked else ""
     points += f", {result.n_omitted:,} omitted (not finite)" if result.n_omitted else ""
     resumed = f", resumed after {result.resumed:,}," if result.resumed else ""
@@ -24,7 +24,7 @@ def summary(result, full: bool) -> str:
         f"{points}; {several(len(result.popt), 'parameter')}; cost {result.cost:.6g}"
         + near * bool(np.isfinite(result.distance)),
         f"{several(result.sweeps, 'sweep')}{resumed} in {result.seconds['solve']:.2f} s, "
-        f"begun after {result.seconds['load']:.2f} s;"
+        f"after {result.seconds['load']:.2f} s of preparation;"
         f' strategy "{result.strategy}"; reduction "{result.reduction}"; condition {result.condition:.1e}',
     ]
     if result.damage:
@@ -47,7 +47,7 @@ def html(result) -> str:
     return (
         f"<h4>Fit of {escape(model_name(result.objective.model))}</h4>"
         f"<p><strong>{_verdict(result)}</strong>: {escape(result.message)}</p>{parameters}"
-        f"<p>{result.n_points:,} points; {escape(_statistics(result).replace('^2', '²'))}</p><ul>{lines}</ul>"
+        f"<p>{several(result.n_points, 'point')}; {escape(_statistics(result).replace('^2', '²'))}</p><ul>{lines}</ul>"
     )
 
 

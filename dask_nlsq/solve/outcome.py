@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..data.chunks import LARGEST
-from ..engine.checkpoint import Checkpoint
+from ..engine.checkpoint import Checkpoint, keep_end
 from ..engine.evaluator import Evaluator
 from ..engine.waiting import StopOnSignal
 from ..model.function import function_name
@@ -43,9 +43,13 @@ class Interrupted(KeyboardInterrupt):
 def after_signal(result: R, stop: StopOnSignal, checkpoint: Checkpoint | None, change: Callable[..., R]) -> R:
     """The result; after a signal raise `Interrupted`, or with a checkpoint let the status say so, and log where it is.
 
+    The checkpoint of a fit that has converged says so.
+
     A signal may have come when the fit had just ended by itself, and must not be lost: then ``change(status=, message=)``.
     """
     if stop.signal is None:
+        if checkpoint is not None and result.success:
+            keep_end(checkpoint, result.message)
         return result
     if checkpoint is None:
         raise Interrupted(result)

@@ -326,7 +326,7 @@ def _data(fit) -> str:
 
 def _times(fit) -> str:
     solve, load = (f"{fit[name]:.2f} s" for name in ("solve", "load"))
-    return f"{several(fit['n_sweeps'], 'sweep')} in {solve}, begun after {load}" if fit["n_sweeps"] else solve
+    return f"{several(fit['n_sweeps'], 'sweep')} in {solve}, after {load} of preparation" if fit["n_sweeps"] else solve
 
 
 def _workers(fit, workers) -> str:
