@@ -260,7 +260,7 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
         raise ValueError(
             f"`{name}`: arrays are joined along their first axis, and the others differ: {[each.shape for each in stored]}"
         )
-    found = [decode_cf and Decoding.of(each.name, each.array.attrs, each.dtype) for each in stored]
+    found = [decode_cf and Decoding.of_array(each.name, each.array) for each in stored]
     decodings = [each or AS_STORED for each in found]
     by_kernels = name == "ydata" and len(set(map(repr, decodings))) == 1
     arrays = []
