@@ -22,6 +22,7 @@ MISSING = ("_FillValue", "missing_value")
 NEAR = 4  # times the rounding of a decoded value, within which the stored one at a limit is sought
 AXES = "_ARRAY_DIMENSIONS"  # the attribute in which xarray keeps their names in Zarr format 2
 VALID = ("valid_min", "valid_max", "valid_range")
+PACKED = (*PACKING, *MISSING, *VALID)  # attributes that say how values are stored, and nothing of decoded ones
 
 
 class Decoding(NamedTuple):
@@ -43,7 +44,7 @@ class Decoding(NamedTuple):
         ValueError
             Where an attribute does not hold the numbers that it should.
         """
-        given = {each: attributes.get(each) for each in (*PACKING, *MISSING, *VALID)}
+        given = {each: attributes.get(each) for each in PACKED}
         given = {each: value for each, value in given.items() if value is not None}
         unsigned = str(_plain(attributes.get("_Unsigned", ""))).lower()
         if (unsigned, dtype.kind) in (("true", "i"), ("false", "u")):

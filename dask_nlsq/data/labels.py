@@ -13,8 +13,7 @@ import numpy as np
 from ..base.text import printable
 from ..base.values import is_address
 from ..base.warn import warn
-
-PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+from .cf import PACKED
 
 
 class Labels(NamedTuple):
