@@ -172,6 +172,18 @@ def test_the_codec_pipeline_is_configured(tmp_path):
         assert same(curve_fit(decay, X, tmp_path / "y", p0=P0))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_arrays_of_the_group_are_named_where_one_is_missing(version, tmp_path):
+    group = zarr.create_group(tmp_path / "scan.zarr", zarr_format=version)
+    for name in ("spectra", "time"):
+        group.create_array(name, shape=(3,), dtype="f8")
+    message = r"no Zarr array at .*spectrum'; the arrays of '.*scan.zarr' are: spectra, time; did you mean 'spectra'\?"
+    with pytest.raises(FileNotFoundError, match=message):
+        curve_fit(decay, X, tmp_path / "scan.zarr" / "spectrum", P0)
+    with pytest.raises(FileNotFoundError, match=r"are: spectra, time$"):
+        curve_fit(decay, X, Y, P0, sigma=str(tmp_path / "scan.zarr" / "zzz"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # values that are no data
 
