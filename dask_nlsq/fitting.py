@@ -168,7 +168,7 @@ def curve_fit(
         counts them. ``check_finite=False`` alone skips the check.
     mask_values : sequence of numbers, optional
         Stored values of y that mark invalid points, which count as masked. None: the largest value of unsigned integers of
-        16 bits and more in Zarr stores and HDF5 files, since detectors mark dead pixels and gaps with it; (): nothing.
+        16 bits and more in files and stores, by which detectors mark gaps, also through Dask as it was stored; (): none.
     valid_range : pair, optional
         Lowest and highest valid value of y, after scaling (``decode_cf``); either may be None.
     on_bad_chunk : {"raise", "mask"}

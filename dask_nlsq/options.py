@@ -289,7 +289,7 @@ WORKFLOWS = {  # of `fit`, besides
     "n_starts": Row(_optional(_starts), None),
 }
 MAPS = {name: row for name, row in FITS.items() if row.maps} | {  # of `fit_map`
-    "axis": Row(_as_given, -1, option=Option("Axis of the spectra in STORE; the last one by default.", int, many=True)),
+    "axis": Row(_as_given, None, option=Option("Axis of the spectra in STORE; the last one by default.", int, many=True)),
     "nan_policy": Row(_choice("omit", "raise"), "omit", option=FITS["nan_policy"].option),
     "guess": Row(_choice(None, "coarse-to-fine"), None, option=Option(
         "Pixels start from fits of the means of their neighbourhood.")),

@@ -154,7 +154,7 @@ RIGHT = {  # by argument; those that are not here take none of them
     "verbose": FLAG,
     "goal": {"None"},
     "guess": {"None"},
-    "axis": {"0", "1", "-1", "[1]"},
+    "axis": {"0", "1", "-1", "[1]", "None"},
 }
 RIGHT_OF = {
     (fit, "n_starts"): {"None", "0", "1"},

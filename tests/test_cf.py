@@ -371,6 +371,47 @@ def test_attributes_are_read_as_they_are_written(name):
     assert Decoding.of("ydata", attributes, np.dtype("f8"))[:3] == expected
 
 
+def by_xarray(path, **variables):
+    """A store of format 2 in which -1 marks invalid values, which xarray writes as the fill value of the array."""
+    data = xr.Dataset({name: ("t", values) for name, values in variables.items()})
+    data.to_zarr(path, zarr_format=2, encoding={name: dict(dtype="i2", _FillValue=-1) for name in variables})
+    return path
+
+
+def test_the_fill_value_of_format_2_marks_invalid_values_where_xarray_takes_it_for_that(tmp_path):
+    y, sigma, x = np.round(100 * Y), np.full(N, 5.0), np.round(1000 * X)
+    y[::50], sigma[7::50], x[9::50] = np.nan, np.nan, np.nan
+    path = by_xarray(tmp_path / "d", y=y, sigma=sigma, x=x)
+    with xr.open_zarr(path) as opened:
+        same = [opened[name].values for name in ("x", "y", "sigma")]
+    np.testing.assert_array_equal(same, [x, y, sigma])
+    p0 = [100, 1e-3, 0]
+    found = curve_fit(decay, path / "x", path / "y", p0, sigma=path / "sigma")
+    hidden = ~np.isfinite(x + y + sigma)
+    expected = curve_fit(decay, x[~hidden], y[~hidden], p0, sigma=sigma[~hidden])
+    assert found.n_masked == hidden.sum() == 3 * N // 50 and "_FillValue -1" in str(found.plan)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-9)
+    assert fit_map(decay, path / "x", path / "y", p0, sigma=path / "sigma").compute().n_points == (~hidden).sum()
+    assert curve_fit(decay, X, path / "y", p0, decode_cf=False).n_masked == 0
+
+
+def test_a_mask_of_format_2_has_the_fill_value_that_xarray_gave_it(tmp_path):
+    path = by_xarray(tmp_path / "d", mask=np.where(np.arange(N) % 50, 0.0, np.nan))
+    assert curve_fit(decay, X, Y, P0, mask=path / "mask").n_masked == N // 50
+
+
+@pytest.mark.parametrize("kind", ["counts", "a mask"])
+def test_other_fill_values_of_format_2_mask_nothing(kind, tmp_path):
+    dtype = "u1" if kind == "counts" else bool
+    array = zarr.create_array(tmp_path / "y", shape=(N,), chunks=(CHUNK,), dtype=dtype, zarr_format=2, fill_value=0)
+    array[...] = np.arange(N) % 2
+    if kind == "counts":  # not of xarray
+        assert curve_fit(lambda x, a, b: a * x + b, X, tmp_path / "y", [1, 1]).n_masked == 0
+    else:  # both of its values are values
+        array.attrs["_ARRAY_DIMENSIONS"] = ["t"]
+        assert curve_fit(decay, X, Y, P0, mask=tmp_path / "y").n_masked == N // 2
+
+
 @pytest.mark.slow
 def test_a_fill_value_is_compared_as_the_array_rounds_it(tmp_path):
     y = np.where(np.arange(N) % 10 == 0, 1e20, Y).astype("f4")

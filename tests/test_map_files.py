@@ -229,6 +229,33 @@ def test_a_chunk_of_a_coordinate_that_is_lost_is_no_fill_value(path, name):
             read(path)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("how", ["path", "xarray", "xarray as stored"])
+def test_how_coordinates_were_stored_is_not_copied_into_a_map(how, version, tmp_path):
+    """They are decoded, so the attributes of their stored values would be applied twice."""
+    row = 0.5 * np.arange(len(LINES))
+    y = xr.DataArray(LINES, dims=("row", "t"), coords=dict(row=("row", row, {"units": "mm"}), t=T), name="I")
+    packed = dict(dtype="i2", scale_factor=0.5, _FillValue=-1)
+    (tmp_path / "d").mkdir()
+    y.to_dataset().to_zarr(tmp_path / "d", zarr_format=version, consolidated=False, encoding=dict(row=packed))
+    opened = xr.open_zarr(tmp_path / "d", consolidated=False, mask_and_scale=how != "xarray as stored").I
+    data = tmp_path / "d" / "I" if how == "path" else opened
+    fits = dask_nlsq.fit_map(decay, T, data, P0, decode_cf=how != "xarray as stored")
+    fits.to_zarr(tmp_path / "m", progress=False)
+    with xr.open_zarr(tmp_path / "m", consolidated=False) as found:
+        if "row" in found.coords:  # format 2 has no names of axes
+            assert found.row.attrs == {"units": "mm"} and "scale_factor" not in found.row.encoding
+            np.testing.assert_array_equal(found.row, opened.row)
+
+
+def test_nothing_is_left_of_a_map_that_a_store_cannot_hold(tmp_path):
+    y = xr.DataArray(LINES, dims=("row", "t"), coords=dict(row=("row", [object()] * len(LINES))))
+    for path in (tmp_path / "m", tmp_path):
+        with pytest.raises((TypeError, ValueError)):
+            dask_nlsq.fit_map(decay, T, y, P0).to_zarr(path, progress=False)
+    assert [*tmp_path.iterdir()] == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # names that come with the data
 

@@ -15,6 +15,7 @@ import zarr
 
 from dask_nlsq import curve_fit, hold, plan_fit, plots
 from dask_nlsq.base import config
+from dask_nlsq.data.labels import Quantity
 from dask_nlsq.kernels.kind import CPU
 from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import coordinate_names
@@ -451,3 +452,10 @@ def test_residuals_that_follow_a_coordinate_are_named_in_the_report(tmp_path):
     found = curve_fit(surface, (np.arange(300.0)[:, None], ANGLE), y, p0=[1, 1])
     page = found.report(tmp_path / "fit.html").read_text()
     assert "residuals follow q: their means in" in page and "residuals follow t" not in page
+
+
+def test_a_name_with_a_slash_is_whole_and_only_paths_are_cut(tmp_path):
+    assert str(Quantity.of(xr.DataArray([1.0], dims="x", name="counts/s", attrs={"file": "run/7"}))) == "counts/s"
+    assert str(Quantity.of(pd.Series([1.0], name="I/I0"))) == "I/I0"
+    with h5py.File(tmp_path / "run.h5", "w") as file:
+        assert str(Quantity.of(file.create_dataset("entry/counts", data=[1.0]))) == "counts"

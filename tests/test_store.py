@@ -172,6 +172,18 @@ def test_the_codec_pipeline_is_configured(tmp_path):
         assert same(curve_fit(decay, X, tmp_path / "y", p0=P0))
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_arrays_of_the_group_are_named_where_one_is_missing(version, tmp_path):
+    group = zarr.create_group(tmp_path / "scan.zarr", zarr_format=version)
+    for name in ("spectra", "time"):
+        group.create_array(name, shape=(3,), dtype="f8")
+    message = r"no Zarr array at .*spectrum'; the arrays of '.*scan.zarr' are: spectra, time; did you mean 'spectra'\?"
+    with pytest.raises(FileNotFoundError, match=message):
+        curve_fit(decay, X, tmp_path / "scan.zarr" / "spectrum", P0)
+    with pytest.raises(FileNotFoundError, match=r"are: spectra, time$"):
+        curve_fit(decay, X, Y, P0, sigma=str(tmp_path / "scan.zarr" / "zzz"))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # values that are no data
 
@@ -207,6 +219,77 @@ def test_the_largest_value_counts_where_it_is_asked_for(tmp_path):
     write(tmp_path / "y", values=y)
     assert curve_fit(decay, X, tmp_path / "y", p0=P0, mask_values=()).n_masked == 0
     assert curve_fit(decay, X, y, p0=P0).n_masked == 0
+
+
+FRAMES = np.random.default_rng(1).poisson(100 * np.exp(-0.5 * X[::1000]) + 30, (20, 60)).astype("u2")
+FRAMES[:, 7] = 65535  # a dead column
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """The folder with FRAMES: in y.zarr, as xarray writes them, and in y.h5."""
+    path = tmp_path_factory.mktemp("frames")
+    labels = dict(x=X[::1000], frame=np.arange(20))
+    in_chunks = xr.DataArray(FRAMES, labels, ("frame", "x"), "I").chunk(frame=5)
+    in_chunks.to_dataset().to_zarr(path / "y.zarr", zarr_format=3, consolidated=False)
+    signed = xr.DataArray(FRAMES.view("i2"), labels, ("frame", "x"), "I", {"_Unsigned": "true"})  # as in netCDF 3
+    signed.to_dataset().to_netcdf(path / "y.nc", engine="scipy")
+    with h5py.File(path / "y.h5", "w") as file:
+        file.create_dataset("I", data=FRAMES, chunks=(5, 60))
+    return path
+
+
+def in_zarr(path):
+    return da.from_zarr(str(path / "y.zarr/I"))
+
+
+def opened_by_xarray(path):
+    return xr.open_zarr(path / "y.zarr", consolidated=False).I
+
+
+AS_STORED = {
+    "from_zarr": in_zarr,
+    "from_array": lambda path: da.from_array(zarr.open_array(path / "y.zarr/I")),
+    "inline": lambda path: da.from_array(zarr.open_array(path / "y.zarr/I"), inline_array=True),
+    "h5py": lambda path: da.from_array(h5py.File(path / "y.h5")["I"]),
+    "cut": lambda path: da.concatenate([in_zarr(path)[:10], in_zarr(path)[[*range(10, 20)]]]).rechunk((7, 20)),
+    "moved": lambda path: in_zarr(path).T[::-1].T,
+    "open_zarr": opened_by_xarray,
+    "open_dataset": lambda path: xr.open_dataset(path / "y.zarr", engine="zarr", consolidated=False).I,
+    "netCDF": lambda path: xr.open_dataset(path / "y.nc", engine="scipy").I,
+    "netCDF in chunks": lambda path: xr.open_dataset(path / "y.nc", engine="scipy", chunks={}).I,
+    "isel": lambda path: opened_by_xarray(path).isel(frame=slice(None, None, -1)).chunk(frame=7),
+}
+COMPUTED = {
+    "sum": lambda path: (in_zarr(path) + np.uint16(0)).astype("u2"),
+    "map_blocks": lambda path: in_zarr(path).map_blocks(lambda block: block),
+    "reduced": lambda path: in_zarr(path).reshape(1, 20, 60).max(0),
+    "joined with others": lambda path: da.concatenate([in_zarr(path), da.zeros((1, 60), dtype="u2")])[:20],
+    "from_delayed": lambda path: da.from_delayed(dask.delayed(np.asarray)(in_zarr(path)), FRAMES.shape, "u2"),
+    "binned": lambda path: da.coarsen(np.max, in_zarr(path), {0: 1}),
+    "read": lambda path: opened_by_xarray(path).load(),
+    "in memory": lambda path: da.from_array(FRAMES, chunks=(5, 60)),
+}
+
+
+@pytest.mark.parametrize("kind", [*AS_STORED, *COMPUTED])
+def test_the_largest_value_counts_as_invalid_in_dask_and_xarray_arrays_of_stored_values_alone(kind, frames):
+    y, x = {**AS_STORED, **COMPUTED}[kind](frames), X[::1000]
+    x = x[::-1] if kind == "moved" else x
+    for _ in range(2):  # xarray keeps what has been read
+        assert curve_fit(decay, x, y, p0=P0).n_masked == (20 if kind in AS_STORED else 0)
+
+
+@pytest.mark.parametrize(
+    "kind", ["open_dataset", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("from_zarr", "open_zarr", "h5py"))]
+)
+def test_the_largest_value_counts_as_invalid_in_maps_and_groups_of_dask_and_xarray_arrays(kind, frames):
+    y, x = AS_STORED[kind](frames), X[::1000]
+    assert (fit_map(decay, x, y, P0).compute().n_points == 59).all()
+    for how in (dict(group_axes=0), dict(groups=np.repeat(np.arange(20), 60).reshape(20, 60))):
+        by_point = x if "group_axes" in how else np.broadcast_to(x, FRAMES.shape)
+        by_point = xr.DataArray(by_point, dims=y.dims) if by_point.ndim == 2 and hasattr(y, "dims") else by_point
+        assert fit_groups(decay, by_point, y, P0, local="a", **how).shared.n_masked == 20
 
 
 def test_floats_may_have_sentinels_in_memory():

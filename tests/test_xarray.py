@@ -15,7 +15,7 @@ import pytest
 import xarray as xr
 
 import dask_nlsq.accessor  # noqa: F401
-from dask_nlsq import curve_fit, fit_map, plan_fit, resume
+from dask_nlsq import curve_fit, fit_groups, fit_map, plan_fit, resume
 from dask_nlsq.interface.accessor import start_of
 from dask_nlsq.models import gaussian
 
@@ -461,3 +461,47 @@ def test_a_map_of_a_ready_model_has_its_bounds_and_compiles_once_for_numpy_and_x
     named = xr.DataArray(y, dims=("row", "energy"), coords={"energy": x})
     plain, labelled = fit_map(gaussian, x, y).problem.fit, fit_map(gaussian, "energy", named).problem.fit
     assert plain.spec.bounded and plain.spec == labelled.spec and plain.model is labelled.model
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """Spectra along the first dimension: 2 + 3 E at each place."""
+    energy = np.linspace(1, 2, 8)
+    data = xr.DataArray(energy[:, None, None] * np.full((8, 2, 3), 3.0) + 2, dict(E=energy), ("E", "y", "x"))
+    return data.assign_coords(k=("E", energy**0.5), warp=(("E", "y"), np.outer(energy, [1, 2])), time=("y", [0.0, 5.0]))
+
+
+def line(x, a, b):
+    return a + b * x
+
+
+@pytest.mark.parametrize("by", ["name", "DataArray", "not an index", "Dask"])
+def test_a_map_is_fitted_along_the_dimension_of_the_coordinate_that_is_named(by, lines):
+    y = lines.chunk(y=1) if by == "Dask" else lines
+    found = fit_map(line, {"DataArray": lines.E, "not an index": "k"}.get(by, "E"), y, [1, 1]).compute()
+    assert found.shape == (2, 3) and (found.n_points == 8).all()
+    if by != "not an index":
+        np.testing.assert_allclose(found.popt, np.broadcast_to([2.0, 3.0], (2, 3, 2)), rtol=1e-6)
+
+
+def test_a_map_is_fitted_along_the_last_axis_where_a_coordinate_depends_on_it(lines):
+    turned = lines.transpose("y", "x", "E")
+    for x, y in ((None, turned), ("E", turned), (("time", "E"), turned), (("E", np.arange(3.0)), lines)):
+        f = line if not isinstance(x, tuple) else lambda x, a, b: a + b * x[1] + 0 * x[0]
+        assert fit_map(f, x, y, [1, 1]).shape == y.shape[:2]
+
+
+@pytest.mark.parametrize("call", [dict(axis="x"), dict(axis=-1), dict(axis=("y", "x"))])
+def test_a_coordinate_that_is_constant_along_the_fit_axes_is_refused(call, lines):
+    message = r"`xdata` lies along \['E'\], and is constant along the fit axes, .*: give axis='E'"
+    with pytest.raises(ValueError, match=message):
+        fit_map(line, "E", lines, [1, 1], **call)
+
+
+def test_constant_coordinates_of_groups_and_of_curvefit_are_refused_and_ambiguous_ones_too(lines):
+    with pytest.raises(ValueError, match=r"constant along the fit axes, \['y', 'x'\].*leave `group_axes` to others"):
+        fit_groups(line, "E", lines, [1, 1], local="a", group_axes="E")
+    with pytest.raises(ValueError, match=r"constant along the fit axes, \['x'\]"):
+        lines.nlsq.curvefit(lines.time, line, reduce_dims="x")
+    with pytest.raises(ValueError, match=r"constant along the fit axes, \['x'\].*give axis=\['E', 'y'\]"):
+        fit_map(line, "warp", lines, [1, 1])

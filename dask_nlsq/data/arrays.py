@@ -177,7 +177,7 @@ def decoded(name: str, data, decode_cf: bool) -> tuple[Any, Decoding]:
     """What attributes of a Zarr array or h5py data set make of it, lazily, and how; other data as `stacked` gives them."""
     if not (decode_cf and on_disk(data) and isinstance(getattr(data, "attrs", None), Mapping)):
         return stacked(name, data), AS_STORED
-    how = Decoding.of(name, data.attrs, data.dtype) or AS_STORED
+    how = Decoding.of_array(name, data) or AS_STORED
     return (data if how is AS_STORED else how.lazily(da.asarray(as_array(name, data)))), how
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..base.files import MALFORMED, plain_name
 from ..base.lazy import zarr
+from .cf import PACKED, Decoding
 from .labels import labelled
 
 logger = logging.getLogger("dask_nlsq")
@@ -34,8 +35,8 @@ def axes_named(array: Any) -> Axes | None:
     Names and coordinates in a store are left out where they cannot be read, and the log says so: the data need none.
     """
     if labelled(array):
-        known: dict[str, Any] = {name: (c.dims, c.data, dict(c.attrs)) for name, c in array.coords.items()}
-        return Axes(tuple(map(str, array.dims)), known, dict(array.attrs), str(array.name or ""))
+        known: dict[str, Any] = {name: (c.dims, c.data, _of_values(c.attrs)) for name, c in array.coords.items()}
+        return Axes(tuple(map(str, array.dims)), known, _of_values(array.attrs), str(array.name or ""))
     if isinstance(array, zarr.Array):
         names = getattr(array.metadata, "dimension_names", None)
         try:
@@ -68,7 +69,7 @@ def _coordinates(group: Any, dims, shape, place: str) -> Iterable[tuple[str, Any
                 raise ValueError("it is a path, not the name of an array in the same group")
             other: Any = group.get(dim)
             if getattr(other, "shape", None) == (n,):
-                yield dim, ((dim,), np.asarray(other[...]), _plain(other.attrs))
+                yield dim, ((dim,), _values(dim, other), _plain(other.attrs))
         except MALFORMED as err:
             _left_out(f"the coordinate {dim!r}", place, err)
 
@@ -92,10 +93,24 @@ def _group_of(array: zarr.Array) -> Any:
         return None
 
 
+def _values(name: str, array: Any) -> np.ndarray:
+    """Those of a stored coordinate, decoded, and NaN where they are invalid."""
+    values, how = np.asarray(array[...]), Decoding.of_array(name, array)
+    if how is None:
+        return values
+    hidden, values = how.hidden(values), how.decoded(values)
+    return np.where(hidden, np.nan, values) if hidden.any() else values
+
+
+def _of_values(attrs: Mapping) -> dict[Any, Any]:
+    """The attributes of an array that are true of its decoded values: a copy has no others."""
+    return {name: value for name, value in attrs.items() if name not in PACKED}
+
+
 def _plain(attrs: Mapping) -> dict[str, Any]:
     """Attributes that are a text or a number; HDF5 has references and others too, which no other file can hold."""
     found = {}
-    for name, value in attrs.items():
+    for name, value in _of_values(attrs).items():
         value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
         value = value.decode(errors="replace") if isinstance(value, bytes) else value
         if isinstance(value, (str, bool, int, float)):

@@ -20,7 +20,9 @@ from ..kernels.blocks import Invalid
 PACKING = ("scale_factor", "add_offset")
 MISSING = ("_FillValue", "missing_value")
 NEAR = 4  # times the rounding of a decoded value, within which the stored one at a limit is sought
+AXES = "_ARRAY_DIMENSIONS"  # the attribute in which xarray keeps their names in Zarr format 2
 VALID = ("valid_min", "valid_max", "valid_range")
+PACKED = (*PACKING, *MISSING, *VALID)  # attributes that say how values are stored, and nothing of decoded ones
 
 
 class Decoding(NamedTuple):
@@ -42,7 +44,7 @@ class Decoding(NamedTuple):
         ValueError
             Where an attribute does not hold the numbers that it should.
         """
-        given = {each: attributes.get(each) for each in (*PACKING, *MISSING, *VALID)}
+        given = {each: attributes.get(each) for each in PACKED}
         given = {each: value for each, value in given.items() if value is not None}
         unsigned = str(_plain(attributes.get("_Unsigned", ""))).lower()
         if (unsigned, dtype.kind) in (("true", "i"), ("false", "u")):
@@ -74,6 +76,19 @@ class Decoding(NamedTuple):
             tuple(f"{each} {', '.join(f'{number:.10g}' for number in found)}" for each, found in numbers.items() if found),
         )
         return how if how.scaled or how.hides else None
+
+    @classmethod
+    def of_array(cls, name: str, array: Any) -> Decoding | None:
+        """`of` the attributes of a Zarr array or h5py dataset, and of the fill value where that is one of them.
+
+        In Zarr format 2 xarray writes the attribute ``_FillValue`` as the fill value of the array, and reads it so.
+        By the name of its axes one knows that xarray, or one of its kind, has written the array.
+        """
+        attributes, fill_value = array.attrs, getattr(array, "fill_value", None)
+        of_xarray = AXES in attributes and getattr(getattr(array, "metadata", None), "zarr_format", None) == 2
+        if of_xarray and fill_value is not None and array.dtype.kind != "b":
+            attributes = {**attributes, "_FillValue": fill_value}
+        return cls.of(name, attributes, array.dtype)
 
     @property
     def scaled(self) -> bool:

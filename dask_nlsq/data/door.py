@@ -18,7 +18,7 @@ from .align import Data, build_data
 from .arrays import as_array, decoded, stacked
 from .cf import AS_STORED
 from .chunks import LARGEST, SAMPLE_POINTS, Census
-from .sources import check_sources
+from .sources import check_sources, holds_stored_values
 from .store import Opened, Policy, is_stored, n_stored, open_all
 
 WHOLE_LIMIT = 10_000  # points up to which a model that needs all points at once is evaluated so
@@ -46,11 +46,7 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     BadChunkError, MissingChunksError
         Chunks that are damaged or absent, as far as a look at their keys shows it.
     """
-    policy, mask_values = Policy(call.on_bad_chunk, call.missing_chunks), call.mask_values
-    if mask_values is None:
-        in_file = is_stored(data["ydata"]) or hasattr(data["ydata"], "file")  # of h5py
-        mask_values = ["largest"] if in_file else []
-    given = data
+    policy, mask_values, given = Policy(call.on_bad_chunk, call.missing_chunks), sentinels(call, data["ydata"]), data
     data, opened = open_all(policy, call.decode_cf, masks, **given)
     check_sources(policy, given, len(opened))
     stored = [each for one in opened for each in one.stored]
@@ -78,6 +74,13 @@ def open_data(data: dict[str, Any], call, masks: bool = False):
     scaled = next((str(how) for name, _, how in said if name.startswith("ydata") and how.scaled), "")
     values = dict(hides=policy.masks and bool(stored), sentinels=(mask_values, call.valid_range), decoding=decoding)
     return data, stored, values | dict(decoded=lines, scaled=scaled, decode_cf=call.decode_cf)
+
+
+def sentinels(call, ydata):
+    """``mask_values``, by default what marks invalid values in files: "largest" is that of their dtype."""
+    if call.mask_values is not None:
+        return call.mask_values
+    return ["largest"] if is_stored(ydata) or holds_stored_values(ydata) else []
 
 
 def _check_alike(opened: Opened, mask_values) -> None:

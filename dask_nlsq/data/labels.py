@@ -13,8 +13,7 @@ import numpy as np
 from ..base.text import printable
 from ..base.values import is_address
 from ..base.warn import warn
-
-PACKED = ("scale_factor", "add_offset", "_FillValue", "missing_value", "valid_min", "valid_max", "valid_range")
+from .cf import PACKED
 
 
 class Labels(NamedTuple):
@@ -108,9 +107,10 @@ def _own_name(array) -> str:
     if hasattr(array, "store_path"):
         kind, _, place = str(array.store_path).partition("://")
         return PurePosixPath(array.path if kind == "memory" else place).name.removesuffix(".zarr").removesuffix(".zip")
-    if labelled(array) or hasattr(array, "to_numpy") or hasattr(array, "file"):
-        return PurePosixPath(_text(getattr(array, "name", None))).name  # a table of pandas has none
-    return ""
+    name = _text(getattr(array, "name", None))  # a table of pandas has none
+    if labelled(array) or hasattr(array, "to_numpy"):
+        return name
+    return PurePosixPath(name).name if hasattr(array, "file") else ""
 
 
 def _text(value) -> str:

@@ -1,8 +1,8 @@
-"""Zarr arrays behind Dask and xarray arrays: their chunks are looked for as those of stores that are given by path.
+"""Stored arrays behind Dask and xarray arrays: the same holds for them as for stores that are given by path, where it can.
 
-The leaves of a Dask graph are what its tasks slice: a Zarr array, or xarray's wrappers of one. Dask and xarray read an
-absent chunk as fill values, and say nothing. Here a leaf is only looked at: what the graph makes of a chunk is unknown, so
-its points cannot be left out.
+The leaves of a Dask graph are what its tasks slice: a Zarr array, an h5py dataset, or xarray's wrappers of the first. Dask
+and xarray read an absent chunk as fill values, and say nothing. Here a leaf is only looked at: what the graph makes of a
+chunk is unknown, so its points cannot be left out. Whether the graph changes any value is seen by the names of its layers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
-from dask._task_spec import DataNode, GraphNode, Task
+from dask._task_spec import DataNode, GraphNode, Task, TaskRef
+from dask.array.core import getter, getter_inline, getter_nofancy
 from dask.blockwise import Blockwise
 from dask.core import flatten
 
@@ -22,6 +23,9 @@ from .arrays import is_labelled, on_disk
 from .store import Policy, Stored, is_stored, missing_error, open_array, scan_keys
 
 WAY_OUT = "pass the path of the store or the zarr.Array instead of a Dask or xarray array"
+BACKENDS = "xarray.backends."  # the modules of what reads a file
+MOVING = ("getitem-", "rechunk-", "concatenate-", "stack-", "reshape-")  # Dask's layers of tasks that compute no value
+READING = (getter, getter_nofancy, getter_inline, np.transpose)  # what else leaves values as they are
 
 
 class Source(NamedTuple):
@@ -58,6 +62,40 @@ def check_sources(policy: Policy, arguments: Mapping[str, Any], n_opened: int) -
         _check(name, data, source, policy)
 
 
+def holds_stored_values(data) -> bool:
+    """Whether all values are those of stored arrays, as these hold them: cut, joined or moved at most, none computed."""
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(map(holds_stored_values, data)) and len({each.dtype for each in data}) == 1
+    data = _unread(data) if is_labelled(data) else data
+    if not isinstance(data, da.Array):
+        return _is_as_stored(data)
+    return all(name.startswith(MOVING) or _only_reads(layer) for name, layer in data.dask.layers.items())
+
+
+def _only_reads(layer) -> bool:
+    """Whether a layer of a graph holds or slices stored arrays, and does nothing else."""
+    if isinstance(layer, Blockwise):
+        literals = [getattr(value, "value", value) for value, labels in layer.indices if labels is None]
+        reads = getattr(layer.task, "func", None) in READING
+        return reads and all(isinstance(each, TaskRef) or _is_as_stored(each) for each in literals)
+    return all(_is_as_stored(node.value if isinstance(node, DataNode) else node) for node in layer.values())
+
+
+def _is_as_stored(leaf) -> bool:
+    """Whether it is an array in a store or file: Zarr's, h5py's, or one that xarray reads, from any file, when asked to.
+
+    What xarray has read once it keeps in the latter.
+    """
+    inner = _unwrapped(leaf)[0]
+    kept = type(leaf).__name__ == "MemoryCachedArray"
+    return kept or isinstance(inner, zarr.Array) or hasattr(inner, "file") or type(inner).__module__.startswith(BACKENDS)
+
+
+def _unread(labelled):
+    """What an array of xarray holds; its ``data`` would read it."""
+    return getattr(labelled, "variable", labelled)._data
+
+
 def _lazy(name: str, value) -> Iterator[tuple[str, Any]]:
     """Arrays in an argument that are not in memory, nor opened by this package."""
     if is_stored(value):
@@ -67,7 +105,7 @@ def _lazy(name: str, value) -> Iterator[tuple[str, Any]]:
             yield from _lazy(f"{name}[{k}]", each)
         return
     if is_labelled(value):
-        value = getattr(value, "variable", value)._data  # `data` would read it
+        value = _unread(value)
         if not isinstance(value, da.Array) and _behind(None, value) is None:
             return
     if isinstance(value, da.Array) or _behind(None, value) is not None or on_disk(value):
@@ -106,15 +144,19 @@ def _leaves(layer) -> Iterator[tuple[Any, Any]]:
 
 def _behind(key, leaf) -> Source | None:
     """The Zarr array that a leaf is, or that wrappers of xarray have inside."""
+    inner, whole, decode = _unwrapped(leaf)
+    inner = inner.get_array() if type(inner).__module__ == f"{BACKENDS}zarr" else inner
+    return Source(key, inner, whole, decode) if isinstance(inner, zarr.Array) else None
+
+
+def _unwrapped(leaf) -> tuple[Any, bool, list[Callable]]:
+    """What the wrappers of xarray have inside, of a file the backend that reads it; ``whole`` and ``decode`` of `Source`."""
     inner, whole, decode = leaf, True, []
-    while type(inner).__module__.startswith("xarray."):
-        if type(inner).__module__ == "xarray.backends.zarr":
-            inner = inner.get_array()
-            break
+    while type(inner).__module__.startswith("xarray.") and not type(inner).__module__.startswith(BACKENDS):
         whole &= all(each == slice(None) for each in getattr(getattr(inner, "key", None), "tuple", ()))
         decode += [inner.func] if hasattr(inner, "func") else []
         inner = getattr(inner, "array", None)
-    return Source(key, inner, whole, decode) if isinstance(inner, zarr.Array) else None
+    return inner, whole, decode
 
 
 def _check(name: str, data, source: Source, policy: Policy) -> None:

@@ -18,6 +18,7 @@ import stat
 import sys
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
@@ -138,8 +139,15 @@ def is_stored(data) -> bool:
 
 def _hint(name: str, source) -> str:
     """What a text that is not a path may mean."""
-    if name == "sigma":
-        return near(str(source), ["poisson"])
+    if name == "sigma" and (found := near(str(source), ["poisson"])):
+        return found
+    if is_address(str(source)) and not isinstance(source, PurePath):
+        return ""  # a store elsewhere is not asked for more
+    group, member = Path(source).parent, Path(source).name
+    if member and any((group / file).is_file() for file in ZARR_METADATA):
+        with suppress(*NOT_UNDERSTOOD, OSError):
+            known = sorted(zarr.open_group(group, mode="r", use_consolidated=False).array_keys())
+            return f"; the arrays of {str(group)!r} are: {', '.join(known) or 'none'}{near(member, known, '; ')}"
     of_labels = name.startswith("xdata") and not {"/", "."} & {*str(source)}
     return "; names of coordinates need an xarray `ydata`" if of_labels else ""
 
@@ -260,7 +268,7 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
         raise ValueError(
             f"`{name}`: arrays are joined along their first axis, and the others differ: {[each.shape for each in stored]}"
         )
-    found = [decode_cf and Decoding.of(each.name, each.array.attrs, each.dtype) for each in stored]
+    found = [decode_cf and Decoding.of_array(each.name, each.array) for each in stored]
     decodings = [each or AS_STORED for each in found]
     by_kernels = name == "ydata" and len(set(map(repr, decodings))) == 1
     arrays = []

@@ -21,6 +21,7 @@ from ..base.files import sum_of_values
 from ..base.lazy import da
 from ..base.text import near
 from ..base.warn import warn
+from ..data.door import sentinels
 from ..data.labels import by_name, labelled, warn_if_packed
 from ..data.ranges import by_place
 from ..engine.checkpoint import NOT_KEPT, Checkpoint, describe_call
@@ -298,6 +299,7 @@ def _align_labels(f, xdata, ydata, call) -> tuple[MapProblem, dict[str, Any], La
     if labelled(ydata):
         call.xrange = by_place(call.xrange, xdata, ydata)
         xdata, call.sigma, call.mask, _ = by_name(xdata, ydata, call.sigma, call.mask)
+        call.mask_values = sentinels(call, ydata)  # of an array in memory, which it becomes here, there would be none
         ydata = ydata.data
     call.axis = 1
     problem = build_map(f, xdata, ydata, call, arrange)

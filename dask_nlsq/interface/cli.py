@@ -388,7 +388,7 @@ def map_(scheduler, out, resume, progress, axis, **given):
     from ..maps.stored import StoredMap
     from .describe import describe_map
 
-    call = _call(axis=axis or (MAPS["axis"].default,), **given)
+    call = _call(axis=axis or (-1,), **given)
     with _cluster(scheduler):
         fit_map(**call).to_zarr(out, resume, progress)
     click.echo(describe_map(out))

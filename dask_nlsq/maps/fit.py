@@ -15,13 +15,13 @@ from dask.graph_manipulation import clone
 from ..base.files import plain_name
 from ..base.lazy import da
 from ..data.axes import axes_named
-from ..data.labels import Quantity, along_dims, labelled, map_values, warn_if_packed
+from ..data.labels import Quantity, along_dims, as_given, labelled, map_values, warn_if_packed
 from ..kernels.lanes import succeeded
 from ..kernels.rules import ACCURACY
 from ..options import MAPS, checked, model_first, with_known_names
 from ..prepare import HeldData
 from .blocks import MapProblem, Operand, build_map, record_dtype
-from .plan import axes_of
+from .plan import AllBut, axes_of
 from .result import MapResult
 from .store import DONE, METADATA
 
@@ -37,7 +37,7 @@ def fit_map(
     ydata: Any = None,
     p0=None,
     *,
-    axis: int | str | tuple = -1,
+    axis: int | str | tuple | None = None,
     sigma=None,
     absolute_sigma: bool = False,
     bounds=(-np.inf, np.inf),
@@ -84,8 +84,9 @@ def fit_map(
         shape. Or an array (*map, p). Or a function ``p0(x, y) -> params`` of one spectrum, written with `jax.numpy`; in its
         y, invalid points are replaced by the mean of the others. "guess", None, and what a dict leaves out: as in
         `dask_nlsq.curve_fit`, for each spectrum. Starts that differ from pixel to pixel are moved into the bounds.
-    axis : int, str or tuple
-        The fit axes, in their order in ``ydata``; names for xarray.
+    axis : int, str or tuple, optional
+        The fit axes, in their order in ``ydata``; names for xarray. None: the last axis; or, if the coordinates that
+        ``xdata`` names do not depend on it, the dimensions that they lie along.
     sigma, mask : array_like, optional
         As in `dask_nlsq.curve_fit`: of the shape of ydata, of the fit axes or of the map, or broadcasting to ydata. If that
         is ambiguous, with as many axes as ydata.
@@ -174,12 +175,41 @@ def align_map(f: Callable, xdata: Any, ydata: Any, call) -> tuple[MapProblem, di
     """`build_map`, of xarray data too: with the labels that its result gets."""
     if call.decode_cf:
         warn_if_packed(ydata)
+    call.axis = _fit_axes(call.axis, xdata, ydata)
     if labelled(ydata):
         fitted = [ydata.dims[k] for k in axes_of(call.axis, ydata.dims, ydata.ndim)]
         call.p0, call.bounds, call.fixed = map_values(call.p0, call.bounds, call.fixed, ydata, fitted)
         call.sigma, call.mask = along_dims("sigma", call.sigma, ydata), along_dims("mask", call.mask, ydata)
     problem = build_map(f, xdata, ydata, call)
     return problem, map_labels(ydata, problem)
+
+
+def _fit_axes(axis, xdata, ydata):
+    """``axis``, by default the last one, or those along which the named coordinates of an xarray ``ydata`` lie.
+
+    Raises
+    ------
+    ValueError
+        No coordinate depends on a fit axis, so that the model would be constant along it.
+    """
+    chosen = -1 if axis is None else axis
+    if not labelled(ydata):
+        return chosen
+    places = axes_of(chosen, ydata.dims, ydata.ndim)
+    given = [ydata.coords.get(each) if isinstance(each, str) else each for each in as_given(xdata, ydata, places)]
+    # arrays without names may lie anywhere
+    along = [{*ydata.dims} & {*each.dims} if labelled(each) else {*ydata.dims} for each in given]
+    dims = [dim for dim in ydata.dims if dim in set().union(*along)]
+    fitted = [ydata.dims[k] for k in places]
+    if not dims or {*dims} & {*fitted}:
+        return chosen
+    if axis is None and all(len(each) < 2 for each in along):
+        return tuple(map(ydata.dims.index, dims))
+    others = f"give axis={(dims[0] if len(dims) == 1 else dims)!r}"
+    way_out = "leave `group_axes` to others" if isinstance(axis, AllBut) else others
+    raise ValueError(
+        f"`xdata` lies along {dims}, and is constant along the fit axes, {fitted}, so there is nothing to fit: {way_out}"
+    )
 
 
 def map_labels(ydata: Any, problem: MapProblem) -> dict[str, Any]:

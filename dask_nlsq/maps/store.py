@@ -50,8 +50,21 @@ PARTIAL = re.compile(r"zarr\.[0-9a-f]{32}\.partial")  # what Zarr has left of me
 def create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[str, Any]) -> None:
     """Make the group of a `MapResult`, and seal it; one whose creation was interrupted is replaced.
 
-    ``identity`` is compared when the map goes on, ``call`` makes it easier to make the call again.
+    ``identity`` is compared when the map goes on, ``call`` makes it easier to make the call again. Nothing is left of a new
+    group that cannot be made of what it is to hold.
     """
+    existed, begun = path.exists(), is_begun(path)
+    try:
+        _create(path, found, identity, call)
+    except (TypeError, ValueError):
+        if not begun:
+            shutil.rmtree(path)
+            if existed:
+                path.mkdir()
+        raise
+
+
+def _create(path: Path, found: Any, identity: Mapping[str, Any], call: Mapping[str, Any]) -> None:
     record, blocks, dims = found.record.dtype, found.problem.blocks, found.map_dims
     chunks = tuple(reduce(gcd, map(int, np.cumsum(sizes)[:-1]), 0) or max(sizes) for sizes in blocks)
     names = (*record.names, *found.labels.get("coords", {}), "param", "quantity", DONE)
