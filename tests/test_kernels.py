@@ -266,11 +266,11 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
     request = Request(Objective(model), PARAMS)
     kernel = sweep_kernel(model, kernel_spec(preparation, request, chunk.blocks[0]))
     condense_blocks(preparation, chunk.blocks[:1], [request])
-    before = kernel.run._cache_size()
+    before = kernel.run.run._cache_size()
     condense_blocks(preparation, chunk.blocks, [request._replace(params=2 * PARAMS)])
     _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
     condense_blocks(preparation, other.blocks, [request])
-    assert kernel.run._cache_size() == before
+    assert kernel.run.run._cache_size() == before
 
 
 def test_threads_compute_on_the_callers_device():

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from dask._task_spec import DataNode, GraphNode, Task, TaskRef
-from dask.array.core import getter, getter_inline, getter_nofancy
 from dask.blockwise import Blockwise
 from dask.core import flatten
 
@@ -25,7 +24,6 @@ from .store import Policy, Stored, is_stored, missing_error, open_array, scan_ke
 WAY_OUT = "pass the path of the store or the zarr.Array instead of a Dask or xarray array"
 BACKENDS = "xarray.backends."  # the modules of what reads a file
 MOVING = ("getitem-", "rechunk-", "concatenate-", "stack-", "reshape-")  # Dask's layers of tasks that compute no value
-READING = (getter, getter_nofancy, getter_inline, np.transpose)  # what else leaves values as they are
 
 
 class Source(NamedTuple):
@@ -76,7 +74,9 @@ def _only_reads(layer) -> bool:
     """Whether a layer of a graph holds or slices stored arrays, and does nothing else."""
     if isinstance(layer, Blockwise):
         literals = [getattr(value, "value", value) for value, labels in layer.indices if labels is None]
-        reads = getattr(layer.task, "func", None) in READING
+        core = da.core
+        reading = core.getter, core.getter_nofancy, core.getter_inline, np.transpose  # which leave values as they are
+        reads = getattr(layer.task, "func", None) in reading
         return reads and all(isinstance(each, TaskRef) or _is_as_stored(each) for each in literals)
     return all(_is_as_stored(node.value if isinstance(node, DataNode) else node) for node in layer.values())
 

@@ -43,6 +43,7 @@ from ..kernels.checks import fingerprint
 from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
+END = "end"  # file of a fit that has converged
 VERSION = 7  # of the files
 LOCALS = "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
@@ -90,7 +91,9 @@ class Checkpoint:
         if begun:
             identity = _compare(self.path, identity)
         self.fit = _name_of(identity)
-        if not begun:
+        if begun:
+            self.load(END)  # an error where it is damaged
+        else:
             if arrays:
                 self.save("data", arrays)
             write_json(self.path / FIT_FILE, version=VERSION, identity=identity, call=call)
@@ -192,9 +195,6 @@ def read_fit(path: Path) -> dict[str, Any]:
 def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The sweeps that are kept at ``path``, of a fit in one piece or in groups; empty if there are none."""
     return _read(path / "state.npz", _name_of(read_fit(path)["identity"])) or ({}, {})
-
-
-END = "end"  # of a fit that has converged
 
 
 def keep_end(checkpoint: "Checkpoint", message: str) -> None:
