@@ -117,6 +117,7 @@ class BlockFit:
     names: tuple[str, ...]  # of all parameters
     ties: Ties | None = None
     word: str = "pixel"  # for what each fit is of
+    of_means: bool = False  # y are means of spectra, of whole numbers no longer
     kept: Kept = field(default_factory=Kept, compare=False)
 
     def __call__(self, place, *arrays, first=0) -> np.ndarray:
@@ -201,7 +202,7 @@ class BlockFit:
             raise ValueError(
                 f"loss='poisson' is for counts: `ydata` is negative {pixel.first(bad)}; mask= leaves points out"
             )
-        if self.spec.loss == "poisson" and not may_be_counts(y, ~counted()):
+        if self.spec.loss == "poisson" and not self.of_means and not may_be_counts(y, ~counted()):
             warn_user(NOT_COUNTS, UserWarning)
         for c in x:
             check_integers(c, mask, "in one block")

@@ -265,7 +265,7 @@ def _coarse_to_fine(problem: MapProblem) -> MapProblem:
     def coarse(y, blocks, spec, **starts):
         """Records of a smaller map."""
         spec = spec._replace(layouts=spec.layouts._replace(invalid=None))
-        smaller = replace(fit, spec=spec, capacity=prod(max(sizes) for sizes in blocks))
+        smaller = replace(fit, spec=spec, capacity=prod(max(sizes) for sizes in blocks), of_means=True)
         whole = (slice(0, sum(blocks[0])),)
         return replace(problem, fit=smaller, y=y, blocks=blocks, bands=whole, operands=operands | starts).records()
 
