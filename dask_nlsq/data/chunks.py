@@ -169,7 +169,7 @@ def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool
     if pieces[0].dtype.kind != "u" and not pieces[0].min() >= 0:  # nan hides what is less
         counts["ydata < 0"] = _count((pieces[0] < 0) & ~hidden, shape)
     faults = {name: Fault(n, index) for name, n in counts.items() if n}
-    if not may_be_counts(pieces[0], hidden | spoiled):
+    if not may_be_counts(pieces[0], hidden, spoiled):
         faults["ydata not whole"] = Fault(1, index)
     if policy.check and (value := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
         faults["too large"] = Fault(1, index, value)
@@ -179,12 +179,13 @@ def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool
     return Census(index, prod(shape), n_masked, n_omitted, faults), pieces, is_invalid
 
 
-def may_be_counts(y, hidden) -> bool:
-    """Whether y has whole numbers at some points, as far as they are not ``hidden``."""
+def may_be_counts(y, *hidden) -> bool:
+    """Whether y has whole numbers at some of its points, except where one of the arrays ``hidden`` is true."""
     if y.dtype.kind != "f":
         return True
     places = np.unravel_index(np.unique(np.linspace(0, y.size - 1, LOOKED_AT).astype(np.int64)), y.shape)
-    some = y[places][~np.broadcast_to(hidden, y.shape)[places]]
+    left_out = np.logical_or.reduce([np.broadcast_to(each, y.shape)[places] for each in hidden])
+    some = y[places][~left_out]
     return not np.any(np.isfinite(some) & (some != np.floor(some)))
 
 

@@ -206,8 +206,8 @@ def admit_data(census: Census, problem: Data, counts: bool, n_params: int) -> tu
             )
     if fault := faults.get("sigma <= 0"):
         raise ValueError(
-            f"`sigma` must be positive: {several(fault.count, 'value')} zero or negative{where(fault)}; use mask= to "
-            "leave points out"
+            f"`sigma` must be positive: {several(fault.count, 'value')} {'is' if fault.count == 1 else 'are'} zero or "
+            f"negative{where(fault)}; use mask= to leave points out"
         )
     if fault := faults.get("too large"):
         raise ValueError(

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from math import inf
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -112,6 +111,7 @@ def guessed(model: Model, x: np.ndarray, y: np.ndarray, lower: np.ndarray, upper
         ends = np.array([ends[k] if k in model.f.tied else (v, v) for k, v in enumerate(model.f.values)])
     ends[free] = np.stack([lower, upper], axis=1)
     guess = Guess(f, ends.tolist(), ties=ties)
-    compiled = intern(f).get(("guess", *guess.order, ties), lambda: jax.jit(guess))
+    own = intern(f)
+    compiled = own.get(("guess", *guess.order, ties), lambda: own.jit(guess))
     with float64():
         return np.asarray(compiled(x, y, ends))[free]
