@@ -8,6 +8,7 @@ loading is told apart from the sweeps and fits of held data, and maps are timed 
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dask_nlsq import curve_fit, fit_map, hold
 from dask_nlsq.demo import measurement as simulated
 
 from .groups import TwoTime
+from .streaming import overlap
 from .two_time import all_angles
 
 RUNS = 3
@@ -64,9 +66,21 @@ def sweeps(dtype):
         curve_fit(decay, data, p0=(2.0, 1.0, 0.3))  # which puts the data on a device, and compiles
         yield f"loading {name}, and a first fit, s", time.perf_counter() - begin, None, None
         taken, fit = warm(lambda: curve_fit(decay, data, p0=(2.0, 1.0, 0.3)))
-    each = (fit.history[-1].seconds - fit.history[0].seconds) / (fit.nfev - 1)
+        _, careful = warm(lambda: curve_fit(decay, data, p0=(2.0, 1.0, 0.3), reduction="qr"))
+    each, by_qr = ((found.history[-1].seconds - found.history[0].seconds) / (found.nfev - 1) for found in (fit, careful))
     yield f"one sweep of {name}, s", each, fit.popt, fit.perr
+    yield "the same by QR, s", by_qr, careful.popt, careful.perr
+    yield "by QR / by the gram matrix (4 allowed)", by_qr / each, None, None
     yield f"fit of held {name}, {fit.sweeps} sweeps, s", taken, fit.popt, fit.perr
+
+
+def streamed(n=10**8):
+    with tempfile.TemporaryDirectory() as directory:
+        best = overlap(directory, "decay", n)
+    for what, seconds in best.items():
+        yield f"{n:.0e} counts in a store: {what}, s", seconds, None, None
+    longest = max(seconds for what, seconds in best.items() if what != "stream")
+    yield "stream / the longest of the others (1.3 allowed)", best["stream"] / longest, None, None
 
 
 def correlation(frames=1000, n_angles=23):
@@ -112,6 +126,7 @@ def rows():
     yield from maps("pseudo-Voigt + line, 256 points, bounded", *voigt, bounds=(low, high), sigma=np.full(256, 0.02))
     yield from sweeps(np.float64)
     yield from sweeps(np.float32)
+    yield from streamed()
     yield from correlation()
 
 

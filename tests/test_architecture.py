@@ -19,8 +19,8 @@ FACES = PUBLIC | {"__init__"}
 ON_TOP = {"interface.cli", "interface.accessor"}  # which call the fits: no other module imports them
 KNOWS = {  # library -> folders, or single modules
     "jax": {
-        "base.x64", "base.device_sizes", "model", "kernels", "memory.device", "engine.devices", "solve.subproblem",
-        "maps.blocks", "groups.sweep", "demo",
+        "base.compile", "base.x64", "base.device_sizes", "model", "kernels", "memory.device", "engine.devices",
+        "solve.subproblem", "maps.blocks", "groups.sweep", "demo",
     },
     "dask": {
         "base.config", "base.lazy", "base.text", "memory.processes", "data", "engine", "results.binning", "maps",

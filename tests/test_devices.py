@@ -75,6 +75,13 @@ def test_blocks_without_room_stay_in_the_memory_of_the_process_and_do_not_change
     assert any("of 7 blocks do not fit" in each for each in run["crowded"]["said"])
 
 
+def test_blocks_that_are_read_in_each_sweep_are_on_a_device_before_kernels_take_their_turn(run):
+    ahead = run["ahead"]
+    assert ahead["kinds"] == ["ArrayImpl"]
+    assert 1 <= ahead["most"] <= 2 * 3  # on each of three devices
+    assert ahead["popt"] == run["found"]["streamed"]["popt"]
+
+
 def test_the_device_of_the_caller_gets_all_blocks(run):
     assert set(run["chosen"]["where"]) == {2}
     assert run["chosen"]["popt"] == run["found"]["plain"]["popt"]

@@ -17,12 +17,14 @@ from dask_nlsq.kernels.blocks import Layout, Layouts, tile_size
 from dask_nlsq.kernels.checks import check_jac, check_pointwise, fingerprint, linear_places
 from dask_nlsq.kernels.jac_mode import TIMING_PAYS, choose_jac_mode
 from dask_nlsq.kernels.kind import CPU
-from dask_nlsq.kernels.rows import REFLECTED_UP_TO, sweep_kernel
+from dask_nlsq.kernels.matrices import REFLECTED_UP_TO, factor_by_cholesky
+from dask_nlsq.kernels.rows import sweep_kernel
 from dask_nlsq.model.function import intern
 from dask_nlsq.model.losses import LOSSES
 
 BLOCK_POINTS = CPU.block_points
 PARAMS = np.array([2.0, 0.7, 0.3])
+LIKE_A_GPU = CPU._replace(reflected=False, pairs_up_to=6)
 
 
 def decay(x, a, b, c):
@@ -41,8 +43,11 @@ def chunk_of(xdata, ydata, sigma=None, mask=None, omit=False):
     return problem.preparation, prepare_chunk(problem.preparation, [index], [problem.pieces(index)])
 
 
-def swept(f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", **operands):
+def swept(
+    f, xdata, ydata, params, reduction="gram", loss="linear", f_scale=1.0, jac=None, jac_mode="columns", kind=CPU, **operands
+):
     preparation, chunk = chunk_of(xdata, ydata, **operands)
+    preparation = preparation._replace(kind=kind)
     request = Request(Objective(intern(f, jac), loss, f_scale), params, reduction, jac_mode)
     (sums,) = condense_blocks(preparation, chunk.blocks, [request])
     matrix, cost, _ = merge_neighbours(sums, reduction)
@@ -80,26 +85,42 @@ def test_qr_factor_has_the_same_gram_matrix(n):
     np.testing.assert_allclose(factor.T @ factor, rows.T @ rows, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("kind", [CPU, LIKE_A_GPU], ids=["by reflections", "by Cholesky"])
 @pytest.mark.parametrize("p", [1, REFLECTED_UP_TO - 1, REFLECTED_UP_TO])
-def test_qr_keeps_what_the_columns_hold_dead_tiny_or_nearly_parallel_ones_too(p):
+def test_qr_keeps_what_the_columns_hold_dead_tiny_or_nearly_parallel_ones_too(p, kind):
     def model(x, *c):
         terms = [x, 0 * x, 1e-100 * x**2, x * (1 + 1e-6 * x), 1 + 0 * x, x**3]
         return sum(each * term for each, term in zip(c, terms, strict=False))
 
     x, y = data(9000)
     rows = dense_rows(model, x, y, np.ones(p))
-    factor, _ = swept(model, x, y, np.ones(p), reduction="qr")
+    factor, _ = swept(model, x, y, np.ones(p), reduction="qr", kind=kind)
     np.testing.assert_allclose(factor, np.triu(factor))
     scale = np.linalg.norm(rows, axis=0)
     scale[scale == 0] = 1
     np.testing.assert_allclose((factor / scale).T @ (factor / scale), (rows / scale).T @ (rows / scale), atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", [CPU, LIKE_A_GPU], ids=["by reflections", "by Cholesky"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_qr_does_not_hide_a_value_that_is_not_finite(bad):
+def test_qr_does_not_hide_a_value_that_is_not_finite(bad, kind):
     x, y = data(5000)
-    factor, _ = swept(lambda x, a, b: a * jnp.where(x > 4.99, bad, 1.0) + b * x, x, y, np.ones(2), "qr")
+    factor, _ = swept(lambda x, a, b: a * jnp.where(x > 4.99, bad, 1.0) + b * x, x, y, np.ones(2), "qr", kind=kind)
     assert not np.isfinite(factor).all()
+
+
+@pytest.mark.parametrize("m", [4, REFLECTED_UP_TO + 8])
+@pytest.mark.parametrize("condition", [1e3, 1e8, 1e13])
+def test_a_factor_by_cholesky_has_the_digits_of_one_by_reflections(m, condition):
+    rng = np.random.default_rng(m)
+    left, right = (np.linalg.qr(rng.normal(size=(n, m)))[0] for n in (20_000, m))
+    rows = (left * np.geomspace(1, 1 / condition, m)) @ right
+    rows /= np.linalg.norm(rows, axis=0)
+    with float64():
+        factor = np.asarray(jax.jit(factor_by_cholesky)(rows.T * 1e-6))
+    least, truth = (np.linalg.svd(each)[1][-1] for each in (1e6 * factor, rows))
+    assert least == pytest.approx(truth, rel=1e-15 * m * condition)
+    np.testing.assert_allclose(1e12 * factor.T @ factor, rows.T @ rows, atol=1e-14)
 
 
 @pytest.mark.slow
@@ -235,6 +256,39 @@ def test_axis_vectors_are_broadcast_inside_the_kernel():
     assert cost == pytest.approx(0.5 * np.sum(rows[:, -1] ** 2), rel=1e-12)
 
 
+@pytest.mark.parametrize("shapes, axes", [
+    ([(4, 1, 1)], (0, 1)),
+    ([(1, 5, 6)], (0, 1)),
+    ([(4, 1, 1), (1, 5, 6)], (0, 1)),
+    ([(4, 5, 1), (1, 1, 6)], (0, 2)),
+    ([(4, 1, 6)], (0, 1, 2)),
+    ([(4, 1, 1), (1, 5, 1), (1, 1, 6)], (0, 1, 2)),
+    ([(4, 5, 6), (1, 1, 1)], (0,)),
+])  # fmt: skip
+def test_axes_are_one_that_no_operand_tells_apart(shapes, axes):
+    rng = np.random.default_rng(len(axes))
+    y, coordinates = rng.normal(size=(4, 5, 6)), tuple(rng.normal(size=shape) for shape in shapes)
+    sigma = rng.uniform(1, 2, shapes[0])
+
+    def model(x, a, b):
+        return a * sum((k + 1) * each for k, each in enumerate(x)) + b
+
+    preparation, _ = chunk_of(coordinates, y, sigma=sigma)
+    assert (preparation.axes, preparation.layouts.ndim) == (axes, len(axes))
+    found, cost = swept(model, coordinates, y, PARAMS[:2], sigma=sigma)
+    dense = tuple(np.broadcast_to(each, y.shape).ravel() for each in coordinates)
+    rows = dense_rows(model, dense, y.ravel(), PARAMS[:2], np.broadcast_to(sigma, y.shape).ravel())
+    np.testing.assert_allclose(found, rows.T @ rows, rtol=1e-11)
+    assert cost == pytest.approx(0.5 * np.sum(rows[:, -1] ** 2), rel=1e-12)
+
+
+def test_an_axis_of_length_one_is_a_part_of_its_neighbour():
+    y, x = np.zeros((4, 1, 6)), (np.zeros((4, 1, 1)), np.zeros((1, 1, 6)))
+    assert chunk_of(x, y)[0].axes == (0, 2)
+    assert chunk_of(x[:1], y)[0].axes == (0, 2)
+    assert chunk_of(x[0][:, :, 0], np.zeros((4, 1)))[0].axes == (0,)
+
+
 def test_padding_meets_no_combination_of_axes_that_the_data_do_not_have():
     """27 points in a buffer of 32; only for these points is the root real."""
     along = 10 * np.arange(3.0)[None, :, None]
@@ -266,11 +320,11 @@ def test_blocks_of_other_lengths_and_values_share_a_compilation():
     request = Request(Objective(model), PARAMS)
     kernel = sweep_kernel(model, kernel_spec(preparation, request, chunk.blocks[0]))
     condense_blocks(preparation, chunk.blocks[:1], [request])
-    before = kernel.run.run._cache_size()
+    before = kernel.run.run.run._cache_size()
     condense_blocks(preparation, chunk.blocks, [request._replace(params=2 * PARAMS)])
     _, other = chunk_of(x[:-4567].copy(), y[:-4567].copy(), sigma=3.0)
     condense_blocks(preparation, other.blocks, [request])
-    assert kernel.run.run._cache_size() == before
+    assert kernel.run.run.run._cache_size() == before
 
 
 def test_threads_compute_on_the_callers_device():

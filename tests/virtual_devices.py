@@ -6,6 +6,7 @@ XLA makes three devices of the host; data are cut for them as for a GPU, but sho
 import json
 import logging
 import threading
+import time
 
 import dask.array as da
 import jax
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dask_nlsq import curve_fit, fit_groups, fit_map, hold
-from dask_nlsq.engine import devices, request
+from dask_nlsq.engine import devices, partition, request
 from dask_nlsq.kernels import kind
+from dask_nlsq.memory.pool import ALIGNMENT
 
 SHORT = kind.GPU._replace(name="cpu", block_points=2**14, longest_tile=2**14, tile_bytes=2**19, most_lanes=256)
 CALLS = {
@@ -119,6 +121,32 @@ def crowded():
     return dict(popt=found.popt.tolist(), said=[each for each in said if "cross" in each])
 
 
+def sent_ahead():
+    """Of a fit that reads its data in each sweep: where the operands of kernels are, and how many run at a time."""
+    kinds, running, most, condense = set(), 0, 0, partition.condense_blocks
+    lock = threading.Lock()
+
+    def seen(preparation, blocks, requests):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+            if len(blocks[0].buffers[0]) == SHORT.block_points + ALIGNMENT:  # not of the sample
+                kinds.update(type(each).__name__ for block in blocks for each in block.buffers)
+        time.sleep(0.005)
+        found = condense(preparation, blocks, requests)
+        with lock:
+            running -= 1
+        return found
+
+    partition.condense_blocks = seen
+    try:
+        found = called("streamed")
+    finally:
+        partition.condense_blocks = condense
+    return dict(kinds=sorted(kinds), most=most, popt=found.popt.tolist())
+
+
 def by_threads():
     adopt, found = kind.inherit_device(), []
 
@@ -147,7 +175,7 @@ def main():
         json.dumps(
             dict(
                 n=len(jax.devices()), expected=expected, found=fits(), again=fits(), held=held(), crowded=crowded(),
-                by_threads=by_threads(), chosen=chosen(),
+                by_threads=by_threads(), chosen=chosen(), ahead=sent_ahead(),
             )
         )
     )  # fmt: skip

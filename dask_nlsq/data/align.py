@@ -193,6 +193,7 @@ def build_data(
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
 
+    axes = _told_apart(y.shape, [each.shape for each in aligned if each.size > 1 and each.shape != y.shape])
     masked = mask is not None or omit or hides
     layouts = Layouts(
         y=Layout(True, scale=decoding.scale, offset=decoding.offset),
@@ -202,7 +203,7 @@ def build_data(
         x=tuple(layout(operand, coordinate=True) for operand in aligned[2 + masked :]),
         x_kind=x_kind,
         x_lead=x_lead,
-        ndim=y.ndim,
+        ndim=len(axes),
         invalid=invalid_values(sentinels[0], sentinels[1], y.dtype, decoding),
     )
     largest = [max(sizes) for sizes in chunks]
@@ -218,8 +219,19 @@ def build_data(
     read_bytes = max(read_bytes, made_bytes(aligned) * capacities[0])
     dtypes = tuple(operand.dtype for operand in aligned)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
-    preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes)
+    preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes, axes=axes)
     return Data(aligned, chunks, preparation, decoded=decoded, scaled=scaled)
+
+
+def _told_apart(shape, others) -> tuple[int, ...]:
+    """The first of the axes that can be one, since the arrays with ``others`` as shapes have both or neither."""
+    firsts, before = [0], None
+    for k in np.flatnonzero(np.array(shape) > 1):
+        along = [each[k] > 1 for each in others]
+        if before is not None and along != before:
+            firsts.append(int(k))
+        before = along
+    return tuple(firsts)
 
 
 def invalid_values(mask_values, valid_range, dtype, decoding: Decoding = AS_STORED) -> Invalid | None:

@@ -68,6 +68,7 @@ class Chunk(NamedTuple):
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
     staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the pool
+    shape: tuple[int, ...] = ()
 
 
 class ValuePolicy(NamedTuple):
@@ -90,6 +91,7 @@ class Preparation(NamedTuple):
     read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
     dtypes: tuple[np.dtype, ...]  # of the operands
     kind: Kind = CPU  # of the devices that compute
+    axes: tuple[int, ...] = (0,)  # that kernels tell apart: each of them with those up to the next
 
     @property
     def copied(self) -> bool:
@@ -130,7 +132,7 @@ def prepare_chunk(
     blocks, staged = _cut(preparation, shape, joined)
     if preparation.layouts.invalid is not None and not any(invalid):
         blocks = tuple(block._replace(clean=True) for block in blocks)
-    return Chunk(blocks, censuses, _sample(preparation, shape, joined[first_x:]), staged)
+    return Chunk(blocks, censuses, _sample(preparation, shape, joined[first_x:]), staged, shape)
 
 
 def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarray:
@@ -277,7 +279,8 @@ def _cut(preparation, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarra
             return _view(flat[k], lo, hi, capacity, preparation.kind) or (copy(k, lo, hi, capacity), 0)
         return (copies[k][lo : lo + capacity] if layouts[k].dense else copies[k]), 0
 
-    strides = [_strides(piece.shape) for piece in pieces]
+    strides = [_strides(np.multiply.reduceat(piece.shape, preparation.axes)) for piece in pieces]
+    sizes = np.multiply.reduceat(shape, preparation.axes).astype(np.float64)
     blocks = []
     for lo, hi in cuts:
         views = [view(k, lo, hi) for k in range(len(layouts))]
@@ -285,7 +288,7 @@ def _cut(preparation, shape, pieces) -> tuple[tuple[Block, ...], tuple[np.ndarra
         for (_, offset), stride in zip(views, strides, strict=True):
             geometry += [offset, *stride]
         buffers = tuple(buffer for buffer, _ in views)
-        blocks.append(Block(np.array(geometry, np.int64), np.array(shape, np.float64), buffers))
+        blocks.append(Block(np.array(geometry, np.int64), sizes, buffers))
     return tuple(blocks), tuple(staged)
 
 

@@ -1,7 +1,8 @@
 """Blocks on the devices of a process that have memory of their own: they are put there once, and stay for all sweeps.
 
 Blocks are put on the devices in turn. Those that do not fit stay in the memory of the process, and cross to a device in each
-sweep; how they are cut does not change. The results of many blocks come back together, from each device by one transfer.
+sweep; how they are cut does not change. Blocks of data that are not held cross while others are read, or computed on. The
+results of many blocks come back together, from each device by one transfer.
 """
 
 import logging
@@ -16,9 +17,10 @@ from ..base.text import several
 from ..base.x64 import float64
 from ..kernels.blocks import Block
 from ..kernels.kind import Kind, devices_here
-from ..memory.device import scratch
+from ..memory.device import said_if_full, scratch
 
 logger = logging.getLogger("dask_nlsq")
+KERNELS_AHEAD = 2  # on each device: one computes while the result of another is fetched
 
 
 class OnDevices:
@@ -54,12 +56,28 @@ def _placed(blocks: Sequence[Block], spared: float) -> list[Block]:
                 placed.append(block)
                 continue
             there |= {(k, own): jax.device_put(each, devices[k]) for own, each in new.items()}
-            buffers = tuple(there[k, id(each)] for each in block.buffers)
-            placed.append(block._replace(buffers=buffers))
+            placed.append(block._replace(buffers=tuple(there[k, id(each)] for each in block.buffers)))
     if n_left:
         every = several(len(blocks), "block")
         logger.warning("%d of %s do not fit on %s, and cross to it in each sweep", n_left, every, devices[0])
     return placed
+
+
+def sent_ahead(kind: Kind, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+    """The blocks when they are on the device of this thread, if that has memory of its own."""
+    if not kind.own_memory:
+        return blocks
+    there: dict[int, Any] = {}  # by buffer, which several blocks may share
+    with float64(), said_if_full():
+        for block in blocks:
+            there |= {id(each): jax.device_put(each) for each in block.buffers if id(each) not in there}
+        jax.block_until_ready([*there.values()])
+    return tuple(block._replace(buffers=tuple(there[id(each)] for each in block.buffers)) for block in blocks)
+
+
+def kernels_at_once(kind: Kind, n_threads: int) -> int:
+    """How many blocks kernels work on at a time, for data that are read by this many threads and more."""
+    return KERNELS_AHEAD * len(devices_here()) if kind.own_memory else n_threads
 
 
 def _room(device) -> float:

@@ -117,12 +117,13 @@ class Work(NamedTuple):
 
     ``merge(results, *args)`` makes one result of those of neighbours, in order. ``share(function, blocks)`` is
     ``function(blocks)``, a list with something for each block, by several threads where there are any. ``name`` is that of
-    its tasks.
+    its tasks, ``compiled`` whether kernels do all of it.
     """
 
     name: str
     of: Callable
     merge: Callable
+    compiled: bool = False
 
 
 Share = Callable[[Callable[[Sequence[Block]], list], Sequence[Block]], list]
@@ -203,7 +204,7 @@ def _joined(results: Iterable[list], *args) -> list[Any]:
     return [each for found in results for each in found]
 
 
-CONDENSE = Work("sweep", _condense, _merge_answers)
+CONDENSE = Work("sweep", _condense, _merge_answers, compiled=True)
 DESCRIBE = Work("census", _describe, _joined)
 COUNT = Work("count", _count, _joined)
 PICK = Work("points", _pick, _joined)

@@ -25,6 +25,7 @@ from ..kernels.kind import inherit_device
 from ..memory.machine import keep_freed_memory, large_arrays_given_back
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
+from .devices import kernels_at_once, sent_ahead
 from .partition import Partition, Work, load_chunk, load_partition, with_factor
 from .request import Objective, present
 from .waiting import Look, calm
@@ -131,15 +132,17 @@ class LazyRuns(NamedTuple):
         self, work: Work, places: Iterable[int], objectives, args: tuple, n_threads: int, pool: ThreadPoolExecutor
     ) -> Iterator:
         """The result of the work on each run, in order; the `readers` in the pool have one in memory each."""
-        kernels, n_ahead = Semaphore(n_threads), n_threads + READ_AHEAD
+        kind, n_ahead = self.preparation.kind, n_threads + READ_AHEAD
+        kernels = Semaphore(kernels_at_once(kind, n_threads))
         runs = [self.runs[place] for place in places]
         known = PassedOn(self.shared, runs)
 
         def one(run):
             chunk = load_chunk(self.preparation, run, known)
             try:
+                ready = chunk._replace(blocks=sent_ahead(kind, chunk.blocks)) if work.compiled else chunk
                 with kernels:
-                    return work.of(Partition.of(self.preparation, [chunk], held=False), objectives, *args)
+                    return work.of(Partition.of(self.preparation, [ready], held=False), objectives, *args)
             finally:
                 release(chunk)
 

@@ -77,6 +77,7 @@ def kernel_spec(preparation: Preparation, request: Request, block: Block) -> Ker
         parts=n_segments,
         together=together,
         pairs=p < kind.pairs_up_to,
+        reflected=kind.reflected,
     )
 
 
@@ -122,7 +123,7 @@ def values(preparation: Preparation, chunk: Chunk, request: Request, what: What,
             kernel = value_kernel(request.objective.model, kernel_spec(preparation, request, block), what)
             found = kernel(request.params, request.objective.f_scale, block, *spread)
             flat.append(np.asarray(found)[..., : block.geometry[0]])
-    return np.concatenate(flat, axis=-1).reshape(*VALUES_LEAD[what], *chunk.blocks[0].shape.astype(int))
+    return np.concatenate(flat, axis=-1).reshape(*VALUES_LEAD[what], *chunk.shape)
 
 
 def count_not_finite(

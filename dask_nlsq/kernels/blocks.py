@@ -78,7 +78,7 @@ class Layouts(NamedTuple):
     x: tuple[Layout, ...]
     x_kind: Literal["single", "stacked", "tuple", "none"]
     x_lead: tuple[int, ...]  # leading axes of a stacked x: (k,) for SciPy's (k, M)
-    ndim: int  # axes of the chunk
+    ndim: int  # axes of the chunk; those are one that need not be told apart
     invalid: Invalid | None = None
 
     @property
@@ -95,7 +95,7 @@ class Block(NamedTuple):
     """
 
     geometry: np.ndarray  # int64: n, base, then per operand: offset, stride along each axis of the chunk
-    shape: np.ndarray  # float64 (ndim,): shape of the chunk
+    shape: np.ndarray  # float64 (ndim,): sizes of the axes of the chunk
     buffers: tuple[np.ndarray, ...]
     clean: Literal[True] | None = None  # no value of y is invalid, so that none needs to be looked for
 
@@ -112,6 +112,7 @@ class KernelSpec(NamedTuple):
     parts: int = 0  # at most this many runs of consecutive points, whose sums are returned beside those of the block
     together: int = 1  # tiles that are evaluated together, where each is a part
     pairs: bool = False  # the gram matrix is a sum for each pair of rows
+    reflected: bool = True  # the factor is by reflections, else by Cholesky's factorisation
 
 
 def tile_size(kind: Kind, n_params: int, capacity: int) -> int:

@@ -22,6 +22,7 @@ class Kind(NamedTuple):
     tile_bytes: int  # and the most that their rows [J r] take
     columns_up_to: int  # parameters up to which "columns" is the better guess of how to form J
     pairs_up_to: int  # rows [J r], up to which the gram matrix is a sum for each pair of them, not a product
+    reflected: bool  # whether the factor of rows [J r] is found by reflections, which are many passes over them
     timed_points: int  # whose kernel takes long against the call, 0.01 to 0.02 ms
     most_lanes: int  # pixels that are fitted together
     lane_points: int  # and the most points of all of them
@@ -37,6 +38,7 @@ CPU = Kind(
     tile_bytes=2**20,  # half of a 2 MiB second-level cache
     columns_up_to=8,
     pairs_up_to=0,
+    reflected=True,
     timed_points=2**15,
     most_lanes=64,  # vectors of each number, and the last ones waste few
     lane_points=2**18,  # more of them would wait longer for the last pixels of a block
@@ -51,6 +53,7 @@ GPU = Kind(
     tile_bytes=2**29,
     columns_up_to=4,
     pairs_up_to=6,
+    reflected=False,
     timed_points=2**22,
     most_lanes=2**16,
     lane_points=2**24,

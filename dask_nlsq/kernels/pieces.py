@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..base.compile import Compiled
 from ..model.function import Model
 from ..model.lapack import InTurn
 from .groups import GroupSpec, LocalState, moments_of, outcome, stays, unfitted, without_locals
@@ -53,7 +54,7 @@ def joined_kernel(spec: GroupSpec):
 
     ``pieces`` are those of each group, (pieces, groups, ...); ``state`` has the parameters at which they were evaluated.
     """
-    return InTurn(jax.jit(partial(_joined, spec)))
+    return InTurn(Compiled(partial(_joined, spec)))
 
 
 def _joined(spec: GroupSpec, pieces: PieceSums, state: LocalState, lower, upper, fresh, limits: Limits):

@@ -23,14 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..base.compile import Compiled
 from ..model.function import Model, evaluate, evaluate_jac
 from ..model.losses import LOSSES, masked_cost, poisson_terms
 from .blocks import JacMode, KernelSpec, Tile
+from .matrices import factor_by_cholesky, gram, update_factor
 from .rules import EPS
 
-REFLECTED_UP_TO = 12  # rows: 3 parameters 1.2 times a gram sweep, 8 parameters 1.04 (LAPACK 1.13), 20 parameters no gain
 N_WEIGHTS = 3  # sums of w, w y and w y^2
-HALVED_FROM = 32  # rows from which the symmetry of the gram matrix saves more than it costs
 
 
 def sweep_kernel(model: Model, spec: KernelSpec):
@@ -81,32 +81,33 @@ def weight_kernel(spec: KernelSpec):
 
 @lru_cache(maxsize=256)
 def _weight_kernel(spec: KernelSpec):
-    return jax.jit(partial(_sum_weights, spec))
+    return Compiled(partial(_sum_weights, spec))
 
 
 def build_sweep(model, spec):
     def sweep(params, f_scale, block):
         p, by_gram = len(params), spec.reduction == "gram"
+        nothing = jnp.zeros((p + 1, p + 1))
 
         def of_tile(first, fresh):
             rows, sums = _condensed_rows(model, spec, params, f_scale, block, first, fresh)
             if by_gram:
-                matrix = gram = _gram(rows, spec.pairs)
+                matrix = squares = gram(rows, spec.pairs)
             else:
                 # else XLA forms the rows once more for each reflection: twice the time at 2 parameters
                 rows = lax.optimization_barrier(rows)
-                matrix = _update_factor(jnp.zeros((p + 1, p + 1)), rows)
-                gram = matrix.T @ matrix  # which XLA leaves out where nothing needs it
-            all_sums = jnp.concatenate([gram.ravel(), jnp.outer(gram[p], gram[p]).ravel(), sums])
+                matrix = update_factor(nothing, rows) if spec.reflected else factor_by_cholesky(rows, spec.pairs)
+                squares = matrix.T @ matrix  # which XLA leaves out where nothing needs it
+            all_sums = jnp.concatenate([squares.ravel(), jnp.outer(squares[p], squares[p]).ravel(), sums])
             return all_sums, (matrix, sums[0])
 
         def add(state, condensed):
             (matrix, cost), (found, costs) = state, condensed
             if by_gram:
                 return matrix + found.sum(axis=0), cost + costs.sum()
-            return _update_factor(matrix, found.reshape(-1, p + 1).T), cost + costs.sum()
+            return update_factor(matrix, found.reshape(-1, p + 1).T), cost + costs.sum()
 
-        start, n_columns = (jnp.zeros((p + 1, p + 1)), jnp.zeros(())), segment_size(p) - N_WEIGHTS
+        start, n_columns = (nothing, jnp.zeros(())), segment_size(p) - N_WEIGHTS
         return _by_tile(spec, block, n_columns, of_tile, start, add)
 
     return sweep
@@ -160,41 +161,6 @@ def _by_tile(spec, block, n_columns, of_tile, start, add):
     n_turns = (n + tile * together - 1) // (tile * together)
     *state, parts = turn(0, state) if tile * together >= capacity else lax.fori_loop(0, n_turns, turn, state)
     return *state, parts[:n_parts]
-
-
-def _gram(rows, pairs):
-    """``rows @ rows.T``; with many rows without the lower left quarter, which is the upper right one."""
-    half = len(rows) // 2
-    if pairs:
-        return jnp.sum(rows[:, None] * rows, axis=-1)
-    if len(rows) < HALVED_FROM:
-        return rows @ rows.T
-    above, below = rows[:half], rows[half:]
-    upper = above @ rows.T
-    return jnp.block([[upper], [upper[:, half:].T, below @ below.T]])
-
-
-def _update_factor(factor, rows):
-    """Triangular factor of the stack of ``factor`` and ``rows.T``.
-
-    By a Householder reflection for each column, which touches one row of the factor only and leaves it triangular;
-    beyond a few columns LAPACK is as fast.
-    """
-    m = len(rows)
-    if m > REFLECTED_UP_TO:
-        return jnp.linalg.qr(jnp.concatenate([factor, rows.T]), mode="r")
-    done = []
-    for k in range(m):
-        # the rows of columns that are left, and the part of the factor that the reflection touches
-        row, column = factor[k, k:], rows[0]
-        dots = rows @ column
-        norm = jnp.sqrt(row[0] ** 2 + dots[0])
-        diagonal = jnp.where(row[0] > 0, -norm, norm)
-        head = jnp.where(dots[0] != 0, row[0] - diagonal, 1.0)  # of the vector; nothing to do for 0, NaN goes on
-        share = jnp.where(dots[0] != 0, (diagonal - row[0]) / diagonal, 0.0) * (row + dots / head)
-        done.append(jnp.concatenate([jnp.zeros(k), row - share]))
-        rows = rows[1:] - jnp.outer(share[1:] / head, column)
-    return jnp.stack(done)
 
 
 def _condensed_rows(model, spec, params, f_scale, block, first, fresh):

@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from ..base.compile import Compiled
 from ..base.config import compilation_cache
 from ..base.modules import is_installed
 from .lapack import InTurn
@@ -76,8 +77,8 @@ class Model:
 
     def jit(self, function: Callable) -> Callable:
         """``function``, which evaluates this model, compiled."""
-        compiled = jax.jit(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
-        return _FirstSlow(self, InTurn(compiled))
+        run = Compiled(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
+        return _FirstSlow(self, InTurn(run))
 
     @contextmanager
     def watched(self, told: Callable[[float], None]):
@@ -116,7 +117,7 @@ class _FirstSlow:
 
 
 class _Hoisted:
-    """`jax.jit` of a function whose closed-over arrays become arguments.
+    """`Compiled`, of a function whose closed-over arrays become arguments.
 
     As constants XLA would copy them into each program, and fold what it can: 14 s and 640 MB for an array of 200 MB.
     """
@@ -145,7 +146,7 @@ class _Hoisted:
         def run(constants, *leaves):
             return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves)
 
-        return jax.jit(run), [*map(self._on_device, closed.consts)], jax.tree.structure(shape), closed
+        return Compiled(run), [*map(self._on_device, closed.consts)], jax.tree.structure(shape), closed
 
     def _on_device(self, constant) -> jax.Array:
         """The array where kernels compute, once for all of them."""

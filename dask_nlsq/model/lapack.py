@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from ..base.compile import equations
+
 LAPACK = frozenset(each for name, each in vars(jax.lax.linalg).items() if name.endswith("_p"))
 
 
@@ -36,13 +38,8 @@ class InTurn:
 
 def calls_in_batches(program: Jaxpr | ClosedJaxpr) -> bool:
     """Whether a program calls LAPACK for more than one matrix at a time."""
-    for equation in program.eqns:
-        if equation.primitive in LAPACK and any(getattr(each.aval, "ndim", 0) > 2 for each in equation.invars):
-            return True
-        inner = [each for each in jax.tree.leaves([*equation.params.values()]) if isinstance(each, ClosedJaxpr | Jaxpr)]
-        if any(map(calls_in_batches, inner)):
-            return True
-    return False
+    calls = (each for each in equations(program) if each.primitive in LAPACK)
+    return any(getattr(operand.aval, "ndim", 0) > 2 for each in calls for operand in each.invars)
 
 
 @cache

@@ -1,0 +1,43 @@
+"""How functions are compiled: with vectors of 512 bits where a processor has them.
+
+By default XLA uses 256 bits. On an AMD EPYC of the 5th generation, which computes with 512 bits at once, a sweep over 3
+parameters takes 4.1 ns per point instead of 5.4, a map 5.1 us per pixel instead of 6.3. Processors with shorter vectors
+use several. Few programs compile so, and errors of XLA stay unseen: its functions have been compared at both lengths,
+those that differ keep to 256 bits, and so do versions of JAX of which that is not known.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+LONG = dict(xla_cpu_prefer_vector_width=512, xla_cpu_multi_thread_eigen=False)
+WRONG = frozenset({"atan"})  # primitives of JAX that return nonsense with long vectors (jaxlib 0.10)
+COMPARED = jax.__version_info__ < (0, 11)  # from 0.8 on
+
+
+class Compiled:
+    """`jax.jit` with the options that suit the program, which the first call shows."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+        self.run: Callable | None = None
+
+    def trace(self, *args) -> Any:
+        return jax.jit(self.function).trace(*args)
+
+    def __call__(self, *args):
+        if self.run is None:
+            names = {each.primitive.name for each in equations(self.trace(*args).jaxpr)}
+            self.run = jax.jit(self.function, compiler_options=LONG if COMPARED and not names & WRONG else {})
+        return self.run(*args)
+
+
+def equations(program: Jaxpr | ClosedJaxpr) -> Iterator[Any]:
+    """Those of a program, and of the programs within."""
+    for equation in program.eqns:
+        yield equation
+        for each in jax.tree.leaves([*equation.params.values()]):
+            if isinstance(each, ClosedJaxpr | Jaxpr):
+                yield from equations(each)
