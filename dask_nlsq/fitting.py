@@ -40,7 +40,7 @@ from .solve.outcome import WAY_OUT, NotConvergedError, after_signal, not_converg
 from .solve.start import GUESS_RUNS, check_start, guessed_start
 from .solve.tries import fit_in_tries
 from .solve.trust_region import Begin, NotFiniteAtStart, Options, Record, Solution, alone
-from .solve.warm_start import hybrid
+from .solve.warm_start import hybrid, pays
 from .watch.progress import Live, Observers, say_summary
 
 
@@ -147,9 +147,9 @@ def curve_fit(
         before all data are fitted; see `dask_nlsq.solve.multistart`. The result lists them in ``starts``.
     strategy : {"auto", "standard", "chunked", "streaming"}
         "standard": data in this process, threads. "chunked": Dask blocks, held by the workers of the active Client, or in
-        this process without a Client. "streaming": nothing is held, each sweep reads the data again, here or on the workers,
-        after a fit of a small sample (`dask_nlsq.solve.warm_start`). "auto": "chunked" for Dask and on-disk data with a
-        Client, "streaming" where they do not fit in memory; `plan_fit` and the result's ``plan`` show which.
+        this process without a Client. "streaming": nothing is held, each sweep reads the data again, here or on the workers.
+        "auto": "chunked" for Dask and on-disk data with a Client, "streaming" where they do not fit in memory; `plan_fit`
+        and the result's ``plan`` show which. Long fits begin with one of a small sample (`dask_nlsq.solve.warm_start`).
     memory_limit_gb : float, optional
         GiB that this process, or each worker, may use for the fit. Default: 75 % (see `get_adaptive_memory_threshold`) of
         the memory available here, or of each worker's limit up to which Dask does not spill.
@@ -522,7 +522,7 @@ def _keep(ready: Prepared, evaluator: Evaluator, start: np.ndarray) -> bool:
 
 
 def _solve(ready: Prepared, evaluator: Evaluator, start: np.ndarray, options: Options) -> tuple[Solution, Search | None]:
-    begin: Begin = alone if evaluator.sweep.place.held else hybrid
+    begin: Begin = hybrid if pays(evaluator.sweep) else alone
     if ready.call.n_starts:
         evaluator.watch(f"fits of a sample from {ready.call.n_starts} starts", 0, 0)
         sample = evaluator.sweep.points(sample_size(len(start)))

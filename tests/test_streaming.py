@@ -24,8 +24,10 @@ from dask_nlsq.engine.condensed import Sums, Tree, join_neighbours, merge
 from dask_nlsq.engine.evaluator import Evaluator
 from dask_nlsq.engine.request import Objective
 from dask_nlsq.engine.sweep import PartialSweep, open_sweep
+from dask_nlsq.kernels.kind import CPU
 from dask_nlsq.memory.needs import READ_AHEAD
 from dask_nlsq.model.function import intern
+from dask_nlsq.solve.warm_start import HELD_BLOCKS
 
 from .clusters import assert_nothing_left
 
@@ -380,6 +382,39 @@ def test_a_sample_that_misleads_does_not_change_the_result(decoy):
     found = curve_fit(decay, x, y, strategy="streaming", **options)
     assert errors_apart(found, held) < 1e-6
     assert found.sweeps <= held.sweeps + 3
+
+
+@pytest.fixture(scope="module")
+def long():
+    """Data that are held, but long enough for a fit of a sample to come first."""
+    n = HELD_BLOCKS * CPU.block_points
+    x = np.linspace(0, 10, n)
+    return x, 2 * np.exp(-0.5 * x) + 0.3 + 0.05 * np.random.default_rng(0).standard_normal(n)
+
+
+@pytest.mark.parametrize("strategy", ["standard", "chunked"])
+def test_a_long_fit_of_held_data_begins_with_a_sample(strategy, long, monkeypatch):
+    x, y = long if strategy == "standard" else (da.from_array(each, 10**6) for each in long)
+    found = curve_fit(decay, x, y, p0=[1, 1, 0], strategy=strategy)
+    monkeypatch.setattr("dask_nlsq.solve.warm_start.HELD_BLOCKS", np.inf)
+    plain = curve_fit(decay, x, y, p0=[1, 1, 0], strategy=strategy)
+    assert errors_apart(found, plain) < 1e-3
+    np.testing.assert_allclose(found.pcov, plain.pcov, rtol=1e-6)
+    assert found.sweeps <= 3 < plain.sweeps == plain.nfev
+    assert (found.sample.n_points, plain.sample) == (len(y) // 50, None)
+    assert found.history[0].seconds > 0
+
+
+def test_a_narrow_peak_that_the_sample_does_not_see_is_fitted(long):
+    x, y = long
+    y = y + 5 * np.exp(-(((x - 4) / 2e-5) ** 2))
+
+    def both(x, a, b, c, height):
+        return decay(x, a, b, c) + height * jnp.exp(-(((x - 4) / 2e-5) ** 2))
+
+    found = curve_fit(both, x, y, p0=[1, 1, 0, 1])
+    assert found.success
+    assert abs(found.popt[3] - 5) < 5 * found.perr[3] < 0.1
 
 
 @pytest.mark.slow

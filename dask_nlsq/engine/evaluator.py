@@ -74,8 +74,6 @@ class Evaluator:
         """The same at several points, by one read of the data."""
         points = [np.asarray(each, dtype=np.float64) for each in points]
         keys = [(each.tobytes(), reduction) for each in points]
-        if self.sweep.place.held:  # an evaluation is a sweep there: only reads are worth remembering
-            self.known.clear()
         new = {key: each for key, each in zip(keys, points, strict=True) if key not in self.known}
         fresh = {key: self.recorded.pop(key) for key in new if key in self.recorded}
         unread = {key: each for key, each in new.items() if key not in fresh}

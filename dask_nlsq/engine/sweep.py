@@ -43,6 +43,11 @@ class SampleSummary(NamedTuple):
     nfev: int = 0  # passes over the sample until it was fitted
 
 
+def first_sample_size(n_points: int, n_params: int) -> int:
+    """Points of the sample that a fit begins with."""
+    return min(SAMPLE_POINTS, max(n_points // POINTS_SHARE, sample_size(n_params)))
+
+
 class PartialSweep:
     """A sweep that is not finished: the sums of the units that are done."""
 
@@ -198,7 +203,7 @@ class Sweep:
         n_drawn = min(max(regions, needed), max(SAMPLE_RUNS, 2 * n_params), n_runs)
         if n_drawn == 0:
             return
-        n = min(SAMPLE_POINTS, max(self.data.n_points // POINTS_SHARE, sample_size(n_params)))
+        n = first_sample_size(self.data.n_points, n_params)
         runs = spread(n_drawn, n_runs).tolist()
         drawn = [each for _, part in self.place.each(DRAW, runs, (), -(-n // n_drawn), look=look) for each in part]
         values = np.concatenate([found for _, found in sorted(drawn, key=lambda each: each[0])], axis=1)

@@ -81,7 +81,7 @@ class FitResult(NamesOfLmfit):
     starts : Search or None
         With several starts: each with its cost, the optimum it leads to, and which optimum won.
     sample : Drawn or None
-        With "streaming": points and chunks of the sample that was fitted first, and what it cost.
+        Points and chunks of the sample that was fitted first, and what it cost, see `dask_nlsq.solve.warm_start`.
     damage : tuple of BadChunkError
         Chunks that could not be read, or were absent, and were left out; their points are in ``n_masked``.
     n_filled : int

@@ -1,11 +1,12 @@
-"""A fit of a sample comes first if every sweep reads all data, to need fewer sweeps.
+"""A fit of a sample comes first where a sweep takes long, or reads all data, to need fewer sweeps.
 
-The sample consists of points from chunks that are spread over the whole store. A trust-region fit of it ends about
-sqrt(N / n) standard errors from the optimum of all N points. Full sweeps continue from there, and decide whether the fit has
-converged. (L-BFGS is not used: it takes 3 to 12 times as many passes over the sample.)
+The sample consists of points from all data or, where they are not held, from chunks that are spread over the whole store. A
+trust-region fit of it ends about sqrt(N / n) standard errors from the optimum of all N points. Full sweeps continue from
+there, and decide whether the fit has converged. (L-BFGS is not used: it takes 3 to 12 times as many passes over the sample.)
 """
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from ..engine.condensed import Segmentation
 from ..engine.evaluator import Evaluator
 from ..engine.partition import Partition
 from ..engine.places import HeldHere
-from ..engine.sweep import Sweep
+from ..engine.sweep import SampleSummary, Sweep, first_sample_size
 from ..kernels.blocks import Block, Reduction
 from ..kernels.rules import OFF_BOUND, off_the_bounds
 from .multistart import predicted_cost
@@ -28,6 +29,7 @@ SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample is useless
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
 SAMPLE_SWEEPS = 80  # over the sample at most: work of two over all data, and no reads; 53 parameters took 55
 ALIKE = 3.0  # standard errors of the sample: smaller differences from the start are not significant
+HELD_BLOCKS = 16  # of data that are held, from which the sweeps that a sample saves take longer than its fit
 PIECES = 8  # in which a large sample is shared out to threads
 PIECE_POINTS = 2**14  # at least: several tiles
 
@@ -67,6 +69,26 @@ def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarra
     return mixed if worse < 0.5 * ALIKE**2 * sigma**2 * np.count_nonzero(alike) else found.params  # false for nan
 
 
+def pays(sweep: Sweep) -> bool:
+    """Whether a fit of a sample saves more than it takes."""
+    preparation = sweep.data.preparation
+    long = sweep.data.n_points >= HELD_BLOCKS * preparation.kind.block_points
+    return not sweep.place.held or (long and not preparation.whole)
+
+
+def _drawn(sweep: Sweep, n_params: int) -> tuple[Sample, SampleSummary] | None:
+    """The sample of a fit; None where there are too few points."""
+    began, drawn = time.perf_counter(), sweep.drawn
+    if sweep.place.held:
+        sample, n_runs = sweep.points(first_sample_size(sweep.data.n_points, n_params)), sweep.place.n_runs
+        drawn = SampleSummary(sample.n_points, n_runs, n_runs, time.perf_counter() - began)
+    elif drawn is not None and drawn.n_points >= SAMPLE_PER_PARAM * n_params:
+        sample = sweep.points(drawn.n_points)
+    else:
+        return None
+    return sample, drawn
+
+
 def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.ndarray:
     """Where a fit of the sample ends; ``start`` where that is better for all data, or the sample says nothing.
 
@@ -74,27 +96,26 @@ def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.
     also finds parameters that the sample does not see, promises no less for all data, the sample may have misled, and
     a sweep at ``start`` decides.
     """
-    drawn = evaluator.sweep.drawn
-    if drawn is None or drawn.n_points < SAMPLE_PER_PARAM * len(start):
+    found = _drawn(evaluator.sweep, len(start))
+    if found is None:
         return start
-    sample = evaluator.sweep.points(drawn.n_points)
+    sample, drawn = found
     coarse = max(options.ftol, SAMPLE_PRECISION**2 / sample.n_points)
     own = replace(options, ftol=coarse, max_nfev=SAMPLE_SWEEPS, reduction="gram", callback=None, accuracy=np.inf)
     evaluator.watch("fit of the sample", 0, 0)
     try:
         small = sample_evaluator(evaluator, sample)
         with small.sweep:
-            found = solve(small, start, own)
-            warm = told_apart(found, start, small)
+            solution = solve(small, start, own)
+            warm = told_apart(solution, start, small)
     except NotFiniteAtStart:
         return start
-    evaluator.drawn = drawn._replace(nfev=found.nfev)
+    evaluator.drawn = drawn._replace(nfev=solution.nfev)
     warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
     reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
     there = evaluator(warm, reduction)
-    assert there.read is not None  # of data that are not held
-    expected = found.history[0].cost / sample.n_points  # per point
-    if predicted_cost(there, warm, options) / there.read.n_points <= expected:
+    expected = solution.history[0].cost / sample.n_points  # per point
+    if predicted_cost(there, warm, options) / there.n_points <= expected:
         return warm
     return warm if there.finite and there.cost <= evaluator(start, reduction).cost else start
 
