@@ -34,7 +34,7 @@ def test_amplitudes_that_are_nine_orders_off_are_found_by_the_second_try():
     assert [record.nfev for record in seen] == [record.nfev for record in fit.history] == [*range(1, fit.nfev + 1)]
     assert [record.iteration for record in fit.history] == [*range(fit.nfev)]
     assert np.all(np.diff([record.seconds for record in fit.history]) >= 0)
-    assert fit.sweeps >= fit.nfev
+    assert abs(fit.sweeps - fit.nfev) < 8  # the second one may begin where the first has been
 
 
 @pytest.mark.parametrize("loss", ["soft_l1", "cauchy", "arctan", pytest.param("huber", marks=pytest.mark.slow)])

@@ -17,11 +17,17 @@ WRONG = frozenset({"atan"})  # primitives of JAX that return nonsense with long 
 COMPARED = jax.__version_info__ < (0, 11)  # from 0.8 on
 
 
-class Compiled:
-    """`jax.jit` with the options that suit the program, which the first call shows."""
+SAME_BITS = dict(xla_gpu_deterministic_ops=True)  # else a GPU times its products and takes the fastest one, which may vary
 
-    def __init__(self, function: Callable):
-        self.function = function
+
+class Compiled:
+    """`jax.jit` with the options that suit the program, which the first call shows.
+
+    ``long_sums`` are products and sums over many points, in which a GPU otherwise may have other bits in the next process.
+    """
+
+    def __init__(self, function: Callable, long_sums: bool = False):
+        self.function, self.long_sums = function, long_sums
         self.run: Callable | None = None
 
     def trace(self, *args) -> Any:
@@ -30,7 +36,8 @@ class Compiled:
     def __call__(self, *args):
         if self.run is None:
             names = {each.primitive.name for each in equations(self.trace(*args).jaxpr)}
-            self.run = jax.jit(self.function, compiler_options=LONG if COMPARED and not names & WRONG else {})
+            options = (LONG if COMPARED and not names & WRONG else {}) | (SAME_BITS if self.long_sums else {})
+            self.run = jax.jit(self.function, compiler_options=options)
         return self.run(*args)
 
 

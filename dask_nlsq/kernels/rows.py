@@ -40,7 +40,7 @@ def sweep_kernel(model: Model, spec: KernelSpec):
     `SegmentSums` takes apart, except for the weights, of ``spec.parts`` runs of points at most, (k, segment_size(p) - 3).
     To be called inside ``float64()``.
     """
-    return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec)))
+    return model.get(("sweep", spec), lambda: model.jit(build_sweep(model, spec), long_sums=True))
 
 
 class SegmentSums(NamedTuple):
@@ -81,7 +81,7 @@ def weight_kernel(spec: KernelSpec):
 
 @lru_cache(maxsize=256)
 def _weight_kernel(spec: KernelSpec):
-    return Compiled(partial(_sum_weights, spec))
+    return Compiled(partial(_sum_weights, spec), long_sums=True)
 
 
 def build_sweep(model, spec):

@@ -75,9 +75,9 @@ class Model:
                 self.compiled[key] = build()
             return self.compiled[key]
 
-    def jit(self, function: Callable) -> Callable:
-        """``function``, which evaluates this model, compiled."""
-        run = Compiled(function) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants)
+    def jit(self, function: Callable, long_sums: bool = False) -> Callable:
+        """``function``, which evaluates this model, as `Compiled`."""
+        run = Compiled(function, long_sums) if self.nbytes < HOISTED_FROM else _Hoisted(function, self.constants, long_sums)
         return _FirstSlow(self, InTurn(run))
 
     @contextmanager
@@ -122,8 +122,8 @@ class _Hoisted:
     As constants XLA would copy them into each program, and fold what it can: 14 s and 640 MB for an array of 200 MB.
     """
 
-    def __init__(self, function: Callable, constants: dict[tuple, jax.Array]):
-        self.function, self.constants = function, constants
+    def __init__(self, function: Callable, constants: dict[tuple, jax.Array], long_sums: bool):
+        self.function, self.constants, self.long_sums = function, constants, long_sums
         self.traced: dict[tuple, tuple[Callable, list[jax.Array], Any, ClosedJaxpr]] = {}
 
     def __call__(self, *args):
@@ -146,7 +146,7 @@ class _Hoisted:
         def run(constants, *leaves):
             return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, constants))(*leaves)
 
-        return Compiled(run), [*map(self._on_device, closed.consts)], jax.tree.structure(shape), closed
+        return Compiled(run, self.long_sums), [*map(self._on_device, closed.consts)], jax.tree.structure(shape), closed
 
     def _on_device(self, constant) -> jax.Array:
         """The array where kernels compute, once for all of them."""
