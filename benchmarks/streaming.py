@@ -242,7 +242,7 @@ def stack_fitted(path):
     import dask_nlsq
 
     begin = time.perf_counter()
-    t = np.linspace(0, 10, len(zarr.open_array(path, mode="r")))[:, None, None]
+    t = np.linspace(0, 10, zarr.open_array(path, mode="r").shape[0])[:, None, None]
     result = dask_nlsq.curve_fit(of_time, t, path, p0=start("decay", DECAY), strategy="streaming")
     seconds, far = time.perf_counter() - begin, np.max(np.abs(result.popt - DECAY) / result.perr)
     return dict(seconds=seconds, peak=peak_mb(), sweeps=result.sweeps, far=far)

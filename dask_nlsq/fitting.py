@@ -450,8 +450,8 @@ def _run(ready: Prepared) -> tuple[FitResult, _Run]:
         sweep = ready.source.sweep
         if sweep is None:
             plan.warn()
-            loading = partial(observers.at, "loading")
-            sweep = stack.enter_context(open_sweep(ready.data, plan.strategy, client, plan.n_partitions, loading))
+            where, look = (plan.strategy, client, plan.n_partitions), partial(observers.at, "loading")
+            sweep = stack.enter_context(open_sweep(ready.data, *where, look, plan.keeps))
         evaluator = Evaluator(sweep, ready.objective, n)
         stack.enter_context(observers.watching(evaluator, model))
         counts = cache(lambda: admit_data(cast(Census, sweep.census), ready.data, ready.objective.counts, n))

@@ -49,7 +49,7 @@ def swept(
     preparation, chunk = chunk_of(xdata, ydata, **operands)
     preparation = preparation._replace(kind=kind)
     request = Request(Objective(intern(f, jac), loss, f_scale), params, reduction, jac_mode)
-    (sums,) = condense_blocks(preparation, chunk.blocks, [request])
+    sums = [each for (each,) in condense_blocks(preparation, chunk.blocks, [request])]
     matrix, cost, _ = merge_neighbours(sums, reduction)
     return matrix, cost
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
+from dask_nlsq import plan_fit
 from dask_nlsq.data.align import build_data
 from dask_nlsq.data.sizes import sizes_of
 from dask_nlsq.memory.machine import MAPPED_FROM
@@ -13,6 +14,7 @@ from dask_nlsq.memory.needs import (
     BOOLEANS,
     FACTOR_COPIES,
     GRAPH_BYTES,
+    KEPT_ARRAYS,
     LANE_BYTES,
     MADE_BYTES,
     MAP_PER_PAIR,
@@ -159,3 +161,14 @@ def test_data_made_by_tasks_have_steps_in_float64_and_stored_ones_have_not(chunk
     stored = zarr.create_array(store={}, shape=(4000,), chunks=(100,), dtype="u2")
     assert sizes(np.arange(4000.0), da.from_zarr(stored, name="array-1")).read == 10
     assert sizes(line(), (line() + 1).astype("f4")).read == MADE_BYTES
+
+
+def test_freed_memory_stays_with_a_process_that_has_room_for_it():
+    x, y = (da.zeros(10**8, chunks=4 * 10**6) for _ in range(2))
+    wide = plan_fit(lambda x, a: a * x, x, y, [1], strategy="streaming")
+    within = (wide.peak_bytes - wide.places[0].now - 1e8) / 2**30
+    tight = plan_fit(lambda x, a: a * x, x, y, [1], strategy="streaming", memory_limit_gb=within)
+    assert (wide.keeps, tight.keeps) == (True, False)
+    beside = [plan.peak_bytes - plan.places[0].now for plan in (wide, tight)]
+    assert beside[0] - beside[1] == pytest.approx(KEPT_ARRAYS * 2**25)
+    assert not plan_fit(lambda x, a: a * x, x, y, [1], strategy="chunked").keeps

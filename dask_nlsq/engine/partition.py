@@ -146,16 +146,12 @@ def _condense(partition: Partition, objectives, requests: Sequence[Request], sha
     blocks: Sequence[Block] = [block for chunk in partition.chunks for block in chunk.blocks]
     if partition.on_devices is not None:
         blocks = partition.on_devices.of(partition.preparation.kind, blocks, len(requests[0].params))
-    found = share(partial(_by_block, partition.preparation, requests=requests), blocks)
+    found = share(partial(condense_blocks, partition.preparation, requests=requests), blocks)
     sums = [
         merge_chunks(partition.chunks, [each[k] for each in found], request.reduction, request.segmentation)
         for k, request in enumerate(requests)
     ]
     return Answers(sums, partition.census, partition.sample)
-
-
-def _by_block(preparation, blocks, requests):
-    return [*zip(*condense_blocks(preparation, blocks, requests), strict=True)]
 
 
 def _merge_answers(answers: Iterable[Answers], requests: Sequence[Request]) -> Answers:

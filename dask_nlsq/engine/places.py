@@ -173,10 +173,10 @@ class UnreadHere:
 
     held, level = False, 0
 
-    def __init__(self, data: Data):
+    def __init__(self, data: Data, keeps: bool):
         runs, common = plan_loads(data)
         self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(runs, common)), len(runs)
-        self.nbytes, self.n_threads = data.nbytes, threads()
+        self.nbytes, self.n_threads = 0 if keeps else data.nbytes, threads()
         self.pool = readers(self.n_threads)
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
@@ -226,8 +226,8 @@ def work_through(lazy: LazyRuns, places: Sequence[int], *objectives: Objective, 
 Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers
 
 
-def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int, look: Look) -> Place:
+def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int, look: Look, keeps: bool) -> Place:
     """Bring data where they will be swept, or see to it that they can be read there."""
     if strategy == "streaming":
-        return UnreadHere(data) if client is None else UnreadByWorkers(data, client, n_partitions)
+        return UnreadHere(data, keeps) if client is None else UnreadByWorkers(data, client, n_partitions)
     return HeldHere.load(data, threads(), look) if client is None else HeldByWorkers(data, client, n_partitions, look)

@@ -82,16 +82,16 @@ def kernel_spec(preparation: Preparation, request: Request, block: Block) -> Ker
 
 
 def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests: Sequence[Request]) -> list[list[Sums]]:
-    """For each request the sums of each block.
+    """For each block the sums of each request.
 
-    On a CPU a block is read by one kernel after the other, while it is in the cache. On a device with memory of its own all
-    kernels are started, and then waited for together.
+    A block is read by one kernel after the other, on a CPU while it is in the cache. All are started before the first
+    result is waited for: on two cores a sweep of 1e7 points takes 24 ms, and 25 to 29 where each block is waited for.
     """
     kernels: dict[tuple, Callable] = {}
-    results: list[list] = [[] for _ in requests]
-    ahead = preparation.kind.own_memory
+    found: list[list] = []
     with float64(), said_if_full():
         for block in blocks:
+            begun: list[tuple] = []
             for k, request in enumerate(requests):
                 like, label, model = (k, len(block.buffers[0]), block.clean), "jax-execute", request.objective.model
                 if like not in kernels:
@@ -99,16 +99,15 @@ def condense_blocks(preparation: Preparation, blocks: Iterable[Block], requests:
                     kernels[like] = sweep_kernel(model, kernel_spec(preparation, request, block))
                     label = "jax-execute" if n_known == len(model.compiled) else "jax-compile"  # by the first call
                 with context_meter.meter(label):  # else Dask counts it as idle
-                    matrix, cost, segments = kernels[like](request.params, request.objective.f_scale, block)
-                    weights = np.zeros((len(segments), N_WEIGHTS))
+                    sums = kernels[like](request.params, request.objective.f_scale, block)
+                    weights = np.zeros((len(sums[-1]), N_WEIGHTS))
                     if request.weigh:
                         weights = weight_kernel(kernel_spec(preparation, request, block))(block)
-                    found = matrix, cost, segments, weights
-                    results[k].append(found if ahead else _sums(*found))
-        if ahead:
-            with context_meter.meter("jax-execute"):
-                results = [[_sums(*each) for each in found] for found in fetched(results)]
-    return results
+                    begun.append((*sums, weights))
+            found.append(begun)
+        with context_meter.meter("jax-execute"):
+            found = fetched(found) if preparation.kind.own_memory else found
+            return [[_sums(*each) for each in begun] for begun in found]
 
 
 def _sums(matrix, cost, segments, weights) -> Sums:

@@ -222,11 +222,19 @@ def condensed(sums: Sums, request: Request, read: Read | None) -> Condensed:
 
 
 def open_sweep(
-    data: Data, strategy: str = "standard", client: Client | None = None, n_partitions: int = 1, look: Look = calm
+    data: Data,
+    strategy: str = "standard",
+    client: Client | None = None,
+    n_partitions: int = 1,
+    look: Look = calm,
+    keeps: bool = False,
 ) -> Sweep:
-    """Bring data where they will be swept: into this process, to the workers of ``client``, or nowhere ("streaming")."""
+    """Bring data where they will be swept: into this process, to the workers of ``client``, or nowhere ("streaming").
+
+    ``keeps``: memory that is freed while they are read may stay with this process.
+    """
     with ExitStack() as on_error:
-        place = open_place(data, strategy, client, n_partitions, look)
+        place = open_place(data, strategy, client, n_partitions, look, keeps)
         on_error.callback(place.close)
         sweep = Sweep(data, place)
         on_error.pop_all()

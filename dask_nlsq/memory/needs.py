@@ -17,7 +17,7 @@ The Jacobian of all points is never formed, unless the model or a covariance mat
 from typing import NamedTuple
 
 from ..kernels.kind import CPU
-from .machine import MAPPED_FROM
+from .machine import MAPPED_FROM, MOST_MAPPED
 from .threshold import Strategy
 
 # fits with 3, 20 and 50 parameters: 97, 129 and 255 to 360 MB
@@ -33,6 +33,8 @@ BOOLEANS = 3  # bytes per point while a mask or sigma is checked
 SMALL_ARRAYS = 4  # of float64 that malloc keeps of those below MAPPED_FROM, for each run: 12 to 16 MB of 2 MB, 20 of 4
 # and as many for each process, or thread of a worker, whose own threads stream: 70 MB more after 160 chunks than after 40
 STREAM_ARRAYS = 20
+# of what is read at once that malloc keeps where it may: 9 of 20 MB, 20 of 32; larger ones are given back in any case
+KEPT_ARRAYS = 20
 MOST_RUNS = 256  # whose lengths are told: more than any process has in memory at once
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
@@ -99,8 +101,11 @@ def _small(n: int) -> int:
     return min(8 * n, MAPPED_FROM)
 
 
-def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = False) -> Needs:
-    """What the data take where a strategy has them; a map is always "standard"."""
+def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = False, keeps: bool = False) -> Needs:
+    """What the data take where a strategy has them; a map is always "standard".
+
+    ``keeps``: malloc keeps what is freed while data are streamed.
+    """
     p, streams = sizes.n_params, strategy == "streaming"
     start = START_BYTES + START_PER_PARAM * p
     if sizes.lanes:
@@ -108,6 +113,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
     start += 0 if on_workers else GRAPH_BYTES * sizes.n_chunks
     sample = 0 if on_workers else SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, sizes.n_points) * sizes.n_operands
     stream = max(sample, STREAM_ARRAYS * _small(sizes.longest[0])) if streams else 0.0
+    kept = KEPT_ARRAYS * min(sizes.read * sizes.longest[0], MOST_MAPPED) if keeps else 0.0
     copies = READ_COPIES if streams or sizes.lanes else READ_COPIES - 1  # the blocks of others are counted as held
 
     def run(n):
@@ -122,7 +128,7 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
         scratch=SCRATCH * rows + FACTOR_COPIES * sizes.factor,
         runs=tuple(map(run, sizes.longest)),
         passed=sizes.passed,
-        reader=sizes.making + stream,
+        reader=sizes.making + stream + kept,
         ahead=READ_AHEAD if streams else 0,
         apart=on_workers,
     )

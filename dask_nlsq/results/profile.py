@@ -451,7 +451,7 @@ def _search(problem: _Problem, rays, progress, limit, what: str) -> tuple[list[R
         delay = 0 if progress else PROGRESS_DELAY
         bar = stack.enter_context(tqdm(desc=what, unit=" reads", delay=delay, disable=not shown))
         stack.enter_context(attached(client))
-        sweep = stack.enter_context(open_sweep(data, plan.strategy, client, plan.n_partitions))
+        sweep = stack.enter_context(open_sweep(data, plan.strategy, client, plan.n_partitions, keeps=plan.keeps))
         level = (sweep.place.n_runs - 1).bit_length()
         joined = Segmentation.of(data, n)._replace(per_run=1, level=level)  # in blocks as in the fit, so with its kernels
         evaluator = Evaluator(sweep, result.objective, n, joined)
