@@ -22,7 +22,7 @@ from ..data.align import Data
 from ..data.chunks import Chunk, Preparation, release
 from ..data.loading import Load, PassedOn, compute_shared, plan_loads
 from ..kernels.kind import inherit_device
-from ..memory.machine import keep_freed_memory, large_arrays_given_back
+from ..memory.machine import MAPPED_FROM, MOST_MAPPED, give_freed_memory_back, keep_freed_memory, large_arrays_given_back
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
 from .devices import kernels_at_once, sent_ahead
@@ -186,6 +186,7 @@ class UnreadHere:
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
+        give_freed_memory_back()
 
 
 class UnreadByWorkers:
@@ -193,9 +194,9 @@ class UnreadByWorkers:
 
     held = False
 
-    def __init__(self, data: Data, client: Client, n_partitions: int):
+    def __init__(self, data: Data, client: Client, n_partitions: int, keeps: bool):
         runs, graph = plan_loads(data)
-        self.pieces = Pieces(client, _lay_out, data.preparation, runs, graph, n_partitions, False)
+        self.pieces = Pieces(client, partial(_lay_out, keeps), data.preparation, runs, graph, n_partitions, False)
         self.n_runs, self.level = len(runs), self.pieces.level
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
@@ -211,8 +212,8 @@ class UnreadByWorkers:
         self.pieces.close()
 
 
-def _lay_out(preparation, runs, keys, *values) -> LazyRuns:
-    keep_freed_memory()
+def _lay_out(keeps, preparation, runs, keys, *values) -> LazyRuns:
+    keep_freed_memory(MOST_MAPPED if keeps else MAPPED_FROM)
     return LazyRuns(preparation, runs, dict(zip(keys, values, strict=True)))
 
 
@@ -229,5 +230,5 @@ Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers
 def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int, look: Look, keeps: bool) -> Place:
     """Bring data where they will be swept, or see to it that they can be read there."""
     if strategy == "streaming":
-        return UnreadHere(data, keeps) if client is None else UnreadByWorkers(data, client, n_partitions)
+        return UnreadHere(data, keeps) if client is None else UnreadByWorkers(data, client, n_partitions, keeps)
     return HeldHere.load(data, threads(), look) if client is None else HeldByWorkers(data, client, n_partitions, look)

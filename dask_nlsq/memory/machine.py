@@ -181,6 +181,12 @@ def process_settings() -> dict:
     return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc, device=device_here())
 
 
+def worker_settings() -> dict:
+    """The same of a worker, without the memory that earlier fits have freed there."""
+    give_freed_memory_back()
+    return process_settings()
+
+
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:
     """``client``; where it is None the default client, if there is one; None for False: this process alone."""
     if client is False:
@@ -218,16 +224,15 @@ def workers_memory(client: Client) -> dict[str, float] | None:
     return {address: float(limit) for address, limit in limits.items()} or None
 
 
-@cache
-def keep_freed_memory() -> bool:
-    """Let glibc reuse what a kernel frees, on a Dask worker; true where that was necessary.
+def keep_freed_memory(largest: int = MAPPED_FROM) -> bool:
+    """Let glibc reuse what is freed, arrays of up to ``largest`` bytes, on a Dask worker; true where that was necessary.
 
     A nanny sets ``MALLOC_TRIM_THRESHOLD_`` to 64 KiB. Each temporary array of a kernel then comes fresh from the operating
     system, a page fault for every 4 KiB, and a sweep takes 2 to 4 times as long (3 parameters: 1.7 ms instead of 0.5 ms
     for 2^16 points). Afterwards up to 64 MiB per thread stay with the process.
     """
     threshold = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    return threshold.isdigit() and int(threshold) < KEPT_BYTES and _mapped_from(MAPPED_FROM)
+    return threshold.isdigit() and int(threshold) < KEPT_BYTES and _mapped_from(largest)
 
 
 @contextmanager
@@ -245,6 +250,13 @@ def large_arrays_given_back(nbytes: int) -> Iterator[None]:
     finally:
         if changed:
             _mapped_from(MOST_MAPPED)
+
+
+def give_freed_memory_back() -> None:
+    """What malloc has kept goes back to the system: a millisecond, and 16 after 1e9 points were streamed."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _mapped_from(nbytes: int) -> bool:

@@ -215,17 +215,17 @@ def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Pla
     """The plan by the first of the strategies that may be tried."""
     strategy = tried[0]
     on_workers = strategy in ("chunked", "streaming") and client is not None
-    wanted, keeps = needs(sizes, strategy, on_workers), False
+    rooms = rooms_of_workers(client, memory_limit_gb) if on_workers else [room_here(memory_limit_gb)]
+    wanted, more = (needs(sizes, strategy, on_workers, keeps) for keeps in (False, True))
+    reading = [room.n_threads if on_workers else min(threads(), sizes.n_runs) for room in rooms]
+    room_for_more = all(more.working(n) <= room.nbytes for n, room in zip(reading, rooms, strict=True))
+    keeps = strategy == "streaming" and room_for_more
+    wanted = more if keeps else wanted
     if on_workers:
         per_thread = per_thread or (STREAM_PER_THREAD if strategy == "streaming" else None)
-        reason, n_partitions, places = _on_workers(
-            sizes, wanted, tried, rooms_of_workers(client, memory_limit_gb), per_thread
-        )
+        reason, n_partitions, places = _on_workers(sizes, wanted, tried, rooms, per_thread)
     else:
-        room, more = room_here(memory_limit_gb), needs(sizes, strategy, keeps=True)
-        keeps = strategy == "streaming" and more.working(min(threads(), sizes.n_runs)) <= room.nbytes
-        wanted = more if keeps else wanted
-        reason, n_partitions, places = _here(sizes, wanted, tried, room)
+        reason, n_partitions, places = _here(sizes, wanted, tried, *rooms)
     readers = max(places, key=lambda place: place.n_threads).n_threads
     plan = Plan(
         strategy=strategy,
@@ -292,9 +292,9 @@ class _Share(NamedTuple):
     fits: bool
 
 
-def _shared_out(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room], per_thread: int | None) -> tuple[int, list[_Share]]:
+def _shared_out(sizes: Sizes, wanted: Needs, rooms: Sequence[Room], per_thread: int | None) -> tuple[int, list[_Share]]:
     """Number of partitions, the first that fits of those that may be tried, and the share of each worker."""
-    wanted, total = needs(sizes, strategy, True), sum(room.n_threads for room in rooms)
+    total = sum(room.n_threads for room in rooms)
     tried, most = per_thread or tasks_per_thread(total), per_thread or MOST_PER_THREAD
     while True:
         n = count_partitions(sizes.n_runs, total, tried)
@@ -309,12 +309,12 @@ def _shared_out(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room], per_thr
 
 
 def _fits_workers(per_thread: int | None, sizes: Sizes, strategy: Strategy, rooms: Sequence[Room]) -> bool:
-    return all(share.fits for share in _shared_out(sizes, strategy, rooms, per_thread)[1])
+    return all(share.fits for share in _shared_out(sizes, needs(sizes, strategy, True), rooms, per_thread)[1])
 
 
 def _on_workers(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], rooms: list[Room], per_thread: int | None):
     strategy = tried[0]
-    n_partitions, shares = _shared_out(sizes, strategy, rooms, per_thread)
+    n_partitions, shares = _shared_out(sizes, wanted, rooms, per_thread)
     for room, (works, holds, fits) in zip(rooms, shares, strict=True):
         if fits:
             continue
