@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -206,13 +207,14 @@ def product(p, n):
     import jax
     from jax import lax
 
+    from dask_nlsq.base.compile import LONG
     from dask_nlsq.kernels.blocks import tile_size
     from dask_nlsq.kernels.kind import CPU
 
     tile = tile_size(CPU, p, n)
     tiles = np.random.default_rng(0).normal(size=(2, p + 1, tile))
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=LONG)  # as our kernels
     def add(tiles):
         def one(k, found):
             A = tiles[k % 2]
@@ -234,7 +236,9 @@ def cost_only(f, params, x, y):
     import jax
     import jax.numpy as jnp
 
-    @jax.jit
+    from dask_nlsq.base.compile import LONG
+
+    @partial(jax.jit, compiler_options=LONG)  # as our kernels
     def cost(params, x, y):
         return 0.5 * jnp.sum((f(x, *params) - y) ** 2)
 
@@ -418,7 +422,7 @@ def decay(x, a, b):
 
 def count():
     from dask_nlsq.model.function import _registry
-    return sum(f.run._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
+    return sum(f.run.run.run._cache_size() for m in _registry.values() for key, f in m.compiled.items() if key[0] == "sweep")
 
 if __name__ == "__main__":
     chunks = (*[40_000] * 62, 30_000, 50_000)

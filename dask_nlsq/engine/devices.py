@@ -90,6 +90,11 @@ def _packed(arrays):
     return jnp.concatenate([each.ravel() for each in arrays])
 
 
+def wait_for(results: Any) -> None:
+    """Until the arrays of a tree have been computed."""
+    jax.block_until_ready(results)
+
+
 def fetched(results: Any) -> Any:
     """A tree of arrays of float64, in the memory of this process; call inside ``float64()``."""
     leaves, tree = jax.tree.flatten(results)
