@@ -190,7 +190,8 @@ class HeldData:
         self.given = given  # arguments of `HELD`, as they came
         source.plan.warn()
         with attached(source.client):
-            self._sweep = open_sweep(source.data, source.plan.strategy, source.client, source.plan.n_partitions)
+            plan = source.plan
+            self._sweep = open_sweep(source.data, plan.strategy, source.client, plan.n_partitions, keeps=plan.keeps)
         self.closed = False
 
     @property

@@ -110,6 +110,18 @@ def test_qr_does_not_hide_a_value_that_is_not_finite(bad, kind):
 
 
 @pytest.mark.parametrize("m", [4, REFLECTED_UP_TO + 8])
+def test_a_factor_by_cholesky_of_columns_that_depend_on_each_other_is_right_for_many_tiles_at_once(m):
+    rows = np.random.default_rng(m).normal(size=(3, m, 4096))
+    rows[0, 2], rows[1, 1], rows[2, 0] = 2 * rows[0, 1], 0, 0.3 * rows[2, 1] + 0.7 * rows[2, 3]
+    with float64():
+        factors = np.asarray(jax.jit(jax.vmap(factor_by_cholesky))(rows))
+    for factor, each in zip(factors, rows, strict=True):
+        np.testing.assert_allclose(factor.T @ factor, each @ each.T, rtol=1e-12, atol=1e-10)
+        norms = np.linalg.norm(each, axis=1)
+        assert np.linalg.svd(factor / np.where(norms > 0, norms, 1), compute_uv=False)[-1] < 1e-14
+
+
+@pytest.mark.parametrize("m", [4, REFLECTED_UP_TO + 8])
 @pytest.mark.parametrize("condition", [1e3, 1e8, 1e13])
 def test_a_factor_by_cholesky_has_the_digits_of_one_by_reflections(m, condition):
     rng = np.random.default_rng(m)

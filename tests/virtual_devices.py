@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 
+import dask
 import dask.array as da
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def sent_ahead():
 
     partition.condense_blocks = seen
     try:
-        found = called("streamed")
+        with dask.config.set(num_workers=8):
+            found = called("streamed")
     finally:
         partition.condense_blocks = condense
     return dict(kinds=sorted(kinds), most=most, popt=found.popt.tolist())

@@ -193,7 +193,7 @@ def build_data(
     def layout(operand, coordinate=False):
         return Layout(operand.shape == y.shape, coordinate and _indexes(x_kind, operand))
 
-    axes = _told_apart(y.shape, [each.shape for each in aligned if each.size > 1 and each.shape != y.shape])
+    axes = _merged_axes(y.shape, [each.shape for each in aligned if each.size > 1 and each.shape != y.shape])
     masked = mask is not None or omit or hides
     layouts = Layouts(
         y=Layout(True, scale=decoding.scale, offset=decoding.offset),
@@ -223,7 +223,7 @@ def build_data(
     return Data(aligned, chunks, preparation, decoded=decoded, scaled=scaled)
 
 
-def _told_apart(shape, others) -> tuple[int, ...]:
+def _merged_axes(shape, others) -> tuple[int, ...]:
     """The first of the axes that can be one, since the arrays with ``others`` as shapes have both or neither."""
     firsts, before = [0], None
     for k in np.flatnonzero(np.array(shape) > 1):

@@ -68,7 +68,7 @@ class Chunk(NamedTuple):
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
     staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the pool
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...]
 
 
 class ValuePolicy(NamedTuple):

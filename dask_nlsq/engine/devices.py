@@ -20,7 +20,7 @@ from ..kernels.kind import Kind, devices_here
 from ..memory.device import said_if_full, scratch
 
 logger = logging.getLogger("dask_nlsq")
-KERNELS_AHEAD = 2  # on each device: one computes while the result of another is fetched
+KERNELS_AHEAD = 2  # for each device: one computes while the result of another is fetched
 
 
 class OnDevices:

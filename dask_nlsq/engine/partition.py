@@ -117,13 +117,13 @@ class Work(NamedTuple):
 
     ``merge(results, *args)`` makes one result of those of neighbours, in order. ``share(function, blocks)`` is
     ``function(blocks)``, a list with something for each block, by several threads where there are any. ``name`` is that of
-    its tasks, ``compiled`` whether kernels do all of it.
+    its tasks, ``on_device`` whether it is done where kernels compute.
     """
 
     name: str
     of: Callable
     merge: Callable
-    compiled: bool = False
+    on_device: bool = False
 
 
 Share = Callable[[Callable[[Sequence[Block]], list], Sequence[Block]], list]
@@ -200,8 +200,8 @@ def _joined(results: Iterable[list], *args) -> list[Any]:
     return [each for found in results for each in found]
 
 
-CONDENSE = Work("sweep", _condense, _merge_answers, compiled=True)
+CONDENSE = Work("sweep", _condense, _merge_answers, on_device=True)
 DESCRIBE = Work("census", _describe, _joined)
-COUNT = Work("count", _count, _joined)
+COUNT = Work("count", _count, _joined, on_device=True)
 PICK = Work("points", _pick, _joined)
 DRAW = Work("draw-points", _draw, _joined)

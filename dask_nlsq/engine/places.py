@@ -8,7 +8,7 @@ runs, so that its result is a node of the tree of the merge.
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from contextvars import copy_context
 from functools import partial
 from threading import Semaphore, local
@@ -22,7 +22,7 @@ from ..data.align import Data
 from ..data.chunks import Chunk, Preparation, release
 from ..data.loading import Load, PassedOn, compute_shared, plan_loads
 from ..kernels.kind import inherit_device
-from ..memory.machine import MAPPED_FROM, MOST_MAPPED, give_freed_memory_back, keep_freed_memory, large_arrays_given_back
+from ..memory.machine import give_freed_memory_back, keep_freed_memory, large_arrays_given_back
 from ..memory.needs import READ_AHEAD
 from .cluster import Pieces
 from .devices import kernels_at_once, sent_ahead
@@ -133,16 +133,18 @@ class LazyRuns(NamedTuple):
     ) -> Iterator:
         """The result of the work on each run, in order; the `readers` in the pool have one in memory each."""
         kind, n_ahead = self.preparation.kind, n_threads + READ_AHEAD
-        kernels = Semaphore(kernels_at_once(kind, n_threads))
+        n_kernels = kernels_at_once(kind, n_threads)
+        kernels, on_device = Semaphore(n_kernels), Semaphore(n_kernels + READ_AHEAD)
         runs = [self.runs[place] for place in places]
         known = PassedOn(self.shared, runs)
 
         def one(run):
             chunk = load_chunk(self.preparation, run, known)
             try:
-                ready = chunk._replace(blocks=sent_ahead(kind, chunk.blocks)) if work.compiled else chunk
-                with kernels:
-                    return work.of(Partition.of(self.preparation, [ready], held=False), objectives, *args)
+                with on_device:
+                    ready = chunk._replace(blocks=sent_ahead(kind, chunk.blocks)) if work.on_device else chunk
+                    with kernels:
+                        return work.of(Partition.of(self.preparation, [ready], held=False), objectives, *args)
             finally:
                 release(chunk)
 
@@ -176,12 +178,12 @@ class UnreadHere:
     def __init__(self, data: Data, keeps: bool):
         runs, common = plan_loads(data)
         self.lazy, self.n_runs = LazyRuns(data.preparation, runs, compute_shared(runs, common)), len(runs)
-        self.nbytes, self.n_threads = 0 if keeps else data.nbytes, threads()
+        self.nbytes, self.keeps, self.n_threads = data.nbytes, keeps, threads()
         self.pool = readers(self.n_threads)
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
         runs = range(self.n_runs) if runs is None else runs
-        with large_arrays_given_back(self.nbytes):
+        with nullcontext() if self.keeps else large_arrays_given_back(self.nbytes):
             yield from zip(runs, self.lazy.each(work, runs, objectives, args, self.n_threads, self.pool), strict=True)
 
     def close(self) -> None:
@@ -194,9 +196,9 @@ class UnreadByWorkers:
 
     held = False
 
-    def __init__(self, data: Data, client: Client, n_partitions: int, keeps: bool):
+    def __init__(self, data: Data, client: Client, n_partitions: int):
         runs, graph = plan_loads(data)
-        self.pieces = Pieces(client, partial(_lay_out, keeps), data.preparation, runs, graph, n_partitions, False)
+        self.pieces = Pieces(client, _lay_out, data.preparation, runs, graph, n_partitions, False)
         self.n_runs, self.level = len(runs), self.pieces.level
 
     def each(self, work: Work, runs: Runs, objectives: Sequence[Objective], *args, look: Look = calm) -> Results:
@@ -212,8 +214,8 @@ class UnreadByWorkers:
         self.pieces.close()
 
 
-def _lay_out(keeps, preparation, runs, keys, *values) -> LazyRuns:
-    keep_freed_memory(MOST_MAPPED if keeps else MAPPED_FROM)
+def _lay_out(preparation, runs, keys, *values) -> LazyRuns:
+    keep_freed_memory()
     return LazyRuns(preparation, runs, dict(zip(keys, values, strict=True)))
 
 
@@ -230,5 +232,5 @@ Place = HeldHere | HeldByWorkers | UnreadHere | UnreadByWorkers
 def open_place(data: Data, strategy: str, client: Client | None, n_partitions: int, look: Look, keeps: bool) -> Place:
     """Bring data where they will be swept, or see to it that they can be read there."""
     if strategy == "streaming":
-        return UnreadHere(data, keeps) if client is None else UnreadByWorkers(data, client, n_partitions, keeps)
+        return UnreadHere(data, keeps) if client is None else UnreadByWorkers(data, client, n_partitions)
     return HeldHere.load(data, threads(), look) if client is None else HeldByWorkers(data, client, n_partitions, look)

@@ -1,6 +1,7 @@
 """What a sweep is asked for, and how blocks of data answer it."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import numpy as np
@@ -94,7 +95,8 @@ def condense_blocks(preparation: Preparation, blocks: Sequence[Block], requests:
     kernels: dict[tuple, Callable] = {}
     found: list[list] = []
     ahead = len(blocks) if preparation.kind.own_memory else AHEAD
-    with float64(), said_if_full():
+    with float64(), said_if_full(), ExitStack() as on_error:
+        on_error.callback(wait_for, found)  # a kernel may still read a block that is given back
         for block in blocks:
             begun: list[tuple] = []
             for k, request in enumerate(requests):
@@ -113,9 +115,10 @@ def condense_blocks(preparation: Preparation, blocks: Sequence[Block], requests:
             if len(found) > ahead:
                 with context_meter.meter("jax-execute"):
                     wait_for(found[-1 - ahead])
+        on_error.pop_all()
         with context_meter.meter("jax-execute"):
-            found = fetched(found) if preparation.kind.own_memory else found
-            return [[_sums(*each) for each in begun] for begun in found]
+            results = fetched(found) if preparation.kind.own_memory else found
+            return [[_sums(*each) for each in begun] for begun in results]
 
 
 def _sums(matrix, cost, segments, weights) -> Sums:

@@ -19,7 +19,7 @@ from ..data.align import Data
 from ..data.chunks import Census, merge_censuses
 from ..data.sample import NoSample, Sample, as_sample, sample_size, spread
 from ..data.store import BadChunkError
-from ..memory.needs import SAMPLE_POINTS
+from ..memory.needs import POINTS_SHARE, SAMPLE_POINTS
 from .condensed import Condensed, Read, Sums, Tree
 from .partition import CONDENSE, COUNT, DESCRIBE, DRAW, PICK, Answers, longest
 from .places import HeldHere, Place, open_place
@@ -29,7 +29,6 @@ from .waiting import Look, calm
 SAMPLE_SHARE = 10  # the sample takes one in this number of runs of chunks,
 SAMPLE_REGIONS = 6  # at least this number: two peaks on a sorted axis took 4 sweeps from six regions, 4 to 15 from two
 SAMPLE_RUNS = 64  # and at most these, or two per parameter: enough to see all regions of the data
-POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
 CHECKED = 8  # points of the sample on which the model is checked
 
 
@@ -37,7 +36,7 @@ class SampleSummary(NamedTuple):
     """The sample that a fit began with."""
 
     n_points: int
-    n_chunks: int  # runs of chunks that were read for it
+    n_chunks: int  # runs of chunks that it is from
     of_chunks: int  # that there are
     seconds: float
     nfev: int = 0  # passes over the sample until it was fitted

@@ -68,9 +68,9 @@ def segment_size(n_params: int) -> int:
 def unpack(parts: np.ndarray, n_params: int) -> SegmentSums:
     """`SegmentSums` of the rows (k, segment_size) that sweeps add up."""
     m = n_params + 1
-    gram, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
+    grams, spread, sums, weights = np.split(parts, [m * m, 2 * m * m, 2 * m * m + 6], axis=1)
     cost, residual, squares, n, n_tiles, floored = sums.T
-    shaped = gram.reshape(-1, m, m), spread.reshape(-1, m, m)
+    shaped = grams.reshape(-1, m, m), spread.reshape(-1, m, m)
     return SegmentSums(*shaped, cost, residual, squares, n, n_tiles, floored, weights)
 
 

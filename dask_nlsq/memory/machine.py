@@ -181,12 +181,6 @@ def process_settings() -> dict:
     return dict(_versions(), now=now, x64=x64, cores=cores, pjrt_nproc=nproc, device=device_here())
 
 
-def worker_settings() -> dict:
-    """The same of a worker, without the memory that earlier fits have freed there."""
-    give_freed_memory_back()
-    return process_settings()
-
-
 def active_client(client: Client | Literal[False] | None = None) -> Client | None:
     """``client``; where it is None the default client, if there is one; None for False: this process alone."""
     if client is False:
@@ -224,15 +218,16 @@ def workers_memory(client: Client) -> dict[str, float] | None:
     return {address: float(limit) for address, limit in limits.items()} or None
 
 
-def keep_freed_memory(largest: int = MAPPED_FROM) -> bool:
-    """Let glibc reuse what is freed, arrays of up to ``largest`` bytes, on a Dask worker; true where that was necessary.
+@cache
+def keep_freed_memory() -> bool:
+    """Let glibc reuse what a kernel frees, on a Dask worker; true where that was necessary.
 
     A nanny sets ``MALLOC_TRIM_THRESHOLD_`` to 64 KiB. Each temporary array of a kernel then comes fresh from the operating
     system, a page fault for every 4 KiB, and a sweep takes 2 to 4 times as long (3 parameters: 1.7 ms instead of 0.5 ms
     for 2^16 points). Afterwards up to 64 MiB per thread stay with the process.
     """
     threshold = os.environ.get("MALLOC_TRIM_THRESHOLD_", "")
-    return threshold.isdigit() and int(threshold) < KEPT_BYTES and _mapped_from(largest)
+    return threshold.isdigit() and int(threshold) < KEPT_BYTES and _mapped_from(MAPPED_FROM)
 
 
 @contextmanager
@@ -240,8 +235,8 @@ def large_arrays_given_back(nbytes: int) -> Iterator[None]:
     """Within, arrays of 4 MiB and more go back to the system as soon as they are freed, where glibc decides that by itself.
 
     It keeps those up to 32 MiB otherwise, for each of the threads that read: reading 4e6 values at a time took 1450 MB in
-    place of 810, in the same time. Of work that reads little, ``nbytes`` in all, it cannot keep much, and page faults for
-    fresh arrays would be a fifth of its time.
+    place of 810. Page faults for fresh ones are a fifth of the time in which 1e7 counts at a time are read and swept. Of
+    work that reads little, ``nbytes`` in all, it cannot keep much.
     """
     by_default = nbytes > KEPT_BYTES and not {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys()
     changed = by_default and _mapped_from(MAPPED_FROM)

@@ -2,7 +2,7 @@
 
 The peak of a process is the memory that it already uses, plus
 
-* start: JAX, the compilation of the kernels, the graph;
+* start: JAX, the compilation of the kernels, the graph, and the sample with which a fit of held data begins;
 * held: prepared data, in the dtype in which they are stored, and the factor of a covariance matrix; or the chunks that a
   map joins and its results;
 * shared: values of the user's graph that all chunks need, computed once;
@@ -38,6 +38,7 @@ KEPT_ARRAYS = 20
 MOST_RUNS = 256  # whose lengths are told: more than any process has in memory at once
 READ_AHEAD = 2  # runs that are being read while the kernels work on others
 SAMPLE_POINTS = 2**19  # held of them, or one in
+POINTS_SHARE = 50  # of all: the sample is fitted in about ten sweeps over it
 SAMPLE_COPIES = 4  # of the sample, while it is drawn
 JOINED_POINTS = 2**16  # small chunks are joined up to here: enough to start a kernel for, few enough to share out
 SCRATCH = 8  # times a tile's rows
@@ -96,6 +97,12 @@ class Needs(NamedTuple):
         return self.start + self.shared + self.in_flight(n_threads) + n_threads * self.scratch
 
 
+def sample_bytes(sizes: Sizes, strategy: Strategy) -> float:
+    """Of the points with which a fit begins, in the process that calls, while they are drawn."""
+    most = sizes.n_points if strategy == "streaming" else sizes.n_points // POINTS_SHARE
+    return SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, most) * sizes.n_operands
+
+
 def _small(n: int) -> int:
     """Bytes of n values in float64, of those arrays that malloc keeps when they are freed."""
     return min(8 * n, MAPPED_FROM)
@@ -110,8 +117,9 @@ def needs(sizes: Sizes, strategy: Strategy = "standard", on_workers: bool = Fals
     start = START_BYTES + START_PER_PARAM * p
     if sizes.lanes:
         start = MAP_START + MAP_PER_PARAM * p + MAP_PER_PAIR * p**2
-    start += 0 if on_workers else GRAPH_BYTES * sizes.n_chunks
-    sample = 0 if on_workers else SAMPLE_COPIES * 8 * min(SAMPLE_POINTS, sizes.n_points) * sizes.n_operands
+    sample = 0.0 if on_workers or sizes.lanes else sample_bytes(sizes, strategy)
+    start += 0.0 if streams else sample
+    start += 0.0 if on_workers else GRAPH_BYTES * sizes.n_chunks
     stream = max(sample, STREAM_ARRAYS * _small(sizes.longest[0])) if streams else 0.0
     kept = KEPT_ARRAYS * min(sizes.read * sizes.longest[0], MOST_MAPPED) if keeps else 0.0
     copies = READ_COPIES if streams or sizes.lanes else READ_COPIES - 1  # the blocks of others are counted as held

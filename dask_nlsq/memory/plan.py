@@ -65,7 +65,8 @@ class Plan:
     decoded : tuple of str
         Applied attributes of stored arrays, a line for each array.
     keeps : bool
-        There is room for memory that is freed to stay with this process: streaming takes a fifth less time then.
+        There is room for memory that is freed to stay with this process: streaming can take a fifth less time then. Workers
+        give it back.
     """
 
     strategy: Strategy
@@ -215,17 +216,19 @@ def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Pla
     """The plan by the first of the strategies that may be tried."""
     strategy = tried[0]
     on_workers = strategy in ("chunked", "streaming") and client is not None
-    rooms = rooms_of_workers(client, memory_limit_gb) if on_workers else [room_here(memory_limit_gb)]
-    wanted, more = (needs(sizes, strategy, on_workers, keeps) for keeps in (False, True))
-    reading = [room.n_threads if on_workers else min(threads(), sizes.n_runs) for room in rooms]
-    room_for_more = all(more.working(n) <= room.nbytes for n, room in zip(reading, rooms, strict=True))
-    keeps = strategy == "streaming" and room_for_more
-    wanted = more if keeps else wanted
+    wanted, keeps = needs(sizes, strategy, on_workers), False
     if on_workers:
         per_thread = per_thread or (STREAM_PER_THREAD if strategy == "streaming" else None)
-        reason, n_partitions, places = _on_workers(sizes, wanted, tried, rooms, per_thread)
+        reason, n_partitions, places = _on_workers(
+            sizes, wanted, tried, rooms_of_workers(client, memory_limit_gb), per_thread
+        )
     else:
-        reason, n_partitions, places = _here(sizes, wanted, tried, *rooms)
+        room = room_here(memory_limit_gb)
+        if strategy == "streaming":
+            more = needs(sizes, strategy, keeps=True)
+            keeps = more.working(_threads_of(sizes)) <= room.nbytes
+            wanted = more if keeps else wanted
+        reason, n_partitions, places = _here(sizes, wanted, tried, room)
     readers = max(places, key=lambda place: place.n_threads).n_threads
     plan = Plan(
         strategy=strategy,
@@ -244,8 +247,13 @@ def _decided(sizes, tried, memory_limit_gb, client, per_thread, since="") -> Pla
     return plan
 
 
+def _threads_of(sizes: Sizes) -> int:
+    """Of this process that have something to do."""
+    return min(threads(), sizes.n_runs)
+
+
 def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
-    n_threads = min(threads(), sizes.n_runs)
+    n_threads = _threads_of(sizes)
     working, in_flight, streams = wanted.working(n_threads), wanted.in_flight(n_threads), tried[0] == "streaming"
     if not _fits_here(sizes, tried[0], [room]) and (sizes.lazy or room.limited):
         ways = ways_out(sizes, tried, [room], _fits_here)
@@ -271,7 +279,7 @@ def _here(sizes: Sizes, wanted: Needs, tried: Sequence[Strategy], room: Room):
 def _fits_here(sizes: Sizes, strategy: Strategy, rooms: Sequence[Room]) -> bool:
     """Whether this process, the only one of ``rooms``, can hold and work on data of these sizes."""
     wanted, (room,) = needs(sizes, strategy), rooms
-    return wanted.held + wanted.working(min(threads(), sizes.n_runs)) <= room.nbytes
+    return wanted.held + wanted.working(_threads_of(sizes)) <= room.nbytes
 
 
 def tasks_per_thread(n_threads: int) -> int:

@@ -11,7 +11,7 @@ from ..base.config import threads
 from ..base.text import GB, size, table
 from ..base.values import positive
 from .device import PREALLOCATE, Device
-from .machine import NO_X64, available_memory, process_settings, worker_settings, workers_memory
+from .machine import NO_X64, available_memory, process_settings, workers_memory
 from .needs import WORKER_BYTES
 from .threshold import effective_fraction
 
@@ -143,12 +143,12 @@ def wanted_resources() -> dict[str, float]:
 
 
 def ask_workers(client: Client) -> tuple[dict[str, int], dict[str, dict]]:
-    """By address: threads, and `machine.worker_settings`, of the workers that may have tasks of a fit: of all of them,
+    """By address: threads, and `machine.process_settings`, of the workers that may have tasks of a fit: of all of them,
     or of those that have the resources of an annotation around the call, without which Dask gives them none.
     """
     workers, wanted = client.scheduler_info(n_workers=-1)["workers"], wanted_resources().items()
     workers = {a: each for a, each in workers.items() if all(each["resources"].get(key, 0) >= n for key, n in wanted)}
-    answers = client.run(worker_settings, workers=list(workers), on_error="return") if workers else {}
+    answers = client.run(process_settings, workers=list(workers), on_error="return") if workers else {}
     found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}  # others have left
     for address, answer in found.items():
         if isinstance(answer, ModuleNotFoundError):
