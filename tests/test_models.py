@@ -559,7 +559,7 @@ def test_a_guess_is_compiled_once_for_all_bounds_and_fixed_values():
     ):
         curve_fit(model, x, y, **call)
         compiled += [each for each in kept.items() if each[0][0] == "guess"]
-    assert len(dict(compiled)) == 1 and compiled[0][1]._cache_size() == 1
+    assert len(dict(compiled)) == 1 and compiled[0][1].run.run.run._cache_size() == 1
     maps = [fit_map(model, x, y[None], bounds={"gaussian_center": (low, 5)}) for low in (0, 1)]
     assert maps[0].problem.fit.spec == maps[1].problem.fit.spec
 
