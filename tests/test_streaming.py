@@ -417,6 +417,21 @@ def test_a_narrow_peak_that_the_sample_does_not_see_is_fitted(long):
     assert abs(found.popt[3] - 5) < 5 * found.perr[3] < 0.1
 
 
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_a_sample_with_a_point_or_two_of_a_narrow_peak_does_not_lead_away_from_it(seed, long):
+    """Of the peak's 12 points; the sample would end at a cost of 5339 and succeed, or creep."""
+    rng, width = np.random.default_rng(seed), 1.5e-5
+    x, centre = long[0], rng.uniform(1, 9)
+    y = 5 * np.exp(-(((x - centre) / width) ** 2)) + 0.05 * rng.standard_normal(len(x))
+
+    def peak(x, height, centre, width, base):
+        return height * jnp.exp(-(((x - centre) / width) ** 2)) + base
+
+    found = curve_fit(peak, x, y, p0=[4, centre + 0.4 * width, 1.2 * width, 0.3])
+    assert found.success and found.sweeps <= 8
+    assert np.all(np.abs(found.popt - [5, centre, width, 0]) < 5 * found.perr)
+
+
 @pytest.mark.slow
 def test_params_that_the_sample_does_not_see_are_found():
     outside = [k for k in range(45) if k not in spread(6, 45)][20]

@@ -15,7 +15,7 @@ import numpy as np
 from ..base.config import threads
 from ..data.chunks import Census, Chunk
 from ..data.sample import Sample
-from ..engine.condensed import Segmentation
+from ..engine.condensed import Condensed, Segmentation, factor
 from ..engine.evaluator import Evaluator
 from ..engine.partition import Partition
 from ..engine.places import HeldHere
@@ -28,6 +28,7 @@ from .trust_region import Asks, NotFiniteAtStart, Options, Solution, solve, solv
 SAMPLE_PER_PARAM = 2  # points, below which a fit of the sample is useless
 SAMPLE_PRECISION = 0.1  # standard errors of the sample to which it is fitted: what all data move is far more
 SAMPLE_SWEEPS = 80  # over the sample at most: work of two over all data, and no reads; 53 parameters took 55
+UNLIKE, RANK = 2.0, 1e-12  # times as much known of a direction is too much to be chance; of columns of norm 1
 ALIKE = 3.0  # standard errors of the sample: smaller differences from the start are not significant
 HELD_BLOCKS = 16  # of data that are held, from which the sweeps that a sample saves take longer than its fit
 PIECES = 8  # in which a large sample is shared out to threads
@@ -57,16 +58,39 @@ def told_apart(found: Solution, start: np.ndarray, sweep: Callable) -> np.ndarra
     A peak that the sample has missed keeps its start so, instead of one from the noise. Directions are those of the
     singular vectors of J at the end, with columns of norm 1.
     """
-    factor, equations = found.factor, found.equations
-    norms = np.linalg.norm(factor.R, axis=0)
+    R, equations = found.factor.R, found.equations
+    norms = np.linalg.norm(R, axis=0)
     norms = np.where(norms > 0, norms, 1.0)
-    _, s, Vt = np.linalg.svd(factor.R / norms)
+    _, s, Vt = np.linalg.svd(R / norms)
     along = Vt @ (norms * (found.params - start))
     sigma = np.sqrt(2 * equations.cost / max(equations.n_points - len(start), 1))
     alike = np.abs(s * along) < ALIKE * sigma
     mixed = start + Vt[~alike].T @ along[~alike] / norms
     worse = sweep(mixed, "gram").cost - equations.cost
     return mixed if worse < 0.5 * ALIKE**2 * sigma**2 * np.count_nonzero(alike) else found.params  # false for nan
+
+
+def misled(here: Condensed, there: Condensed, moved: np.ndarray) -> bool:
+    """Whether a sample, ``here``, has moved the parameters where it says another thing of them than all data, ``there``.
+
+    Where few of its points see a narrow feature, it follows their noise. Both matrices at the same params say how well
+    each direction is determined; per point they differ where few points of the sample determine one. That is so if the
+    sample has points from everywhere; one from a few chunks differs anyway.
+    """
+    if not (here.finite and there.finite):
+        return False
+    factors = [factor(each).R / np.sqrt(each.n_points) for each in (here, there)]
+    ours, theirs = (R.T @ R for R in factors)
+    lengths = np.sqrt(np.diag(theirs))
+    lengths = np.where(lengths > 0, lengths, 1.0)
+    size, axes = np.linalg.eigh(theirs / np.outer(lengths, lengths))
+    known = size > len(size) * RANK
+    axes = axes[:, known] / np.sqrt(size[known])
+    share, turn = np.linalg.eigh(axes.T @ (ours / np.outer(lengths, lengths)) @ axes)
+    along = turn.T @ (axes.T @ (theirs / lengths[:, None]) @ moved)
+    sigma = np.sqrt(2 * there.cost) / there.n_points
+    unlike = (share < 1 / UNLIKE) | (share > UNLIKE)
+    return bool(np.any(unlike & (np.abs(along) > ALIKE * sigma)))
 
 
 def pays(sweep: Sweep) -> bool:
@@ -108,12 +132,15 @@ def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.
         with small.sweep:
             solution = solve(small, start, own)
             warm = told_apart(solution, start, small)
+            warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
+            seen = small(warm, "gram")
     except NotFiniteAtStart:
         return start
     evaluator.drawn = drawn._replace(nfev=solution.nfev)
-    warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
     reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
     there = evaluator(warm, reduction)
+    if evaluator.sweep.place.held and misled(seen, there, warm - start):
+        return start
     expected = solution.history[0].cost / sample.n_points  # per point
     if predicted_cost(there, warm, options) / there.n_points <= expected:
         return warm
