@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import inf
 from typing import Literal, NamedTuple
@@ -80,7 +80,7 @@ class Plan:
     in_flight_bytes: int
     places: tuple[ProcessMemory, ...]
     decoded: tuple[str, ...] = ()
-    keeps: bool = False
+    keeps: bool = field(default=False, compare=False)  # which is of no use in files of results
 
     @property
     def peak_bytes(self) -> float:
