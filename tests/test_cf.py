@@ -378,6 +378,7 @@ def by_xarray(path, **variables):
     return path
 
 
+@pytest.mark.slow
 def test_the_fill_value_of_format_2_marks_invalid_values_where_xarray_takes_it_for_that(tmp_path):
     y, sigma, x = np.round(100 * Y), np.full(N, 5.0), np.round(1000 * X)
     y[::50], sigma[7::50], x[9::50] = np.nan, np.nan, np.nan

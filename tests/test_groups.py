@@ -756,8 +756,8 @@ def joint_peaks(y, own):
 @pytest.mark.parametrize(
     "loss, bounds",
     [
-        ("poisson", dict(a=(0, np.inf))),
-        pytest.param("linear", {}, marks=pytest.mark.slow),
+        pytest.param("poisson", dict(a=(0, np.inf)), marks=pytest.mark.slow),
+        ("linear", {}),
         pytest.param("linear", dict(a=(0, np.inf)), marks=pytest.mark.slow),
         pytest.param("poisson", {}, marks=pytest.mark.slow),
     ],

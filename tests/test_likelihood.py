@@ -132,6 +132,7 @@ def test_counts_that_were_divided_are_warned_of_by_maps(counts):
         dask_nlsq.fit_map(decay, X[::100], y, p0=[2, 1, 1], loss="poisson").compute(scheduler="synchronous")
 
 
+@pytest.mark.slow
 def test_means_of_counts_from_which_a_map_starts_are_not_warned_of(counts):
     fits = dask_nlsq.fit_map(
         decay, X[::100], np.stack([counts, counts[::-1]])[:, ::100], p0=[2, 1, 1], loss="poisson", guess="coarse-to-fine"

@@ -817,6 +817,7 @@ np.testing.assert_allclose(found.popt, np.tile([1.3, 2.0], (64, 1)), rtol=1e-5)
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_calls_lapack_for_each_point_does_not_hang_where_as_many_blocks_are_fitted_as_jax_has_threads():
     root, environment = Path(__file__).parent.parent, os.environ | {"PJRT_NPROC": "2"}
     run = subprocess.run(

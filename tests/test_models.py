@@ -234,6 +234,7 @@ def test_a_ready_model_needs_no_start(p0):
     np.testing.assert_allclose(result.history[0].params, TRUTH, rtol=0.2)
 
 
+@pytest.mark.slow
 def test_what_p0_does_not_name_is_guessed():
     names = (gaussian + line).param_names
     guessed = curve_fit(gaussian + line, X_LONG, Y_LONG).history[0].params
@@ -286,6 +287,7 @@ def test_points_that_do_not_count_do_not_change_the_guess():
     np.testing.assert_array_equal(masked.popt, omitted.popt)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_points_does_not_matter():
     x, y = peak_on_a_line(400)
     order, guess = RNG.permutation(x.size), jax.jit(Guess(gaussian + line))
@@ -481,6 +483,7 @@ def test_in_a_map_too_what_p0_leaves_out_is_guessed_beside_what_it_gives():
     np.testing.assert_allclose(fits.chi2, 167, atol=1)
 
 
+@pytest.mark.slow
 def test_a_map_keeps_what_p0_gives_and_guesses_the_rest():
     x = np.linspace(0, 10, 40)
     y = np.stack([a * np.exp(-0.5 * ((x - c) / 0.5) ** 2) for a, c in ((3, 4.0), (5, 6.0))])

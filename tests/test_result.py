@@ -150,7 +150,8 @@ def assert_same(one, two):
         for each, other in zip(one, two, strict=True):
             assert_same(each, other)
     elif is_dataclass(one):
-        assert_same(vars(one), vars(two))
+        names = [field.name for field in fields(one) if field.compare]
+        assert_same(*([getattr(each, name) for name in names] for each in (one, two)))
     else:
         assert one == two
 

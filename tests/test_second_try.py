@@ -134,7 +134,8 @@ def test_pixels_of_counts_are_fitted_where_the_mean_is_not_positive_at_the_start
 INVALID = 2.0**123  # 1e37
 
 
-@pytest.mark.parametrize("way", ["value", *(pytest.param(way, marks=pytest.mark.slow) for way in ("nan", "x"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["value", "nan", "x"])
 def test_values_that_do_not_count_hide_no_second_try_of_a_pixel(way):
     y, x, options = (DECAYING[None] / 1e3).astype("f4"), X, dict(nan_policy="omit")
     plain = fit_map(decay, np.delete(X, 7), np.delete(y, 7, axis=1), [1, 1, 1]).compute()
@@ -227,7 +228,7 @@ def peaks(unit, n=40):
     return truth, np.array([peak(PLACES, *params) for params in truth]) + 0.2 * unit * rng.normal(size=(n, 64))
 
 
-@pytest.mark.parametrize("unit", [1, 1e3, 1e12])
+@pytest.mark.parametrize("unit", [1e3, *(pytest.param(unit, marks=pytest.mark.slow) for unit in (1, 1e12))])
 @pytest.mark.parametrize(
     "p0, bounds", [([0, 0, 1, 0], POSITIVE), ([1, 0, 1, 1], POSITIVE), ([1, 0, 1, 1], (-np.inf, np.inf))]
 )
@@ -297,7 +298,7 @@ def in_units(y, x, bounds):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("loss", ["linear", pytest.param("soft_l1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bounds", DEAD.values(), ids=DEAD)
-@pytest.mark.parametrize("level", [0.0, 5.0, pytest.param(1 / 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", [5.0, *(pytest.param(level, marks=pytest.mark.slow) for level in (0.0, 1 / 3))])
 def test_a_dead_pixel_determines_neither_place_nor_width_of_a_peak(level, bounds, loss):
     for y, x in ((1.0, 1.0), (1e-9, 1e6)):
         points, start, ends = in_units(y, x, bounds)
@@ -308,7 +309,8 @@ def test_a_dead_pixel_determines_neither_place_nor_width_of_a_peak(level, bounds
         assert np.all(maps.status == MapStatus.UNDETERMINED) and np.isinf(maps.perr[:, [1, 2]]).all()
 
 
-@pytest.mark.parametrize("bounds", [pytest.param(DEAD["no bounds"], marks=pytest.mark.slow), DEAD["one side"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("bounds", [DEAD["no bounds"], DEAD["one side"]])
 def test_a_group_without_a_peak_determines_no_local_place(bounds):
     rng = np.random.default_rng(0)
     y = np.concatenate([measured(rng, (3,), 40, 1, 0.5), np.full((1, 64), 5.0), np.zeros((1, 64))])
@@ -319,7 +321,7 @@ def test_a_group_without_a_peak_determines_no_local_place(bounds):
     assert np.isinf(local.perr[3:, 1]).all()
 
 
-@pytest.mark.parametrize("level", [0.0, 5.0])
+@pytest.mark.parametrize("level", [pytest.param(0.0, marks=pytest.mark.slow), 5.0])
 @pytest.mark.parametrize("dtype", ["float64", "uint16"])
 def test_dead_pixels_stand_out_in_a_map_with_masks_weights_and_coarse_starts(level, dtype):
     rng = np.random.default_rng(1)

@@ -281,7 +281,7 @@ def test_the_largest_value_counts_as_invalid_in_dask_and_xarray_arrays_of_stored
 
 
 @pytest.mark.parametrize(
-    "kind", ["open_dataset", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("from_zarr", "open_zarr", "h5py"))]
+    "kind", ["from_zarr", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("open_dataset", "open_zarr", "h5py"))]
 )
 def test_the_largest_value_counts_as_invalid_in_maps_and_groups_of_dask_and_xarray_arrays(kind, frames):
     y, x = AS_STORED[kind](frames), X[::1000]
