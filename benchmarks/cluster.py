@@ -190,15 +190,20 @@ def _scheduler_memory(n_sweeps, n_partitions):
                 process.wait()
 
 
-def scaling(n=10**8):
-    """Sweeps of n points on 1 and on 2 single-thread workers."""
+def scaling(n=5 * 10**7):
+    """Sweeps of n points on 1 and on 2 single-thread workers, and by 2 threads without a cluster."""
     times = []
+    with dask.config.set(num_workers=2), open_sweep(build_data(*lazy(n, n // 64), check=True, omit=False)) as sweep:
+        here = seconds(lambda: sweep.run([REQUEST]), 5)[0]
     for n_workers in (1, 2):
         with local(n_workers, env={"PJRT_NPROC": "1"}, memory_limit=0) as (_, client):
             problem = build_data(*lazy(n, n // 64), check=True, omit=False)
             with open_sweep(problem, "chunked", client, 4 * n_workers) as sweep:
                 times.append(seconds(lambda sweep=sweep: sweep.run([REQUEST]), 5)[0])
-    print(f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times")
+    print(
+        f"{n:.0e} points held by 1 and 2 workers: {times[0]:.2f} s and {times[1]:.2f} s, {times[0] / times[1]:.2f} times; "
+        f"2 workers / 2 threads without a cluster: {times[1] / here:.2f}"
+    )
 
 
 def closure(n=500_000, nbytes=200e6):
