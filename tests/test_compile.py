@@ -7,7 +7,7 @@ import pytest
 from jax import lax
 
 import dask_nlsq
-from dask_nlsq.base.compile import LONG, WRONG, Compiled
+from dask_nlsq.base.compile import COMPARED, LONG, WRONG, Compiled, options_of
 
 # elementwise functions of JAX, to which the others come down
 UNARY = """
@@ -58,6 +58,8 @@ def test_functions_that_long_vectors_get_wrong_keep_to_short_ones():
         return lax.fori_loop(0, 3, lambda k, sum: sum + jnp.arctan(x), jnp.zeros_like(x))
 
     with jax.enable_x64(True):
+        assert options_of(jax.make_jaxpr(within)(x)) == {}
+        assert options_of(jax.make_jaxpr(jnp.exp)(x)) == (LONG if COMPARED else {})
         np.testing.assert_allclose(Compiled(within)(x), 3 * np.arctan(x), rtol=1e-14)
 
 

@@ -17,8 +17,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 LONG = dict(xla_cpu_prefer_vector_width=512, xla_cpu_multi_thread_eigen=False)
 WRONG = frozenset({"atan"})  # primitives of JAX that return nonsense with long vectors (jaxlib 0.10)
 COMPARED = jax.__version_info__ < (0, 11)  # from 0.8 on
-
-
 SAME_BITS = dict(xla_gpu_deterministic_ops=True)  # else a GPU times its products and takes the fastest one, which may vary
 
 
@@ -43,9 +41,14 @@ class Compiled:
         return self.run(*args)
 
     def _jitted(self, *args) -> Callable:
-        names = {each.primitive.name for each in equations(self.trace(*args).jaxpr)}
-        options = (LONG if COMPARED and not names & WRONG else {}) | (SAME_BITS if self.long_sums else {})
+        options = options_of(self.trace(*args).jaxpr) | (SAME_BITS if self.long_sums else {})
         return jax.jit(self.function, compiler_options=options)
+
+
+def options_of(program: ClosedJaxpr) -> dict[str, Any]:
+    """Those with which it has the right values, the fastest ones."""
+    names = {each.primitive.name for each in equations(program)}
+    return LONG if COMPARED and not names & WRONG else {}
 
 
 def equations(program: Jaxpr | ClosedJaxpr) -> Iterator[Any]:

@@ -133,13 +133,13 @@ def warm_start(evaluator: Evaluator, start: np.ndarray, options: Options) -> np.
             solution = solve(small, start, own)
             warm = told_apart(solution, start, small)
             warm, start = (off_the_bounds(np, p, options.lower, options.upper, OFF_BOUND) for p in (warm, start))
-            seen = small(warm, "gram")
+            seen = small(warm, "gram") if evaluator.sweep.place.held else None
     except NotFiniteAtStart:
         return start
     evaluator.drawn = drawn._replace(nfev=solution.nfev)
     reduction: Reduction = "qr" if options.reduction == "qr" else "gram"
     there = evaluator(warm, reduction)
-    if evaluator.sweep.place.held and misled(seen, there, warm - start):
+    if seen is not None and misled(seen, there, warm - start):
         return start
     expected = solution.history[0].cost / sample.n_points  # per point
     if predicted_cost(there, warm, options) / there.n_points <= expected:
