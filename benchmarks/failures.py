@@ -30,7 +30,7 @@ from benchmarks.cluster import local
 from tests.clusters import command_line
 from tests.disks import small_disk
 
-dask_nlsq.data.align.JOINED_POINTS = 1  # small chunks stay apart
+dask_nlsq.data.joining.JOINED_POINTS = 1  # small chunks stay apart
 SEED = int(os.environ.get("SEED") or random.randrange(10**6))
 X = np.linspace(0, 10, 40_000)
 Y = 200 * np.exp(-0.5 * X) + 30 + np.random.default_rng(3).normal(0, 3, X.size)

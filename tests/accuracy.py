@@ -295,7 +295,7 @@ def in_blocks(array: np.ndarray, blocks: int) -> da.Array:
 @contextmanager
 def chunks_apart():
     """Small chunks are joined by default; here each is to have a matrix of its own."""
-    with mock.patch("dask_nlsq.data.align.JOINED_POINTS", 1):
+    with mock.patch("dask_nlsq.data.joining.JOINED_POINTS", 1):
         yield
 
 

@@ -36,7 +36,7 @@ def decay(x, a, b, c):
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
 
 
 def in_zarr(path, values, attributes, version=3):

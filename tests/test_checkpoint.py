@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
 
 
 def write(path):
@@ -398,7 +398,7 @@ def test_workers_and_threads_go_on_with_each_others_sweeps(tmp_path, workers):
 
 def start(*arguments):
     code = (
-        "import dask_nlsq.data.align as inputs; inputs.JOINED_POINTS = 1; import sys; from tests.checkpointed import main;"
+        "import dask_nlsq.data.joining as inputs; inputs.JOINED_POINTS = 1; import sys; from tests.checkpointed import main;"
     )
     command = [sys.executable, "-c", code + " main(*sys.argv[1:])", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -31,7 +31,7 @@ def decay(x, a, b, c):
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
     monkeypatch.setattr("dask_nlsq.data.align.SENT_BYTES", 8 * CHUNK)  # into which arrays in memory are cut
 
 

@@ -202,7 +202,7 @@ def test_conjugate_gradients_are_chosen_above_500_params():
 
 
 def test_threads_do_not_change_a_bit(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
     x, y = da.from_array(X, 100), da.from_array(Y, 137)
     with dask.config.set({"nlsq.threads": 1}):
         one = curve_fit(decay, x, y)
@@ -219,7 +219,7 @@ def client(workers):
 
 
 def test_an_active_client_is_used_and_gives_the_same_bits(client, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # a block for each of 22 chunks
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)  # a block for each of 22 chunks
     x, y = da.from_array(X, 100), da.from_array(Y, 137)
     here = curve_fit(decay, x, y, strategy="standard")
     there = curve_fit(decay, x, y)

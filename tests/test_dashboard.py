@@ -331,7 +331,7 @@ def test_time_in_jax_is_metered_apart_from_reading_in_spans_that_all_fits_share(
 
 @pytest.mark.slow
 def test_tasks_have_the_names_of_what_they_do(client, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # 15 chunks are enough to draw a sample
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)  # 15 chunks are enough to draw a sample
     with client.as_current():
         curve_fit(decay, *data(), **TIGHT)
         curve_fit(decay, *data(), **TIGHT, strategy="streaming")

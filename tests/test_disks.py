@@ -29,7 +29,7 @@ def disk(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
 
 
 def at(n, act, then=None):

@@ -142,7 +142,7 @@ def test_workers_hold_data_for_several_fits(workers):
 
 @pytest.mark.slow
 def test_data_that_stream_keep_their_sample(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)  # each chunk is a run
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)  # each chunk is a run
     y, lazy = counted()
     with hold(da.from_array(X, CHUNK), lazy, strategy="streaming") as data:
         first = curve_fit(decay, data, p0=[1, 1, 0])

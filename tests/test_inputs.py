@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+from itertools import product
 
 import dask
 import dask.array as da
@@ -17,7 +18,7 @@ import zarr
 
 from dask_nlsq import clear_memory_pool, curve_fit, fit_map, get_memory_manager, load, plan_fit, resume
 from dask_nlsq.data.align import build_data
-from dask_nlsq.data.chunks import prepare_chunk, release
+from dask_nlsq.data.chunks import merge_censuses, prepare_chunk, release
 from dask_nlsq.data.loading import PassedOn, plan_loads
 from dask_nlsq.engine.partition import load_chunk
 from dask_nlsq.kernels.kind import CPU
@@ -156,10 +157,43 @@ def test_small_chunks_are_joined_and_each_keeps_its_census():
     assert [int(block.geometry[0]) for block in chunk.blocks] == [3600]
 
 
-def test_chunks_with_axis_vectors_are_not_joined():
-    y = da.zeros((40, 90), chunks=(10, 9))
-    problem = build_data((np.arange(40)[:, None], np.arange(90)), y, check=True, omit=False)
-    assert len(plan_loads(problem)[0]) == 40
+def test_small_chunks_with_axis_vectors_are_joined_to_boxes(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 3000)
+    full = np.arange(2.0 * 40 * 90).reshape(2, 40, 90)
+    rows, columns = np.arange(40)[:, None], np.arange(90)
+    problem = build_data((rows, columns), da.from_array(full, chunks=(1, 7, 9)), check=True, omit=False)
+    assert problem.preparation.joins == (1, 4, 10) and problem.runs == ((1, 1), (28, 12), (90,))
+    runs, _ = plan_loads(problem)
+    assert [len(run) for run in runs] == [40, 20, 40, 20]
+    for run, (frame, rows_of_run) in zip(runs, product([0, 1], [slice(0, 28), slice(28, 40)]), strict=True):
+        chunk = load_chunk(problem.preparation, run, PassedOn({}, [run]))
+        (block,) = chunk.blocks
+        wanted = full[frame, rows_of_run].ravel()
+        y, _, x0, x1 = block.buffers
+        np.testing.assert_array_equal(y[: wanted.size], wanted)
+        assert block.geometry[0] == wanted.size and chunk.shape == (1, *full[frame, rows_of_run].shape)
+        np.testing.assert_array_equal(x0[: len(rows[rows_of_run])], rows[rows_of_run, 0])
+        np.testing.assert_array_equal(x1[:90], columns)
+
+
+def test_what_is_left_out_and_wrong_is_counted_for_each_chunk_of_a_run():
+    y = np.arange(12.0).reshape(4, 3)
+    y[0, 0], y[2, 1] = np.nan, np.inf
+    mask = np.zeros((4, 3), bool)
+    mask[1] = True
+    for omit in (True, False):
+        problem = build_data(np.arange(3.0), da.from_array(y, chunks=(1, 3)), None, mask, check=True, omit=omit)
+        (run,), _ = plan_loads(problem)
+        found = load_chunk(problem.preparation, run, PassedOn({}, [run])).censuses
+        assert [each.index for each in found] == [(k, 0) for k in range(4)]
+        assert [each.n_points for each in found] == [3] * 4 and [each.n_masked for each in found] == [0, 3, 0, 0]
+        assert [each.n_omitted for each in found] == ([1, 0, 1, 0] if omit else [0] * 4)
+        fault = merge_censuses(found).faults["ydata"]
+        assert (fault.count, fault.index) == (2, (0, 0))
+    y[0, 0] = 0
+    problem = build_data(np.arange(3.0), da.from_array(y, chunks=(1, 3)), None, mask, check=True, omit=False)
+    (run,), _ = plan_loads(problem)
+    assert merge_censuses(load_chunk(problem.preparation, run, PassedOn({}, [run])).censuses).faults["ydata"].index == (2, 0)
 
 
 def test_census_counts_by_argument():

@@ -119,7 +119,7 @@ def test_a_map_has_its_operands_and_weights_in_float64_beside_what_is_read():
 
 @pytest.fixture
 def chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
     with dask.config.set({"nlsq.threads": 2}):
         yield
 

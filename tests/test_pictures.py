@@ -365,7 +365,7 @@ def at_once(monkeypatch):
 
 @pytest.mark.parametrize(("n", "chunks"), [(6 * CPU.block_points, None), (6 * CPU.block_points, -1), (40_000, 1000)])
 def test_the_bins_in_memory_do_not_grow_with_the_number_of_blocks(n, chunks, at_once, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
     monkeypatch.setattr(binning, "AT_ONCE", 2)
     t, q = (np.random.default_rng(k).uniform(0, 1, n) for k in (0, 1))
     data = [each if chunks is None else da.from_array(each, chunks) for each in (t, q, 2 + t - q)]

@@ -38,7 +38,7 @@ EXPECTED = curve_fit(decay, X, Y, p0=P0, ftol=1e-12, xtol=1e-12, gtol=1e-12)
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
 
 
 def write(store, name=None, values=Y, **options):
@@ -487,7 +487,7 @@ def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
 
 
 def test_small_chunks_that_are_joined_lose_only_the_damaged_one(tmp_path, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 2**16)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 2**16)
     write(tmp_path / "y.zarr", **CODECS["crc32c"])
     flip(tmp_path / "y.zarr" / "c" / "0")
     found = curve_fit(decay, X, tmp_path / "y.zarr", sigma=3.0, absolute_sigma=True, p0=P0, on_bad_chunk="mask")
@@ -546,7 +546,7 @@ def opened(client, url):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.store.BACKOFF", 0.001)
+    monkeypatch.setattr("dask_nlsq.data.patience.BACKOFF", 0.001)
     with dask.config.set({"nlsq.read-deadline": 0.5}):
         yield
 
@@ -656,7 +656,7 @@ def test_an_answer_of_404_in_between_is_asked_again(tmp_path, impatient):
     ids=["connection", "bus", "permission", "decoding"],
 )
 def test_only_what_may_pass_is_tried_again(error, tries, tmp_path, monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.store.BACKOFF", 0.001)
+    monkeypatch.setattr("dask_nlsq.data.patience.BACKOFF", 0.001)
     write(tmp_path / "y.zarr")
     flaky = Flaky(LocalStore(tmp_path / "y.zarr"), error)
     stored = Stored("ydata", zarr.open_array(flaky, mode="r+"), Policy())

@@ -54,7 +54,7 @@ Y = 2 * np.exp(-0.5 * X) + 0.3 + RNG.normal(0, 0.05, N)
 
 @pytest.fixture(autouse=True)
 def small_chunks_stay_apart(monkeypatch):
-    monkeypatch.setattr("dask_nlsq.data.align.JOINED_POINTS", 1)
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 1)
 
 
 class Counted:

@@ -6,6 +6,7 @@ all frames, a scalar) stay small and are cut along the axes that they have. What
 sigma <= 0) can only be seen when a chunk has been read: see `dask_nlsq.data.chunks`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -17,10 +18,10 @@ import numpy as np
 
 from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
-from ..memory.needs import JOINED_POINTS
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
+from .joining import joins_of, parts_of, runs_of
 from .labels import NAMELESS, Names
 from .ranges import Ranges, of_each, parted_within
 
@@ -62,14 +63,26 @@ class Data:
     def n_chunks(self) -> int:
         return prod(len(sizes) for sizes in self.chunks)
 
+    @cached_property
+    def runs(self) -> tuple[tuple[int, ...], ...]:
+        """Sizes of the runs of chunks, like ``chunks``."""
+        return runs_of(self.chunks, self.preparation.joins)
+
     @property
     def n_runs(self) -> int:
-        return -(-self.n_chunks // self.preparation.run)
+        return prod(len(sizes) for sizes in self.runs)
 
     @property
     def run_points(self) -> int:
-        """Points of the longest run of chunks that are joined."""
-        return self.preparation.run * self.preparation.capacities[0]
+        """Points of the longest run."""
+        return self.preparation.capacities[0]
+
+    def numbers(self) -> list[int]:
+        """The number of the run of each chunk, in C order."""
+        found = np.zeros((), np.int64)
+        for sizes, runs, n in zip(self.chunks, self.runs, self.preparation.joins, strict=True):
+            found = found[..., None] * len(runs) + np.arange(len(sizes)) // n
+        return found.ravel().tolist()
 
     def indices(self) -> list[tuple[int, ...]]:
         """Indices of the chunks in C order."""
@@ -79,13 +92,15 @@ class Data:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
 
     def places(self, index: tuple[int, ...]) -> list:
-        """Where a chunk's piece of each operand is: a NumPy array, or a key where the operand is a Dask array."""
+        """Where a chunk's piece of each operand is: a NumPy array, or of a Dask array a `Part` of a store, or a key."""
         return [cut(index) for cut in self._cuts]
 
     def pieces(self, index: tuple[int, ...]) -> list:
         """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
-        places = zip(self.places(index), self._delayed, strict=True)
-        return [place if blocks is None else blocks[place[1:]] for place, blocks in places]
+        return [
+            cut(index) if blocks is None else blocks[tuple(min(i, n - 1) for i, n in zip(index, blocks.shape, strict=True))]
+            for cut, blocks in zip(self._cuts, self._delayed, strict=True)
+        ]
 
     @cached_property
     def _cuts(self):
@@ -94,7 +109,9 @@ class Data:
         def cutter(operand):
             narrow = [size == 1 for size in operand.shape]
             if isinstance(operand, da.Array):
-                return lambda index: (operand.name, *(0 if one else i for one, i in zip(narrow, index, strict=True)))
+                part: Callable[[tuple[int, ...]], Any] | None = parts_of(operand)
+                part = part or (lambda index: (operand.name, *index))
+                return lambda index: part(tuple(0 if one else i for one, i in zip(narrow, index, strict=True)))
             return lambda index: operand[
                 tuple(
                     slice(None) if one else slice(start[i], start[i + 1])
@@ -206,20 +223,21 @@ def build_data(
         ndim=len(axes),
         invalid=invalid_values(sentinels[0], sentinels[1], y.dtype, decoding),
     )
-    largest = [max(sizes) for sizes in chunks]
+    joins = joins_of(chunks)
+    largest = [max(sizes) for sizes in runs_of(chunks, joins)]
     capacities = tuple(
         prod(largest) if each.dense else prod(big for big, size in zip(largest, operand.shape, strict=True) if size > 1)
         for each, operand in zip(layouts.operands, aligned, strict=True)
     )
-    # an axis vector has other values in each chunk, even where chunks have one of them
-    joinable = all(each.dense or operand.size == 1 for each, operand in zip(layouts.operands, aligned, strict=True))
-    run = max(1, min(JOINED_POINTS // capacities[0], prod(len(sizes) for sizes in chunks))) if joinable else 1
+    own = tuple(
+        tuple(each.dense or n > 1 for n in operand.shape) for each, operand in zip(layouts.operands, aligned, strict=True)
+    )
     sizes = zip(aligned, capacities, strict=True)
     read_bytes = sum(capacity * operand.itemsize for operand, capacity in sizes if isinstance(operand, da.Array) or split)
     read_bytes = max(read_bytes, made_bytes(aligned) * capacities[0])
     dtypes = tuple(operand.dtype for operand in aligned)
     policy = ValuePolicy(check, omit, omit or hides, decode_cf)
-    preparation = Preparation(layouts, policy, capacities, run, whole, read_bytes, dtypes, axes=axes)
+    preparation = Preparation(layouts, policy, capacities, joins, own, whole, read_bytes, dtypes, axes=axes)
     return Data(aligned, chunks, preparation, decoded=decoded, scaled=scaled)
 
 

@@ -63,7 +63,7 @@ def as_array(name: str, data) -> np.ndarray | da.Array:
             raise ValueError(f"`{name}` is not an array: {err}") from None
     _refuse_other_numbers(name, array.dtype)
     if isinstance(array, da.Array):
-        array = _checked(name, array)
+        array = checked(name, array)
     if array.dtype.kind in "mM":
         array = _seconds(array)
     if isinstance(array, da.Array) and array.size and any(0 in sizes for sizes in array.chunks):
@@ -220,7 +220,7 @@ def _reopen(file_type, filename, name):
 # declared and found
 
 
-class _Declared(NamedTuple):
+class Declared(NamedTuple):
     """What the chunks of a Dask array were said to be. Called on a chunk it gives it back, or raises ValueError.
 
     Numbers may be narrower than declared, or integers where floats are declared: their values are the same.
@@ -256,13 +256,13 @@ class _Declared(NamedTuple):
         return ValueError(f"{where} {found}, but {declared} was declared: declare what it is, {way_out}")
 
 
-def _checked(name: str, array: da.Array) -> da.Array:
+def checked(name: str, array: da.Array) -> da.Array:
     """The same array; each chunk is compared with its declared shape, kind of dtype and maskedness."""
     if array.name.startswith(CHECKED):
         return array
     axes = tuple(range(array.ndim))
     return da.blockwise(
-        _Declared(name, array.dtype, isinstance(array._meta, MASKED)),
+        Declared(name, array.dtype, isinstance(array._meta, MASKED)),
         axes,
         array,
         axes,

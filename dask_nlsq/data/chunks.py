@@ -1,7 +1,7 @@
 """A chunk that has been read becomes blocks for the kernels, and what is wrong with its values is counted."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -68,7 +68,11 @@ class Chunk(NamedTuple):
     censuses: tuple[Census, ...]  # one for each chunk of y
     sample: tuple[np.ndarray, ...]  # the coordinates at a few points
     staged: tuple[np.ndarray, ...]  # buffers of the blocks that `release` gives back to the pool
-    shape: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]  # sizes along each axis of the chunks of y
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(map(sum, self.cuts))
 
 
 class ValuePolicy(NamedTuple):
@@ -85,13 +89,19 @@ class Preparation(NamedTuple):
 
     layouts: Layouts
     policy: ValuePolicy
-    capacities: tuple[int, ...]  # per operand: elements of the largest piece
-    run: int  # chunks that are joined: 1 unless they are small
+    capacities: tuple[int, ...]  # per operand: elements of its largest piece, that of a run
+    joins: tuple[int, ...]  # chunks along each axis that are joined to a run: 1 unless they are small
+    own: tuple[tuple[bool, ...], ...]  # per operand and axis: it has values of its own along that
     whole: bool  # one block of exactly the chunk's length
-    read_bytes: int  # of the largest chunk's pieces, as they are read; 0 where all are the user's own arrays
+    read_bytes: int  # of the largest run's pieces, as they are read; 0 where all are the user's own arrays
     dtypes: tuple[np.dtype, ...]  # of the operands
     kind: Kind = CPU  # of the devices that compute
     axes: tuple[int, ...] = (0,)  # that kernels tell apart: each of them with those up to the next
+
+    @classmethod
+    def of(cls, layouts: Layouts, whole: bool, decode_cf: bool) -> "Preparation":
+        """Of any data with such coordinates, none of which are read."""
+        return cls(layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), (), (), whole, 0, ())
 
     @property
     def copied(self) -> bool:
@@ -117,22 +127,44 @@ def prepare_chunk(
         Its blocks look at the pieces where these lie as the kernels need them, else at copies in buffers of the shared
         pool. `release` gives those back; a chunk that is dropped instead takes them along.
     """
-    inspected = (_inspect(preparation, *each) for each in zip(indices, pieces, strict=True))
-    censuses, cleaned, invalid = zip(*inspected, strict=True)
-    if len(cleaned) == 1:
-        (joined,) = cleaned
-    else:
-        one_axis = (*(1 for _ in cleaned[0][0].shape[1:]), -1)
-        joined = [
-            np.concatenate([piece.ravel() for piece in parts]).reshape(one_axis) if layout.dense else parts[0]
-            for layout, parts in zip(preparation.layouts.operands, zip(*cleaned, strict=True), strict=True)
-        ]
-    shape = joined[0].shape
+    cuts, joined = _join(preparation, indices, pieces)
+    censuses, cleaned, invalid = _inspect(preparation, indices, cuts, joined)
+    shape = cleaned[0].shape
     first_x = 2 + (preparation.layouts.mask is not None)
-    blocks, staged = _cut(preparation, shape, joined)
-    if preparation.layouts.invalid is not None and not any(invalid):
+    blocks, staged = _cut(preparation, shape, cleaned)
+    if preparation.layouts.invalid is not None and not invalid:
         blocks = tuple(block._replace(clean=True) for block in blocks)
-    return Chunk(blocks, censuses, _sample(preparation, shape, joined[first_x:]), staged, shape)
+    return Chunk(blocks, tuple(censuses), _sample(preparation, shape, cleaned[first_x:]), staged, cuts)
+
+
+def _join(preparation: Preparation, indices, pieces) -> tuple[tuple[tuple[int, ...], ...], list[np.ndarray]]:
+    """The pieces of a run, whose chunks fill a box, as one of each operand; and the sizes of the chunks along each axis."""
+    pieces = [[np.asarray(piece) for piece in each] for each in pieces]
+    if preparation.policy.hides:  # a chunk that cannot be read has a mask of its own
+        pieces = [[y, sigma, np.broadcast_to(mask, y.shape), *x] for y, sigma, mask, *x in pieces]
+    box = [last - first + 1 for first, last in zip(indices[0], indices[-1], strict=True)]
+    steps = [prod(box[k + 1 :]) for k in range(len(box))]
+    cuts = tuple(
+        tuple(pieces[i * step][0].shape[k] for i in range(n)) for k, (n, step) in enumerate(zip(box, steps, strict=True))
+    )
+    if len(pieces) == 1:
+        return cuts, pieces[0]
+    joined = []
+    for own, of_operand in zip(preparation.own, zip(*pieces, strict=True), strict=True):
+        parts = [*of_operand]
+        for k, n in reversed([*enumerate(box)]):
+            rows = [parts[i : i + n] for i in range(0, len(parts), n)]
+            parts = [np.concatenate(row, axis=k) if own[k] and n > 1 else row[0] for row in rows]
+        joined.append(parts[0])
+    return cuts, joined
+
+
+def count_each(flags: np.ndarray, cuts: tuple[tuple[int, ...], ...]) -> list[int]:
+    """How many flags of a run are set in each of its chunks."""
+    counts = flags.astype(np.int64)
+    for k, sizes in enumerate(cuts):
+        counts = np.add.reduceat(counts, np.cumsum([0, *sizes[:-1]]), axis=k)
+    return counts.ravel().tolist()
 
 
 def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarray:
@@ -146,8 +178,10 @@ def release(chunk: Chunk) -> None:
         shared_pool.take_back(array)
 
 
-def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool]:
-    """Census of one chunk, its pieces in native byte order with the mask that the kernels use, and if values are invalid."""
+def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.ndarray], bool]:
+    """Censuses of the chunks of a run, its pieces in native byte order with the mask that the kernels use, and if values are
+    invalid. What is wrong anywhere in the run is in the first one.
+    """
     pieces = [_native(np.asarray(piece)) for piece in pieces]
     layouts, policy, shape = preparation.layouts, preparation.policy, pieces[0].shape
     masked = layouts.mask is not None
@@ -156,29 +190,48 @@ def _inspect(preparation, index, pieces) -> tuple[Census, list[np.ndarray], bool
     invalid = layouts.invalid is not None and layouts.invalid.hits(pieces[0])
     if is_invalid := bool(np.any(invalid)):
         hidden = hidden | invalid
-    counts: Counter[str] = Counter()
+    faults: dict[str, Fault] = {}
+
+    def note(name, flags):
+        if n := _count(flags, shape):
+            k = next(k for k, n in enumerate(_count_chunks(flags, shape, cuts)) if n)
+            known = faults.get(name, Fault(0, indices[k]))
+            faults[name] = Fault(n + known.count, min(indices[k], known.index))
+
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
         if policy.check and name != "mask" and _may_spoil(piece):
             bad = ~np.isfinite(piece)
-            counts[name] += _count(bad & ~hidden, shape)
+            note(name, bad & ~hidden)
             spoiled = spoiled | bad
-    n_masked = _count(hidden, shape)
-    n_omitted = _count(spoiled & ~hidden, shape) if policy.omit else 0
+    n_points, n_masked, n_omitted = (
+        _count_chunks(flags, shape, cuts) for flags in (np.True_, hidden, spoiled & ~hidden if policy.omit else np.False_)
+    )
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if policy.hides else stored_mask
-    counts["sigma <= 0"] = _count((pieces[1] <= 0) & ~hidden, shape)
+    note("sigma <= 0", (pieces[1] <= 0) & ~hidden)
     if pieces[0].dtype.kind != "u" and not pieces[0].min() >= 0:  # nan hides what is less
-        counts["ydata < 0"] = _count((pieces[0] < 0) & ~hidden, shape)
-    faults = {name: Fault(n, index) for name, n in counts.items() if n}
+        note("ydata < 0", (pieces[0] < 0) & ~hidden)
     if not may_be_counts(pieces[0], hidden, spoiled):
-        faults["ydata not whole"] = Fault(1, index)
-    if policy.check and (value := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
-        faults["too large"] = Fault(1, index, value)
+        faults["ydata not whole"] = Fault(1, indices[0])
+    if policy.check and (found := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
+        value, place = found
+        note("too large", np.arange(prod(shape)).reshape(shape) == place)
+        faults["too large"] = faults["too large"]._replace(value=value)
     for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
-            check_integers(piece, hidden, f"in block {index}")
-    return Census(index, prod(shape), n_masked, n_omitted, faults), pieces, is_invalid
+            check_integers(piece, hidden, f"in block {indices[0]}" + (f" to {indices[-1]}" if len(indices) > 1 else ""))
+    numbers = zip(indices, n_points, n_masked, n_omitted, strict=True)
+    return [Census(*each, {} if k else faults) for k, each in enumerate(numbers)], pieces, is_invalid
+
+
+def _count_chunks(flags, shape, cuts) -> list[int]:
+    """`_count` for each chunk of a run, or for one."""
+    if prod(map(len, cuts)) == 1 or not np.any(flags):
+        return [_count(flags, shape)] * prod(map(len, cuts))
+    if np.all(flags):
+        return [prod(sizes) for sizes in product(*cuts)]
+    return count_each(np.broadcast_to(flags, shape), cuts)
 
 
 def may_be_counts(y, *hidden) -> bool:
@@ -200,8 +253,8 @@ def check_integers(coordinate, hidden, where) -> None:
         )
 
 
-def _too_large(layout, y, sigma, hidden) -> float:
-    """The value of y that is largest in units of sigma, where that is too large to be squared; else 0."""
+def _too_large(layout, y, sigma, hidden) -> tuple[float, int] | None:
+    """The value of y that is largest in units of sigma, and its place, where that is too large to be squared."""
     large = 2.0**64  # at least what integers and short floats may be
     if y.dtype.kind == "f" and y.itemsize > 4:
         large = max(float(y.max()), -float(y.min()))
@@ -209,13 +262,13 @@ def _too_large(layout, y, sigma, hidden) -> float:
         large = float(np.finfo(y.dtype).max)
     large = large * abs(layout.scale) + abs(layout.offset)
     if large <= LARGEST * float(sigma.min()):  # false where one of them is nan
-        return 0.0
+        return None
     with np.errstate(all="ignore"):
         y = layout.decoded(y)
         sizes = np.abs(y) / sigma
     sizes = np.where(np.isfinite(y) & (sigma > 0) & ~hidden, sizes, 0.0)
     k = int(np.argmax(sizes))
-    return float(np.broadcast_to(y, sizes.shape).flat[k]) if sizes.flat[k] > LARGEST else 0.0
+    return (float(np.broadcast_to(y, sizes.shape).flat[k]), k) if sizes.flat[k] > LARGEST else None
 
 
 def _count(flags, shape):
@@ -249,7 +302,7 @@ def _sample(preparation, shape, coordinates):
 
 def block_cuts(preparation, n) -> tuple[list[tuple[int, int]], int]:
     """Begins and ends of the blocks of a run of ``n`` points, and the capacity of their buffers."""
-    longest, most = preparation.run * preparation.capacities[0], preparation.kind.block_points
+    longest, most = preparation.capacities[0], preparation.kind.block_points
     if preparation.whole:
         return [(0, n)], n
     if longest > most and n > most // 2:

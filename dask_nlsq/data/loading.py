@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Promise
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
@@ -30,12 +30,13 @@ from distributed import Future
 from ..base.lazy import da
 from .align import Data
 from .chunks import Preparation, blank
+from .joining import Part, read_box
 
 CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
 
 
 class Load:
-    """How to read one chunk: for each operand its key in ``graph`` or an array.
+    """How to read one chunk: for each operand its key in ``graph``, a `Part` of a store, or an array.
 
     ``shared`` keys come from elsewhere; other chunks need ``passed`` ones too, whose tasks are in the graph.
     """
@@ -59,26 +60,52 @@ class Load:
             if (key := left.pop()) not in needed:
                 needed[key] = self.graph[key]
                 left += [each for each in needed[key].dependencies if each not in known]
-        try:
+        with self._named():
             return dict(execute_graph(needed, dict(known), keys))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             error.add_note(f"raised while reading block {self.index} of the data")
             raise
 
-    def pieces(self, known: Mapping) -> list[np.ndarray]:
-        """The chunk's piece of each operand."""
-        values = self.values(self.keys, known)
-        return [values[operand] if isinstance(operand, tuple) else operand for operand in self.operands]
+    def pieces(self, known: Mapping, read: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+        """The chunk's piece of each operand; those that have been ``read`` with others are there."""
+        values = self.values(keys, known) if (keys := self.keys) else {}
+        return [read[k] if k in read else self._piece(operand, values) for k, operand in enumerate(self.operands)]
+
+    def _piece(self, operand, values: Mapping) -> np.ndarray:
+        if not isinstance(operand, Part):
+            return values[operand] if isinstance(operand, tuple) else operand
+        with self._named():
+            return operand.read()
 
     def hidden(self, preparation: Preparation, known: Mapping) -> list[np.ndarray]:
         """What `pieces` gives, except that operands with one value per point are fully masked."""
         pieces = []
         for k, (operand, layout) in enumerate(zip(self.operands, preparation.layouts.operands, strict=True)):
-            if k == 2 or (layout.dense and isinstance(operand, tuple)):
+            if k == 2 or (layout.dense and isinstance(operand, (tuple, Part))):
                 pieces.append(blank(preparation, self.shape, k))
             else:
-                pieces.append(self.values({operand}, known)[operand] if isinstance(operand, tuple) else operand)
+                pieces.append(self._piece(operand, self.values({operand}, known) if isinstance(operand, tuple) else {}))
         return pieces
+
+
+def read_together(run: Sequence[Load]) -> list[dict[int, np.ndarray]]:
+    """For each load of a run the pieces that it has from a store, by one read of all; none where that fails.
+
+    Then each load reads for itself, and the error is that of the chunk which is to blame.
+    """
+    found: list[dict[int, np.ndarray]] = [{} for _ in run]
+    if len(run) > 1:
+        with suppress(Exception):
+            for k, operand in enumerate(run[0].operands):
+                if isinstance(operand, Part):
+                    for pieces, piece in zip(found, read_box([load.operands[k] for load in run]), strict=True):
+                        pieces[k] = piece
+    return found
 
 
 class PassedOn:
@@ -121,9 +148,10 @@ class PassedOn:
 def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
     """A `Load` for each chunk in C order, in runs of chunks that are joined; and the graph of their shared keys."""
     loads = [Load(index, data.chunk_shape(index), data.places(index)) for index in data.indices()]
-    arrays = [operand for operand in data.operands if isinstance(operand, da.Array)]
-    size = data.preparation.run
-    runs = [loads[k : k + size] for k in range(0, len(loads), size)]
+    arrays = [each for each, place in zip(data.operands, loads[0].operands, strict=True) if isinstance(place, tuple)]
+    runs: list[list[Load]] = [[] for _ in range(data.n_runs)]
+    for load, number in zip(loads, data.numbers(), strict=True):
+        runs[number].append(load)
     if not arrays:
         return runs, {}
     merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))

@@ -1,6 +1,5 @@
 """A small sample of the data, spread evenly over all of it, as a block of its own that every kernel can work on."""
 
-from functools import reduce
 from math import prod
 from typing import NamedTuple
 
@@ -33,24 +32,21 @@ def spread(n: int, n_all: int, seed: int = 0) -> np.ndarray:
     return edges[:-1] + (np.random.default_rng(seed).random(n) * np.diff(edges)).astype(np.int64)
 
 
-def stratified_places(chunks, preparation: Preparation, n: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_places(runs, n: int) -> tuple[np.ndarray, np.ndarray]:
     """Run and place within it, of ``n`` points spread evenly over all data: one at random in each of n equal stretches.
 
-    The points depend on the shape of the data and on ``n`` alone, not on the chunks.
+    The points depend on the shape of the data and on ``n`` alone, not on the sizes of the ``runs`` along each axis.
     """
-    shape = tuple(sum(sizes) for sizes in chunks)
+    shape = tuple(sum(sizes) for sizes in runs)
     flat = spread(n, prod(shape))
-    index, local = [], 0
-    for sizes, along in zip(chunks, np.unravel_index(flat, shape), strict=True):
+    index: list[np.ndarray] = []
+    local = np.zeros(len(flat), np.int64)
+    for sizes, along in zip(runs, np.unravel_index(flat, shape), strict=True):
         ends = np.cumsum(sizes)
         i = np.searchsorted(ends, along, side="right")
         index.append(i)
         local = local * np.asarray(sizes)[i] + along - (ends - sizes)[i]
-    lengths = reduce(np.multiply.outer, [np.asarray(sizes) for sizes in chunks]).ravel()
-    begin = np.concatenate([[0], np.cumsum(lengths)])
-    number = np.ravel_multi_index(index, [len(sizes) for sizes in chunks])
-    run = number // preparation.run
-    return run, begin[number] - begin[run * preparation.run] + local
+    return np.ravel_multi_index(index, [len(sizes) for sizes in runs]), local
 
 
 def pick(preparation: Preparation, chunk: Chunk, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,8 +51,7 @@ def sizes_of(data: Data, n_params: int) -> Sizes:
 
 def _run_lengths(data: Data) -> np.ndarray:
     """Points of each run of chunks."""
-    points = reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in data.chunks]).ravel()
-    return np.add.reduceat(points, np.arange(0, len(points), data.preparation.run))
+    return reduce(np.multiply.outer, [np.asarray(sizes, np.int64) for sizes in data.runs]).ravel()
 
 
 def _held(data: Data, lengths: np.ndarray, sent: bool) -> int:

@@ -9,36 +9,34 @@ again, but never what a codec says.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import lzma
 import os
 import stat
-import sys
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..base.config import codec_pipeline, setting
+from ..base.config import codec_pipeline
 from ..base.files import ZARR_METADATA, well_formed
 from ..base.lazy import da, zarr
 from ..base.text import near
 from ..base.values import is_address
 from ..base.warn import warn
 from .cf import AS_STORED, Decoding
+from .joining import coarser
+from .patience import client_errors, is_absent, patience, said
 
-BACKOFF = 0.2  # seconds before the second try, doubled before each other one
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
 SAMPLED, ENDS = 16, 2**15  # chunks that distinguish a copy from other data, and bytes at both of their ends
 HDF5 = b"\x89HDF\r\n\x1a\n"  # how such files begin
-TRANSIENT = {errno.EAGAIN, errno.EINTR, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ESTALE, errno.ETIMEDOUT}
 DECODING: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -49,8 +47,6 @@ DECODING: tuple[type[Exception], ...] = (
     lzma.LZMAError,
 )
 NOT_UNDERSTOOD = (ValueError, TypeError, LookupError, AttributeError)  # raised by Zarr where it opens damaged metadata
-CLIENTS = {"aiohttp": "ClientError", "obstore.exceptions": "BaseError", "botocore.exceptions": "BotoCoreError"}
-NEVER_PASSES = ("NotFound", "Permission", "Unauth", "NotSupported")  # in the names of those clients' errors
 CHECKSUMS = ("crc32", "fletcher32", "adler32", "lookup3", "gzip", "zlib", "checksum=true")  # in what codecs call themselves
 
 logger = logging.getLogger("dask_nlsq")
@@ -66,30 +62,6 @@ class Policy(NamedTuple):
     @property
     def masks(self) -> bool:
         return "mask" in self
-
-
-class Patience(NamedTuple):
-    """How long and how often a store is asked for something; a store that stalls is waited for without end otherwise."""
-
-    deadline: float | None  # seconds of one try
-    tries: int
-
-    async def get(self, ask: Callable[[], Awaitable]):
-        """What ``ask()`` gives. What may pass is tried again, with a pause in between; what a codec says is final."""
-        for attempt in range(1, self.tries + 1):
-            try:
-                return await asyncio.wait_for(ask(), self.deadline)
-            except _client_errors(OSError) as err:  # TimeoutError is an OSError
-                if attempt == self.tries or not _may_pass(err):
-                    if isinstance(err, TimeoutError) and not err.args:
-                        raise TimeoutError(f"no answer within {self.deadline:g} s") from None
-                    raise
-                await asyncio.sleep(BACKOFF * 2 ** (attempt - 1))
-        raise AssertionError
-
-
-def patience() -> Patience:
-    return Patience(setting("read-deadline"), 1 + setting("read-retries"))
 
 
 class BadChunkError(RuntimeError):
@@ -180,11 +152,11 @@ def open_array(name: str, source) -> zarr.Array:
             raise TypeError(f"its attributes are {opened.attrs!r}, which is not a JSON object")
     except (FileNotFoundError, zarr.errors.NodeNotFoundError, zarr.errors.GroupNotFoundError) as err:
         raise FileNotFoundError(f"`{name}`: no Zarr array at {str(source)!r}{_hint(name, source)}") from err
-    except _client_errors(TimeoutError) as err:
-        raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {_said(err)}") from err
+    except client_errors(TimeoutError) as err:
+        raise OSError(f"`{name}`: the store of {str(source)!r} cannot be read: {said(err)}") from err
     except NOT_UNDERSTOOD as err:
         zarr.core.sync.sync(patience().get(lambda: _check_metadata(source, store, path)))
-        raise ValueError(f"`{name}`: Zarr cannot open the array at {str(source)!r}: {_said(err)}") from err
+        raise ValueError(f"`{name}`: Zarr cannot open the array at {str(source)!r}: {said(err)}") from err
     if not isinstance(opened, zarr.AsyncArray):
         members = ", ".join(sorted(zarr.Group(opened).array_keys())) or "none"
         raise TypeError(f"`{name}`: {str(source)!r} is a group: name one of its arrays as in '{source}/ARRAY' ({members})")
@@ -249,6 +221,8 @@ class Opened(NamedTuple):
 def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
     """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
 
+    The chunks of a map, which has ``masks``, are joined where they are small.
+
     Several arrays are concatenated along their first axis. Values are decoded, and masked where they are invalid; but those
     of ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out
     are masked as well, instead of an error.
@@ -276,6 +250,7 @@ def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool
         empty = np.empty((0,) * each.ndim, each.dtype)
         source, meta = (Masking(each), np.ma.masked_array(empty)) if masks else (each, empty)
         array = da.from_array(source, chunks=each.chunks or -1, name=False, asarray=False, meta=meta)
+        array = coarser(array) if masks else array
         arrays.append(array if by_kernels or decoding is AS_STORED else decoding.lazily(array))
     array = arrays[0] if len(arrays) == 1 else da.concatenate(arrays)
     return Opened(array, stored, decodings[0] if by_kernels else AS_STORED, decodings)
@@ -379,14 +354,42 @@ class Stored:
         return BadChunkError(self.place, tuple(index), self.key(index), cause, masked)
 
     def __getitem__(self, item) -> np.ndarray:
-        """A chunk or a part of one: Dask never asks for more."""
-        index = tuple(getattr(one, "start", one) // size for one, size in zip(item, self.chunks, strict=True))
-        if index in self.damaged:
-            raise self.damaged[index]
+        """A chunk or a part of one, or a box of several; an error is that of the first chunk that cannot be read."""
+        chunks = self.within(item)
+        for index in chunks:
+            if index in self.damaged:
+                raise self.damaged[index]
+        index = next(iter(chunks))
         try:
-            return zarr.core.sync.sync(self.patience.get(lambda: self._read(index, item)))
-        except _client_errors(*DECODING, OSError) as err:
-            raise self.error(index, _said(err), self.policy.on_bad_chunk == "mask") from err
+            if len(chunks) == 1:
+                return zarr.core.sync.sync(self.patience.get(lambda: self._read(index, item)))
+            with suppress(*client_errors(*DECODING, OSError)):
+                return zarr.core.sync.sync(self.patience.get(lambda: self._read_box(chunks, item)))
+        except client_errors(*DECODING, OSError) as err:
+            raise self.error(index, said(err), self.policy.on_bad_chunk == "mask") from err
+        values = np.empty([each.stop - each.start for each in item], self.dtype)
+        for there, part in chunks.values():
+            values[there] = self[part]
+        return values
+
+    def within(self, item) -> dict[tuple[int, ...], tuple[tuple[slice, ...], tuple]]:
+        """Chunks that a box is in, by index: the place of the part of each in the box, and in the array."""
+        along: list[list[tuple[int, slice, Any]]] = []
+        for one, size in zip(item, self.chunks, strict=True):
+            if not isinstance(one, slice) or one.step not in (None, 1) or one.stop - 1 < (one.start // size + 1) * size:
+                along.append([(getattr(one, "start", one) // size, slice(None), one)])
+                continue
+            edges = [one.start, *range((one.start // size + 1) * size, one.stop, size), one.stop]
+            along.append([(a // size, slice(a - one.start, b - one.start), slice(a, b)) for a, b in pairwise(edges)])
+        split = (tuple(zip(*each, strict=True)) for each in product(*along))
+        return {index: (there, part) for index, there, part in split} if along else {(): ((), ())}
+
+    async def _read_box(self, chunks, item):
+        values = np.asarray(await self.array.async_array.getitem(item))
+        for index, (there, part) in chunks.items():
+            if index not in self.absent and _is_full_of(self.array.fill_value, values[there]):
+                values[there] = await self._read(index, part)  # it may have gone meanwhile
+        return values
 
     async def _read(self, index, item):
         values = np.asarray(await self.array.async_array.getitem(item))
@@ -409,39 +412,20 @@ class Masking:
         except BadChunkError as err:
             if not err.masked:
                 raise
+            if len(parts := self.stored.within(item)) > 1:
+                values = np.ma.empty([each.stop - each.start for each in item], self.dtype)
+                for there, part in parts.values():
+                    values[there] = self[part]
+                return values
             logger.warning("left out: chunk %s of %s, %s (key %s)", err.index, err.array, err.cause, err.key)
             shape = np.broadcast_to(False, self.shape)[item].shape
             return np.ma.masked_array(np.zeros(shape, self.dtype), True)
-
-
-def _said(err) -> str:
-    """Its first line: some clients' errors go on for pages."""
-    return f"{type(err).__name__}: {err}".partition("\n")[0]
 
 
 def _is_full_of(fill_value, values):
     fill = np.asarray(0 if fill_value is None else fill_value, values.dtype)
     parts = (values.ravel()[:1], values)  # the first one decides nearly always
     return all(np.array_equal(part, np.broadcast_to(fill, part.shape), equal_nan=True) for part in parts)
-
-
-def _client_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
-    """What the clients of object stores raise, as far as they are loaded, and ``others``."""
-    return others + tuple(getattr(sys.modules[module], name) for module, name in CLIENTS.items() if module in sys.modules)
-
-
-def _may_pass(err) -> bool:
-    if not isinstance(err, _client_errors()):
-        return isinstance(err, (TimeoutError, ConnectionError)) or err.errno in TRANSIENT
-    status = getattr(err, "status", 500)  # of an HTTP response
-    return status >= 429 and not any(word in type(err).__name__ for word in NEVER_PASSES)
-
-
-def _is_absent(err: FileNotFoundError) -> bool:
-    """Whether nothing is there: fsspec says so as well where a server gave another answer than 404, or none."""
-    cause = err.__cause__
-    failed = isinstance(cause, _client_errors(OSError)) and not isinstance(cause, FileNotFoundError)
-    return not failed or getattr(cause, "status", None) == 404
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,7 +533,7 @@ def _local_sizes(stored, root):
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as err:
-            yield index, _said(err)
+            yield index, said(err)
             continue
         is_file = stat.S_ISREG(found.st_mode)
         yield index, (found.st_size, found.st_mtime_ns) if is_file else "it is not a file"
@@ -564,7 +548,7 @@ async def _size(store, key):
     try:
         return (await store.getsize(key),)
     except FileNotFoundError as err:
-        if _is_absent(err):
+        if is_absent(err):
             return None
         raise err.__cause__ or err from None
 
@@ -576,10 +560,10 @@ async def _asked(stored, store):
         async with turn:
             try:
                 return await stored.patience.get(lambda: _size(store, stored.key(index)))
-            except _client_errors(OSError) as err:
+            except client_errors(OSError) as err:
                 if stored.policy.on_bad_chunk == "raise":
-                    raise stored.error(index, _said(err), False) from err
-                return _said(err)
+                    raise stored.error(index, said(err), False) from err
+                return said(err)
 
     tasks = {index: asyncio.create_task(one(index)) for index in stored.grid()}
     try:

@@ -44,7 +44,7 @@ from ..model.function import Model, function_name, own_function
 from ..options import GROUPS, LIMITS, SAME, is_reweighted
 
 END = "end"  # file of a fit that has converged
-VERSION = 7  # of the files
+VERSION = 8  # of the files
 LOCALS = "locals"
 DATA = {"xdata", "ydata", "sigma", "mask", "groups"}  # arguments of fits that are
 NOT_KEPT = DATA | {"jac", "checkpoint", "callback", "progress", "verbose"}  # of all arguments, among the options

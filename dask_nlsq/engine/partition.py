@@ -10,7 +10,7 @@ from dask.sizeof import sizeof
 from distributed.metrics import context_meter
 
 from ..data.chunks import Census, Chunk, Preparation, merge_censuses, prepare_chunk
-from ..data.loading import Load, PassedOn
+from ..data.loading import Load, PassedOn, read_together
 from ..data.sample import pick, spread, stratified_places
 from ..data.store import BadChunkError
 from ..kernels.blocks import Block
@@ -75,22 +75,22 @@ def load_chunk(preparation: Preparation, run: list[Load], known: PassedOn) -> Ch
     BadChunkError
         Where a chunk cannot be read.
     """
-    nbytes, damage = len(run) * preparation.read_bytes, {}
+    damage = {}
 
-    def pieces(load):
+    def pieces(load, read):
         try:
             with known.to(load) as values:
-                return load.pieces(values)
+                return load.pieces(values, read)
         except BadChunkError as err:
             if not err.masked:
                 raise
             damage[load.index] = (err.with_traceback(None),)
             return load.hidden(preparation, known.shared)
 
-    large = nbytes >= RESERVED_FROM
-    guard = shared_pool.reserve(READ_COPIES * nbytes, wait=True) if large else nullcontext()
+    large = preparation.read_bytes >= RESERVED_FROM
+    guard = shared_pool.reserve(READ_COPIES * preparation.read_bytes, wait=True) if large else nullcontext()
     with guard, context_meter.meter("nlsq-read"):
-        chunk = prepare_chunk(preparation, [load.index for load in run], [pieces(load) for load in run])
+        chunk = prepare_chunk(preparation, [load.index for load in run], [*map(pieces, run, read_together(run))])
     if not damage:
         return chunk
     return chunk._replace(censuses=tuple(each._replace(damage=damage.get(each.index, ())) for each in chunk.censuses))
@@ -175,10 +175,11 @@ def _count(partition: Partition, objectives: Sequence[Objective], request: Reque
 def _pick(partition: Partition, objectives, grid, n: int, share: Share = alone) -> list[tuple[np.ndarray, np.ndarray]]:
     """Those of `stratified_places` that are in this partition and count: which (m,), and their values (operands, m)."""
     preparation, found = partition.preparation, []
-    runs, places = stratified_places(grid, preparation, n)
+    runs, places = stratified_places(grid, n)
     by_run = np.argsort(runs, kind="stable")
     for chunk in partition.chunks:
-        run = np.ravel_multi_index(chunk.censuses[0].index, [len(sizes) for sizes in grid]) // preparation.run
+        index = [i // n for i, n in zip(chunk.censuses[0].index, preparation.joins, strict=True)]
+        run = np.ravel_multi_index(index, [len(sizes) for sizes in grid])
         mine = by_run[slice(*np.searchsorted(runs, [run, run + 1], sorter=by_run))]
         values, counts = pick(preparation, chunk, places[mine])
         found.append((mine[counts], values[:, counts]))

@@ -9,7 +9,7 @@ from dask.sizeof import sizeof
 from distributed.metrics import context_meter
 
 from ..base.x64 import float64
-from ..data.chunks import LARGEST, Chunk, Preparation
+from ..data.chunks import LARGEST, Chunk, Preparation, count_each
 from ..kernels.blocks import Block, JacMode, KernelSpec, Reduction, tile_size
 from ..kernels.rows import N_WEIGHTS, sweep_kernel, weight_kernel
 from ..kernels.values import VALUES_LEAD, What, value_kernel
@@ -142,8 +142,7 @@ def count_not_finite(
     """Per chunk of y: its index and how many residuals that count are not finite, or too large to be squared."""
     counts = []
     for chunk in chunks:
-        bad = ~(abs(values(preparation, chunk, request, "residual").ravel()) < LARGEST**2)
-        ends = np.cumsum([census.n_points for census in chunk.censuses])
-        for census, part in zip(chunk.censuses, np.split(bad, ends[:-1]), strict=True):
-            counts.append((census.index, int(np.count_nonzero(part)) - census.n_masked - census.n_omitted))
+        bad = ~(abs(values(preparation, chunk, request, "residual")) < LARGEST**2)
+        for census, n in zip(chunk.censuses, count_each(bad, chunk.cuts), strict=True):
+            counts.append((census.index, n - census.n_masked - census.n_omitted))
     return counts

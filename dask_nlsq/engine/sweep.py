@@ -184,7 +184,7 @@ class Sweep:
             (chunk,) = self.place.partition.chunks
             return Sample(chunk.blocks[0], layouts, n_counted, n_counted, True)
         wanted = min(-(-n * n_stored // n_counted), n_stored)
-        found = [each for _, part in self.place.each(PICK, None, (), self.data.chunks, wanted) for each in part]
+        found = [each for _, part in self.place.each(PICK, None, (), self.data.runs, wanted) for each in part]
         orders, values = zip(*found, strict=True)
         order = np.argsort(np.concatenate(orders))
         return as_sample(layouts, np.concatenate(values, axis=1)[:, order], n, n_counted)

@@ -18,7 +18,7 @@ from .request import Request, values
 def chunk_values(preparation: Preparation, factor, request: Request, what: What, spread, load: Load, *shared) -> np.ndarray:
     """What `value_kernel` computes, of one chunk, NaN where it cannot be read; ``shared``: values of its shared tasks."""
     known = PassedOn(dict(zip(load.shared, shared, strict=True)), [[load]])
-    chunk = load_chunk(preparation._replace(run=1), [load], known)
+    chunk = load_chunk(preparation, [load], known)
     try:
         if any(census.damage for census in chunk.censuses):
             return np.full((*VALUES_LEAD[what], *load.shape), np.nan)

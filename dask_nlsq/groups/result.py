@@ -23,10 +23,10 @@ from ..base.files import RESULT, check_place
 from ..base.lazy import da
 from ..base.modules import Trust
 from ..base.text import several
-from ..data.chunks import Preparation, ValuePolicy
+from ..data.chunks import Preparation
 from ..engine.request import Objective
 from ..kernels.groups import GroupSpec, LocalState
-from ..kernels.lanes import MapSpec, MapStatus
+from ..kernels.lanes import MapStatus
 from ..kernels.rows import unpack
 from ..maps.blocks import BlockFit, MapProblem
 from ..maps.report import distribution
@@ -292,17 +292,12 @@ def group_result(ready, sweep: GroupSweep, solution: Solution, seconds: dict[str
         parts=unpack(equations.parts, s),
         factor=solution.factor,
         objective=Objective(ready.typical_model, noise.loss, problem.fit.limits.f_scale),
-        preparation=_preparation(problem.fit.spec, ready.decode_cf),
+        preparation=Preparation.of(problem.fit.spec.layouts, False, ready.decode_cf),
         data=None,
         groups=about,
     )
     local = LocalMap(record, problem, ready.labels, dict(popt=solution.params.tolist(), pcov=pcov.tolist()), options.names)
     return GroupResult(shared, local)
-
-
-def _preparation(spec: MapSpec, decode_cf: bool) -> Preparation:
-    """Of any data with such coordinates."""
-    return Preparation(spec.layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, False, 0, ())
 
 
 def _derived(ready, shared: np.ndarray, pcov: np.ndarray) -> Params:

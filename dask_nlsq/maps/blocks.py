@@ -30,6 +30,7 @@ from ..data.arrays import as_array, join_masks, parted
 from ..data.cf import Decoding
 from ..data.chunks import check_integers, may_be_counts
 from ..data.door import NOT_COUNTS, open_data, refuse_scaled, try_model
+from ..data.joining import coarser
 from ..data.labels import coordinates_of, labelled
 from ..data.ranges import by_place
 from ..data.store import Policy, Stored
@@ -399,6 +400,7 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         xdata = coordinates_of(xdata, ydata, axes)
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
+    data = {name: coarser(as_array(name, each)) if isinstance(each, da.Array) else each for name, each in data.items()}
     data = data if arrange is None else arrange(data)
     if noise.loss == "poisson":
         refuse_scaled(rules["scaled"])

@@ -300,12 +300,8 @@ def _sums(ask: _Ask, drawn, y, model, sigma, r) -> Tally:
 
 def _places(starts, chunk: Chunk, local: np.ndarray) -> np.ndarray:
     """Places along the axes of y, (axes, n), of points of a chunk, or of a run of small ones."""
-    found = []
-    for census in chunk.censuses:
-        begin, end = np.array([each[[i, i + 1]] for each, i in zip(starts, census.index, strict=True)]).T
-        inside = np.arange(census.n_points) if len(chunk.censuses) > 1 else local
-        found.append(np.array(np.unravel_index(inside, end - begin)) + begin[:, None])
-    return found[0] if len(found) == 1 else np.concatenate(found, axis=1)[:, local]
+    begin = np.array([each[i] for each, i in zip(starts, chunk.censuses[0].index, strict=True)])
+    return np.array(np.unravel_index(local, chunk.shape)) + begin[:, None]
 
 
 def quantile_residuals(y: np.ndarray, mean: np.ndarray, seeds: np.ndarray) -> np.ndarray:

@@ -30,7 +30,7 @@ from ..base.files import (
     write_json,
 )
 from ..base.values import is_integer, is_number
-from ..data.chunks import Preparation, ValuePolicy
+from ..data.chunks import Preparation
 from ..data.store import BadChunkError
 from ..engine.condensed import Factor, Read
 from ..engine.sweep import SampleSummary
@@ -69,10 +69,6 @@ def _layouts(x, kind, lead) -> Layouts:
     return Layouts(Layout(True), Layout(False), None, x, kind, lead, ndim=1)
 
 
-def _preparation(layouts, whole, decode_cf) -> Preparation:
-    return Preparation(layouts, ValuePolicy(check=False, decode_cf=decode_cf), (), 1, whole, 0, ())
-
-
 RECORDS = {
     "fit": Kind(SimpleNamespace, FIT, dict),
     "read": Kind(Read, "nbytes n_points n_left_out seconds"),
@@ -101,7 +97,7 @@ RECORDS = {
     "params": Kind(Params, "parameters", lambda parameters: Params(*parameters)),
     "coordinate": Kind(Layout, "integer", lambda integer: Layout(True, integer)),
     "coordinates": Kind(Layouts, "x kind=x_kind lead=x_lead", _layouts),
-    "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", _preparation),
+    "preparation": Kind(Preparation, "layouts whole decode_cf=policy.decode_cf", Preparation.of),
 }
 NAMES = {kind.cls: name for name, kind in RECORDS.items()}
 

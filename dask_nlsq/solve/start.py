@@ -31,7 +31,7 @@ def guessed_start(sweep: Sweep, model: Model, lower, upper) -> np.ndarray:
     """
     sample = sweep.points(GUESS_POINTS)
     preparation, n = sweep.data.preparation._replace(layouts=sample.layouts), int(sample.block.geometry[0])
-    values, counts = pick(preparation, Chunk((sample.block,), (), (), (), (n,)), np.arange(n))
+    values, counts = pick(preparation, Chunk((sample.block,), (), (), (), ((n,),)), np.arange(n))
     y, x = values[0], values[2]
     padded = np.full((2, max(n, GUESS_POINTS)), np.nan)  # nan does not count: one compilation for small data
     padded[:, :n] = np.where(counts, (x, y), np.nan)

@@ -45,7 +45,7 @@ def sample_evaluator(evaluator: Evaluator, sample: Sample) -> Evaluator:
     )
     data = evaluator.sweep.data
     preparation = data.preparation._replace(layouts=sample.layouts)
-    partition = Partition(preparation, [Chunk(blocks, (), (), (), (n,))], Census((), n, 0, 0, {}), ())
+    partition = Partition(preparation, [Chunk(blocks, (), (), (), ((n,),))], Census((), n, 0, 0, {}), ())
     sweep = Sweep(replace(data, preparation=preparation), HeldHere(partition, threads()))
     small = Evaluator(sweep, evaluator.objective, 0, Segmentation())
     small.jac_mode = evaluator.jac_mode

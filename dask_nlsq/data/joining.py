@@ -1,0 +1,135 @@
+"""Small chunks become runs, so that none costs more than its share of a large one.
+
+A store that is asked for a box of small chunks answers several times sooner than where it is asked for one after the other,
+and where Dask's tasks hold or read chunks, and do nothing else, no graph is needed to have these.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import numpy as np
+from dask._task_spec import DataNode, TaskRef
+from dask.array.core import getter, getter_inline, getter_nofancy
+from dask.blockwise import Blockwise
+from dask.layers import ArraySliceDep
+
+from ..base.lazy import da
+from ..memory.needs import JOINED_POINTS
+from .arrays import CHECKED, Declared, checked
+
+Item = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How Dask reads an array in a store, and what compares a chunk with what was declared."""
+
+    source: Any
+    get: Callable[..., np.ndarray]
+    how: Mapping[str, Any]  # asarray and lock
+    declared: Declared | None
+
+    def read(self, item: Item, index: tuple[int, ...] = ()) -> np.ndarray:
+        """A box, which is the chunk of an ``index`` where that is given."""
+        values = self.get(self.source, item, **self.how)
+        return values if self.declared is None else self.declared(values, index, tuple(s.stop - s.start for s in item))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A chunk of an array in a store."""
+
+    reader: Reader
+    item: Item
+    index: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        return self.reader.read(self.item, self.index)
+
+
+def joins_of(chunks) -> tuple[int, ...]:
+    """How many neighbouring chunks are joined along each axis, so that small ones become runs of up to `JOINED_POINTS`.
+
+    The last axis comes first, and one only after all those behind it are whole: runs follow each other in C order.
+    """
+    found, room = [], JOINED_POINTS
+    for sizes in reversed(chunks):
+        n = max(1, min(len(sizes), room // max(sizes)))
+        found.append(n)
+        room = room // sum(sizes) if n == len(sizes) else 0
+    return tuple(found[::-1])
+
+
+def runs_of(chunks, joins) -> tuple[tuple[int, ...], ...]:
+    """Sizes along each axis where neighbouring chunks are joined."""
+    return tuple(
+        tuple(np.add.reduceat(sizes, range(0, len(sizes), n)).tolist()) for sizes, n in zip(chunks, joins, strict=True)
+    )
+
+
+def parts_of(array: da.Array) -> Callable[[tuple[int, ...]], np.ndarray | Part] | None:
+    """What gives the chunk at an index: the array that Dask holds, or the part that it reads; None where tasks do more."""
+    layers, name, declared = array.dask.layers, array.name, None
+    if name.startswith(CHECKED):
+        declared, name = layers[name].task.func, layers[name].indices[0][0]
+    layer = layers.get(name)
+    if isinstance(layer, Blockwise):
+        return _read(layers, layer, declared)
+    shape_of = dict(zip(np.ndindex(array.numblocks), _shapes(array), strict=True))
+    if layer is None or any(type(layer.get((name, *index))) is not np.ndarray for index in shape_of):
+        return None
+    return lambda index: layer[name, *index] if declared is None else declared(layer[name, *index], index, shape_of[index])
+
+
+def _shapes(array: da.Array):
+    return (tuple(sizes[i] for sizes, i in zip(array.chunks, index, strict=True)) for index in np.ndindex(array.numblocks))
+
+
+def _read(layers, layer: Blockwise, declared) -> Callable | None:
+    (leaf, label), *rest = layer.indices
+    slices = layer.io_deps.get(str(rest[0][0])) if len(rest) == 1 else None
+    if label is not None or not isinstance(slices, ArraySliceDep):
+        return None
+    if layer.task.func not in (getter, getter_nofancy, getter_inline) or len(layer.task.args) != 2:
+        return None
+    if isinstance(leaf, TaskRef):
+        leaf = layers.get(leaf.key, {}).get(leaf.key)
+    source = leaf.value if isinstance(leaf, DataNode) else leaf
+    if source is None or dask.is_dask_collection(source):
+        return None
+    reader = Reader(source, layer.task.func, layer.task.kwargs, declared)
+    return lambda index: Part(reader, slices[index], index)
+
+
+def read_box(parts: Sequence[Part]) -> list[np.ndarray]:
+    """The values of neighbouring chunks, the first and the last of which are at the ends of a box, by one read."""
+    ends = zip(parts[0].item, parts[-1].item, strict=True)
+    box = tuple(slice(first.start, last.stop) for first, last in ends)
+    values = parts[0].reader.read(box)
+    return [
+        values[tuple(slice(s.start - b.start, s.stop - b.start) for s, b in zip(part.item, box, strict=True))]
+        for part in parts
+    ]
+
+
+def coarser(array):
+    """The same Dask array in chunks as large as its runs, where these can be read at once or are in memory."""
+    chunks = runs_of(array.chunks, joins_of(array.chunks))
+    if chunks == array.chunks or (part := parts_of(array)) is None:
+        return array
+    first, last = part((0,) * array.ndim), part(tuple(n - 1 for n in array.numblocks))
+    if isinstance(first, Part):
+        reader = first.reader
+        found = da.from_array(reader.source, chunks=chunks, name=False, meta=array._meta, **reader.how)
+        return found if reader.declared is None else checked(reader.declared.name, found)
+    whole = first.base
+    if (
+        isinstance(last, Part)
+        or whole is None
+        or whole is not last.base
+        or (whole.shape, whole.dtype) != (array.shape, array.dtype)
+    ):
+        return array
+    return da.from_array(whole, chunks=chunks, name=False)

@@ -1,0 +1,101 @@
+"""Small chunks cost as much as large ones, and each of them keeps what is said of it."""
+
+import dask.array as da
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import zarr
+
+from dask_nlsq import BadChunkError, curve_fit, fit_map
+
+
+def decay(x, a, b, c):
+    return a * jnp.exp(-b * x) + c
+
+
+class Counting:
+    """An array that notes how often it is asked."""
+
+    def __init__(self, values, short=None):
+        self.values, self.shape, self.dtype, self.ndim, self.asked = values, values.shape, values.dtype, values.ndim, []
+        self.short = short  # a row that is asked for in vain
+
+    def __getitem__(self, item):
+        self.asked.append(item)
+        found = self.values[item]
+        return found[:, 1:] if self.short is not None and item[0].start <= self.short < item[0].stop else found
+
+
+@pytest.mark.parametrize("strategy", ["standard", "streaming"])
+def test_small_chunks_are_read_by_one_request(strategy):
+    x = np.linspace(0, 5, 25)
+    source = Counting(2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 25)))
+    apart = da.from_array(source, chunks=(1, 25))
+    found = curve_fit(decay, x, apart, p0=[1, 1, 0], strategy=strategy)
+    whole = curve_fit(decay, x, source.values, p0=[1, 1, 0])
+    np.testing.assert_allclose(found.popt, whole.popt, rtol=1e-9)
+    asked = source.asked[1:]  # after Dask has looked at what an empty slice is
+    assert set(map(str, asked)) == {str((slice(0, 40), slice(0, 25)))}
+    assert len(asked) == 1 if strategy == "standard" else len(asked) <= found.nfev + 1
+
+
+def test_the_chunk_to_blame_is_found_in_a_run():
+    source = Counting(np.ones((40, 25)), short=17)
+    with pytest.raises(ValueError, match=r"chunk \(17, 0\) of `ydata` has shape \(1, 24\)"):
+        curve_fit(decay, np.linspace(0, 5, 25), da.from_array(source, chunks=(1, 25)), p0=[1, 1, 0])
+
+
+@pytest.mark.parametrize("strategy", ["standard", "streaming"])
+@pytest.mark.parametrize("how", ["damaged", "absent"])
+def test_of_a_run_of_small_chunks_those_are_left_out_that_cannot_be_read(strategy, how, tmp_path):
+    x = np.linspace(0, 5, 25)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 25))
+    stored = zarr.create_array(tmp_path / "y.zarr", shape=y.shape, chunks=(1, 25), dtype=y.dtype)
+    stored[:] = y
+    bad = tmp_path / "y.zarr" / "c" / "7" / "0"
+    bad.write_bytes(b"not a chunk") if how == "damaged" else bad.unlink()
+    options = dict(p0=[1, 1, 0], strategy=strategy)
+    with pytest.raises((BadChunkError, FileNotFoundError), match=r"\(7, 0\)"):
+        curve_fit(decay, x, stored, **options)
+    found = curve_fit(decay, x, stored, **options, on_bad_chunk="mask", missing_chunks="mask")
+    assert [each.index for each in found.damage] == [(7, 0)] and (found.n_points, found.n_masked) == (39 * 25, 25)
+    np.testing.assert_allclose(found.popt, curve_fit(decay, x, np.delete(y, 7, axis=0), **options).popt, rtol=1e-9)
+    if how == "absent":
+        filled = y.copy()
+        filled[7] = 0
+        found = curve_fit(decay, x, stored, **options, missing_chunks="fill")
+        np.testing.assert_allclose(found.popt, curve_fit(decay, x, filled, **options).popt, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["memory", "store", "path"])
+def test_a_map_of_chunks_of_one_pixel_is_read_in_few_requests_and_has_the_same_bits(kind, tmp_path):
+    x = np.linspace(0, 5, 64)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 50, 64))
+    given, source = tmp_path / "y.zarr", Counting(y)
+    if kind == "path":
+        zarr.create_array(given, shape=y.shape, chunks=(1, 1, 64), dtype=y.dtype)[:] = y
+    else:
+        given = da.from_array(source if kind == "store" else y, chunks=(1, 1, 64))
+    fits = fit_map(decay, x, given, p0=[1, 1, 0])
+    assert fits.popt.npartitions <= 4
+    wanted = fit_map(decay, x, y, p0=[1, 1, 0]).compute().record
+    np.testing.assert_array_equal(fits.compute().record, wanted)
+    assert len(source.asked) <= 6
+
+
+@pytest.mark.parametrize("how", ["damaged", "absent"])
+def test_of_a_map_of_small_chunks_those_are_left_out_that_cannot_be_read(how, tmp_path):
+    x = np.linspace(0, 5, 64)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (6, 5, 64))
+    stored = zarr.create_array(tmp_path / "y.zarr", shape=y.shape, chunks=(1, 1, 64), dtype=y.dtype)
+    stored[:] = y
+    bad = tmp_path / "y.zarr" / "c" / "3" / "2" / "0"
+    bad.write_bytes(b"not a chunk") if how == "damaged" else bad.unlink()
+    with pytest.raises((BadChunkError, FileNotFoundError), match=r"\(3, 2, 0\)"):
+        fit_map(decay, x, stored, p0=[1, 1, 0]).compute()
+    found = fit_map(decay, x, stored, p0=[1, 1, 0], on_bad_chunk="mask", missing_chunks="mask").compute()
+    lost = np.zeros((6, 5), bool)
+    lost[3, 2] = True
+    np.testing.assert_array_equal(np.isnan(found.popt).all(axis=-1), lost)
+    wanted = fit_map(decay, x, y, p0=[1, 1, 0]).compute().popt
+    np.testing.assert_array_equal(np.asarray(found.popt)[~lost], np.asarray(wanted)[~lost])
