@@ -329,29 +329,41 @@ def spoiled_rows(n=20_000):
 
 
 def chunk_rows(n=20_000):
-    """Chunks of one pixel, whose tasks are Dask's, against one chunk; and what Dask takes to touch such chunks."""
+    """Chunks of one pixel against one chunk: a map, a fit of all points, and a store, which is also read as it is."""
     import dask
     import dask.array as da
+    import zarr
+
+    import dask_nlsq
 
     case = CASES["gauss"]
     _, y = case.data((n,))
     one, single = da.from_array(y, chunks=(-1, -1)), da.from_array(y, chunks=(1, -1))
+    model = ours(case.f)
 
-    def seconds(run):
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
+    def fit_all(y):
+        dask_nlsq.curve_fit(model, case.x, y, p0=case.p0)
 
+    def row(name, slow, quick, required, what):
+        yield Row(name, required, f"{slow / quick:.1f}", f"{slow:.2f} s, {quick:.2f} s{what}")
+
+    name = f"{n} pixels in chunks of one pixel / in one chunk"
     with dask.config.set(num_workers=2):
-        together = fastest(fit(case, one, False).compute)
-        apart = seconds(lambda: fit(case, single, False).compute())
-        touched = seconds(lambda: single.map_blocks(lambda block: block, dtype=float).sum().compute())
-    yield Row(
-        f"{n} pixels in chunks of one pixel / in one chunk",
-        "2 (1.3)",
-        f"{apart / together:.0f}",
-        f"{apart:.1f} s, {together:.2f} s; Dask's sum over these chunks alone {touched:.1f} s",
-    )
+        begin = time.perf_counter()
+        single.map_blocks(lambda block: block, dtype=float).sum().compute()
+        touched = time.perf_counter() - begin
+        sum_of_dask = f"; Dask's sum over these chunks alone {touched:.1f} s"
+        slow, quick = (fastest(lambda y=y: fit(case, y, False).compute()) for y in (single, one))
+        yield from row(name, slow, quick, "2 (1.3)", sum_of_dask)
+        slow, quick = (fastest(lambda y=y: fit_all(y)) for y in (single, one))
+        yield from row(f"{name}: one fit of all points", slow, quick, "-", sum_of_dask)
+        with tempfile.TemporaryDirectory() as directory:
+            stored = zarr.create_array(f"{directory}/y.zarr", shape=y.shape, chunks=(1, y.shape[1]), dtype=y.dtype)
+            stored[:] = y
+            read = fastest(lambda: stored[:])
+            for what, run in (("map", lambda y: fit(case, y, False).compute()), ("fit of all points", fit_all)):
+                seconds = fastest(lambda run=run: run(f"{directory}/y.zarr"))
+                yield from row(f"{what} of such a store / reading it by zarr-python", seconds, read, "-", "")
 
 
 def in_process(function, *arguments):

@@ -148,7 +148,8 @@ def test_a_chunk_becomes_blocks_by_its_length_alone():
     assert [int(block.geometry[0]) for block in chunk.blocks] == [CPU.block_points, CPU.block_points, 3]
 
 
-def test_small_chunks_are_joined_and_each_keeps_its_census():
+def test_small_chunks_are_joined_and_each_keeps_its_census(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
     y = da.zeros((40, 90), chunks=(10, 9))
     problem = build_data(y + 1, y, check=True, omit=False)
     (run,), _ = plan_loads(problem)
@@ -159,6 +160,7 @@ def test_small_chunks_are_joined_and_each_keeps_its_census():
 
 def test_small_chunks_with_axis_vectors_are_joined_to_boxes(monkeypatch):
     monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 3000)
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
     full = np.arange(2.0 * 40 * 90).reshape(2, 40, 90)
     rows, columns = np.arange(40)[:, None], np.arange(90)
     problem = build_data((rows, columns), da.from_array(full, chunks=(1, 7, 9)), check=True, omit=False)
@@ -176,7 +178,8 @@ def test_small_chunks_with_axis_vectors_are_joined_to_boxes(monkeypatch):
         np.testing.assert_array_equal(x1[:90], columns)
 
 
-def test_what_is_left_out_and_wrong_is_counted_for_each_chunk_of_a_run():
+def test_what_is_left_out_and_wrong_is_counted_for_each_chunk_of_a_run(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
     y = np.arange(12.0).reshape(4, 3)
     y[0, 0], y[2, 1] = np.nan, np.inf
     mask = np.zeros((4, 3), bool)
@@ -213,7 +216,8 @@ def lent():
     return len(get_memory_manager().pool.loans)
 
 
-def test_what_a_chunk_copies_comes_back_with_it():
+def test_what_a_chunk_copies_comes_back_with_it(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
     x, y = np.arange(10.0), np.arange(10.0) ** 2
     before = lent()
     problem = build_data(x, da.from_array(y, chunks=5), 2.0, check=True, omit=True)

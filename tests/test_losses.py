@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy.optimize
 
+from dask_nlsq import curve_fit, fit_map
 from dask_nlsq.base.x64 import float64
 from dask_nlsq.model.losses import LOSSES, masked_cost
 
@@ -11,6 +13,10 @@ from dask_nlsq.model.losses import LOSSES, masked_cost
 def in_float64():
     with float64():
         yield
+
+
+def line(x, a, c):
+    return a * x + c
 
 
 def test_masked_cost_counts_valid_points_only():
@@ -34,3 +40,14 @@ def test_loss_derivatives_are_those_of_rho(loss):
     _, rho1, rho2 = LOSSES[loss](z)
     np.testing.assert_allclose(rho1, (up - down) / (2 * h), rtol=1e-8)
     np.testing.assert_allclose(rho2, (slope_up - slope_down) / (2 * h), rtol=1e-6, atol=1e-9)
+
+
+def test_a_start_where_all_points_are_outliers_is_left():
+    x = np.linspace(0, 1, 20)
+    y = x - 3 + np.random.default_rng(0).normal(0, 0.1, 20)
+    options = dict(p0=[0.9, 5], loss="huber", f_scale=0.1, bounds=([0, -4], [2, 6]))
+    expected, _ = scipy.optimize.curve_fit(lambda x, a, c: a * x + c, x, y, method="trf", x_scale="jac", **options)
+    found = curve_fit(line, x, y, **options)
+    each = fit_map(line, x, y[None], **options).compute()
+    assert found.success and each.success.all()
+    np.testing.assert_allclose([found.popt, each.popt[0]], [expected] * 2, atol=1e-3)

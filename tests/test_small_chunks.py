@@ -7,6 +7,27 @@ import pytest
 import zarr
 
 from dask_nlsq import BadChunkError, curve_fit, fit_map
+from dask_nlsq.data.joining import joins_of
+
+
+@pytest.fixture(autouse=True)
+def few_runs_are_enough(monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
+
+
+@pytest.mark.parametrize(
+    "chunks, joins",
+    [
+        (((1,) * 20_000, (64,)), (312, 1)),  # a 64th of all points
+        (((1,) * 10**6, (64,)), (1024, 1)),  # 2^16 points
+        (((1,) * 40, (1000,)), (1, 1)),
+        (((10,) * 300, (10,) * 300), (2, 300)),
+        (((1,) * 7, (5,) * 4000, (5,) * 20), (1, 131, 20)),
+    ],
+)
+def test_so_many_chunks_are_joined_that_64_runs_remain(chunks, joins, monkeypatch):
+    monkeypatch.undo()
+    assert joins_of(chunks) == joins
 
 
 def decay(x, a, b, c):

@@ -1,6 +1,6 @@
 """A chunk that has been read becomes blocks for the kernels, and what is wrong with its values is counted."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from math import prod
 from typing import NamedTuple
@@ -192,11 +192,13 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
         hidden = hidden | invalid
     faults: dict[str, Fault] = {}
 
+    def first(flags):
+        return indices[next(k for k, n in enumerate(_count_chunks(flags, shape, cuts)) if n)]
+
     def note(name, flags):
         if n := _count(flags, shape):
-            k = next(k for k, n in enumerate(_count_chunks(flags, shape, cuts)) if n)
-            known = faults.get(name, Fault(0, indices[k]))
-            faults[name] = Fault(n + known.count, min(indices[k], known.index))
+            known = faults.get(name, Fault(0, first(flags)))
+            faults[name] = Fault(n + known.count, min(first(flags), known.index))
 
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
@@ -220,7 +222,7 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
         faults["too large"] = faults["too large"]._replace(value=value)
     for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
-            check_integers(piece, hidden, f"in block {indices[0]}" + (f" to {indices[-1]}" if len(indices) > 1 else ""))
+            check_integers(piece, hidden, lambda flags: f"in block {first(flags)}")
     numbers = zip(indices, n_points, n_masked, n_omitted, strict=True)
     return [Census(*each, {} if k else faults) for k, each in enumerate(numbers)], pieces, is_invalid
 
@@ -244,12 +246,13 @@ def may_be_counts(y, *hidden) -> bool:
     return not np.any(np.isfinite(some) & (some != np.floor(some)))
 
 
-def check_integers(coordinate, hidden, where) -> None:
+def check_integers(coordinate, hidden, where: Callable[[np.ndarray], str]) -> None:
     """Refuse coordinates that int64, in which kernels take integers, does not hold, of points that are not ``hidden``."""
     if coordinate.dtype == np.uint64 and np.any(above := (coordinate > MOST_INTEGER) & ~hidden):
         value = np.broadcast_to(coordinate, above.shape)[above][0]
         raise ValueError(
-            f"`xdata` has integers above 2^63 - 1, such as {value} {where}, which int64 does not hold: subtract an offset"
+            f"`xdata` has integers above 2^63 - 1, such as {value} {where(above)}, which int64 does not hold: subtract an "
+            "offset"
         )
 
 

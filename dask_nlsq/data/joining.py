@@ -4,14 +4,16 @@ A store that is asked for a box of small chunks answers several times sooner tha
 and where Dask's tasks hold or read chunks, and do nothing else, no graph is needed to have these.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import dask
 import numpy as np
 from dask._task_spec import DataNode, TaskRef
-from dask.array.core import getter, getter_inline, getter_nofancy
 from dask.blockwise import Blockwise
 from dask.layers import ArraySliceDep
 
@@ -20,6 +22,7 @@ from ..memory.needs import JOINED_POINTS
 from .arrays import CHECKED, Declared, checked
 
 Item = tuple[slice, ...]
+FEWEST_RUNS = 64  # where there are so many chunks
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,9 @@ def joins_of(chunks) -> tuple[int, ...]:
     """How many neighbouring chunks are joined along each axis, so that small ones become runs of up to `JOINED_POINTS`.
 
     The last axis comes first, and one only after all those behind it are whole: runs follow each other in C order.
+    `FEWEST_RUNS` remain, for threads to share and progress to show: a small chunk may take long to make.
     """
-    found, room = [], JOINED_POINTS
+    found, room = [], min(JOINED_POINTS, prod(map(sum, chunks)) // FEWEST_RUNS)
     for sizes in reversed(chunks):
         n = max(1, min(len(sizes), room // max(sizes)))
         found.append(n)
@@ -92,7 +96,7 @@ def _read(layers, layer: Blockwise, declared) -> Callable | None:
     slices = layer.io_deps.get(str(rest[0][0])) if len(rest) == 1 else None
     if label is not None or not isinstance(slices, ArraySliceDep):
         return None
-    if layer.task.func not in (getter, getter_nofancy, getter_inline) or len(layer.task.args) != 2:
+    if layer.task.func not in (da.core.getter, da.core.getter_nofancy, da.core.getter_inline) or len(layer.task.args) != 2:
         return None
     if isinstance(leaf, TaskRef):
         leaf = layers.get(leaf.key, {}).get(leaf.key)
@@ -114,10 +118,17 @@ def read_box(parts: Sequence[Part]) -> list[np.ndarray]:
     ]
 
 
-def coarser(array):
-    """The same Dask array in chunks as large as its runs, where these can be read at once or are in memory."""
-    chunks = runs_of(array.chunks, joins_of(array.chunks))
-    if chunks == array.chunks or (part := parts_of(array)) is None:
+def coarser(array, within=None):
+    """The same Dask array in chunks as large as its runs, where these can be read at once or are in memory.
+
+    No chunk is ``within`` two of these sizes along each axis; the array stays as it is where one of its own is.
+    """
+    if not isinstance(array, da.Array):
+        return array
+    within = array.shape if within is None else within
+    bounds = [{0, *np.cumsum(sizes).tolist()} for sizes in da.core.normalize_chunks(within, array.shape)]
+    chunks = tuple(map(_within, array.chunks, joins_of(array.chunks), bounds))
+    if chunks == array.chunks or not all(chunks) or (part := parts_of(array)) is None:
         return array
     first, last = part((0,) * array.ndim), part(tuple(n - 1 for n in array.numblocks))
     if isinstance(first, Part):
@@ -125,11 +136,22 @@ def coarser(array):
         found = da.from_array(reader.source, chunks=chunks, name=False, meta=array._meta, **reader.how)
         return found if reader.declared is None else checked(reader.declared.name, found)
     whole = first.base
-    if (
-        isinstance(last, Part)
-        or whole is None
-        or whole is not last.base
-        or (whole.shape, whole.dtype) != (array.shape, array.dtype)
-    ):
+    if isinstance(last, Part) or whole is None or whole is not last.base:
         return array
-    return da.from_array(whole, chunks=chunks, name=False)
+    same = (whole.shape, whole.dtype) == (array.shape, array.dtype)
+    return da.from_array(whole, chunks=chunks, name=False) if same else array
+
+
+def _within(sizes, n, bounds) -> tuple[int, ...]:
+    """Sizes of runs of at most ``n`` chunks, which end where there are bounds; none where a chunk is beyond one."""
+    found, many, end = [], 0, 0
+    for size in sizes:
+        many, start, end = many + 1, end, end + size
+        if any(start < each < end for each in bounds):
+            return ()
+        if many == 1 or many > n or start in bounds:
+            found.append(size)
+            many = 1
+        else:
+            found[-1] += size
+    return tuple(found)

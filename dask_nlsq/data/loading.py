@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Promise
 from contextlib import contextmanager, suppress
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import dask
@@ -71,7 +72,7 @@ class Load:
             error.add_note(f"raised while reading block {self.index} of the data")
             raise
 
-    def pieces(self, known: Mapping, read: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    def pieces(self, known: Mapping, read: Mapping[int, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
         """The chunk's piece of each operand; those that have been ``read`` with others are there."""
         values = self.values(keys, known) if (keys := self.keys) else {}
         return [read[k] if k in read else self._piece(operand, values) for k, operand in enumerate(self.operands)]

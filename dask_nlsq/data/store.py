@@ -221,7 +221,7 @@ class Opened(NamedTuple):
 def as_dask(name: str, data, policy: Policy, decode_cf: bool = True, masks: bool = False) -> Opened:
     """A Dask array of what is stored, whole shards or chunks at a time, and the arrays behind it.
 
-    The chunks of a map, which has ``masks``, are joined where they are small.
+    Chunks that may be masked are joined where they are small.
 
     Several arrays are concatenated along their first axis. Values are decoded, and masked where they are invalid; but those
     of ydata, which kernels decode, so that they are held as they are stored. With ``masks`` chunks that are to be left out

@@ -261,6 +261,15 @@ def scale(xp, columns, longest):
     return 1 / xp.where(lengths > 0, lengths, 1.0)
 
 
+def effect(xp, columns, gradient, cost):
+    """What a parameter changes, (p,): its column of J, but where a robust loss has taken the weight of all points.
+
+    Such columns are all but zero, and the gradient is not. Of plain least squares it never says more than they do.
+    """
+    told = (columns > 0) & (cost > 0)
+    return xp.maximum(columns, xp.where(told, xp.abs(gradient) / xp.sqrt(xp.where(cost > 0, 2 * cost, 1.0)), 0.0))
+
+
 def undetermined(xp, columns, longest, span, magnitude):
     """Parameters on which the model does not depend: whose column is zero, or has faded to less than the data can show.
 

@@ -117,11 +117,13 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     reach = xp.maximum(xp.abs(params), before.reach)
     scale = rules.scale(xp, columns, longest) if isinstance(scheme.x_scale, str) else scheme.x_scale
     magnitude = rules.magnitude(xp, seen.size, reach, columns)
-    unmoved, unseen = rules.below_noise(xp, columns, cost, seen.n_points, scheme.bounds, magnitude)
+    felt = rules.effect(xp, columns, seen.gradient, cost)
+    unmoved, unseen = rules.below_noise(xp, felt, cost, seen.n_points, scheme.bounds, magnitude)
     begun = xp.isfinite(before.start_cost)
     start, start_cost = xp.where(begun, before.start, params), xp.where(begun, before.start_cost, cost)
     span = rules.span(xp, params, start, start_cost, longest)
-    undetermined = rules.undetermined(xp, columns, longest, span, magnitude) | unseen
+    been = rules.magnitude(xp, seen.size, reach, longest)
+    undetermined = rules.undetermined(xp, felt, longest, span, been) | unseen
     near = _reach_of_bounds(xp, seen, scale, scheme, solve_newton)
     hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near, undetermined | unmoved)
     newton, decrement, model = solve_newton(hat)

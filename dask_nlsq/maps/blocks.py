@@ -206,7 +206,7 @@ class BlockFit:
         if self.spec.loss == "poisson" and not self.of_means and not may_be_counts(y, ~counted()):
             warn_user(NOT_COUNTS, UserWarning)
         for c in x:
-            check_integers(c, mask, "in one block")
+            check_integers(c, mask, lambda _: "in one block")
         if self.raises:
             for name, array in (("ydata", y), ("sigma", sigma), *(("xdata", c) for c in x)):
                 if np.any(bad := ~np.isfinite(array)) and np.any(bad := bad & counted()):
@@ -373,6 +373,8 @@ class MapProblem:
                 want[k] = tuple(n for n, end in zip(sizes, ends, strict=True) if rows.start < end <= rows.stop)
             else:
                 want[k] = sizes
+        every = {k: sizes for k, sizes in zip(axes, self.blocks, strict=True) if array.shape[k] > 1}
+        array = coarser(array, tuple(every.get(k, n) for k, n in enumerate(array.shape)))
         if axes and array.shape[axes[0]] > 1:
             array = array[(slice(None),) * axes[0] + (rows,)]
         cut = self.fit.fit_axes if self.in_pieces else ()
@@ -400,7 +402,6 @@ def build_map(f: Callable, xdata: Any, ydata: Any, call, arrange: Callable | Non
         xdata = coordinates_of(xdata, ydata, axes)
     as_given = dict(xdata=xdata, ydata=ydata, sigma=call.sigma, mask=call.mask)
     data, stored, rules = open_data(as_given, call, masks=True)
-    data = {name: coarser(as_array(name, each)) if isinstance(each, da.Array) else each for name, each in data.items()}
     data = data if arrange is None else arrange(data)
     if noise.loss == "poisson":
         refuse_scaled(rules["scaled"])

@@ -312,6 +312,8 @@ def scaled_covariance(solution: Solution, variance: float, names, of: str = "the
     if pcov is not None and variance == variance:
         return pcov * variance
     reasons = combinations(solution.factor, names)
+    if not reasons and solution.status == UNDETERMINED:  # columns of J that have faded
+        reasons = [solution.message[0].lower() + solution.message[1:].rstrip(".")]
     why = f": {reasons[0]}. " if len(reasons) == 1 else "".join([":", *(f"\n- {each}" for each in reasons), "\n"])
     why = why + CHANGE[solution.status == UNDETERMINED] if reasons else ""
     if solution.message == NO_COUNTS:
