@@ -7,7 +7,7 @@ import pytest
 import zarr
 
 from dask_nlsq import BadChunkError, curve_fit, fit_map
-from dask_nlsq.data.joining import joins_of
+from dask_nlsq.data.joining import coarser, joins_of
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +120,26 @@ def test_of_a_map_of_small_chunks_those_are_left_out_that_cannot_be_read(how, tm
     np.testing.assert_array_equal(np.isnan(found.popt).all(axis=-1), lost)
     wanted = fit_map(decay, x, y, p0=[1, 1, 0]).compute().popt
     np.testing.assert_array_equal(np.asarray(found.popt)[~lost], np.asarray(wanted)[~lost])
+
+
+@pytest.mark.parametrize("kind", ["turned", "exchanged", "transposed", "plain"])
+def test_views_of_one_array_that_lie_otherwise_are_not_taken_for_it(kind):
+    base = np.random.default_rng(0).normal(size=(8, 8))
+    views = dict(turned=base[::-1], transposed=base.T).get(kind, base)
+    rows = {("rows", k, 0): views[k : k + 1] for k in range(8)}
+    if kind == "exchanged":
+        rows["rows", 2, 0], rows["rows", 5, 0] = rows["rows", 5, 0], rows["rows", 2, 0]
+    array = da.Array(rows, "rows", ((1,) * 8, (8,)), dtype=base.dtype)
+    joined = coarser(array)
+    assert (joined.numblocks == (1, 1)) == (kind == "plain")
+    np.testing.assert_array_equal(joined, array)
+
+
+@pytest.mark.parametrize("within, sizes", [((4, 6), (3, 1, 3, 3)), ((10,), (3, 3, 3, 1)), ((3, 7), (1,) * 10)])
+def test_chunks_are_joined_within_bounds(within, sizes, monkeypatch):
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 60)
+    y = np.random.default_rng(0).normal(size=(10, 20))
+    chunks = (2, 2, 2, 2, 2) if within == (3, 7) else 1
+    joined = coarser(da.from_array(y, chunks=(chunks, 20)), (within, (20,)))
+    assert joined.chunks[0] == ((2,) * 5 if within == (3, 7) else sizes)
+    np.testing.assert_array_equal(joined, y)

@@ -13,7 +13,7 @@ from typing import Any
 
 import dask
 import numpy as np
-from dask._task_spec import DataNode, TaskRef
+from dask._task_spec import DataNode, GraphNode, TaskRef
 from dask.blockwise import Blockwise
 from dask.layers import ArraySliceDep
 
@@ -94,16 +94,16 @@ def _shapes(array: da.Array):
 def _read(layers, layer: Blockwise, declared) -> Callable | None:
     (leaf, label), *rest = layer.indices
     slices = layer.io_deps.get(str(rest[0][0])) if len(rest) == 1 else None
-    if label is not None or not isinstance(slices, ArraySliceDep):
+    if label is not None or not isinstance(slices, ArraySliceDep) or rest[0][1] != layer.output_indices:
         return None
     if layer.task.func not in (da.core.getter, da.core.getter_nofancy, da.core.getter_inline) or len(layer.task.args) != 2:
         return None
     if isinstance(leaf, TaskRef):
         leaf = layers.get(leaf.key, {}).get(leaf.key)
-    source = leaf.value if isinstance(leaf, DataNode) else leaf
-    if source is None or dask.is_dask_collection(source):
+    source, how = leaf.value if isinstance(leaf, DataNode) else leaf, layer.task.kwargs
+    if source is None or dask.is_dask_collection(source) or any(isinstance(each, GraphNode) for each in how.values()):
         return None
-    reader = Reader(source, layer.task.func, layer.task.kwargs, declared)
+    reader = Reader(source, layer.task.func, how, declared)
     return lambda index: Part(reader, slices[index], index)
 
 
@@ -130,16 +130,23 @@ def coarser(array, within=None):
     chunks = tuple(map(_within, array.chunks, joins_of(array.chunks), bounds))
     if chunks == array.chunks or not all(chunks) or (part := parts_of(array)) is None:
         return array
-    first, last = part((0,) * array.ndim), part(tuple(n - 1 for n in array.numblocks))
+    first = part((0,) * array.ndim)
     if isinstance(first, Part):
         reader = first.reader
         found = da.from_array(reader.source, chunks=chunks, name=False, meta=array._meta, **reader.how)
         return found if reader.declared is None else checked(reader.declared.name, found)
     whole = first.base
-    if isinstance(last, Part) or whole is None or whole is not last.base:
+    if whole is None or (whole.shape, whole.dtype) != (array.shape, array.dtype):
         return array
-    same = (whole.shape, whole.dtype) == (array.shape, array.dtype)
-    return da.from_array(whole, chunks=chunks, name=False) if same else array
+    places = zip(np.ndindex(array.numblocks), da.core.slices_from_chunks(array.chunks), strict=True)
+    its = all(_looks_at(whole[place], part(index)) for index, place in places)
+    return da.from_array(whole, chunks=chunks, name=False) if its else array
+
+
+def _looks_at(one: np.ndarray, other) -> bool:
+    """Whether two arrays are views of the same elements."""
+    found = (each.__array_interface__ for each in (one, other))
+    return len({(each["data"][0], each["shape"], each["strides"], each["typestr"]) for each in found}) == 1
 
 
 def _within(sizes, n, bounds) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise, product
 from math import prod
 from typing import Any, NamedTuple
@@ -294,6 +295,18 @@ class MapProblem:
     def shape(self) -> tuple[int, ...]:
         return tuple(sum(sizes) for sizes in self.blocks)
 
+    @cached_property
+    def arrays(self) -> list[Operand]:
+        """y and the others, small chunks of which are joined where they are in one block."""
+
+        def joined(array, last):
+            if array.ndim == last:  # the same for all pixels
+                return array
+            sizes = {k: each for k, each in zip(self.map_axes, self.blocks, strict=True) if array.shape[k] > 1}
+            return coarser(array, tuple(sizes.get(k, n) for k, n in enumerate(array.shape)))
+
+        return [each._replace(array=joined(*each)) for each in (Operand(self.y), *self.operands.values())]
+
     @property
     def places(self) -> list[tuple[tuple[int, ...], tuple[slice, ...]]]:
         """Number and place of each block."""
@@ -334,7 +347,7 @@ class MapProblem:
         """
         axes = self.map_axes
         arguments: list[Any] = []
-        for operand in (Operand(self.y), *self.operands.values()):
+        for operand in self.arrays:
             arguments += self.part(operand, rows)
         first, *others = self.blocks if axes else [()]
         ends = np.cumsum(first)
@@ -373,8 +386,6 @@ class MapProblem:
                 want[k] = tuple(n for n, end in zip(sizes, ends, strict=True) if rows.start < end <= rows.stop)
             else:
                 want[k] = sizes
-        every = {k: sizes for k, sizes in zip(axes, self.blocks, strict=True) if array.shape[k] > 1}
-        array = coarser(array, tuple(every.get(k, n) for k, n in enumerate(array.shape)))
         if axes and array.shape[axes[0]] > 1:
             array = array[(slice(None),) * axes[0] + (rows,)]
         cut = self.fit.fit_axes if self.in_pieces else ()
