@@ -32,7 +32,7 @@ def loads_of(x, y):
 
 def pieces(load, known):
     with known.to(load) as values:
-        return load.pieces(values)
+        return load.pieces(values, {})
 
 
 def in_store(values, chunks):

@@ -1,13 +1,20 @@
 """Small chunks cost as much as large ones, and each of them keeps what is said of it."""
 
+import logging
+from collections import Counter
+
 import dask.array as da
+import h5py
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
+from zarr.storage import MemoryStore, WrapperStore
 
 from dask_nlsq import BadChunkError, curve_fit, fit_map
-from dask_nlsq.data.joining import coarser, joins_of
+from dask_nlsq.data.joining import coarser, joins_of, split
+from dask_nlsq.data.store import Policy, Stored
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +25,15 @@ def few_runs_are_enough(monkeypatch):
 @pytest.mark.parametrize(
     "chunks, joins",
     [
-        (((1,) * 20_000, (64,)), (312, 1)),  # a 64th of all points
+        (((1,) * 2000, (64,)), (125, 1)),  # a 16th of all points
         (((1,) * 10**6, (64,)), (1024, 1)),  # 2^16 points
-        (((1,) * 40, (1000,)), (1, 1)),
+        (((1,) * 30, (1000,)), (1, 1)),
+        (((50,) * 4 + (13,),), (5,)),  # tiny
         (((10,) * 300, (10,) * 300), (2, 300)),
         (((1,) * 7, (5,) * 4000, (5,) * 20), (1, 131, 20)),
     ],
 )
-def test_so_many_chunks_are_joined_that_64_runs_remain(chunks, joins, monkeypatch):
+def test_so_many_chunks_are_joined_that_16_runs_remain(chunks, joins, monkeypatch):
     monkeypatch.undo()
     assert joins_of(chunks) == joins
 
@@ -101,7 +109,7 @@ def test_a_map_of_chunks_of_one_pixel_is_read_in_few_requests_and_has_the_same_b
     assert fits.popt.npartitions <= 4
     wanted = fit_map(decay, x, y, p0=[1, 1, 0]).compute().record
     np.testing.assert_array_equal(fits.compute().record, wanted)
-    assert len(source.asked) <= 6
+    assert kind != "store" or len(source.asked) <= 6
 
 
 @pytest.mark.parametrize("how", ["damaged", "absent"])
@@ -143,3 +151,92 @@ def test_chunks_are_joined_within_bounds(within, sizes, monkeypatch):
     joined = coarser(da.from_array(y, chunks=(chunks, 20)), (within, (20,)))
     assert joined.chunks[0] == ((2,) * 5 if within == (3, 7) else sizes)
     np.testing.assert_array_equal(joined, y)
+
+
+def stored_as(kind, y, directory):
+    """y in chunks of a row, in a store of a kind."""
+    if kind == "memory":
+        return da.from_array(y, chunks=(1, -1))
+    if kind == "h5py":
+        with h5py.File(directory / "y.h5", "w") as file:
+            file.create_dataset("y", data=y, chunks=(1, y.shape[1]))
+        return h5py.File(directory / "y.h5", "r")["y"]
+    array = zarr.create_array(
+        directory / "y.zarr", name="y", shape=y.shape, chunks=(1, y.shape[1]), dtype=y.dtype, dimension_names=("k", "x")
+    )
+    array[:] = y
+    path = directory / "y.zarr" / "y"
+    if kind == "xarray":
+        return xr.open_zarr(directory / "y.zarr", consolidated=False, chunks={}).y
+    return path if kind == "path" else da.from_zarr(path)
+
+
+@pytest.mark.parametrize(
+    "kind, strategy",
+    [
+        ("path", "chunked"),
+        ("path", "streaming"),
+        ("memory", "chunked"),
+        *(pytest.param(kind, "chunked", marks=pytest.mark.slow) for kind in ("h5py", "from_zarr", "xarray")),
+    ],
+)
+def test_workers_and_threads_find_the_same_bits_in_small_chunks(kind, strategy, tmp_path, workers, caplog, monkeypatch):
+    caplog.set_level(logging.INFO, "dask_nlsq")
+    monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 2500)
+    x = np.linspace(0, 5, 25)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (400, 25))
+    data = stored_as(kind, y, tmp_path)
+    here = curve_fit(decay, x, data, p0=[1, 1, 0], strategy="streaming" if strategy == "streaming" else "standard")
+    with workers.as_current():
+        there = curve_fit(decay, x, data, p0=[1, 1, 0], strategy=strategy)
+    assert here.popt.tobytes() == there.popt.tobytes() and here.pcov.tobytes() == there.pcov.tobytes()
+    np.testing.assert_allclose(here.popt, curve_fit(decay, x, y, p0=[1, 1, 0]).popt, rtol=1e-6)
+    assert "one by one" not in caplog.text
+
+
+class OnceAbsent(WrapperStore):
+    """A store that says once of each chunk that it is absent."""
+
+    asked: Counter = Counter()  # of all stores: Zarr opens others of the same kind
+
+    async def get(self, key, prototype, byte_range=None):
+        self.asked[key] += 1
+        return None if "c/" in key and self.asked[key] == 1 else await super().get(key, prototype, byte_range)
+
+
+def test_a_chunk_that_a_store_denies_once_is_asked_for_again(caplog):
+    caplog.set_level(logging.INFO, "dask_nlsq")
+    x = np.linspace(0, 5, 25)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (200, 25))
+    memory = MemoryStore()
+    zarr.create_array(memory, shape=y.shape, chunks=(1, 25), dtype=y.dtype)[:] = y
+    found = curve_fit(decay, x, zarr.open_array(OnceAbsent(memory), mode="r"), p0=[1, 1, 0])
+    np.testing.assert_allclose(found.popt, curve_fit(decay, x, y, p0=[1, 1, 0]).popt, rtol=1e-9)
+    assert {n for key, n in OnceAbsent.asked.items() if "c/" in key} == {3}  # denied, asked how large it is, and given
+    assert "one by one" not in caplog.text
+
+
+@pytest.mark.parametrize("box", [(slice(3, 31), slice(10, 70)), (slice(0, 2), slice(0, 7)), (slice(5, 6), slice(20, 90))])
+def test_a_box_of_a_store_is_that_of_its_chunks(box):
+    y = np.arange(31 * 90).reshape(31, 90)
+    array = zarr.create_array(MemoryStore(), shape=y.shape, chunks=(2, 7), dtype=y.dtype)
+    array[:] = y
+    stored = Stored("y", array, Policy())
+    np.testing.assert_array_equal(stored[box], y[box])
+    parts = [*split(box, stored.ends)]
+    joined = np.full_like(y[box], -1)
+    for index, there, part in parts:
+        lies_in = [(one.start // n, (one.stop - 1) // n) for one, n in zip(part, (2, 7), strict=True)]
+        assert lies_in == [(k, k) for k in index]
+        joined[there] = y[part]
+    np.testing.assert_array_equal(joined, y[box])
+
+
+def test_values_that_others_are_made_of_are_read_once():
+    x = np.linspace(0, 5, 25)
+    source = Counting(2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 25)))
+    y = da.from_array(source, chunks=(1, 25))
+    found = curve_fit(decay, x, y, sigma=da.sqrt(abs(y) + 1), p0=[1, 1, 0])
+    wanted = curve_fit(decay, x, source.values, sigma=np.sqrt(abs(source.values) + 1), p0=[1, 1, 0])
+    np.testing.assert_allclose(found.popt, wanted.popt, rtol=1e-9)
+    assert len(source.asked) == 1 + 40

@@ -488,6 +488,7 @@ def test_damage_of_x_and_sigma_hides_points_too(tmp_path):
 
 def test_small_chunks_that_are_joined_lose_only_the_damaged_one(tmp_path, monkeypatch):
     monkeypatch.setattr("dask_nlsq.data.joining.JOINED_POINTS", 2**16)
+    monkeypatch.setattr("dask_nlsq.data.joining.FEWEST_RUNS", 1)
     write(tmp_path / "y.zarr", **CODECS["crc32c"])
     flip(tmp_path / "y.zarr" / "c" / "0")
     found = curve_fit(decay, X, tmp_path / "y.zarr", sigma=3.0, absolute_sigma=True, p0=P0, on_bad_chunk="mask")

@@ -21,7 +21,7 @@ from ..kernels.blocks import Invalid, Layout, Layouts
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
 from .chunks import Preparation, ValuePolicy
-from .joining import joins_of, parts_of, runs_of
+from .joining import joins_of, parts_of, runs_of, source_name
 from .labels import NAMELESS, Names
 from .ranges import Ranges, of_each, parted_within
 
@@ -92,14 +92,14 @@ class Data:
         return tuple(sizes[i] for sizes, i in zip(self.chunks, index, strict=True))
 
     def places(self, index: tuple[int, ...]) -> list:
-        """Where a chunk's piece of each operand is: a NumPy array, or of a Dask array a `Part` of a store, or a key."""
+        """Where a chunk's piece of each operand is: an array in memory, or of a Dask array a `Part` of a store, or a key."""
         return [cut(index) for cut in self._cuts]
 
     def pieces(self, index: tuple[int, ...]) -> list:
         """A chunk's piece of each operand: a NumPy array, or a Delayed one where the operand is a Dask array."""
         return [
-            cut(index) if blocks is None else blocks[tuple(min(i, n - 1) for i, n in zip(index, blocks.shape, strict=True))]
-            for cut, blocks in zip(self._cuts, self._delayed, strict=True)
+            cut(index) if blocks is None else blocks[_at(operand, index)]
+            for operand, cut, blocks in zip(self.operands, self._cuts, self._delayed, strict=True)
         ]
 
     @cached_property
@@ -109,9 +109,8 @@ class Data:
         def cutter(operand):
             narrow = [size == 1 for size in operand.shape]
             if isinstance(operand, da.Array):
-                part: Callable[[tuple[int, ...]], Any] | None = parts_of(operand)
-                part = part or (lambda index: (operand.name, *index))
-                return lambda index: part(tuple(0 if one else i for one, i in zip(narrow, index, strict=True)))
+                part = self._part(operand) or (lambda index: (operand.name, *index))
+                return lambda index: part(_at(operand, index))
             return lambda index: operand[
                 tuple(
                     slice(None) if one else slice(start[i], start[i + 1])
@@ -121,9 +120,23 @@ class Data:
 
         return [cutter(operand) for operand in self.operands]
 
+    def _part(self, operand: da.Array) -> Callable[[tuple[int, ...]], Any] | None:
+        """`parts_of` an operand; None of one whose chunks several chunks of y need, or the graph of another operand."""
+        found, name = parts_of(operand), source_name(operand)
+        if found is None or isinstance(found((0,) * operand.ndim), np.ndarray):
+            return found
+        others = (each for each in self.operands if isinstance(each, da.Array) and each is not operand)
+        alone = operand.numblocks == tuple(map(len, self.chunks)) and not any(name in each.dask.layers for each in others)
+        return found if alone else None
+
     @cached_property
     def _delayed(self):
         return [operand.to_delayed() if isinstance(operand, da.Array) else None for operand in self.operands]
+
+
+def _at(operand, index: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of an operand's chunk: 0 along axes that it does not have."""
+    return tuple(0 if size == 1 else i for size, i in zip(operand.shape, index, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

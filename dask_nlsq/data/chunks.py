@@ -14,7 +14,7 @@ from .store import BadChunkError
 
 EMPTIEST = 32  # buffers of short chunks may be filled to this fraction only; long chunks are cut, not padded
 SAMPLE_POINTS = 8  # points on which a model is checked
-LOOKED_AT = 1000  # values of y in each chunk, whether they are counts
+LOOKED_AT = 1000  # values of y in each run, whether they are counts
 LARGEST = 1e75  # of y in units of sigma: sums of fourth powers must be finite
 MOST_INTEGER = np.iinfo(np.int64).max
 
@@ -140,7 +140,7 @@ def prepare_chunk(
 def _join(preparation: Preparation, indices, pieces) -> tuple[tuple[tuple[int, ...], ...], list[np.ndarray]]:
     """The pieces of a run, whose chunks fill a box, as one of each operand; and the sizes of the chunks along each axis."""
     pieces = [[np.asarray(piece) for piece in each] for each in pieces]
-    if preparation.policy.hides:  # a chunk that cannot be read has a mask of its own
+    if preparation.policy.hides and len(pieces) > 1:  # a chunk that cannot be read has a mask of its own
         pieces = [[y, sigma, np.broadcast_to(mask, y.shape), *x] for y, sigma, mask, *x in pieces]
     box = [last - first + 1 for first, last in zip(indices[0], indices[-1], strict=True)]
     steps = [prod(box[k + 1 :]) for k in range(len(box))]
@@ -161,10 +161,11 @@ def _join(preparation: Preparation, indices, pieces) -> tuple[tuple[tuple[int, .
 
 def count_each(flags: np.ndarray, cuts: tuple[tuple[int, ...], ...]) -> list[int]:
     """How many flags of a run are set in each of its chunks."""
-    counts = flags.astype(np.int64)
+    if prod(map(len, cuts)) <= 1:
+        return [int(np.count_nonzero(flags))]
     for k, sizes in enumerate(cuts):
-        counts = np.add.reduceat(counts, np.cumsum([0, *sizes[:-1]]), axis=k)
-    return counts.ravel().tolist()
+        flags = np.add.reduceat(flags, np.cumsum([0, *sizes[:-1]]), axis=k, dtype=np.int64)
+    return flags.ravel().tolist()
 
 
 def blank(preparation: Preparation, shape: tuple[int, ...], k: int) -> np.ndarray:
@@ -192,13 +193,13 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
         hidden = hidden | invalid
     faults: dict[str, Fault] = {}
 
-    def first(flags):
-        return indices[next(k for k, n in enumerate(_count_chunks(flags, shape, cuts)) if n)]
+    def first(counts):
+        return next(index for index, n in zip(indices, counts, strict=True) if n)
 
     def note(name, flags):
-        if n := _count(flags, shape):
-            known = faults.get(name, Fault(0, first(flags)))
-            faults[name] = Fault(n + known.count, min(first(flags), known.index))
+        if any(counts := _count_chunks(flags, shape, cuts)):
+            known = faults.get(name, Fault(0, first(counts)))
+            faults[name] = Fault(sum(counts) + known.count, min(first(counts), known.index))
 
     spoiled = np.zeros((1,) * len(shape), bool)
     for name, piece in zip(names, pieces, strict=True):
@@ -206,9 +207,7 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
             bad = ~np.isfinite(piece)
             note(name, bad & ~hidden)
             spoiled = spoiled | bad
-    n_points, n_masked, n_omitted = (
-        _count_chunks(flags, shape, cuts) for flags in (np.True_, hidden, spoiled & ~hidden if policy.omit else np.False_)
-    )
+    n_masked, n_omitted = (_count_chunks(each, shape, cuts) for each in (hidden, spoiled & ~hidden & policy.omit))
     if masked:
         pieces[2] = np.ascontiguousarray(np.broadcast_to(stored_mask | spoiled, shape)) if policy.hides else stored_mask
     note("sigma <= 0", (pieces[1] <= 0) & ~hidden)
@@ -218,21 +217,21 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
         faults["ydata not whole"] = Fault(1, indices[0])
     if policy.check and (found := _too_large(layouts.y, pieces[0], pieces[1], hidden)):
         value, place = found
-        note("too large", np.arange(prod(shape)).reshape(shape) == place)
-        faults["too large"] = faults["too large"]._replace(value=value)
+        at = zip(cuts, np.unravel_index(place, shape), indices[0], strict=True)
+        index = tuple(first + int(np.searchsorted(np.cumsum(sizes), k, side="right")) for sizes, k, first in at)
+        faults["too large"] = Fault(1, index, value)
     for layout, piece in zip(layouts.x, pieces[2 + masked :], strict=True):
         if layout.integer:
-            check_integers(piece, hidden, lambda flags: f"in block {first(flags)}")
+            check_integers(piece, hidden, lambda flags: f"in block {first(_count_chunks(flags, shape, cuts))}")
+    n_points = [prod(sizes) for sizes in product(*cuts)]
     numbers = zip(indices, n_points, n_masked, n_omitted, strict=True)
     return [Census(*each, {} if k else faults) for k, each in enumerate(numbers)], pieces, is_invalid
 
 
 def _count_chunks(flags, shape, cuts) -> list[int]:
-    """`_count` for each chunk of a run, or for one."""
+    """`_count` for each chunk of a run."""
     if prod(map(len, cuts)) == 1 or not np.any(flags):
         return [_count(flags, shape)] * prod(map(len, cuts))
-    if np.all(flags):
-        return [prod(sizes) for sizes in product(*cuts)]
     return count_each(np.broadcast_to(flags, shape), cuts)
 
 

@@ -6,9 +6,13 @@ and where Dask's tasks hold or read chunks, and do nothing else, no graph is nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise, product
 from math import prod
+from operator import getitem
 from typing import Any
 
 import dask
@@ -16,13 +20,17 @@ import numpy as np
 from dask._task_spec import DataNode, GraphNode, TaskRef
 from dask.blockwise import Blockwise
 from dask.layers import ArraySliceDep
+from dask.sizeof import sizeof
 
 from ..base.lazy import da
 from ..memory.needs import JOINED_POINTS
-from .arrays import CHECKED, Declared, checked
+from .arrays import CHECKED, Declared
 
 Item = tuple[slice, ...]
-FEWEST_RUNS = 64  # where there are so many chunks
+FEWEST_RUNS, TINY = 16, 2**10  # where there are so many chunks; points
+CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
+
+logger = logging.getLogger("dask_nlsq")
 
 
 @dataclass(frozen=True)
@@ -56,9 +64,10 @@ def joins_of(chunks) -> tuple[int, ...]:
     """How many neighbouring chunks are joined along each axis, so that small ones become runs of up to `JOINED_POINTS`.
 
     The last axis comes first, and one only after all those behind it are whole: runs follow each other in C order.
-    `FEWEST_RUNS` remain, for threads to share and progress to show: a small chunk may take long to make.
+    `FEWEST_RUNS` remain unless they are tiny, for threads to share and progress to show: a small chunk may take long to
+    make.
     """
-    found, room = [], min(JOINED_POINTS, prod(map(sum, chunks)) // FEWEST_RUNS)
+    found, room = [], min(JOINED_POINTS, max(prod(map(sum, chunks)) // FEWEST_RUNS, TINY))
     for sizes in reversed(chunks):
         n = max(1, min(len(sizes), room // max(sizes)))
         found.append(n)
@@ -75,20 +84,23 @@ def runs_of(chunks, joins) -> tuple[tuple[int, ...], ...]:
 
 def parts_of(array: da.Array) -> Callable[[tuple[int, ...]], np.ndarray | Part] | None:
     """What gives the chunk at an index: the array that Dask holds, or the part that it reads; None where tasks do more."""
-    layers, name, declared = array.dask.layers, array.name, None
-    if name.startswith(CHECKED):
-        declared, name = layers[name].task.func, layers[name].indices[0][0]
+    layers, name, declared = array.dask.layers, source_name(array), None
+    if name != array.name:
+        declared = layers[array.name].task.func
     layer = layers.get(name)
     if isinstance(layer, Blockwise):
         return _read(layers, layer, declared)
-    shape_of = dict(zip(np.ndindex(array.numblocks), _shapes(array), strict=True))
-    if layer is None or any(type(layer.get((name, *index))) is not np.ndarray for index in shape_of):
+    every = np.ndindex(array.numblocks)
+    if layer is None or not all(type(layer.get((name, *index))) is np.ndarray for index in every):
         return None
-    return lambda index: layer[name, *index] if declared is None else declared(layer[name, *index], index, shape_of[index])
+    if declared is None:
+        return lambda index: layer[name, *index]
+    return lambda index: declared(layer[name, *index], index, tuple(map(getitem, array.chunks, index)))
 
 
-def _shapes(array: da.Array):
-    return (tuple(sizes[i] for sizes, i in zip(array.chunks, index, strict=True)) for index in np.ndindex(array.numblocks))
+def source_name(array: da.Array) -> str:
+    """The name of an array before its chunks are compared with what was declared."""
+    return array.dask.layers[array.name].indices[0][0] if array.name.startswith(CHECKED) else array.name
 
 
 def _read(layers, layer: Blockwise, declared) -> Callable | None:
@@ -102,6 +114,8 @@ def _read(layers, layer: Blockwise, declared) -> Callable | None:
         leaf = layers.get(leaf.key, {}).get(leaf.key)
     source, how = leaf.value if isinstance(leaf, DataNode) else leaf, layer.task.kwargs
     if source is None or dask.is_dask_collection(source) or any(isinstance(each, GraphNode) for each in how.values()):
+        return None
+    if sizeof(source) > CONSTANT_BYTES:  # it would travel with each part
         return None
     reader = Reader(source, layer.task.func, how, declared)
     return lambda index: Part(reader, slices[index], index)
@@ -118,45 +132,87 @@ def read_box(parts: Sequence[Part]) -> list[np.ndarray]:
     ]
 
 
-def coarser(array, within=None):
+def ends_of(chunks) -> list[np.ndarray]:
+    """Where chunks end along each axis."""
+    return [np.cumsum(sizes) for sizes in chunks]
+
+
+def split(box: Item, ends: Sequence[np.ndarray]) -> Iterator[tuple[tuple[int, ...], Item, Item]]:
+    """What lies in one chunk each: its index, the place in the box, and that in the array, in C order."""
+    along = []
+    for one, those in zip(box, ends, strict=True):
+        first, last = np.searchsorted(those, [one.start, one.stop - 1], side="right").tolist()
+        cuts = pairwise([one.start, *those[first:last].tolist(), one.stop])
+        along.append([(first + k, slice(a - one.start, b - one.start), slice(a, b)) for k, (a, b) in enumerate(cuts)])
+    for each in product(*along):
+        yield tuple(k for k, _, _ in each), tuple(there for _, there, _ in each), tuple(part for _, _, part in each)
+
+
+class Joined:
+    """An array that is read in boxes of chunks, and chunk by chunk where that fails: so the error is that of one of them."""
+
+    def __init__(self, reader: Reader, array: da.Array):
+        self.reader, self.ends, self.meta = reader, ends_of(array.chunks), array._meta
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+
+    def __getitem__(self, item: Item) -> np.ndarray:
+        with tried_together():
+            return self.reader.read(item)
+        empty = np.ma.empty if isinstance(self.meta, np.ma.MaskedArray) else np.empty
+        values = empty([one.stop - one.start for one in item], self.dtype)
+        for index, there, part in split(item, self.ends):
+            values[there] = self.reader.read(part, index)
+        return values
+
+
+@contextmanager
+def tried_together() -> Iterator[None]:
+    """Within, several chunks are read by one request; they are to be read one by one after that has failed."""
+    try:
+        yield
+    except Exception as err:
+        logger.info("chunks could not be read together, and are read one by one: %s", err)
+
+
+def coarser(array, bounds=None):
     """The same Dask array in chunks as large as its runs, where these can be read at once or are in memory.
 
-    No chunk is ``within`` two of these sizes along each axis; the array stays as it is where one of its own is.
+    No run crosses the ``bounds`` of blocks, sizes along each axis; the array stays as it is where one of its chunks does.
     """
     if not isinstance(array, da.Array):
         return array
-    within = array.shape if within is None else within
-    bounds = [{0, *np.cumsum(sizes).tolist()} for sizes in da.core.normalize_chunks(within, array.shape)]
-    chunks = tuple(map(_within, array.chunks, joins_of(array.chunks), bounds))
+    bounds = da.core.normalize_chunks(array.shape if bounds is None else bounds, array.shape)
+    ends = [{0, *each.tolist()} for each in ends_of(bounds)]
+    chunks = tuple(map(_joined_within, array.chunks, joins_of(array.chunks), ends))
     if chunks == array.chunks or not all(chunks) or (part := parts_of(array)) is None:
         return array
     first = part((0,) * array.ndim)
     if isinstance(first, Part):
-        reader = first.reader
-        found = da.from_array(reader.source, chunks=chunks, name=False, meta=array._meta, **reader.how)
-        return found if reader.declared is None else checked(reader.declared.name, found)
+        source = Joined(first.reader, array)
+        return da.from_array(source, chunks=chunks, name=False, asarray=False, meta=array._meta)
     whole = first.base
-    if whole is None or (whole.shape, whole.dtype) != (array.shape, array.dtype):
+    if type(whole) is not np.ndarray or (whole.shape, whole.dtype) != (array.shape, array.dtype):
         return array
     places = zip(np.ndindex(array.numblocks), da.core.slices_from_chunks(array.chunks), strict=True)
-    its = all(_looks_at(whole[place], part(index)) for index, place in places)
+    its = all(_same_view(whole[place], part(index)) for index, place in places)
     return da.from_array(whole, chunks=chunks, name=False) if its else array
 
 
-def _looks_at(one: np.ndarray, other) -> bool:
-    """Whether two arrays are views of the same elements."""
+def _same_view(one: np.ndarray, other) -> bool:
+    """Whether two arrays look at the same elements."""
     found = (each.__array_interface__ for each in (one, other))
     return len({(each["data"][0], each["shape"], each["strides"], each["typestr"]) for each in found}) == 1
 
 
-def _within(sizes, n, bounds) -> tuple[int, ...]:
-    """Sizes of runs of at most ``n`` chunks, which end where there are bounds; none where a chunk is beyond one."""
-    found, many, end = [], 0, 0
+def _joined_within(sizes, n, ends) -> tuple[int, ...]:
+    """Sizes of runs of at most ``n`` chunks, which end where blocks do; none where a chunk goes on behind such an end."""
+    found: list[int] = []
+    many, end = 0, 0
     for size in sizes:
         many, start, end = many + 1, end, end + size
-        if any(start < each < end for each in bounds):
+        if any(start < each < end for each in ends):
             return ()
-        if many == 1 or many > n or start in bounds:
+        if many > n or start in ends:
             found.append(size)
             many = 1
         else:

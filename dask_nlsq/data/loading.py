@@ -1,8 +1,8 @@
 """Which part of a user's Dask graph each chunk needs for itself, so that one task can read and prepare it alone.
 
 A task that loads chunks runs their own part of the graph by itself, one chunk after another. So beside what is prepared
-already one chunk is in memory and no more, no data travel between workers, a partition is one task for the scheduler
-however many chunks it has, and an error knows its chunk.
+already one chunk is in memory and no more, or a run of small ones; no data travel between workers, a partition is one task
+for the scheduler however many chunks it has, and an error knows its chunk. Chunks that tasks only read need no graph.
 
 What several chunks need is of two kinds. A piece of a store, or of the user's graph, that is not cut as y is, is *passed
 on*: made for the first chunk that needs it and dropped with the last (`PassedOn`), in each sweep that reads. Computed once
@@ -10,13 +10,13 @@ before, by the user's scheduler, and held is what all chunks need (a coordinate 
 for themselves (their mean), and futures of a persisted array.
 """
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future as Promise
-from contextlib import contextmanager, suppress
-from itertools import chain
-from types import MappingProxyType
+from contextlib import contextmanager
+from itertools import chain, count
 from typing import Any
 
 import dask
@@ -31,9 +31,9 @@ from distributed import Future
 from ..base.lazy import da
 from .align import Data
 from .chunks import Preparation, blank
-from .joining import Part, read_box
+from .joining import CONSTANT_BYTES, Part, read_box, tried_together
 
-CONSTANT_BYTES = 2**20  # constants up to here (a store's handle, a small axis) go along with each chunk that needs them
+_numbers = count()
 
 
 class Load:
@@ -42,13 +42,16 @@ class Load:
     ``shared`` keys come from elsewhere; other chunks need ``passed`` ones too, whose tasks are in the graph.
     """
 
-    __slots__ = ("graph", "index", "operands", "passed", "shape", "shared")
+    __slots__ = ("graph", "index", "number", "operands", "passed", "shape", "shared")
 
     def __init__(self, index: tuple[int, ...], shape: tuple[int, ...], operands: list):
-        self.index, self.shape, self.operands = index, shape, operands
+        self.index, self.shape, self.operands, self.number = index, shape, operands, next(_numbers)
         self.graph: dict[Any, GraphNode] = {}
         self.shared: list = []
         self.passed: list = []
+
+    def __dask_tokenize__(self):
+        return type(self).__name__, os.getpid(), self.number  # Dask would pickle and unpickle each of them
 
     @property
     def keys(self) -> set:
@@ -72,7 +75,7 @@ class Load:
             error.add_note(f"raised while reading block {self.index} of the data")
             raise
 
-    def pieces(self, known: Mapping, read: Mapping[int, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
+    def pieces(self, known: Mapping, read: Mapping[int, np.ndarray]) -> list[np.ndarray]:
         """The chunk's piece of each operand; those that have been ``read`` with others are there."""
         values = self.values(keys, known) if (keys := self.keys) else {}
         return [read[k] if k in read else self._piece(operand, values) for k, operand in enumerate(self.operands)]
@@ -101,7 +104,7 @@ def read_together(run: Sequence[Load]) -> list[dict[int, np.ndarray]]:
     """
     found: list[dict[int, np.ndarray]] = [{} for _ in run]
     if len(run) > 1:
-        with suppress(Exception):
+        with tried_together():
             for k, operand in enumerate(run[0].operands):
                 if isinstance(operand, Part):
                     for pieces, piece in zip(found, read_box([load.operands[k] for load in run]), strict=True):

@@ -17,7 +17,8 @@ import stat
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import pairwise, product
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
@@ -30,9 +31,10 @@ from ..base.text import near
 from ..base.values import is_address
 from ..base.warn import warn
 from .cf import AS_STORED, Decoding
-from .joining import coarser
+from .joining import Item, coarser, split
 from .patience import client_errors, is_absent, patience, said
 
+TOGETHER = 64  # small chunks that one request is for
 KEYS_AT_ONCE = 64  # of which the sizes are asked for
 NAMED = 3  # chunks in a message
 SAMPLED, ENDS = 16, 2**15  # chunks that distinguish a copy from other data, and bytes at both of their ends
@@ -353,51 +355,64 @@ class Stored:
     def error(self, index, cause, masked) -> BadChunkError:
         return BadChunkError(self.place, tuple(index), self.key(index), cause, masked)
 
+    @cached_property
+    def ends(self) -> list[np.ndarray]:
+        """Where chunks end along each axis."""
+        return [np.minimum(np.arange(size, n + size, size), n) for n, size in zip(self.shape, self.chunks, strict=True)]
+
     def __getitem__(self, item) -> np.ndarray:
-        """A chunk or a part of one, or a box of several; an error is that of the first chunk that cannot be read."""
-        chunks = self.within(item)
-        for index in chunks:
+        """A chunk or a part of one, or a box of several, the error of which says nothing of the others."""
+        plain = all(isinstance(one, slice) and one.step in (None, 1) for one in item)
+        chunks = [*split(item, self.ends)] if plain else [(self._first(item), (), item)]
+        for index, *_ in chunks:
             if index in self.damaged:
                 raise self.damaged[index]
-        index = next(iter(chunks))
         try:
             if len(chunks) == 1:
-                return zarr.core.sync.sync(self.patience.get(lambda: self._read(index, item)))
-            with suppress(*client_errors(*DECODING, OSError)):
-                return zarr.core.sync.sync(self.patience.get(lambda: self._read_box(chunks, item)))
+                return zarr.core.sync.sync(self.patience.get(lambda: self._read(chunks[0][0], item)))
+            return zarr.core.sync.sync(self._read_box(item))
         except client_errors(*DECODING, OSError) as err:
-            raise self.error(index, said(err), self.policy.on_bad_chunk == "mask") from err
-        values = np.empty([each.stop - each.start for each in item], self.dtype)
-        for there, part in chunks.values():
-            values[there] = self[part]
-        return values
+            raise self.error(chunks[0][0], said(err), self.policy.on_bad_chunk == "mask") from err
 
-    def within(self, item) -> dict[tuple[int, ...], tuple[tuple[slice, ...], tuple]]:
-        """Chunks that a box is in, by index: the place of the part of each in the box, and in the array."""
-        along: list[list[tuple[int, slice, Any]]] = []
-        for one, size in zip(item, self.chunks, strict=True):
-            if not isinstance(one, slice) or one.step not in (None, 1) or one.stop - 1 < (one.start // size + 1) * size:
-                along.append([(getattr(one, "start", one) // size, slice(None), one)])
-                continue
-            edges = [one.start, *range((one.start // size + 1) * size, one.stop, size), one.stop]
-            along.append([(a // size, slice(a - one.start, b - one.start), slice(a, b)) for a, b in pairwise(edges)])
-        split = (tuple(zip(*each, strict=True)) for each in product(*along))
-        return {index: (there, part) for index, there, part in split} if along else {(): ((), ())}
-
-    async def _read_box(self, chunks, item):
-        values = np.asarray(await self.array.async_array.getitem(item))
-        for index, (there, part) in chunks.items():
-            if index not in self.absent and _is_full_of(self.array.fill_value, values[there]):
-                values[there] = await self._read(index, part)  # it may have gone meanwhile
-        return values
+    def _first(self, item) -> tuple[int, ...]:
+        return tuple(getattr(one, "start", one) // size for one, size in zip(item, self.chunks, strict=True))
 
     async def _read(self, index, item):
         values = np.asarray(await self.array.async_array.getitem(item))
         if index in self.absent or not _is_full_of(self.array.fill_value, values):
             return values
+        return await self._again(index, item)
+
+    async def _again(self, index, item):
+        """A chunk that was read as fill values, and is to be there."""
         if await _size(self.array.store, self.key(index)) is None:
             raise FileNotFoundError("it existed when the fit began, and no longer does")
         return np.asarray(await self.array.async_array.getitem(item))  # that answer may have been the only one of its kind
+
+    async def _read_box(self, box: Item) -> np.ndarray:
+        """Several chunks, few of them by one request, which is waited for as for one."""
+        values = np.empty([one.stop - one.start for one in box], self.dtype)
+        for _, there, few in self._requests(box):
+            found = np.asarray(await self.patience.get(partial(self.array.async_array.getitem, few)))
+            filled = [
+                (inside, self.patience.get(partial(self._again, index, part)))
+                for index, inside, part in split(few, self.ends)
+                if index not in self.absent and _is_full_of(self.array.fill_value, found[inside])
+            ]
+            for (inside, _), each in zip(filled, await asyncio.gather(*(read for _, read in filled)), strict=True):
+                found[inside] = each
+            values[there] = found
+        return values
+
+    def _requests(self, box: Item):
+        """Boxes of at most `TOGETHER` chunks."""
+        ends, room = [], TOGETHER
+        for one, those in zip(reversed(box), reversed(self.ends), strict=True):
+            first, last = np.searchsorted(those, [one.start, one.stop - 1], side="right").tolist()
+            n = max(1, min(last - first + 1, room))
+            ends.append(those[first + n - 1 :: n])
+            room //= n
+        return split(box, ends[::-1])
 
 
 class Masking:
@@ -412,11 +427,8 @@ class Masking:
         except BadChunkError as err:
             if not err.masked:
                 raise
-            if len(parts := self.stored.within(item)) > 1:
-                values = np.ma.empty([each.stop - each.start for each in item], self.dtype)
-                for there, part in parts.values():
-                    values[there] = self[part]
-                return values
+            if sum(1 for _ in split(item, self.stored.ends)) > 1:
+                raise  # each chunk is read by itself then
             logger.warning("left out: chunk %s of %s, %s (key %s)", err.index, err.array, err.cause, err.key)
             shape = np.broadcast_to(False, self.shape)[item].shape
             return np.ma.masked_array(np.zeros(shape, self.dtype), True)
