@@ -301,7 +301,7 @@ def _say_unchecked(opened):
 
 
 class Stored:
-    """A Zarr array that is read in whole shards or chunks, with a deadline and errors that say where.
+    """A Zarr array that is read in whole shards or chunks, or boxes of them, with a deadline and errors that say where.
 
     ``damaged`` holds what is known to be wrong with chunks before they are read: {index: error}.
     """

@@ -87,7 +87,7 @@ class Layouts(NamedTuple):
 
 
 class Block(NamedTuple):
-    """``n`` consecutive points (C order) of one chunk.
+    """``n`` consecutive points (C order) of one chunk, or of a run of small ones, which fill a box.
 
     Each buffer is flat; point q of the block is element ``offset + q`` of a dense one. For an un-broadcast operand the
     flat index of the point within the chunk, ``base + q``, is split into places along the axes of the chunk and joined

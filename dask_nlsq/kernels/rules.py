@@ -261,10 +261,11 @@ def scale(xp, columns, longest):
     return 1 / xp.where(lengths > 0, lengths, 1.0)
 
 
-def effect(xp, columns, gradient, cost):
+def felt(xp, columns, gradient, cost):
     """What a parameter changes, (p,): its column of J, but where a robust loss has taken the weight of all points.
 
-    Such columns are all but zero, and the gradient is not. Of plain least squares it never says more than they do.
+    Such columns are all but zero, and the gradient is not. By Cauchy and Schwarz it never says more than they do in least
+    squares; of counts at most as much more as the root of Pearson's chi-square over the deviance.
     """
     told = (columns > 0) & (cost > 0)
     return xp.maximum(columns, xp.where(told, xp.abs(gradient) / xp.sqrt(xp.where(cost > 0, 2 * cost, 1.0)), 0.0))

@@ -117,7 +117,7 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     reach = xp.maximum(xp.abs(params), before.reach)
     scale = rules.scale(xp, columns, longest) if isinstance(scheme.x_scale, str) else scheme.x_scale
     magnitude = rules.magnitude(xp, seen.size, reach, columns)
-    felt = rules.effect(xp, columns, seen.gradient, cost)
+    felt = rules.felt(xp, columns, seen.gradient, cost)
     unmoved, unseen = rules.below_noise(xp, felt, cost, seen.n_points, scheme.bounds, magnitude)
     begun = xp.isfinite(before.start_cost)
     start, start_cost = xp.where(begun, before.start, params), xp.where(begun, before.start_cost, cost)
