@@ -622,3 +622,11 @@ def test_pandas_rows_with_other_labels_are_refused():
     with pytest.raises(ValueError, match="different row labels"):
         curve_fit(lambda x, a, b: a * x + b, x, y[::-1], [1, 1])
     np.testing.assert_allclose(curve_fit(lambda x, a, b: a * x + b, x, y, [1, 1]).popt, [2, 1])
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", ">i4", np.longdouble])
+def test_coordinates_of_all_pixels_may_have_any_byte_order(dtype):
+    x = np.arange(8.0)
+    y = 2 * np.exp(-0.7 * x) + 0.8 + np.random.default_rng(0).normal(0, 0.05, (20, 8))
+    found, wanted = (fit_map(decay, each, y, p0=[2, 1, 0.5]).compute().record for each in (x.astype(dtype), x))
+    np.testing.assert_array_equal(found, wanted)

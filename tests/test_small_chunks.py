@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 
+import dask
 import dask.array as da
 import h5py
 import jax.numpy as jnp
@@ -157,10 +158,11 @@ def stored_as(kind, y, directory):
     """y in chunks of a row, in a store of a kind."""
     if kind == "memory":
         return da.from_array(y, chunks=(1, -1))
-    if kind == "h5py":
+    if "h5py" in kind:
         with h5py.File(directory / "y.h5", "w") as file:
             file.create_dataset("y", data=y, chunks=(1, y.shape[1]))
-        return h5py.File(directory / "y.h5", "r")["y"]
+        dataset = h5py.File(directory / "y.h5", "r")["y"]
+        return dataset if kind == "h5py" else da.from_array(dataset, chunks=(1, -1))
     array = zarr.create_array(
         directory / "y.zarr", name="y", shape=y.shape, chunks=(1, y.shape[1]), dtype=y.dtype, dimension_names=("k", "x")
     )
@@ -177,7 +179,7 @@ def stored_as(kind, y, directory):
         ("path", "chunked"),
         ("path", "streaming"),
         ("memory", "chunked"),
-        *(pytest.param(kind, "chunked", marks=pytest.mark.slow) for kind in ("h5py", "from_zarr", "xarray")),
+        *(pytest.param(kind, "chunked", marks=pytest.mark.slow) for kind in ("h5py", "from_h5py", "from_zarr", "xarray")),
     ],
 )
 def test_workers_and_threads_find_the_same_bits_in_small_chunks(kind, strategy, tmp_path, workers, caplog, monkeypatch):
@@ -240,3 +242,26 @@ def test_values_that_others_are_made_of_are_read_once():
     wanted = curve_fit(decay, x, source.values, sigma=np.sqrt(abs(source.values) + 1), p0=[1, 1, 0])
     np.testing.assert_allclose(found.popt, wanted.popt, rtol=1e-9)
     assert len(source.asked) == 1 + 40
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "streaming"])
+def test_an_array_that_workers_would_rechunk_among_themselves_is_fitted(strategy, workers):
+    x = np.linspace(0, 5, 25)
+    y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 25))
+    options = dict(p0=[1, 1, 0], strategy=strategy)
+    with workers.as_current(), dask.config.set({"array.rechunk.method": "p2p"}):
+        rechunked = da.from_array(y, chunks=(25, 1)).rechunk((1, 25))
+        assert any(name.startswith("rechunk-p2p") for name in rechunked.dask.layers)
+        found = curve_fit(decay, x, rechunked, **options)
+        sigma = da.ones((40, 25), chunks=(40, 3))
+        cut_otherwise = curve_fit(decay, x, da.from_array(y, chunks=(8, 25)), sigma=sigma, **options)
+        residuals = np.asarray(found.residuals())
+    wanted = curve_fit(decay, x, y, p0=[1, 1, 0])
+    np.testing.assert_allclose([found.popt, cut_otherwise.popt], [wanted.popt] * 2, rtol=1e-6)
+    np.testing.assert_allclose(residuals, wanted.residuals(), atol=1e-6)
+
+
+def test_the_chunk_to_blame_is_found_in_a_map():
+    source = Counting(np.ones((40, 25)), short=17)
+    with pytest.raises(ValueError, match=r"chunk \(17, 0\) of `ydata` has shape \(1, 24\)"):
+        fit_map(decay, np.linspace(0, 5, 25), da.from_array(source, chunks=(1, 25)), p0=[1, 1, 0]).compute()

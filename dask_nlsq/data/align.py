@@ -20,7 +20,7 @@ from ..base.lazy import da
 from ..kernels.blocks import Invalid, Layout, Layouts
 from .arrays import apart, as_array, join_masks, made_bytes, parted
 from .cf import AS_STORED, Decoding
-from .chunks import Preparation, ValuePolicy
+from .chunks import Preparation, ValuePolicy, native
 from .joining import joins_of, parts_of, runs_of, source_name
 from .labels import NAMELESS, Names
 from .ranges import Ranges, of_each, parted_within
@@ -351,7 +351,7 @@ class Coordinates(NamedTuple):
 
     def shared(self, fit_axes) -> tuple[np.ndarray | None, ...]:
         """(n,) each; None for one that pixels differ in."""
-        return tuple(np.array(c).ravel() if c.ndim == len(fit_axes) else None for c in self.arrays)
+        return tuple(native(np.array(c).ravel()) if c.ndim == len(fit_axes) else None for c in self.arrays)
 
     def integer(self, k: int) -> bool:
         return _indexes(self.kind, self.arrays[k])

@@ -183,7 +183,7 @@ def _inspect(preparation, indices, cuts, pieces) -> tuple[list[Census], list[np.
     """Censuses of the chunks of a run, its pieces in native byte order with the mask that the kernels use, and if values are
     invalid. What is wrong anywhere in the run is in the first one.
     """
-    pieces = [_native(np.asarray(piece)) for piece in pieces]
+    pieces = [native(np.asarray(piece)) for piece in pieces]
     layouts, policy, shape = preparation.layouts, preparation.policy, pieces[0].shape
     masked = layouts.mask is not None
     names = ["ydata", "sigma", *(["mask"] if masked else []), *["xdata"] * (len(pieces) - 2 - masked)]
@@ -278,7 +278,7 @@ def _count(flags, shape):
     return int(np.count_nonzero(flags)) * (prod(shape) // flags.size)
 
 
-def _native(piece):
+def native(piece):
     """What XLA can take: this machine's byte order (FITS and many detectors use the other one), at most 64 bits."""
     if piece.dtype.kind == "f" and piece.itemsize > 8:
         return piece.astype(np.float64)

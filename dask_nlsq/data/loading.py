@@ -21,9 +21,9 @@ from typing import Any
 
 import dask
 import numpy as np
-from dask._task_spec import DataNode, GraphNode, convert_legacy_graph, execute_graph
+from dask._task_spec import Alias, DataNode, GraphNode, convert_legacy_graph, execute_graph
 from dask.delayed import Delayed
-from dask.highlevelgraph import HighLevelGraph
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.sizeof import sizeof
 from dask.utils import ensure_dict
 from distributed import Future
@@ -158,7 +158,7 @@ def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
         runs[number].append(load)
     if not arrays:
         return runs, {}
-    merged = HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays))
+    merged = _by_tasks(HighLevelGraph.merge(*(array.__dask_graph__() for array in arrays)))
     outputs = set().union(*(load.keys for load in loads))
     graph = convert_legacy_graph(ensure_dict(da.optimization.optimize(merged, list(outputs))))
     if futures := outputs.union(*(node.dependencies for node in graph.values())) - graph.keys():
@@ -182,6 +182,23 @@ def plan_loads(data: Data) -> tuple[list[list[Load]], dict[Any, GraphNode]]:
             common[key] = graph[key]
             left += _needs(graph[key])
     return runs, common
+
+
+def _by_tasks(graph: HighLevelGraph) -> HighLevelGraph:
+    """The graph with tasks that slice and join where workers would rechunk among themselves: with the Client active, Dask
+    plans that, and only its scheduler can run it.
+    """
+    layers, dependencies = {**graph.layers}, {**graph.dependencies}
+    for name, layer in graph.layers.items():
+        if type(layer).__name__ == "P2PRechunkLayer":
+            p2p: Any = layer
+            source = da.Array(graph, p2p.name_input, p2p.chunks_input, dtype=np.float64)
+            new = source.rechunk(p2p.chunks, method="tasks")
+            for each in new.dask.layers.keys() - layers.keys():
+                layers[each], dependencies[each] = new.dask.layers[each], new.dask.dependencies[each]
+            layers[name] = MaterializedLayer({key: Alias(key, (new.name, *key[1:])) for key in p2p.get_output_keys()})
+            dependencies[name] = {new.name}
+    return HighLevelGraph(layers, dependencies)
 
 
 def _of_several(graph: Mapping[Any, GraphNode], loads: Sequence[Load]) -> tuple[set, set]:
