@@ -120,7 +120,7 @@ class Data:
 
         return [cutter(operand) for operand in self.operands]
 
-    def _part(self, operand: da.Array) -> Callable[[tuple[int, ...]], Any] | None:
+    def _part(self, operand) -> Callable[[tuple[int, ...]], Any] | None:
         """`parts_of` an operand; None of one whose chunks several chunks of y need, or the graph of another operand."""
         found, name = parts_of(operand), source_name(operand)
         if found is None or isinstance(found((0,) * operand.ndim), np.ndarray):
