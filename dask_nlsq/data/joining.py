@@ -193,28 +193,30 @@ def coarser(array, bounds=None):
     whole = first.base
     if type(whole) is not np.ndarray or (whole.shape, whole.dtype) != (array.shape, array.dtype):
         return array
-    places = zip(np.ndindex(array.numblocks), da.core.slices_from_chunks(array.chunks), strict=True)
-    its = all(_same_view(whole[place], part(index)) for index, place in places)
+    its = _lies_in(whole, map(part, np.ndindex(array.numblocks)), array.chunks)
     return da.from_array(whole, chunks=chunks, name=False) if its else array
 
 
-def _same_view(one: np.ndarray, other) -> bool:
-    """Whether two arrays look at the same elements."""
-    found = (each.__array_interface__ for each in (one, other))
-    return len({(each["data"][0], each["shape"], each["strides"], each["typestr"]) for each in found}) == 1
+def _lies_in(whole: np.ndarray, pieces, chunks) -> bool:
+    """Whether the pieces are views of an array at the places of its chunks."""
+    wanted = np.array(whole.__array_interface__["data"][0])
+    for ends, sizes, stride in zip(ends_of(chunks), chunks, whole.strides, strict=True):
+        wanted = wanted[..., None] + stride * (ends - sizes)
+    found = [(each.__array_interface__["data"][0], each.strides, each.dtype) for each in pieces]
+    return all(each == (at, whole.strides, whole.dtype) for each, at in zip(found, wanted.ravel().tolist(), strict=True))
 
 
 def _joined_within(sizes, n, ends) -> tuple[int, ...]:
     """Sizes of runs of at most ``n`` chunks, which end where blocks do; none where a chunk goes on behind such an end."""
+    edges = np.cumsum([0, *sizes]).tolist()
+    if not ends <= {*edges}:
+        return ()
     found: list[int] = []
-    many, end = 0, 0
-    for size in sizes:
-        many, start, end = many + 1, end, end + size
-        if any(start < each < end for each in ends):
-            return ()
-        if many > n or start in ends:
-            found.append(size)
-            many = 1
-        else:
-            found[-1] += size
+    many = n
+    for size, start in zip(sizes, edges, strict=False):
+        if many == n or start in ends:
+            found.append(0)
+            many = 0
+        found[-1] += size
+        many += 1
     return tuple(found)

@@ -138,7 +138,7 @@ def _leaves(layer) -> Iterator[tuple[Any, Any]]:
             yield key, node.value
         elif isinstance(node, dict):  # of fused tasks
             left += [(None, each) for each in node.values()]
-        elif not isinstance(node, GraphNode):
+        elif not isinstance(node, (GraphNode, np.ndarray)):
             yield key, node
 
 
