@@ -222,6 +222,7 @@ def test_wrong_arguments_are_named(fitted, tmp_path):
         groups.profile()
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_tied_parameter_says_that_it_is_tied():
     result = curve_fit(lambda x, a, b, c: a * x + b + c, X, Y, [1, 1, 1], expr={"c": "b"})
     with pytest.raises(ValueError, match=r"'c', which is tied \(c = b\)"):

@@ -322,7 +322,7 @@ def test_a_group_without_a_peak_determines_no_local_place(bounds):
 
 
 @pytest.mark.parametrize("level", [pytest.param(0.0, marks=pytest.mark.slow), 5.0])
-@pytest.mark.parametrize("dtype", ["float64", "uint16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.slow), "uint16"])
 def test_dead_pixels_stand_out_in_a_map_with_masks_weights_and_coarse_starts(level, dtype):
     rng = np.random.default_rng(1)
     y = np.round(measured(rng, (6, 6), 400, 50, 5)).astype(dtype)
@@ -333,6 +333,7 @@ def test_dead_pixels_stand_out_in_a_map_with_masks_weights_and_coarse_starts(lev
     assert np.array_equal(found.status == MapStatus.UNDETERMINED, dead) and np.array_equal(found.success, ~dead)
 
 
+@pytest.mark.slow
 def test_an_amplitude_that_starts_at_its_bound_0_is_found_in_groups():
     rng = np.random.default_rng(2)
     x, heights, places = np.linspace(0, 10, 100), rng.uniform(5e3, 1e4, (12, 1)), rng.uniform(4, 6, (12, 1))

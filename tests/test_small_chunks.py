@@ -97,7 +97,7 @@ def test_of_a_run_of_small_chunks_those_are_left_out_that_cannot_be_read(strateg
         np.testing.assert_allclose(found.popt, curve_fit(decay, x, filled, **options).popt, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["memory", "store", "path"])
+@pytest.mark.parametrize("kind", [pytest.param("memory", marks=pytest.mark.slow), "store", "path"])
 def test_a_map_of_chunks_of_one_pixel_is_read_in_few_requests_and_has_the_same_bits(kind, tmp_path):
     x = np.linspace(0, 5, 64)
     y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (40, 50, 64))
@@ -178,8 +178,10 @@ def stored_as(kind, y, directory):
     [
         ("path", "chunked"),
         ("path", "streaming"),
-        ("memory", "chunked"),
-        *(pytest.param(kind, "chunked", marks=pytest.mark.slow) for kind in ("h5py", "from_h5py", "from_zarr", "xarray")),
+        *(
+            pytest.param(kind, "chunked", marks=pytest.mark.slow)
+            for kind in ("memory", "h5py", "from_h5py", "from_zarr", "xarray")
+        ),
     ],
 )
 def test_workers_and_threads_find_the_same_bits_in_small_chunks(kind, strategy, tmp_path, workers, caplog, monkeypatch):
