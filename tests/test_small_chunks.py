@@ -154,6 +154,9 @@ def test_chunks_are_joined_within_bounds(within, sizes, monkeypatch):
     np.testing.assert_array_equal(joined, y)
 
 
+STORES = ["path", "memory", "h5py", "from_h5py", "from_zarr", "xarray"]
+
+
 def stored_as(kind, y, directory):
     """y in chunks of a row, in a store of a kind."""
     if kind == "memory":
