@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
+from distributed.protocol import deserialize, serialize
 from zarr.storage import MemoryStore, WrapperStore
 
 from dask_nlsq import BadChunkError, curve_fit, fit_map
+from dask_nlsq.data.arrays import as_array
 from dask_nlsq.data.joining import coarser, joins_of, split
 from dask_nlsq.data.store import Policy, Stored
 
@@ -270,3 +272,26 @@ def test_the_chunk_to_blame_is_found_in_a_map():
     source = Counting(np.ones((40, 25)), short=17)
     with pytest.raises(ValueError, match=r"chunk \(17, 0\) of `ydata` has shape \(1, 24\)"):
         fit_map(decay, np.linspace(0, 5, 25), da.from_array(source, chunks=(1, 25)), p0=[1, 1, 0]).compute()
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u2", "i4", "f4", "f8"])
+def test_workers_can_exchange_chunks_with_masks(dtype):
+    stored = np.ma.masked_array(np.arange(6).astype(dtype), [0, 1, 0, 0, 0, 1])
+    chunk = as_array("ydata", da.from_array(stored, chunks=6)).compute(scheduler="sync")
+    there = deserialize(*serialize(chunk))
+    np.testing.assert_array_equal(np.ma.getmaskarray(there), stored.mask)
+    np.testing.assert_array_equal(there, stored)
+
+
+def test_a_map_with_missing_chunks_is_fitted_by_workers(tmp_path, workers):
+    x = np.linspace(0, 5, 64)
+    y = np.random.default_rng(0).poisson(200 * np.exp(-0.7 * x) + 30, (12, 5, 64)).astype("u2")
+    zarr.create_array(tmp_path / "y.zarr", shape=y.shape, chunks=(1, 1, 64), dtype=y.dtype)[:] = y
+    (tmp_path / "y.zarr" / "c" / "3" / "2" / "0").unlink()
+    options = dict(p0=[200, 1, 30], missing_chunks="mask")
+    here = fit_map(decay, x, tmp_path / "y.zarr", **options).compute().record
+    with workers.as_current():
+        there = fit_map(decay, x, tmp_path / "y.zarr", **options).compute().record
+    for name in here.dtype.names:
+        np.testing.assert_array_equal(here[name], there[name])
+    assert np.isnan(here["popt"][3, 2]).all() and np.isfinite(np.delete(here["popt"], 3, axis=0)).all()

@@ -239,6 +239,8 @@ class Declared(NamedTuple):
                     "a plain one",
                     "otherwise its mask is lost: pass meta=numpy.ma.masked_array([]) to map_blocks, or pass mask=",
                 )
+            block = block.view()
+            block.fill_value = 0  # NumPy's 999999 is too large for short integers where workers exchange them
         elif hasattr(block, "todense"):
             raise self._error(index, "is sparse", "a dense one", TO_DENSE[True].format(name=self.name))
         else:

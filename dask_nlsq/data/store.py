@@ -361,16 +361,16 @@ class Stored:
         return [np.minimum(np.arange(size, n + size, size), n) for n, size in zip(self.shape, self.chunks, strict=True)]
 
     def __getitem__(self, item) -> np.ndarray:
-        """A chunk or a part of one, or a box of several, the error of which says nothing of the others."""
+        """A chunk or a part of one; or a box of several, whose errors do not say which of them is to blame."""
         plain = all(isinstance(one, slice) and one.step in (None, 1) for one in item)
         chunks = [*split(item, self.ends)] if plain else [(self._first(item), (), item)]
         for index, *_ in chunks:
             if index in self.damaged:
                 raise self.damaged[index]
-        try:
-            if len(chunks) == 1:
-                return zarr.core.sync.sync(self.patience.get(lambda: self._read(chunks[0][0], item)))
+        if len(chunks) > 1:
             return zarr.core.sync.sync(self._read_box(item))
+        try:
+            return zarr.core.sync.sync(self.patience.get(lambda: self._read(chunks[0][0], item)))
         except client_errors(*DECODING, OSError) as err:
             raise self.error(chunks[0][0], said(err), self.policy.on_bad_chunk == "mask") from err
 
