@@ -734,7 +734,7 @@ def test_damaged_and_absent_chunks_may_be_left_out(tmp_path, guess, caplog):
     found = fit_map(peak, X, tmp_path / "y", P0, **options).compute()
     expected = fit_map(peak, X, Y, P0, mask=hidden, guess=guess, **TIGHT).compute()
     np.testing.assert_array_equal(found.n_points, expected.n_points)
-    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-6)
+    np.testing.assert_allclose(found.popt, expected.popt, rtol=1e-5)
     assert "left out: chunk (0, 0, 1) of `ydata`" in caplog.text
 
 

@@ -39,6 +39,7 @@ MOST_CHANGE = 1e4  # of a parameter in one step, times the largest that it has b
 SLIGHT = 1e-3  # relative reduction of the cost: after a larger one SciPy's tests have to be passed again
 UNMOVED, UNSEEN = 1e-6, 1e-10  # of the noise: what a parameter changes that is to move; that is to be determined
 FADED = 1e-6  # of the longest that a column of J has been: the model hardly depends on its parameter any more
+GONE = EPS**3  # of it: nor does any number that is made of the column
 VISIBLE = 1e3 * ROUNDING  # of the data: a fit that ends at rounding leaves amplitudes, and narrow widths raise their slopes
 STALLS = 3  # refused steps, each a quarter of the one before, after which the gradient counts as rounding too
 OFF_BOUND = 1e-10  # share of the interval by which a start is moved off its bounds
@@ -276,7 +277,7 @@ def undetermined(xp, columns, longest, span, magnitude):
 
     ``span`` is how far each of them may plausibly move, whatever its origin.
     """
-    return (columns == 0) | (columns <= FADED * longest) & (columns * span <= VISIBLE * xp.sqrt(magnitude))
+    return (columns <= GONE * longest) | (columns <= FADED * longest) & (columns * span <= VISIBLE * xp.sqrt(magnitude))
 
 
 def vanishes(xp, effect, before, size):

@@ -122,8 +122,7 @@ def point_at(xp, seen: Seen, before, full, scheme: Scheme, solve_newton: Callabl
     begun = xp.isfinite(before.start_cost)
     start, start_cost = xp.where(begun, before.start, params), xp.where(begun, before.start_cost, cost)
     span = rules.span(xp, params, start, start_cost, longest)
-    been = rules.magnitude(xp, seen.size, reach, longest)
-    undetermined = rules.undetermined(xp, felt, longest, span, been) | unseen
+    undetermined = rules.undetermined(xp, felt, longest, span, magnitude) | unseen
     near = _reach_of_bounds(xp, seen, scale, scheme, solve_newton)
     hat = hat_space(xp, params, seen.gradient, scale, scheme.bounds, near, undetermined | unmoved)
     newton, decrement, model = solve_newton(hat)
