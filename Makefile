@@ -9,7 +9,7 @@ CORE := $(patsubst %,tests/test_%.py,config kernels trust_region inputs cluster 
 demo: .venv/ready          ## simulate, store, fit 53 parameters, check, draw
 	$(BIN)/dask nlsq demo
 
-test: .venv/ready          ## all tests but the long ones and the code of the pages, in two processes: 7 minutes
+test: .venv/ready          ## all tests but the long ones and the code of the pages, in two processes: 8 minutes
 	$(BIN)/python -m pytest -m "not slow and not pages" --numprocesses 2 --dist loadfile
 
 test-slow: .venv/ready     ## only the long ones
