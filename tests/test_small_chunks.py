@@ -219,7 +219,7 @@ def test_a_chunk_that_a_store_denies_once_is_asked_for_again(caplog):
     y = 2 * np.exp(-0.7 * x) + 0.3 + np.random.default_rng(0).normal(0, 0.05, (200, 25))
     memory = MemoryStore()
     zarr.create_array(memory, shape=y.shape, chunks=(1, 25), dtype=y.dtype)[:] = y
-    found = curve_fit(decay, x, zarr.open_array(OnceAbsent(memory), mode="r"), p0=[1, 1, 0])
+    found = curve_fit(decay, x, zarr.open_array(OnceAbsent(memory), mode="r+"), p0=[1, 1, 0])
     np.testing.assert_allclose(found.popt, curve_fit(decay, x, y, p0=[1, 1, 0]).popt, rtol=1e-9)
     assert {n for key, n in OnceAbsent.asked.items() if "c/" in key} == {3}  # denied, asked how large it is, and given
     assert "one by one" not in caplog.text
