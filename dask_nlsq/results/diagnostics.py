@@ -2,9 +2,9 @@
 
 Segments are runs of consecutive points of the data (chunks, or boxes of small ones, in C order), up to 256 of them, so that
 up to 256 points are parts of their own. Their mean residuals are tested for the order of their signs [1]_. Where parts have
-few points neighbours are joined for the other tests, whose sums must be nearly normal: the means for a trend, the chi-
-squares for outliers by the median absolute deviation. Misfit along other coordinates than that order needs a pass over the
-data: that of the pictures in a report looks for it (`along`).
+few points neighbours are joined for the other tests, whose sums must be nearly normal: the means for a trend, the
+chi-squares for outliers by the median absolute deviation. Misfit along other coordinates than that order needs a pass over
+the data: that of the pictures in a report looks for it (`along`).
 
 The size of the residuals is judged where that of the noise is known. Of counts with the mean m the deviance of a point is on
 average 1 + 1/(6 m) for large m, at most 1.161 (at m = 1.34; its variance is at most 2.41), and 0 for m = 0: a deviance is
